@@ -1,0 +1,25 @@
+"""Low-rank compression of neural networks: `model, report = lowrank.compress(model, 0.6)`."""
+
+from .api import apply as apply
+from .api import compress as compress
+from .api import plan as plan
+from .calibrate import Calibration as Calibration
+from .calibrate import calibrate as calibrate
+from .errors import LowrankError as LowrankError
+from .eval import kl as kl
+from .eval import perplexity as perplexity
+from .io import export as export
+from .io import from_pretrained as from_pretrained
+from .io import load as load
+from .io import save as save
+from .io import to_dense as to_dense
+from .io.register import install as _install
+from .methods import METHODS as METHODS
+from .plan import Plan as Plan
+from .plan import Report as Report
+from .policies import POLICIES as POLICIES
+
+__version__ = "0.1.0"
+
+# The one side effect on import: transformers learns to load what this library saved.
+_install()

@@ -1,0 +1,163 @@
+"""The three verbs: plan decides, apply acts, compress does both."""
+
+from __future__ import annotations
+
+import copy as copying
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+from torch import nn
+
+from .. import sites as walk
+from ..calibrate import Calibration, calibrate
+from ..data import Data
+from ..errors import LowrankError
+from ..plan import Plan, Report
+from ..types import Method, Policy, Unit
+from .applying import carry_out
+from .planning import Curves, make_plan
+from .request import Of, OnMissing, Prefer, Request, check_model, targets_of
+
+Source = Data | Calibration | Literal["default"] | None
+
+
+def plan(
+    model: nn.Module,
+    ratio: float | None = None,
+    *,
+    method: str | Method | None = None,
+    policy: str | Policy | None = None,
+    rank: int | float | None = None,
+    rank_pattern: Mapping[str, int | float] | None = None,
+    data: Source = "default",
+    tokenizer: Any = None,
+    effort: str | None = None,
+    of: Of = "targets",
+    unit: Unit = "params",
+    prefer: Prefer = "size",
+    target_modules: walk.Patterns = walk.ALL_LINEAR,
+    exclude_modules: walk.Patterns | None = None,
+    align: int | None = None,
+    on_missing: OnMissing = "dense",
+    seed: int = 0,
+    progress: bool = True,
+) -> Plan:
+    """Decide what every layer becomes, and change nothing. Arguments as for `compress`."""
+    request = Request(
+        ratio=ratio, method=method, policy=policy, rank=rank, rank_pattern=rank_pattern,
+        effort=effort, of=of, unit=unit, prefer=prefer, target_modules=target_modules,
+        exclude_modules=exclude_modules, align=align, on_missing=on_missing, seed=seed,
+    )  # fmt: skip
+    return _decide(model, request, data, tokenizer, progress)[0]
+
+
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    data: Source = "default",
+    tokenizer: Any = None,
+    method: Method | None = None,
+    copy: bool = False,
+    progress: bool = True,
+) -> tuple[nn.Module, Report]:
+    """Carry out a plan, also one that was edited or read from JSON.
+
+    Args:
+        data: statistics for the factors; needed where the plan's method is activation-aware.
+        method: the method object, for a plan made with one that the registry does not know.
+        copy: work on a deep copy.
+
+    Raises:
+        LowrankError: the plan was made for another model, or lacks data; the model is unchanged.
+    """
+    check_model(model)
+    seen = _seen(model, data, tokenizer, progress)
+    if copy:
+        model = copying.deepcopy(model)
+    return carry_out(model, plan, seen, way=method, curves=None, progress=progress)
+
+
+def compress(
+    model: nn.Module,
+    ratio: float | Plan | None = None,
+    *,
+    method: str | Method | None = None,
+    policy: str | Policy | None = None,
+    rank: int | float | None = None,
+    rank_pattern: Mapping[str, int | float] | None = None,
+    data: Source = "default",
+    tokenizer: Any = None,
+    effort: str | None = None,
+    of: Of = "targets",
+    unit: Unit = "params",
+    prefer: Prefer = "size",
+    target_modules: walk.Patterns = walk.ALL_LINEAR,
+    exclude_modules: walk.Patterns | None = None,
+    align: int | None = None,
+    on_missing: OnMissing = "dense",
+    seed: int = 0,
+    copy: bool = False,
+    progress: bool = True,
+) -> tuple[nn.Module, Report]:
+    """Replace linear layers by factored ones that keep `ratio` of their parameters.
+
+    Args:
+        model: changed in place and returned; a root that is itself a layer is returned anew.
+        ratio: the fraction kept, in (0, 1); or a finished plan.
+        method: "svd", "whitened", "random" or an object; None: "whitened" with data, else "svd".
+        policy: "uniform", "energy", "welore", "spectrum" or a callable; None: "uniform".
+        rank: instead of a ratio: an int for all sites, or a float in (0, 1], the share of energy.
+        rank_pattern: name or regular expression -> rank; alone, or on top of ratio or rank.
+        data: texts (with `tokenizer`), tensors, dicts, a loader, a callable `forward(model)`, or
+            a `Calibration`. None never runs the model; "default" is None as long as models do not
+            write their own calibration text.
+        of: "targets" or "model": what the ratio is a share of.
+        unit: "params", "bytes" or "macs".
+        prefer: "speed" leaves a layer dense that is not faster at the data's shape.
+        target_modules, exclude_modules: as in peft: names or endings, a regular expression, or
+            "all-linear" (every linear layer but the output head).
+        align: ranks are multiples of it; None rounds down to 8 where that is nearly free; 1: off.
+        on_missing: for layers that the data did not reach: "dense", "data-free" or "error".
+        effort: recovery after the replacement; None until it exists.
+        copy: work on a deep copy.
+
+    Returns:
+        The model and a Report: print it.
+
+    Raises:
+        LowrankError: with what was got, what was expected and where; the model is unchanged then.
+    """
+    if isinstance(ratio, Plan):
+        if rank is not None or rank_pattern is not None:
+            raise LowrankError("a plan already holds its ranks: edit it instead")
+        return apply(
+            model, ratio, data=data, tokenizer=tokenizer, copy=copy, progress=progress,
+            method=None if isinstance(method, str) else method,
+        )  # fmt: skip
+    request = Request(
+        ratio=ratio, method=method, policy=policy, rank=rank, rank_pattern=rank_pattern,
+        effort=effort, of=of, unit=unit, prefer=prefer, target_modules=target_modules,
+        exclude_modules=exclude_modules, align=align, on_missing=on_missing, seed=seed,
+    )  # fmt: skip
+    decided, curves, seen = _decide(model, request, data, tokenizer, progress)
+    if copy:
+        model = copying.deepcopy(model)
+    way = None if method is None or isinstance(method, str) else method
+    return carry_out(model, decided, seen, way=way, curves=curves, progress=progress)
+
+
+def _decide(
+    model: nn.Module, request: Request, data: Source, tokenizer: Any, progress: bool
+) -> tuple[Plan, Curves, Calibration | None]:
+    """All checks that need no work come first: a typing error must not cost a calibration."""
+    check_model(model)
+    targets_of(model, request)
+    seen = _seen(model, data, tokenizer, progress)
+    return *make_plan(model, request, seen, progress=progress), seen
+
+
+def _seen(model: nn.Module, data: Source, tokenizer: Any, progress: bool) -> Calibration | None:
+    if data is None or (isinstance(data, str) and data == "default"):
+        return None
+    return calibrate(model, cast(Any, data), tokenizer=tokenizer, progress=progress)

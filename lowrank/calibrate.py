@@ -1,0 +1,197 @@
+"""Streaming statistics: one Gram matrix per distinct input, gathered by hooks in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import sites as walk
+from .data import LENGTH, Batch, Data, Forward, forward, mask_of, materialise
+from .errors import LowrankError
+from .linalg import gram_sum
+from .observe import Observation, SameTensor, first_tensor, observe, quiet
+from .types import Site, Statistics
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What a model showed on some data; accepted as `data=` everywhere.
+
+    Attributes:
+        statistics: per site name; sites that read one tensor share one object.
+        seen: order of calls, groups of sites that read one tensor, chains of blocks.
+        batches: the data, ready to be run again, or the caller's own callable.
+        tokens: the most input vectors that any site saw.
+        min_tokens: a site that saw fewer follows `on_missing`.
+    """
+
+    statistics: dict[str, Statistics]
+    seen: Observation
+    batches: list[Batch] | Forward
+    tokens: int
+    min_tokens: int = 1
+
+
+def calibrate(
+    model: nn.Module,
+    data: Data | Calibration,
+    *,
+    tokenizer: Any = None,
+    length: int = LENGTH,
+    min_tokens: int = 1,
+    progress: bool = True,
+) -> Calibration:
+    """Gather E[x xᵀ] and E[x] of every linear layer's input; padded positions are left out.
+
+    Args:
+        data: see `lowrank.data.materialise`. A finished calibration is returned as it is.
+        length: tokens of a row when texts are cut.
+        min_tokens: a site that saw fewer tokens counts as unseen.
+
+    Raises:
+        LowrankError: no layer was reached, or an activation is NaN or Inf (its site is named).
+    """
+    if isinstance(data, Calibration):
+        return data
+    batches = materialise(data, tokenizer, length=length)
+    sites = [site for site in walk.find(model) if not site.reason]
+    first = batches if callable(batches) else batches[:1]
+    seen = observe(model, sites, lambda: _run(model, first, _nothing, progress=False))
+    groups = seen.groups
+    unseen = tuple((site.name,) for site in sites if site.name not in seen.shapes)
+    by_name = {site.name: site for site in sites}
+    while True:
+        gather = _Gather([[by_name[name] for name in group] for group in (*groups, *unseen)])
+        with quiet(model), gather:
+            _run(model, batches, gather.mask, progress)
+        gather.check_calls()
+        if not gather.parted:
+            break
+        # A later batch gave members of a group different tensors: gather those one by one.
+        groups = _split(groups, gather.parted)
+    statistics = gather.statistics()
+    tokens = max((found.count for found in statistics.values()), default=0)
+    if tokens == 0:
+        raise LowrankError(
+            f"the calibration data reached none of {len(sites)} layers: does it run this model?"
+        )
+    seen = Observation(seen.order, groups, seen.chains, seen.shapes)
+    return Calibration(statistics, seen, batches, tokens, min_tokens)
+
+
+class _Gather:
+    """Hooks on the sites of every group; the first member counts, the others are compared."""
+
+    def __init__(self, groups: Sequence[Sequence[Site]]) -> None:
+        self._sums = [_Sums(group[0].name) for group in groups]
+        self._groups = groups
+        self._mask: Tensor | None = None
+        self._handles: list[Any] = []
+        self.parted: set[str] = set()
+
+    def mask(self, mask: Tensor | None) -> None:
+        self._mask = mask
+
+    def __enter__(self) -> None:
+        for sums, group in zip(self._sums, self._groups, strict=True):
+            for position, site in enumerate(group):
+                hook = self._owner(sums) if position == 0 else self._member(sums, site.name)
+                self._handles += [
+                    module.register_forward_pre_hook(hook, with_kwargs=True)
+                    for module in site.modules
+                ]
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _owner(self, sums: _Sums) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            tensor = first_tensor((args, kwargs))
+            if tensor is not None:
+                sums.add(tensor, self._mask)
+
+        return hook
+
+    def _member(self, sums: _Sums, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            tensor = first_tensor((args, kwargs))
+            sums.calls[name] = sums.calls.get(name, 0) + 1
+            if tensor is None or sums.last is None or not sums.last(tensor):
+                self.parted.add(name)
+
+        return hook
+
+    def check_calls(self) -> None:
+        """A member that was not called as often as the first did not see all of its tensors."""
+        for sums in self._sums:
+            self.parted.update(n for n, calls in sums.calls.items() if calls != sums.owner_calls)
+
+    def statistics(self) -> dict[str, Statistics]:
+        found: dict[str, Statistics] = {}
+        for sums, group in zip(self._sums, self._groups, strict=True):
+            shared = sums.finish()
+            found.update({site.name: shared for site in group})
+        return found
+
+
+class _Sums:
+    """Running sums of one distinct input, in float64."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.count = 0
+        self.gram: Tensor | None = None
+        self.sum: Tensor | None = None
+        self.last: SameTensor | None = None
+        self.owner_calls = 0
+        self.calls: dict[str, int] = {}
+
+    def add(self, tensor: Tensor, mask: Tensor | None) -> None:
+        self.last = SameTensor(tensor)
+        self.owner_calls += 1
+        if mask is not None and mask.shape == tensor.shape[:-1]:
+            rows = tensor.detach()[mask.to(tensor.device)]
+        else:
+            rows = tensor.detach().reshape(-1, tensor.shape[-1])
+        gram, total = gram_sum(rows), rows.double().sum(0)
+        if not bool(torch.isfinite(gram.diagonal()).all()):
+            raise LowrankError(f"{self.name}: its input holds NaN or Inf (or overflows in fp32)")
+        self.gram = gram if self.gram is None else self.gram.add_(gram)
+        self.sum = total if self.sum is None else self.sum.add_(total)
+        self.count += len(rows)
+
+    def finish(self) -> Statistics:
+        if self.count == 0 or self.gram is None or self.sum is None:
+            return Statistics()
+        return Statistics(self.count, self.gram / self.count, self.sum / self.count)
+
+
+def _run(
+    model: nn.Module,
+    batches: list[Batch] | Forward,
+    mask: Callable[[Tensor | None], None],
+    progress: bool,
+) -> None:
+    if callable(batches):
+        mask(None)
+        batches(model)
+        return
+    from tqdm.auto import tqdm
+
+    for batch in tqdm(batches, "calibrate", delay=2, disable=not progress, leave=False):
+        mask(mask_of(batch))
+        forward(model, batch)
+
+
+def _nothing(_mask: Tensor | None) -> None:
+    """Observation counts no tokens."""
+
+
+def _split(groups: tuple[tuple[str, ...], ...], parted: set[str]) -> tuple[tuple[str, ...], ...]:
+    kept = [tuple(name for name in group if name not in parted) for group in groups]
+    return (*(group for group in kept if group), *((name,) for name in sorted(parted)))

@@ -1,0 +1,117 @@
+"""Calibration and evaluation data in the forms that people have: texts, tensors, dicts, loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import LowrankError
+
+LENGTH = 256  # tokens of a row when texts are cut
+ROWS = 16  # rows of a batch when texts are cut
+
+Batch = Tensor | dict[str, Any]
+Forward = Callable[[nn.Module], object]
+Data = Forward | Iterable[Any] | str | Sequence[str] | Tensor
+
+
+def materialise(
+    data: Data, tokenizer: Any = None, *, length: int = LENGTH
+) -> list[Batch] | Forward:
+    """Batches that can be run again and again.
+
+    Args:
+        data: a callable `forward(model)`; a text or a list of texts (with a tokenizer); a tensor;
+            or an iterable of tensors, dicts (passed as keywords, "labels" left out) or tuples (the
+            first item is the input).
+        tokenizer: of transformers; texts are cut into rows of at most `length` tokens.
+
+    Raises:
+        LowrankError: nothing was there (a spent iterator), texts came without a tokenizer, or a
+            batch has none of these forms.
+    """
+    if isinstance(data, Tensor):
+        return [data]
+    if isinstance(data, str):
+        data = [data]
+    if callable(data) and not isinstance(data, Iterable):
+        return data
+    if not isinstance(data, Iterable):
+        raise LowrankError(
+            f"data must be texts, tensors, dicts, a loader or a callable, got {type(data).__name__}"
+        )
+    if isinstance(data, Mapping):
+        return [_batch(data)]
+    items = list(data)
+    if not items:
+        raise LowrankError("the data gave no batch: an empty list, or an iterator already spent?")
+    if all(isinstance(item, str) for item in items):
+        if tokenizer is None:
+            raise LowrankError("texts need a tokenizer: pass tokenizer=…")
+        return text_batches(items, tokenizer, length)
+    return [_batch(item) for item in items]
+
+
+def text_rows(text: str, tokenizer: Any, length: int) -> list[Tensor]:
+    """Token ids of a text, tokenised in one call and cut into rows of `length` (int64)."""
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+    return list(ids.split(length)) if len(ids) else []
+
+
+def text_batches(texts: Iterable[str], tokenizer: Any, length: int) -> list[Batch]:
+    """Rows of equal length go together, so that nothing is padded."""
+    by_length: dict[int, list[Tensor]] = {}
+    for text in texts:
+        for row in text_rows(text, tokenizer, length):
+            by_length.setdefault(len(row), []).append(row)
+    if not by_length:
+        raise LowrankError("the texts hold no token")
+    return [
+        torch.stack(rows[start : start + ROWS])
+        for rows in by_length.values()
+        for start in range(0, len(rows), ROWS)
+    ]
+
+
+def forward(model: nn.Module, batch: Batch) -> Any:
+    """Run one batch on the model's device."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if isinstance(batch, Tensor):
+        return model(batch.to(device))
+    return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits (…, classes) of a model's output."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, tuple) and isinstance(output[0], Tensor):
+        logits = output[0]
+    if logits is None:
+        raise LowrankError(f"expected logits, the model returned {type(output).__name__}")
+    return logits
+
+
+def mask_of(batch: Batch) -> Tensor | None:
+    """The attention mask (rows, tokens) where a batch has one with padding in it."""
+    mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+    if mask is None or not isinstance(mask, Tensor) or bool((mask != 0).all()):
+        return None
+    return mask != 0
+
+
+def _batch(item: Any) -> Batch:
+    if isinstance(item, Tensor):
+        return item
+    if isinstance(item, Mapping):
+        return {key: value for key, value in item.items() if key != "labels"}
+    if isinstance(item, list | tuple) and item and isinstance(item[0], Tensor):
+        return item[0]
+    raise LowrankError(
+        f"a batch must be a tensor, a dict, or a tuple that starts with a tensor, "
+        f"got {type(item).__name__}"
+    )

@@ -1,0 +1,106 @@
+"""What lies beside the weights: a model card, and the code for trust_remote_code."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from torch import nn
+
+from ..errors import LowrankError
+from .attach import version
+from .surgery import specs_of
+
+REMOTE_FILE = "modeling_lowrank.py"
+_MARK = "<!-- written by lowrank -->"
+
+_REMOTE = '''"""Lets trust_remote_code=True load this model: `pip install lowrank` first."""
+
+import lowrank  # noqa: F401, its import teaches transformers to read this checkpoint
+from transformers import {name} as _Base
+
+
+class LowRank{name}(_Base):
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        # The stock class, so that its checkpoint conversions apply and saving copies no code.
+        return _Base.from_pretrained(*args, **kwargs)
+'''
+
+_CARD = """---
+library_name: transformers
+tags:
+- lowrank
+- low-rank
+---
+{mark}
+
+# {name}, compressed by lowrank
+
+{count} weight matrices of this model are stored as products of two smaller ones, by
+[lowrank](https://pypi.org/project/lowrank/) {version}.
+
+## How to load
+
+```python
+import lowrank  # first: it teaches transformers to read this checkpoint
+{snippet}
+```
+
+Or `lowrank.from_pretrained("path/to/this")`, which checks that every weight was found{remote}.
+
+> **Without `import lowrank`, transformers does not fail.** It warns "Unknown quantization type,
+> got lowrank", reports missing and unexpected keys, and goes on with **random weights** for the
+> compressed layers.
+"""
+
+
+def auto_classes(model: nn.Module) -> list[str]:
+    """Names of transformers' Auto classes that give this model's class; [] for a custom class."""
+    transformers = sys.modules["transformers"]
+    if getattr(transformers, type(model).__name__, None) is not type(model):
+        return []
+    auto = transformers.models.auto.modeling_auto
+    found = []
+    for name in vars(auto):
+        mapping = getattr(getattr(auto, name), "_model_mapping", None)
+        if not name.startswith("AutoModel") or mapping is None:
+            continue
+        if type(model.config) in mapping and _gives(mapping[type(model.config)], type(model)):
+            found.append(name)
+    return found
+
+
+def auto_map(name: str, classes: list[str]) -> dict[str, str]:
+    """`config.json["auto_map"]` that leads each Auto class to our file."""
+    stem = REMOTE_FILE.removesuffix(".py")
+    return dict.fromkeys(classes, f"{stem}.LowRank{name}")
+
+
+def remote_code(name: str) -> str:
+    """The file for trust_remote_code, around transformers' class `name`."""
+    if not name.isidentifier():
+        raise LowrankError(f"{name!r} is no name of a class")
+    return _REMOTE.format(name=name)
+
+
+def write(path: Path, model: nn.Module, classes: list[str], card: str | None) -> None:
+    """The model card; one that somebody else wrote is kept."""
+    if path.exists() and _MARK not in path.read_text(encoding="utf-8"):
+        return
+    name = classes[0] if classes else type(model).__name__
+    text = _CARD.format(
+        mark=_MARK,
+        name=type(model).__name__,
+        count=len(specs_of(model)),
+        version=version(),
+        snippet=(
+            f'from transformers import {name}\n\nmodel = {name}.from_pretrained("path/to/this")'
+        ),
+        remote=", or `trust_remote_code=True`" if classes else "",
+    )
+    path.write_text(f"{text}\n{card.strip()}\n" if card else text, encoding="utf-8")
+
+
+def _gives(found: object, wanted: type) -> bool:
+    return wanted in found if isinstance(found, (list, tuple)) else found is wanted

@@ -1,0 +1,169 @@
+"""Save and load any nn.Module: `model.safetensors` and `lowrank.json`, never pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import LowrankError, listed
+from . import pretrained, tensors
+from .attach import is_transformers, version
+from .surgery import Spec, check_specs, prepare, specs_of, swap, unchanged_on_error, walk
+
+FORMAT = "lowrank"
+VERSION = 1
+WEIGHTS = "model.safetensors"
+INDEX = "lowrank.json"
+CONFIG = "config.json"
+Folder = str | Path
+
+
+def save(
+    model: nn.Module, folder: Folder, *, tokenizer: Any = None, card: str | None = None
+) -> None:
+    """Write a model so that `load` rebuilds it, bit for bit.
+
+    A transformers model becomes a folder for `from_pretrained`, with a model card; any other
+    module becomes `model.safetensors` and `lowrank.json`.
+
+    Args:
+        model: any module, with or without factored parts.
+        folder: is made if it is not there.
+        tokenizer: saved too (transformers models only).
+        card: markdown for the model card, such as a table of ranks (transformers models only).
+
+    Raises:
+        LowrankError: the folder is a file or holds a checkpoint of the other form, or the model
+            cannot be stored. Nothing is written then.
+    """
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise LowrankError(f"{target} is a file, expected a folder")
+    other = INDEX if is_transformers(model) else CONFIG
+    if (target / other).exists():
+        raise LowrankError(f"{target} holds another checkpoint ({other}): choose another folder")
+    if is_transformers(model):
+        pretrained.save(model, target, tokenizer=tokenizer, card=card)
+        return
+    if tokenizer is not None or card is not None:
+        raise LowrankError(
+            f"tokenizer and card are for transformers models, got {type(model).__name__}"
+        )
+    stored, aliases = tensors.collect(model)
+    index = {
+        "format": FORMAT,
+        "version": VERSION,
+        "lowrank_version": version(),
+        "modules": specs_of(model),
+        "aliases": aliases,
+    }
+    target.mkdir(parents=True, exist_ok=True)
+    tensors.write(stored, target / WEIGHTS)
+    (target / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def load(
+    folder: Folder,
+    skeleton: nn.Module | Callable[[], nn.Module] | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """What `save` wrote, as a model.
+
+    Args:
+        folder: a folder with `lowrank.json`, or one of a transformers model.
+        skeleton: the dense architecture, or a function that returns it: it is filled in place,
+            and may be on the meta device. None for a folder of a transformers model.
+        device: where to put the weights; the CPU by default.
+        dtype: for floating-point tensors; as saved by default.
+
+    Returns:
+        The skeleton with factored modules (or its new root), or the transformers model.
+
+    Raises:
+        LowrankError: anything is missing, damaged or does not fit; the skeleton is as before.
+    """
+    source = Path(folder)
+    if not source.is_dir():
+        raise LowrankError(f"no folder {source}")
+    if not (source / INDEX).exists():
+        return _load_pretrained(source, skeleton, device, dtype)
+    specs, aliases = _index(source / INDEX)
+    stored = tensors.header(source / WEIGHTS)
+    if skeleton is None:
+        raise LowrankError(
+            f"{source} holds factors but no architecture: pass skeleton=, the dense model or a "
+            f"function that returns it"
+        )
+    model = skeleton if isinstance(skeleton, nn.Module) else skeleton()
+    if not isinstance(model, nn.Module):
+        raise LowrankError(f"skeleton must be or return an nn.Module, got {type(model).__name__}")
+    new = prepare(model, specs, INDEX)
+    named = {name: new[id(module)] for name, module in walk(model) if id(module) in new}
+    wanted = tensors.expected(model, named)
+    tensors.check_match(wanted, stored, aliases, source / WEIGHTS)
+    _check_unsaved_buffers(model)
+    values = tensors.read(source / WEIGHTS, device or "cpu", dtype)
+    with unchanged_on_error(model):
+        filled = swap(model, new)
+        filled.load_state_dict(tensors.as_state(values, aliases, wanted), assign=True)
+    # What the file does not hold (unsaved buffers) follows.
+    return filled.to(device=device, dtype=dtype)
+
+
+def _load_pretrained(
+    source: Path,
+    skeleton: object,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.Module:
+    there = sorted(path.name for path in source.iterdir())
+    if CONFIG not in there:
+        raise LowrankError(
+            f"{source} is no saved model: neither {INDEX} nor {CONFIG} among {listed(there)}"
+        )
+    if skeleton is not None:
+        raise LowrankError(f"{source} is a transformers model and needs no skeleton: leave it out")
+    chosen: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    model: nn.Module = pretrained.from_pretrained(source, **chosen)
+    return model.to(device=device)
+
+
+def _index(path: Path) -> tuple[dict[str, Spec], dict[str, str]]:
+    """Specs by module name, and aliases of tensors, from a checked `lowrank.json`."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise LowrankError(f"{path} is no JSON ({error}): save the model again") from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise LowrankError(f"{path}: expected an object with format {FORMAT!r}")
+    if index.get("version") != VERSION or isinstance(index["version"], bool):
+        raise LowrankError(
+            f"{path}: format version {index.get('version')!r} is unknown, expected {VERSION}: "
+            f"update lowrank, or save the model again"
+        )
+    aliases = index.get("aliases", {})
+    if not isinstance(aliases, dict) or not all(isinstance(v, str) for v in aliases.values()):
+        raise LowrankError(f"{path}: 'aliases' must map names to names, got {aliases!r:.80}")
+    return check_specs(index.get("modules"), INDEX), aliases
+
+
+def _check_unsaved_buffers(model: nn.Module) -> None:
+    """A buffer that is not saved cannot be filled, so it must not be on the meta device."""
+    empty = [
+        f"{name}.{key}" if name else key
+        for name, module in model.named_modules()
+        for key in module._non_persistent_buffers_set
+        if (buffer := module._buffers.get(key)) is not None and buffer.is_meta
+    ]
+    if empty:
+        raise LowrankError(
+            f"the skeleton is on the meta device, and no file holds these of its buffers: "
+            f"{listed(empty)}; build it on the CPU"
+        )

@@ -1,0 +1,82 @@
+"""Factored modules merged back into the dense layers that they replaced."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LowrankError, listed
+from ..nn import layout_of
+from .surgery import factored, swap
+
+
+def densify(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """Every factored module as a dense layer again; returns the model, or the new root.
+
+    A module that several names share stays shared. Products are formed in float32 or better and
+    stored in `dtype`, or in the dtype of the factors.
+
+    Raises:
+        LowrankError: factors are on the meta device (offloaded, or never loaded).
+    """
+    modules = factored(model)
+    empty = [name or "(root)" for name, module in modules.items() if _is_meta(module)]
+    if empty:
+        raise LowrankError(
+            f"no weights to merge at {listed(empty)}: they are on the meta device; load the "
+            f"model without offloading"
+        )
+    distinct = {id(module): module for module in modules.values()}
+    return swap(model, {key: _dense(module, dtype) for key, module in distinct.items()})
+
+
+def _dense(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """An nn.Linear, or transformers' Conv1D where that was replaced."""
+    stored = next(p.dtype for p in module.parameters() if p.dtype.is_floating_point)
+    weight = _weight(module).to(dtype or stored)  # (out, in)
+    bias: Tensor | None = module.bias  # type: ignore[assignment]
+    if layout_of(module) == "conv1d":
+        dense = _conv1d(weight, bias)
+    else:
+        out_features, in_features = weight.shape
+        dense = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+        dense.weight = nn.Parameter(weight)
+    if bias is not None:
+        dense.bias = nn.Parameter(bias.detach().to(weight.dtype, copy=True), bias.requires_grad)
+    factors = [p for name, p in module.named_parameters() if not name.endswith("bias")]
+    dense.weight.requires_grad_(any(p.requires_grad for p in factors))
+    return dense.train(module.training)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """The product (out, in), formed in float32 or better."""
+    with torch.no_grad(), torch.autocast(_device(module).type, enabled=False):
+        exact = copy.deepcopy(module)
+        for tensor in (*exact.parameters(), *exact.buffers()):
+            if tensor.dtype.is_floating_point and tensor.dtype != torch.float64:
+                tensor.data = tensor.data.float()
+        weight: Tensor = exact.dense_weight()  # type: ignore[operator]
+    return weight.detach().contiguous()
+
+
+def _conv1d(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """transformers' Conv1D, which stores (in, out) and always has a bias."""
+    from transformers.pytorch_utils import Conv1D
+
+    out_features, in_features = weight.shape
+    with torch.device("meta"):
+        dense: nn.Module = Conv1D(out_features, in_features)  # type: ignore[no-untyped-call]
+    dense.weight = nn.Parameter(weight.T.contiguous())
+    if bias is None:
+        dense.bias = nn.Parameter(weight.new_zeros(out_features))
+    return dense
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _is_meta(module: nn.Module) -> bool:
+    return any(p.is_meta for p in module.parameters())

@@ -1,0 +1,173 @@
+"""The two classes through which stock transformers reads and writes factored models.
+
+A factored model is declared as "quantized with lowrank". While transformers builds the model on the
+meta device, the dense layers that `config.json` names are swapped for empty factored ones, whose
+parameters have the names in the files; shards, dtype and device_map are left to transformers.
+
+This file is the only one that imports transformers when it is loaded; see `register.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..errors import LowrankError, listed
+from .densify import densify
+from .surgery import Spec, check_specs, prepare, specs_of, swap, walk
+
+VERSION = 1
+SOURCE = "config.json: quantization_config"
+
+logger = logging.getLogger(__name__)
+
+
+class LowRankConfig(QuantizationConfigMixin):
+    """`config.json["quantization_config"]` of a factored model.
+
+    Args:
+        modules: what rebuilds each factored module empty, by its full name.
+        version: of this format.
+        lowrank: where the model comes from, for people: version of the library, the plan.
+    """
+
+    def __init__(
+        self,
+        modules: dict[str, Spec] | None = None,
+        version: int = VERSION,
+        lowrank: dict[str, Any] | None = None,
+        quant_method: str = "lowrank",
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            raise LowrankError(
+                f"{SOURCE}: unknown entries {listed(sorted(unknown))}: a newer version of "
+                f"lowrank may have written them"
+            )
+        self.quant_method = quant_method  # type: ignore[assignment]  # theirs is a closed enum
+        self.version = version
+        self.modules = {} if modules is None else modules
+        self.lowrank = {} if lowrank is None else lowrank
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON; without the entry for people if it is empty."""
+        return {key: copy.deepcopy(value) for key, value in vars(self).items() if value != {}}
+
+
+class LowRankHfQuantizer(HfQuantizer):
+    """Swaps modules before the weights load. Nothing is quantized; all weights can be trained."""
+
+    requires_calibration = False
+    quantization_config: LowRankConfig
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        # Trainer refuses a "purely quantized" model without adapters unless this is True as well.
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Called before the model is built.
+
+        Raises:
+            LowrankError: the config is of another version, or not one of a factored model.
+        """
+        config = self.quantization_config
+        if not self.pre_quantized:
+            raise LowrankError(
+                "a LowRankConfig cannot be given to from_pretrained: load the dense model, "
+                "then use lowrank.compress"
+            )
+        check_version(config.version, SOURCE)
+        check_specs(config.modules, SOURCE)
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        config = self.quantization_config
+        check_version(config.version, SOURCE)
+        specs = _renamed(model, check_specs(config.modules, SOURCE))
+        swap(model, prepare(model, specs, SOURCE))
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        # Ordinary floating-point weights: half(), float() and Trainer need not be on their guard.
+        # transformers' models also branch on this entry of the config, and would then compute
+        # in another order than before saving.
+        model.is_quantized = False  # type: ignore[assignment]
+        for module in model.modules():
+            getattr(getattr(module, "config", None), "__dict__", {}).pop("_is_quantized", None)
+        self._refresh(model)
+        return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        return densify(model, dtype=dtype)
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, Any]]:
+        """Called when a save begins, before the config is written: ranks may have changed."""
+        self._refresh(model)
+        return None, {}
+
+    def _refresh(self, model: nn.Module) -> None:
+        """Let the config say what the model holds now."""
+        self.quantization_config.modules = specs_of(model)
+        if self.quantization_config.modules:
+            model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
+        else:
+            self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
+
+
+def check_version(version: object, source: str) -> None:
+    """Raises LowrankError unless this library can read that version."""
+    if version != VERSION or isinstance(version, bool):
+        raise LowrankError(
+            f"{source}: format version {version!r} is unknown, expected {VERSION}: "
+            f"update lowrank, or save the model again"
+        )
+
+
+def _renamed(model: nn.Module, specs: dict[str, Spec]) -> dict[str, Spec]:
+    """Names as `model` has them, where it is another class than the one that was saved.
+
+    transformers loads a model with a head into its base model, and the other way round: then
+    names lose or gain the prefix of the base model, and the factored layers of a head that is
+    not there are left out, as their weights are.
+    """
+    there = {name for name, _ in walk(model)}
+    prefix = getattr(model, "base_model_prefix", "")
+    saved_as = getattr(getattr(model, "config", None), "architectures", None) or []
+    if not prefix or not saved_as or type(model).__name__ in saved_as:
+        return specs
+    found: dict[str, Spec] = {}
+    left: list[str] = []
+    for name, spec in specs.items():
+        inner = name.removeprefix(f"{prefix}.")
+        for candidate in (name, inner, f"{prefix}.{name}"):
+            if candidate in there:
+                found[candidate] = spec
+                break
+        else:
+            # Inside the base model a name must be found; prepare() will say that it is not.
+            found.update({name: spec} if inner != name else {})
+            left.extend([name] if inner == name else [])
+    if left:
+        logger.warning(
+            "%s has no %s: these factored layers of the saved %s are left out",
+            type(model).__name__,
+            listed(left),
+            listed(saved_as),
+        )
+    return found

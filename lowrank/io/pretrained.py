@@ -1,0 +1,106 @@
+"""Folders for transformers' from_pretrained, and reading them with every trouble as an error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import LowrankError, listed
+from . import card as cards
+from .attach import attach, check_attachable, is_compressed
+from .register import install
+
+
+def save(model: nn.Module, folder: Path, *, tokenizer: Any = None, card: str | None = None) -> None:
+    """`save_pretrained`, a model card, and the few lines for trust_remote_code."""
+    check_attachable(model)
+    attach(model)
+    model.save_pretrained(folder)  # type: ignore[operator]
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if not is_compressed(model):
+        return
+    classes = cards.auto_classes(model)
+    if classes:
+        name = type(model).__name__
+        (folder / cards.REMOTE_FILE).write_text(cards.remote_code(name), encoding="utf-8")
+        _add_auto_map(folder / "config.json", cards.auto_map(name, classes))
+    cards.write(folder / "README.md", model, classes, card)
+
+
+def from_pretrained(path: str | Path, auto_class: str | None = None, **kwargs: Any) -> Any:
+    """Load a transformers model, factored or dense, from a folder or a hub name.
+
+    Args:
+        path: as for transformers.
+        auto_class: such as "AutoModelForCausalLM" or "LlamaForCausalLM"; by default the class
+            that was saved (`config.architectures`).
+        **kwargs: for transformers' from_pretrained (dtype, device_map, revision, token, …).
+
+    Raises:
+        LowrankError: transformers is not installed, the folder cannot be read, or the weights
+            of a factored model do not fit: transformers itself would only warn, and go on with
+            random weights.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise LowrankError("transformers is not installed: pip install transformers") from error
+    install()  # the module may have been reloaded since
+    where = str(path)
+    wants_info = kwargs.pop("output_loading_info", False)
+    try:
+        loader = _loader(transformers, where, auto_class, kwargs)
+        model, info = loader.from_pretrained(where, output_loading_info=True, **kwargs)
+    except LowrankError:
+        raise
+    except Exception as error:  # whatever the many readers behind it raise
+        reason = " ".join(str(error).split())
+        raise LowrankError(f"cannot load {where}: {type(error).__name__}: {reason}") from error
+    if is_compressed(model) and type(model).__name__ in (model.config.architectures or []):
+        _check_complete(where, info)
+    return (model, info) if wants_info else model
+
+
+def _loader(transformers: Any, where: str, auto_class: str | None, kwargs: dict[str, Any]) -> Any:
+    """The class whose from_pretrained is to be called."""
+    if auto_class is not None:
+        found = getattr(transformers, auto_class, None)
+        if found is None:
+            raise LowrankError(f"transformers has no class {auto_class!r}")
+        return found
+    hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder")
+    known = {key: kwargs[key] for key in (*hub, "token", "trust_remote_code") if key in kwargs}
+    config = kwargs.get("config") or transformers.AutoConfig.from_pretrained(where, **known)
+    names = getattr(config, "architectures", None) or []
+    if not names:
+        raise LowrankError(f"{where}: config.json names no architecture: pass auto_class=")
+    found = getattr(transformers, names[0], None)
+    if found is not None:
+        return found
+    autos = [name for name in getattr(config, "auto_map", None) or {} if "Model" in name]
+    if not autos:
+        raise LowrankError(f"{where}: transformers has no class {names[0]!r}: pass auto_class=")
+    return getattr(transformers, autos[0])
+
+
+def _check_complete(where: str, info: dict[str, Any]) -> None:
+    """Raises LowrankError when a tensor was missing, left over, or of another shape."""
+    found = {
+        "missing": info["missing_keys"],
+        "unexpected": info["unexpected_keys"],
+        "of another shape": {key[0] for key in info["mismatched_keys"]},
+    }
+    parts = [f"{what}: {listed(sorted(names))}" for what, names in found.items() if names]
+    if parts:
+        raise LowrankError(f"{where}: the weights do not fit config.json; {'; '.join(parts)}")
+
+
+def _add_auto_map(path: Path, entries: dict[str, str]) -> None:
+    """Only in the file: a model in memory is of its stock class, and stays so when saved again."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["auto_map"] = {**config.get("auto_map", {}), **entries}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,72 @@
+"""What counts as a matrix: how a layer holds its weight, and why some layers must stay as they are.
+
+A layer is taken only when its exact class is known: a subclass may compute something else, and a
+parametrised or hooked layer computes its weight elsewhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .types import Cost
+
+
+def kind(module: nn.Module) -> str | None:
+    """ "linear" for nn.Linear, transformers' Conv1D and their subclasses; None for all else."""
+    if isinstance(module, nn.Linear) or _is_conv1d(type(module)):
+        return "linear"
+    return None
+
+
+def layout(module: nn.Module) -> str:
+    """ "conv1d" for transformers' Conv1D, which stores (in, out); "linear" for all else."""
+    return "conv1d" if _is_conv1d(type(module)) else "linear"
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """The weight as (out, in): the live tensor or a view of it."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.T if layout(module) == "conv1d" else weight
+
+
+def bias(module: nn.Module) -> Tensor | None:
+    """The bias (out,), or None."""
+    return module.bias  # type: ignore[return-value]
+
+
+def dense_cost(module: nn.Module) -> Cost:
+    weight = matrix(module)
+    return Cost(weight.numel(), weight.numel() * weight.dtype.itemsize, weight.numel())
+
+
+def obstacle(module: nn.Module) -> str:
+    """Why a layer of a known kind cannot be replaced; "" if it can."""
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrized: remove the parametrization first"
+    if "weight" not in module._parameters:
+        return "its weight is not a plain parameter (weight norm, pruning or the like)"
+    exact = type(module) is nn.Linear or layout(module) == "conv1d"
+    if not exact:
+        return f"{type(module).__name__} is a subclass of nn.Linear and may compute something else"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return "it carries hooks that a new layer would lose"
+    if "forward" in module.__dict__ or hasattr(module, "_hf_hook"):
+        return "its forward is wrapped (offloading or a patch): load the model whole first"
+    weight = matrix(module)
+    if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+        return f"its weight is stored as {weight.dtype}"
+    if weight.ndim != 2 or 0 in weight.shape:
+        return f"its weight has shape {tuple(weight.shape)}"
+    return ""
+
+
+def is_finite(module: nn.Module) -> bool:
+    """Whether all numbers of the weight are finite."""
+    return bool(torch.isfinite(matrix(module).detach()).all())
+
+
+def _is_conv1d(cls: type) -> bool:
+    # By name, for the library never imports transformers by itself.
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"

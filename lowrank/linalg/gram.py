@@ -1,0 +1,27 @@
+"""Second moments and the errors measured with them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gram_sum(rows: Tensor) -> Tensor:
+    """Σ x xᵀ over the rows of (tokens, in): product in fp32 (fp64 stays), returned in float64.
+
+    Chunks bound both the rounding of the fp32 sums and the memory of the cast.
+    """
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+    for chunk in rows.split(8192):
+        cast = chunk.to(wide)
+        total += cast.T @ cast
+    return total
+
+
+def squared_error(weight: Tensor, approximation: Tensor, gram: Tensor | None = None) -> float:
+    """‖(W − Ŵ)H^½‖² in float64; H (in, in) None stands for the identity."""
+    difference = weight.detach().double() - approximation.detach().double()
+    if gram is None:
+        return float(difference.square().sum())
+    return float(((difference @ gram.to(difference)) * difference).sum().clamp(min=0))

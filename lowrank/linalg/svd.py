@@ -1,0 +1,140 @@
+"""Truncated decompositions: W ≈ up · down, always through the smaller side of W.
+
+The optimum for the norm ‖(W − Ŵ)H^½‖ (H = E[x xᵀ]; H = I is the plain SVD) is Ŵ = U_r U_rᵀ W,
+where U_r are the leading eigenvectors of W H Wᵀ: nothing is inverted, whatever the rank of H.
+This one form serves plain SVD, SVD-LLM (arXiv 2403.07378), its v2 (arXiv 2503.12340) and
+Swift-SVD, which share their optimum. For out > in a thin QR, W = QR, moves the same problem to the
+smaller side: the eigenvectors of R H Rᵀ, turned by Q. With H = I, Wᵀ is factored instead.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FP64_UP_TO = 4096  # smaller side of W; above it fp32, with error sums in fp64
+RANDOMISED_FROM = 4096  # smaller side above which a rank below an eighth of it is sketched
+
+
+def compute_dtype(side: int) -> torch.dtype:
+    return torch.float64 if side <= FP64_UP_TO else torch.float32
+
+
+def energies(weight: Tensor, gram: Tensor | None = None) -> Tensor:
+    """Squared singular values of W H^½, descending, (min(out, in),) float64.
+
+    Args:
+        weight: W (out, in), any floating dtype.
+        gram: H (in, in), symmetric positive semi-definite; None stands for the identity.
+    """
+    if gram is None and weight.shape[0] > weight.shape[1]:
+        weight = weight.T
+    problem, _, _ = _reduced(weight, gram)
+    return torch.linalg.eigvalsh(problem).double().clamp(min=0).flip(0)
+
+
+def tails(energy: Tensor) -> Tensor:
+    """Error of every rank 0…k: the energy that a rank leaves out, (k + 1,) float64.
+
+    Summed from the small end, so that small tails keep their digits.
+    """
+    rest = energy.double().flip(0).cumsum(0).flip(0)
+    return torch.cat([rest, rest.new_zeros(1)])
+
+
+def factor(
+    weight: Tensor, rank: int, gram: Tensor | None = None, *, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The best rank-`rank` factors of W in the norm ‖· H^½‖.
+
+    Args:
+        weight: W (out, in).
+        rank: in [1, min(out, in)].
+        gram: H (in, in) or None for the identity.
+        seed: of the sketch, used only above `RANDOMISED_FROM`.
+
+    Returns:
+        up (out, rank) and down (rank, in) in the compute dtype, balanced and sign-fixed, so that
+        two runs agree.
+    """
+    if gram is None and weight.shape[0] > weight.shape[1]:
+        down, up = factor(weight.T, rank, seed=seed)
+        return up.T, down.T
+    side = min(weight.shape)
+    if side > RANDOMISED_FROM and rank <= side // 8:
+        basis = randomised_basis(weight, rank, gram, seed=seed)
+        matrix = weight.detach().to(basis.dtype)
+        return balance(basis, basis.T @ matrix)
+    problem, matrix, turn = _reduced(weight, gram)
+    vectors = _fix_signs(torch.linalg.eigh(problem).eigenvectors[:, -rank:].flip(1))
+    basis = vectors if turn is None else turn @ vectors
+    return balance(basis, basis.T @ matrix)
+
+
+def randomised_basis(
+    weight: Tensor,
+    rank: int,
+    gram: Tensor | None = None,
+    *,
+    oversample: int = 10,
+    power: int = 2,
+    seed: int = 0,
+) -> Tensor:
+    """Orthonormal (out, rank): a sketch of the leading left singular vectors of W H^½.
+
+    Halko, Martinsson and Tropp (arXiv 0909.4061), algorithm 4.4 with a QR after every product,
+    followed by a Rayleigh–Ritz step that drops the oversampling. The generator is seeded on the
+    CPU, so that every device draws the same numbers.
+    """
+    matrix = weight.detach().to(compute_dtype(min(weight.shape)))
+    metric = None if gram is None else gram.to(matrix)
+    width = min(rank + oversample, *weight.shape)
+    generator = torch.Generator().manual_seed(seed)
+    probe = torch.randn(weight.shape[0], width, generator=generator, dtype=matrix.dtype)
+    basis = probe.to(matrix.device)
+    for _ in range(power + 1):
+        basis = torch.linalg.qr(_apply(matrix, metric, basis)).Q
+    ritz = torch.linalg.eigh(basis.T @ _apply(matrix, metric, basis)).eigenvectors
+    return _fix_signs(basis @ ritz[:, -rank:].flip(1))
+
+
+def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale each of the components so that its column of `up` and row of `down` are equally long.
+
+    Training sees factors of one size, and rounding to 16 bits treats both alike. A component that
+    carries nothing keeps its unit side: were both sides zero, no gradient could reach it.
+    """
+    long_up, long_down = up.norm(dim=0), down.norm(dim=1)
+    product = long_up * long_down
+    alive = product > product.max() * torch.finfo(up.dtype).eps
+    scale = torch.where(alive, (long_down / long_up.where(alive, 1)).sqrt(), 1)
+    return up * scale, down / scale.where(alive, 1)[:, None]
+
+
+def _reduced(weight: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The eigenproblem on the smaller side, W in its dtype, and what turns its vectors back."""
+    matrix = weight.detach().to(compute_dtype(min(weight.shape)))
+    if gram is None:
+        return matrix @ matrix.T, matrix, None
+    metric = gram.to(matrix)
+    if matrix.shape[0] <= matrix.shape[1]:
+        return _symmetric(matrix @ metric @ matrix.T), matrix, None
+    turn, core = torch.linalg.qr(matrix)
+    return _symmetric(core @ metric @ core.T), matrix, turn
+
+
+def _apply(matrix: Tensor, metric: Tensor | None, basis: Tensor) -> Tensor:
+    """W H Wᵀ · basis."""
+    inner = matrix.T @ basis
+    return matrix @ (inner if metric is None else metric @ inner)
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.T) / 2
+
+
+def _fix_signs(vectors: Tensor) -> Tensor:
+    """Each column's entry of largest size becomes positive."""
+    largest = vectors.abs().argmax(dim=0, keepdim=True)
+    signs = vectors.gather(0, largest).sign()
+    return vectors * torch.where(signs == 0, 1, signs)

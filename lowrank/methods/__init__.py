@@ -1,0 +1,26 @@
+"""The registry of methods. Wherever a name is accepted, an object with the two verbs is too."""
+
+from __future__ import annotations
+
+from ..errors import LowrankError, unknown
+from ..types import Method
+from .random import Random as Random
+from .svd import SVD as SVD
+from .whitened import Whitened as Whitened
+
+METHODS: dict[str, type[Method]] = {
+    "svd": SVD,
+    "whitened": Whitened,
+    "random": Random,
+}
+
+
+def method(named: str | Method, seed: int = 0) -> Method:
+    """The method that a name stands for, with the given seed; an object is returned as it is."""
+    if isinstance(named, str):
+        if named not in METHODS:
+            raise unknown("method", named, METHODS)
+        return METHODS[named](seed=seed)  # type: ignore[call-arg]
+    if not (callable(getattr(named, "curve", None)) and callable(getattr(named, "factor", None))):
+        raise LowrankError(f"a method has the verbs curve and factor; got {type(named).__name__}")
+    return named

@@ -1,0 +1,61 @@
+"""What low-rank methods of one matrix share: the options of a curve, and the factored layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from .. import layouts
+from ..errors import LowrankError
+from ..nn import LowRankLinear
+from ..nn.lowrank_linear import low_rank_cost
+from ..types import Curve, Option, Site
+
+
+def low_rank_curve(
+    site: Site,
+    method: str,
+    errors: Sequence[float],
+    *,
+    spectrum: Tensor | None,
+    norm: str,
+    exact: bool,
+) -> Curve:
+    """The curve of plain factors: every rank whose factors are smaller than the dense weight.
+
+    Args:
+        errors: of ranks 0…min(out, in); rank 0 is the zero matrix.
+    """
+    out_features, in_features = site.shape
+    dtype = layouts.matrix(site.module).dtype
+    options, least = [], float("inf")
+    for rank in range(1, len(errors)):
+        cost = low_rank_cost(out_features, in_features, rank, dtype)
+        if cost.params >= site.cost.params:
+            break
+        if errors[rank] < least:  # ties carry nothing: the smaller one is enough
+            least = errors[rank]
+            options.append(Option(method, (rank,), "factors", cost, float(least)))
+    options.append(Option("dense", None, "dense", site.cost, 0.0))
+    return Curve(site.names, tuple(options), float(errors[0]), spectrum, norm, exact)
+
+
+def rank_of(option: Option, module: nn.Module) -> int:
+    """The rank that an option asks for, checked against the layer.
+
+    Raises:
+        LowrankError: the size is no rank of this weight.
+    """
+    shape = tuple(layouts.matrix(module).shape)
+    if option.size is None or len(option.size) != 1 or not 1 <= option.size[0] <= min(shape):
+        raise LowrankError(
+            f"rank must be in [1, {min(shape)}] for shape {shape}, got {option.size}"
+        )
+    return option.size[0]
+
+
+def low_rank_layer(module: nn.Module, down: Tensor, up: Tensor) -> LowRankLinear:
+    """Factors in the compute dtype -> a layer with the dtype, device and bias of `module`."""
+    weight = layouts.matrix(module)
+    return LowRankLinear.from_factors(down.to(weight), up.to(weight), layouts.bias(module))

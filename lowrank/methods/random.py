@@ -1,0 +1,52 @@
+"""Random factors, for training a model that is factored by design (Greenformer, arXiv 2109.06762).
+
+The trained weight is given up; its scale is kept: entries of up·down have the variance of W's. The
+bias is kept too. Asked for by name only.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import layouts
+from ..types import Curve, Option, Site, Statistics
+from .common import low_rank_curve, low_rank_layer, rank_of
+
+
+@dataclass(frozen=True)
+class Random:
+    """Options: `seed`; layers with different weights get different numbers from one seed.
+
+    The curve is a bound, not exact: the mean error of W projected on a random subspace of that
+    rank, ‖W‖²(1 − r / min(out, in)), which is what training one factor could still reach.
+    """
+
+    seed: int = 0
+    kinds = frozenset({"linear"})
+    needs = frozenset[str]()
+
+    def curve(self, site: Site, stats: Statistics) -> Curve:
+        total = float(layouts.matrix(site.module).detach().double().square().sum())
+        side = min(site.shape)
+        errors = [total * (1 - rank / side) for rank in range(side + 1)]
+        return low_rank_curve(site, "random", errors, spectrum=None, norm="weight", exact=False)
+
+    def factor(self, module: nn.Module, option: Option, stats: Statistics) -> nn.Module:
+        weight, rank = layouts.matrix(module).detach(), rank_of(option, module)
+        generator = torch.Generator().manual_seed(self.seed ^ _fingerprint(weight))
+        # Var(Σ_r up·down) = r · std⁴ has to equal the mean square of W.
+        std = (float(weight.double().square().mean()) / rank) ** 0.25
+        up, down = (
+            torch.randn(shape, generator=generator, dtype=torch.float64).to(weight.device) * std
+            for shape in ((weight.shape[0], rank), (rank, weight.shape[1]))
+        )
+        return low_rank_layer(module, down, up)
+
+
+def _fingerprint(weight: Tensor) -> int:
+    row = weight[0].float().cpu().contiguous().numpy()
+    return zlib.crc32(row.tobytes())

@@ -1,0 +1,75 @@
+"""Factored modules: each one is its factorisation, describes itself and can be built empty."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..errors import LowrankError, unknown
+from .lowrank_linear import LowRankLinear as LowRankLinear
+
+FACTORED: dict[str, type[nn.Module]] = {
+    "LowRankLinear": LowRankLinear,
+}
+
+
+LAYOUTS = ("linear", "conv1d")
+
+
+def is_factored(module: nn.Module) -> bool:
+    return type(module) in FACTORED.values()
+
+
+def layout_of(module: nn.Module) -> str:
+    """How the replaced layer stored its weight: "linear" (out, in) or "conv1d" (in, out).
+
+    Factors do not need it. It is kept so that a merged layer is of the class that was there,
+    and a dense checkpoint loads in plain transformers.
+    """
+    return str(getattr(module, "layout", "linear"))
+
+
+def remember_layout(module: nn.Module, layout: str) -> None:
+    """Note on a factored module which layout it replaced.
+
+    Raises:
+        LowrankError: the layout is unknown.
+    """
+    if layout not in LAYOUTS:
+        raise unknown("layout", str(layout), LAYOUTS)
+    if layout != layout_of(module):
+        module.__dict__["layout"] = layout
+
+
+def describe(module: nn.Module) -> dict[str, Any]:
+    """JSON that `build` turns into the same module, empty: its type, its sizes, its layout."""
+    layout = layout_of(module)
+    noted = {} if layout == "linear" else {"layout": layout}
+    sizes: dict[str, Any] = module.spec()  # type: ignore[operator]
+    return {"type": type(module).__name__, **sizes, **noted}
+
+
+def build(spec: dict[str, Any], where: str) -> nn.Module:
+    """The empty module (meta device) that a stored spec stands for.
+
+    Raises:
+        LowrankError: type or layout are unknown, or the sizes do not fit; `where` is named.
+    """
+    if not isinstance(spec, dict) or not isinstance(spec.get("type"), str):
+        raise LowrankError(f"{where}: expected a spec with a 'type', got {spec!r}")
+    if spec["type"] not in FACTORED:
+        raise unknown(f"factored module at {where}:", spec["type"], FACTORED)
+    layout = spec.get("layout", "linear")
+    if layout not in LAYOUTS:
+        raise unknown(f"layout at {where}:", str(layout), LAYOUTS)
+    sizes = {key: value for key, value in spec.items() if key not in ("type", "layout")}
+    wrong = {k: v for k, v in sizes.items() if not (isinstance(v, int) and v >= 0)}
+    if wrong:
+        raise LowrankError(f"{where}: sizes must be integers >= 0, got {wrong}")
+    try:
+        built: nn.Module = FACTORED[spec["type"]].empty(**sizes)  # type: ignore[attr-defined]
+    except (TypeError, RuntimeError, OverflowError) as error:
+        raise LowrankError(f"{where}: {spec['type']} cannot be built from {sizes}") from error
+    remember_layout(built, layout)
+    return built

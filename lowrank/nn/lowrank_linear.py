@@ -1,0 +1,105 @@
+"""A linear layer as a product of two: y = up(down(x))."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..types import Cost
+
+
+class LowRankLinear(nn.Module):
+    """Two real `nn.Linear` children, so that other libraries' tools work without special cases.
+
+    Tensors: `down.weight` (rank, in), `up.weight` (out, rank), `up.bias` (out,).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    @classmethod
+    def from_factors(cls, down: Tensor, up: Tensor, bias: Tensor | None) -> Self:
+        """A layer that owns contiguous copies of `down` (rank, in), `up` (out, rank), `bias`."""
+        layer = cls.empty(
+            in_features=down.shape[1],
+            out_features=up.shape[0],
+            rank=down.shape[0],
+            bias=bias is not None,
+        )
+        layer.down.weight = _own(down)
+        layer.up.weight = _own(up)
+        if bias is not None:
+            layer.up.bias = _own(bias)
+        return layer
+
+    @classmethod
+    def empty(cls, *, in_features: int, out_features: int, rank: int, bias: bool) -> Self:
+        return cls(in_features, out_features, rank, bias=bias, device="meta")
+
+    @property
+    def in_features(self) -> int:
+        return self.down.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.up.out_features
+
+    @property
+    def rank(self) -> int:
+        return self.down.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (out, in), computed anew: for code that reads a layer's `.weight`."""
+        return self.dense_weight()
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.up.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        return self.up(self.down(x))
+
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(out, in), multiplied in `dtype` (None: that of the factors)."""
+        dtype = dtype or self.up.weight.dtype
+        return self.up.weight.to(dtype) @ self.down.weight.to(dtype)
+
+    def spec(self) -> dict[str, Any]:
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "rank": self.rank,
+            "bias": self.up.bias is not None,
+        }
+
+    def cost(self) -> Cost:
+        return low_rank_cost(self.out_features, self.in_features, self.rank, self.up.weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+def low_rank_cost(out_features: int, in_features: int, rank: int, dtype: torch.dtype) -> Cost:
+    """Cost of plain factors: rank · (out + in) numbers and as many products per token."""
+    params = rank * (out_features + in_features)
+    return Cost(params=params, bytes=params * dtype.itemsize, macs=params)
+
+
+def _own(tensor: Tensor) -> nn.Parameter:
+    copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(copy, requires_grad=tensor.dtype.is_floating_point)

@@ -1,0 +1,194 @@
+"""What one forward pass shows: who reads the same tensor, and which modules form a chain.
+
+Nothing is known of architectures. Layers that are given the same tensor form a group; members of
+an ordered container that take the previous member's output form a chain of blocks.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .types import Site
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One forward pass.
+
+    Attributes:
+        order: names of the sites in the order of their first call; those never called are absent.
+        groups: sites that read the same tensor at every call, in call order; singles included.
+        chains: per chain of blocks, the names of its members in order.
+        shapes: shape of each site's input at its first call.
+    """
+
+    order: tuple[str, ...]
+    groups: tuple[tuple[str, ...], ...]
+    chains: tuple[tuple[str, ...], ...]
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
+    """Run the model once under hooks; the model and its modes are as before afterwards."""
+    reads = _Reads()
+    containers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1
+    }
+    chains = {name: _Chain(len(module)) for name, module in containers.items()}
+    handles = []
+    try:
+        for site in sites:
+            handles += [
+                module.register_forward_pre_hook(
+                    lambda _m, args, kwargs, name=site.name: reads.note(
+                        name, first_tensor((args, kwargs))
+                    ),
+                    with_kwargs=True,
+                )
+                for module in site.modules
+            ]
+        for name, container in containers.items():
+            for index, member in enumerate(container):
+                handles += chains[name].hooks(index, member)
+        with quiet(model):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    linked = [name for name, chain in chains.items() if chain.linked()]
+    outer = [n for n in linked if not any(n != o and _inside(n, o) for o in linked)]
+    return Observation(
+        order=tuple(reads.shapes),
+        groups=reads.groups(),
+        chains=tuple(
+            tuple(
+                f"{name}.{child}" if name else child
+                for child, _ in containers[name].named_children()
+            )
+            for name in outer
+        ),
+        shapes=reads.shapes,
+    )
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own training flag is restored."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class SameTensor:
+    """Remembers a tensor weakly and recognises it, or another view of the same memory, later."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._ref = weakref.ref(tensor)
+        self._key = _key(tensor)
+
+    def __call__(self, tensor: Tensor) -> bool:
+        # Only while the first tensor is alive can its memory not have been given to another.
+        return self._ref() is not None and self._key == _key(tensor)
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first tensor in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return None
+    return next((t for t in map(first_tensor, value) if t is not None), None)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists, dicts and transformers' outputs."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+
+
+class _Reads:
+    """Which read each call of each site was; a read is one tensor between its first and last use."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._calls: dict[str, list[int]] = {}
+        self._recent: list[tuple[SameTensor, int]] = []
+        self._count = 0
+
+    def note(self, name: str, tensor: Tensor | None) -> None:
+        if tensor is None:
+            return
+        self.shapes.setdefault(name, tuple(tensor.shape))
+        read = next((n for same, n in reversed(self._recent) if same(tensor)), None)
+        if read is None:
+            self._count += 1
+            read = self._count
+            self._recent = [*self._recent[-15:], (SameTensor(tensor), read)]
+        self._calls.setdefault(name, []).append(read)
+
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        found: dict[tuple[int, ...], list[str]] = {}
+        for name, reads in self._calls.items():
+            found.setdefault(tuple(reads), []).append(name)
+        return tuple(tuple(names) for names in found.values())
+
+
+class _Chain:
+    """Whether each member of a container was given the previous member's output."""
+
+    def __init__(self, length: int) -> None:
+        self._outputs: list[list[SameTensor]] = [[] for _ in range(length)]
+        self._links = [False] * length
+        self._called = [False] * length
+
+    def hooks(self, index: int, member: nn.Module) -> list[Any]:
+        def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._called[index] = True
+            given = list(tensors_in((args, kwargs)))
+            if index > 0:
+                self._links[index] = any(
+                    same(tensor) for same in self._outputs[index - 1] for tensor in given
+                )
+
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._outputs[index] = [SameTensor(tensor) for tensor in tensors_in(output)]
+
+        return [
+            member.register_forward_pre_hook(before, with_kwargs=True),
+            member.register_forward_hook(after),
+        ]
+
+    def linked(self) -> bool:
+        return all(self._called) and all(self._links[1:])
+
+
+def _key(tensor: Tensor) -> tuple[object, ...]:
+    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor._version)
+
+
+def _inside(name: str, outer: str) -> bool:
+    return outer == "" or name.startswith(f"{outer}.")

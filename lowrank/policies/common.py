@@ -1,0 +1,102 @@
+"""What policies share: reading curves, counting, and rounding ranks to aligned sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+from ..errors import LowrankError, listed
+from ..types import Allocation, Budget, Curve, Option, Unit
+
+Choice = dict[tuple[str, ...], Option]
+LOSSLESS = 0.01  # the share of a site's budget that rounding may cost without being asked for
+
+
+def disjoint(curves: Sequence[Curve]) -> dict[tuple[str, ...], Curve]:
+    """Curves by their sites.
+
+    Raises:
+        LowrankError: there is none, or a site appears in two of them: these policies choose among
+            the options of one curve per site.
+    """
+    if not curves:
+        raise LowrankError("there is nothing to allocate: no site can be factored")
+    seen: set[str] = set()
+    for curve in curves:
+        twice = seen.intersection(curve.sites)
+        if twice:
+            raise LowrankError(f"{listed(sorted(twice))}: in more than one curve")
+        seen.update(curve.sites)
+    return {curve.sites: curve for curve in curves}
+
+
+def spent(options: Iterable[Option], unit: Unit) -> int:
+    return sum(option.cost.of(unit) for option in options)
+
+
+def smallest(curves: Sequence[Curve], unit: Unit) -> int:
+    """The least that these curves can be brought to."""
+    return sum(min(option.cost.of(unit) for option in curve.options) for curve in curves)
+
+
+def at_most(curve: Curve, rank: int) -> Option | None:
+    """The largest factored option of rank ≤ `rank`; None if there is none."""
+    fitting = [o for o in curve.options if o.size is not None and o.size[0] <= rank]
+    return fitting[-1] if fitting else None
+
+
+def least_that_fits(
+    thresholds: Sequence[float], choose: Callable[[float], Choice], budget: Budget, policy: str
+) -> Choice:
+    """The choice at the least threshold that fits, for costs that fall as thresholds rise.
+
+    Raises:
+        LowrankError: not even the largest threshold fits.
+    """
+    low, high = 0, len(thresholds) - 1
+    best = choose(thresholds[high])
+    if spent(best.values(), budget.unit) > budget.limit:
+        reached = spent(best.values(), budget.unit)
+        raise LowrankError(
+            f"{policy} reaches {reached:,} {budget.unit} at least, the budget is {budget.limit:,}: "
+            "ask for more, or take another policy"
+        )
+    while low < high:
+        middle = (low + high) // 2
+        found = choose(thresholds[middle])
+        if spent(found.values(), budget.unit) <= budget.limit:
+            high, best = middle, found
+        else:
+            low = middle + 1
+    return best
+
+
+def only_aligned(curves: Sequence[Curve], align: int) -> list[Curve]:
+    """The curves without the ranks that are no multiple of `align`."""
+    return [
+        replace(
+            curve,
+            options=tuple(o for o in curve.options if o.size is None or o.size[0] % align == 0),
+        )
+        for curve in curves
+    ]
+
+
+def nearly_free_alignment(
+    curves: Sequence[Curve], allocation: Allocation, unit: Unit, multiple: int = 8
+) -> Allocation:
+    """Ranks rounded down to a multiple where that loses less than 1 % of the site's budget."""
+    by_sites = {curve.sites: curve for curve in curves}
+    found: Choice = {}
+    for sites, option in allocation.items():
+        found[sites] = option
+        if option.size is None or len(option.size) != 1 or option.size[0] % multiple == 0:
+            continue
+        rounded = option.size[0] // multiple * multiple
+        lower = at_most(by_sites[sites], rounded)
+        if lower is None or lower.size != (rounded,):
+            continue
+        budget = option.cost.of(unit)
+        if budget - lower.cost.of(unit) < LOSSLESS * budget:
+            found[sites] = lower
+    return found

@@ -1,0 +1,51 @@
+"""Every site keeps the same share of its own cost: the field's baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from ..types import Allocation, Budget, Curve, Option, Probe
+from .common import Choice, disjoint, spent
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """The largest option with cost ≤ share · dense cost, the share being the budget's.
+
+    A site whose smallest option is above its share keeps that one, and all the others give way.
+    """
+
+    def __call__(
+        self, curves: Sequence[Curve], budget: Budget, probe: Probe | None = None
+    ) -> Allocation:
+        by_sites = disjoint(curves)
+        unit = budget.unit
+        whole = spent((curve.dense for curve in curves), unit)
+        # The limit was rounded down; every cost strictly below limit + 1 sums to at most limit.
+        share = Fraction(budget.limit + 1, whole)
+
+        def choose(share: Fraction) -> Choice:
+            return {
+                sites: _largest_below(curve, share * curve.dense.cost.of(unit), budget)
+                for sites, curve in by_sites.items()
+            }
+
+        found = choose(share)
+        low, high = Fraction(0), share
+        while spent(found.values(), unit) > budget.limit and high - low > Fraction(1, whole):
+            middle = (low + high) / 2
+            trial = choose(middle)
+            if spent(trial.values(), unit) > budget.limit:
+                high = middle
+            else:
+                low = middle
+            if high - low <= Fraction(1, whole):
+                found = choose(low)
+        return found
+
+
+def _largest_below(curve: Curve, limit: Fraction, budget: Budget) -> Option:
+    fitting = [option for option in curve.options if option.cost.of(budget.unit) < limit]
+    return fitting[-1] if fitting else curve.options[0]

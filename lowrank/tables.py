@@ -1,0 +1,41 @@
+"""Rows of text as an aligned block, as a rich table, and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Rows = Sequence[Mapping[str, str]]
+NUMBERS = ("rank", "kept", "error", "measured")
+
+
+def aligned(rows: Rows) -> list[str]:
+    """Lines in which columns stand under each other; empty columns are left out."""
+    columns = _filled(rows)
+    width = {c: max(len(c), *(len(row[c]) for row in rows)) for c in columns}
+    lines = ["  ".join(c.ljust(width[c]) for c in columns)] if columns else []
+    lines += ["  ".join(row[c].ljust(width[c]) for c in columns) for row in rows]
+    return [line.rstrip() for line in lines]
+
+
+def rich_table(title: str, rows: Rows) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in _filled(rows):
+        side = "right" if column in NUMBERS else "left"
+        table.add_column(column, justify=side, no_wrap=column == "site")
+    for row in rows:
+        table.add_row(*(row[c] for c in _filled(rows)))
+    return table
+
+
+def markdown(rows: Rows) -> str:
+    columns = _filled(rows)
+    lines = [columns, ["---"] * len(columns), *([row[c] for c in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _filled(rows: Rows) -> list[str]:
+    """Columns in which anything stands."""
+    return [c for c in rows[0] if any(row[c] for row in rows)] if rows else []

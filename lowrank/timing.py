@@ -1,0 +1,30 @@
+"""Paired timing: on a noisy machine only ratios within one run mean anything."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+@torch.no_grad()
+def paired_ratio(
+    one: Callable[[], object], other: Callable[[], object], pairs: int = 15, least_s: float = 0.002
+) -> float:
+    """Median of time(one) / time(other) over alternating pairs, each long enough to be timed."""
+    repeats = 1
+    while _time(other, repeats) < least_s and repeats < 1024:
+        repeats *= 2
+    _time(one, repeats)
+    return statistics.median(_time(one, repeats) / _time(other, repeats) for _ in range(pairs))
+
+
+def _time(call: Callable[[], object], repeats: int) -> float:
+    started = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started

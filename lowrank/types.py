@@ -1,0 +1,171 @@
+"""The words of the library: sites, statistics, options, curves, budgets, and the contracts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+Size = tuple[int, ...]
+Unit = Literal["params", "bytes", "macs"]
+UNITS: tuple[Unit, ...] = ("params", "bytes", "macs")
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one form of a weight costs.
+
+    Attributes:
+        params: floating-point numbers stored, biases excluded.
+        bytes: of those tensors as saved, index tensors included.
+        macs: multiply-accumulates per token (linear) or per output position (convolution).
+    """
+
+    params: int
+    bytes: int
+    macs: int
+
+    def of(self, unit: Unit) -> int:
+        return int(getattr(self, unit))
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.params + other.params, self.bytes + other.bytes, self.macs + other.macs)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight that may be factored, with every name that shares it.
+
+    Attributes:
+        name: the first fully qualified name in the model's own order ("" for the root itself).
+        names: all names under which the weight is reached; tied weights are one site.
+        kind: "linear" (convolutions, embeddings and experts follow).
+        module: the live module; methods read its weight through `lowrank.layouts`.
+        modules: every distinct module that holds this weight; `module` is the first.
+        shape: (out, in) of the weight as a matrix.
+        cost: what the dense weight costs.
+        reason: why the site stays dense ("" if it may be factored).
+    """
+
+    name: str
+    names: tuple[str, ...]
+    kind: str
+    modules: tuple[nn.Module, ...]
+    shape: tuple[int, int]
+    cost: Cost
+    reason: str = ""
+
+    @property
+    def module(self) -> nn.Module:
+        return self.modules[0]
+
+
+@dataclass(eq=False)
+class Statistics:
+    """What was seen of one distinct input, shared by the sites that read it.
+
+    Attributes:
+        count: tokens seen; 0 means that the model was never run.
+        gram: E[x xᵀ] per token, (in, in) float64, or None for data-free work.
+        mean: E[x] per token, (in,) float64.
+    """
+
+    count: int = 0
+    gram: Tensor | None = None
+    mean: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One thing a site could become; `size` None is the dense weight, with error 0.
+
+    `error` is squared and absolute, in the norm that its curve names.
+    """
+
+    method: str
+    size: Size | None
+    storage: str
+    cost: Cost
+    error: float
+
+    @property
+    def dense(self) -> bool:
+        return self.size is None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The Pareto set of options of one site, or of a group of sites that read one tensor.
+
+    Attributes:
+        sites: names of the sites that an option covers.
+        options: cost rising, error falling; the last one is the dense weight.
+        total: error of the zero matrix, in the same norm.
+        spectrum: singular values (min(out, in),) float64, descending, or None.
+        norm: "weight" (squared Frobenius), "output" (per token), "fisher" or "kl".
+        exact: the error of an option is what the factored layer will show, to 1e-6 of `total`;
+            otherwise it is a bound or an interpolation, and the method says which.
+    """
+
+    sites: tuple[str, ...]
+    options: tuple[Option, ...]
+    total: float
+    spectrum: Tensor | None
+    norm: str
+    exact: bool
+
+    @property
+    def dense(self) -> Option:
+        return self.options[-1]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """At most `limit` units for the curves that a policy is given."""
+
+    limit: int
+    unit: Unit = "params"
+
+
+Allocation = Mapping[tuple[str, ...], Option]
+Probe = Callable[[Allocation], float]
+Policy = Callable[[Sequence[Curve], Budget, Probe | None], Allocation]
+
+
+class Method(Protocol):
+    """A way to factor one site: a frozen dataclass of options, in one file."""
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Kinds of sites it takes, such as {"linear"}."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that it reads, such as {"gram"}; empty means data-free."""
+
+    def curve(self, site: Site, stats: Statistics) -> Curve:
+        """All sizes from one decomposition."""
+
+    def factor(self, module: nn.Module, option: Option, stats: Statistics) -> nn.Module:
+        """The factored module; the input module is untouched, bit for bit."""
+
+
+@runtime_checkable
+class Factored(Protocol):
+    """Every module in lowrank.nn."""
+
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The matrix (out, in) that the module stands for, multiplied in `dtype`."""
+
+    def spec(self) -> dict[str, Any]:
+        """JSON that rebuilds the module empty."""
+
+    def cost(self) -> Cost:
+        """What is stored, biases excluded."""
+
+    @classmethod
+    def empty(cls, **spec: Any) -> Self:
+        """The module on the meta device: no memory, no initialisation."""
