@@ -72,10 +72,7 @@ def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
         order=tuple(reads.shapes),
         groups=reads.groups(),
         chains=tuple(
-            tuple(
-                f"{name}.{child}" if name else child
-                for child, _ in containers[name].named_children()
-            )
+            tuple(f"{name}.{index}".lstrip(".") for index in containers[name]._modules)
             for name in outer
         ),
         shapes=reads.shapes,
@@ -131,7 +128,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 class _Reads:
-    """Which read each call of each site was; a read is one tensor between its first and last use."""
+    """Which read each call of a site was; a read is one tensor between its first and last use."""
 
     def __init__(self) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}

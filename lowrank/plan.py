@@ -216,9 +216,8 @@ class Report:
 
     def summary(self) -> list[str]:
         factored = sum(entry.size is not None for entry in self.plan.entries)
-        asked = (
-            "" if self.asked is None else f"asked {self.asked:g} ({self.plan.asked.get('of')}), "
-        )
+        of = self.plan.asked.get("of")
+        asked = "" if self.asked is None else f"asked {self.asked:g} of the {of}, "
         lines = [
             f"{asked}achieved {self.achieved:.4f} of the targets' {self.plan.unit}, "
             f"{self.achieved_of_model:.4f} of the model's",

@@ -89,7 +89,7 @@ def pattern_value(patterns: Mapping[str, object], names: Iterable[str]) -> str |
     return None
 
 
-def check_rank_pattern(patterns: Mapping[str, int], sites: Sequence[Site]) -> None:
+def check_rank_pattern(patterns: Mapping[str, object], sites: Sequence[Site]) -> None:
     """Raises LowrankError when a key names no site; what was there is listed."""
     for key in patterns:
         if not any(pattern_value({key: 0}, site.names) for site in sites):

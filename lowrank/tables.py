@@ -23,8 +23,11 @@ def rich_table(title: str, rows: Rows) -> Any:
 
     table = Table(title=title, title_justify="left")
     for column in _filled(rows):
-        side = "right" if column in NUMBERS else "left"
-        table.add_column(column, justify=side, no_wrap=column == "site")
+        table.add_column(
+            column,
+            justify="right" if column in NUMBERS else "left",
+            no_wrap=column == "site",
+        )
     for row in rows:
         table.add_row(*(row[c] for c in _filled(rows)))
     return table

@@ -23,33 +23,20 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
 VOCABULARY, CONTEXT, BATCH = 1024, 256, 32
 # Modules nobody trained on: the first list measures, the second one calibrates.
 HELD_OUT = [
-    "ast.py",
-    "bisect.py",
-    "calendar.py",
-    "fractions.py",
-    "graphlib.py",
-    "heapq.py",
-    "queue.py",
-    "shlex.py",
-    "textwrap.py",
-]
+    "ast.py", "bisect.py", "calendar.py", "fractions.py", "graphlib.py", "heapq.py", "queue.py",
+    "shlex.py", "textwrap.py",
+]  # fmt: skip
 CALIBRATION = [
-    "csv.py",
-    "dis.py",
-    "fnmatch.py",
-    "gzip.py",
-    "plistlib.py",
-    "sched.py",
-    "statistics.py",
-    "string.py",
-    "tokenize.py",
-]
+    "csv.py", "dis.py", "fnmatch.py", "gzip.py", "plistlib.py", "sched.py", "statistics.py",
+    "string.py", "tokenize.py",
+]  # fmt: skip
 # Tables, generated text and test data: no code to learn from.
 LEFT_OUT = ("test", "tests", "idlelib", "encodings", "site-packages", "pydoc_data", "_bundled")
 
@@ -127,9 +114,7 @@ def fit(model: LlamaForCausalLM, stream: torch.Tensor, steps: int, seed: int) ->
         rows = torch.stack([stream[s : s + CONTEXT + 1] for s in starts]).long()
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=rows[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), rows[:, 1:].flatten()
-        )
+        loss = cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):

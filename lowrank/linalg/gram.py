@@ -13,7 +13,7 @@ def gram_sum(rows: Tensor) -> Tensor:
     """
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
-    for chunk in rows.split(8192):
+    for chunk in torch.split(rows, 8192):
         cast = chunk.to(wide)
         total += cast.T @ cast
     return total

@@ -30,7 +30,8 @@ def energies(weight: Tensor, gram: Tensor | None = None) -> Tensor:
     if gram is None and weight.shape[0] > weight.shape[1]:
         weight = weight.T
     problem, _, _ = _reduced(weight, gram)
-    return torch.linalg.eigvalsh(problem).double().clamp(min=0).flip(0)
+    values: Tensor = torch.linalg.eigvalsh(problem)
+    return values.double().clamp(min=0).flip(0)
 
 
 def tails(energy: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ..errors import LowrankError
 from ..types import Allocation, Budget, Curve, Option, Probe, Unit
@@ -66,10 +67,7 @@ def _hull(curve: Curve, unit: Unit) -> list[tuple[float, Option]]:
         ):
             corners.pop()
         corners.append(option)
-    return [
-        (_slope(before, after, unit), after)
-        for before, after in zip(corners, corners[1:], strict=False)
-    ]
+    return [(_slope(before, after, unit), after) for before, after in pairwise(corners)]
 
 
 def _slope(before: Option, after: Option, unit: Unit) -> float:

@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import LowrankError, listed
 from ..types import Allocation, Budget, Curve, Option, Probe
 from .common import Choice, at_most, disjoint, least_that_fits
+
+Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -46,20 +49,20 @@ class WeLore:
         return least_that_fits(distinct, choose, budget, "welore")
 
 
-def normalised(spectrum: np.ndarray) -> np.ndarray:
+def normalised(spectrum: Values) -> Values:
     """Min-max normalisation of descending singular values (k,) to [0, 1]; never NaN."""
     most, least = spectrum[0], spectrum[-1]
     if most - least <= most * len(spectrum) * np.finfo(np.float64).eps:
         return np.linspace(1.0, 0.0, len(spectrum)) if len(spectrum) > 1 else np.ones(1)
-    return (spectrum - least) / (most - least)
+    return np.asarray((spectrum - least) / (most - least))
 
 
-def kept(values: np.ndarray, threshold: float) -> int:
+def kept(values: Values, threshold: float) -> int:
     """How many normalised values reach the threshold; at least one is kept."""
     return max(1, int(np.count_nonzero(values >= threshold)))
 
 
-def _numbers(curve: Curve) -> np.ndarray:
+def _numbers(curve: Curve) -> Values:
     assert curve.spectrum is not None
     return curve.spectrum.double().numpy()
 
