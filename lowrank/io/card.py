@@ -56,7 +56,10 @@ Or `lowrank.from_pretrained("path/to/this")`, which checks that every weight was
 
 
 def auto_classes(model: nn.Module) -> list[str]:
-    """Names of transformers' Auto classes that give this model's class; [] for a custom class."""
+    """Names of transformers' Auto classes that give this model's class; [] for a custom class.
+
+    The one that people use comes first: several classes also serve for pretraining.
+    """
     transformers = sys.modules["transformers"]
     if getattr(transformers, type(model).__name__, None) is not type(model):
         return []
@@ -68,7 +71,7 @@ def auto_classes(model: nn.Module) -> list[str]:
             continue
         if type(model.config) in mapping and _gives(mapping[type(model.config)], type(model)):
             found.append(name)
-    return found
+    return sorted(found, key=lambda name: name == "AutoModelForPreTraining")
 
 
 def auto_map(name: str, classes: list[str]) -> dict[str, str]:

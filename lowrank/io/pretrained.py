@@ -52,16 +52,18 @@ def from_pretrained(path: str | Path, auto_class: str | None = None, **kwargs: A
     install()  # the module may have been reloaded since
     where = str(path)
     wants_info = kwargs.pop("output_loading_info", False)
+    may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+    asked = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         loader = _loader(transformers, where, auto_class, kwargs)
-        model, info = loader.from_pretrained(where, output_loading_info=True, **kwargs)
+        model, info = loader.from_pretrained(where, **asked)
     except LowrankError:
         raise
     except Exception as error:  # whatever the many readers behind it raise
         reason = " ".join(str(error).split())
         raise LowrankError(f"cannot load {where}: {type(error).__name__}: {reason}") from error
-    if is_compressed(model) and type(model).__name__ in (model.config.architectures or []):
-        _check_complete(where, info)
+    same = is_compressed(model) and type(model).__name__ in (model.config.architectures or [])
+    _check_loaded(where, info, complete=same, sizes=not may_mismatch)
     return (model, info) if wants_info else model
 
 
@@ -87,13 +89,19 @@ def _loader(transformers: Any, where: str, auto_class: str | None, kwargs: dict[
     return getattr(transformers, autos[0])
 
 
-def _check_complete(where: str, info: dict[str, Any]) -> None:
-    """Raises LowrankError when a tensor was missing, left over, or of another shape."""
-    found = {
-        "missing": info["missing_keys"],
-        "unexpected": info["unexpected_keys"],
-        "of another shape": {key[0] for key in info["mismatched_keys"]},
-    }
+def _check_loaded(where: str, info: dict[str, Any], *, complete: bool, sizes: bool) -> None:
+    """What transformers found while loading, as an error.
+
+    Args:
+        complete: a tensor that is missing or left over is an error: not for another class than
+            the saved one, whose head is new, nor for a dense model, where transformers decides.
+        sizes: a tensor of another shape is an error.
+    """
+    found: dict[str, set[str]] = {}
+    if complete:
+        found = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"]}
+    if sizes:
+        found["of another shape"] = {key[0] for key in info["mismatched_keys"]}
     parts = [f"{what}: {listed(sorted(names))}" for what, names in found.items() if names]
     if parts:
         raise LowrankError(f"{where}: the weights do not fit config.json; {'; '.join(parts)}")

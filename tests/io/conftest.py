@@ -55,7 +55,11 @@ class Net(nn.Module):
 
 
 def make(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A tiny random transformers model, in eval mode."""
+    """A tiny random transformers model, in eval mode.
+
+    Built in `dtype` as from_pretrained does: `.to(dtype)` would cast the rotary frequencies too,
+    which no file holds, and then a dense model would not come back exactly either.
+    """
     import transformers as tf
 
     torch.manual_seed(0)
@@ -63,21 +67,20 @@ def make(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     gqa = {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
     if kind.startswith("llama"):
         config = tf.LlamaConfig(**size, **gqa, tie_word_embeddings=kind == "llama-tied")
-        model = tf.LlamaForCausalLM(config)
+        cls = tf.LlamaForCausalLM
     elif kind == "gpt2":
-        model = tf.GPT2LMHeadModel(
-            tf.GPT2Config(
-                vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64,
-                bos_token_id=0, eos_token_id=1,
-            )
+        config = tf.GPT2Config(
+            vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64,
+            bos_token_id=0, eos_token_id=1,
         )  # fmt: skip
+        cls = tf.GPT2LMHeadModel
     elif kind == "bert":
         config = tf.BertConfig(**size, intermediate_size=48, num_labels=5)
-        model = tf.BertForSequenceClassification(config)
+        cls = tf.BertForSequenceClassification
     else:
         config = tf.MixtralConfig(**size, **gqa, num_local_experts=4, num_experts_per_tok=2)
-        model = tf.MixtralForCausalLM(config)
-    return model.to(dtype).eval()
+        cls = tf.MixtralForCausalLM
+    return cls._from_config(config, dtype=dtype).eval()
 
 
 def factor(model: nn.Module, targets: tuple[str, ...], rank: int = RANK) -> nn.Module:

@@ -1,0 +1,54 @@
+# Two commands do everything on a machine with Python 3.11, pip and make: `make demo`, `make test`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# constraints.txt pins what the checks were run with; torch's pin selects the CPU build.
+INSTALL := $(PIP) install -c constraints.txt
+
+.PHONY: demo test fast check lint types notebooks dist dist-check clean
+
+demo: $(VENV)/.base
+	$(BIN)/lowrank demo
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov --cov-report=term --cov-fail-under=90
+
+fast: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow"
+
+check: lint types test notebooks dist-check
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+notebooks: $(VENV)/.dev
+	$(BIN)/python notebooks/execute.py
+
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build -o dist .
+
+# The wheel alone, in an environment that holds nothing else, away from the source tree.
+dist-check: dist
+	rm -rf build/bare
+	$(PYTHON) -m venv build/bare
+	build/bare/bin/python -m pip --disable-pip-version-check -q install -c constraints.txt dist/*.whl
+	cd build && bare/bin/lowrank demo
+	rm -rf build/bare
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(INSTALL) -e ".[dev,plots,notebooks]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -1,0 +1,282 @@
+"""Stock save_pretrained and from_pretrained round-trip factored models exactly."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from lowrank.errors import LowrankError
+from lowrank.io import attach
+from lowrank.nn import LowRankLinear
+
+KINDS = ("llama", "llama-tied", "gpt2", "bert", "mixtral")
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def auto(kind: str):
+    import transformers
+
+    name = "SequenceClassification" if kind == "bert" else "CausalLM"
+    return getattr(transformers, f"AutoModelFor{name}")
+
+
+def edit(folder: Path, **changes: object) -> None:
+    """Change entries of the quantization_config on disk."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"].update(changes)
+    path.write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def saved(zoo, tmp_path_factory) -> Path:
+    """A factored llama on disk; tests copy its config before they damage it."""
+    folder = tmp_path_factory.mktemp("saved")
+    zoo.compressed("llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def damaged(saved: Path, tmp_path: Path) -> Path:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((saved / name).read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_trip_is_exact(zoo, tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    model = zoo.compressed(kind, dtype)
+    model.save_pretrained(tmp_path)
+    loaded, info = auto(kind).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    before, after = model.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype == dtype or not tensor.is_floating_point()
+        assert torch.equal(tensor, after[name]), name
+    assert torch.equal(zoo.logits(model), zoo.logits(loaded))
+    count = sum(isinstance(m, LowRankLinear) for m in loaded.modules())
+    assert count == sum(isinstance(m, LowRankLinear) for m in model.modules()) > 0
+
+
+def test_saved_again_is_the_same(zoo, saved: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(saved).save_pretrained(tmp_path)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (saved / name).read_bytes()
+
+
+def test_sharded_and_cast(zoo, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = zoo.compressed("llama")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="cpu")
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    for parameter in model.parameters():  # not the rotary frequencies, which stay in float32
+        parameter.data = parameter.data.to(torch.bfloat16)
+    assert torch.equal(zoo.logits(loaded), zoo.logits(model))
+
+
+def test_tied_embeddings_stay_tied(zoo, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    zoo.compressed("llama-tied").save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_experts_are_left_alone(zoo, tmp_path: Path) -> None:
+    model = zoo.compressed("mixtral")
+    names = model.config.quantization_config.modules
+    assert set(names) == {f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qo"}
+    assert any(p.ndim == 3 for p in model.parameters())
+
+
+def test_ranks_changed_after_attach_are_saved(zoo, tmp_path: Path) -> None:
+    """Rank-adaptive training resizes factors; a checkpoint must say what it holds."""
+    from transformers import AutoModelForCausalLM
+
+    model = zoo.compressed("llama")
+    old = model.get_submodule(Q)
+    new = LowRankLinear.from_factors(old.down.weight[:3], old.up.weight[:, :3], None)
+    model.set_submodule(Q, new)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.get_submodule(Q).rank == 3
+    assert torch.equal(zoo.logits(model), zoo.logits(loaded))
+
+
+def test_layers_merged_by_hand_are_saved_dense(zoo, tmp_path: Path) -> None:
+    from lowrank.io.densify import densify
+
+    model = densify(zoo.compressed("llama"))
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_flags_of_a_loaded_model(saved: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    assert not model.is_quantized
+    assert not hasattr(model.config, "_is_quantized")
+    quantizer = model.hf_quantizer
+    assert quantizer.is_compileable and quantizer.is_trainable and quantizer.is_qat_trainable
+    assert quantizer.is_serializable() and not quantizer.requires_calibration
+    assert all(p.requires_grad for p in model.parameters())
+    assert {p.dtype for p in model.half().parameters()} == {torch.float16}
+    assert {p.dtype for p in model.float().parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_dequantize_merges(zoo, saved: Path, reloaded: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = AutoModelForCausalLM.from_pretrained(saved) if reloaded else zoo.compressed("llama")
+    expected = zoo.logits(source)
+    dense = source.dequantize()
+    assert not any(isinstance(m, LowRankLinear) for m in dense.modules())
+    assert not hasattr(dense.config, "quantization_config") and not hasattr(dense, "hf_quantizer")
+    torch.testing.assert_close(zoo.logits(dense), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_base_model_from_a_head(saved: Path, zoo, caplog) -> None:
+    """Names lose the prefix; the factored head is left out, and this is said."""
+    from transformers import AutoModel
+
+    whole = zoo.compressed("llama")
+    with caplog.at_level(logging.WARNING, logger="lowrank"):
+        base = AutoModel.from_pretrained(saved)
+    assert "LlamaModel has no lm_head" in caplog.text
+    tokens = torch.arange(7)[None]
+    with torch.no_grad():
+        got, expected = base(tokens)[0], whole.model(tokens)[0]
+    assert torch.equal(got, expected)
+    assert "lm_head" not in base.config.quantization_config.modules
+
+
+def test_other_head_on_a_factored_base(saved: Path, zoo) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        saved, output_loading_info=True
+    )
+    assert info["missing_keys"] == {"score.weight"}
+    assert isinstance(model.get_submodule(Q), LowRankLinear)
+
+
+def test_base_model_into_a_head(zoo, tmp_path: Path) -> None:
+    """Names gain the prefix."""
+    from transformers import LlamaForCausalLM
+
+    base = zoo.factor(zoo.make("llama").model, zoo.targets["llama"])
+    attach(base)
+    base.save_pretrained(tmp_path)
+    model, info = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == {"lm_head.weight"}
+    assert isinstance(model.get_submodule(Q), LowRankLinear)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "format version 2 is unknown, expected 1"),
+        ({"version": True}, "format version True is unknown"),
+        ({"version": None}, "format version None is unknown"),
+        ({"future": 1}, "unknown entries future"),
+        ({"modules": ["a"]}, "'modules' must map names to specs"),
+    ],
+)
+def test_bad_config_is_refused(damaged: Path, changes: dict, message: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    edit(damaged, **changes)
+    with pytest.raises(LowrankError, match=message):
+        AutoModelForCausalLM.from_pretrained(damaged)
+
+
+SPEC = {"type": "LowRankLinear", "in_features": 32, "out_features": 32, "rank": 6, "bias": False}
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        ({"model.layers.9.self_attn.q_proj": SPEC}, r"does not have: model\.layers\.9\.self_attn"),
+        ({"../q_proj": SPEC}, "is not a module name"),
+        ({"/etc/passwd": SPEC}, "is not a module name"),
+        ({".model": SPEC}, "is not a module name"),
+        ({"model..layers": SPEC}, "is not a module name"),
+        ({"model.": SPEC}, "is not a module name"),
+        ({Q: {**SPEC, "out_features": 31}}, rf"{Q}: stored as \(out, in\) = \(31, 32\)"),
+        ({Q: {**SPEC, "in_features": "32"}}, rf"{Q}: stored as"),
+        ({Q: {**SPEC, "rank": -1}}, f"{Q}: sizes must be integers >= 0"),
+        ({Q: {**SPEC, "rank": 10**30}}, f"{Q}: LowRankLinear cannot be built"),
+        ({Q: {**SPEC, "width": 2}}, f"{Q}: LowRankLinear cannot be built"),
+        ({Q: {**SPEC, "type": "Nothing"}}, f"unknown factored module at {Q}: 'Nothing'"),
+        ({Q: {**SPEC, "layout": "conv1d"}}, f"{Q}: stored for a layer of layout 'conv1d'"),
+        ({Q: {**SPEC, "layout": "conv9d"}}, f"unknown layout at {Q}: 'conv9d'|stored for"),
+        ({Q: 7}, f"{Q}: expected a spec with a 'type', got 7"),
+        ({"model.embed_tokens": SPEC}, "model.embed_tokens: expected a linear layer"),
+        ({"model.layers": SPEC}, "model.layers: expected a linear layer"),
+    ],
+)
+def test_bad_modules_are_refused_before_any_swap(zoo, modules: dict, message: str) -> None:
+    from lowrank.io.hf import LowRankConfig, LowRankHfQuantizer
+
+    model = zoo.make("llama")
+    good = {f"model.layers.1.{name}": SPEC for name in ("self_attn.q_proj", "self_attn.o_proj")}
+    quantizer = LowRankHfQuantizer(LowRankConfig(modules={**good, **modules}))
+    check = zoo.snapshot(model)
+    with pytest.raises(LowrankError, match=message):
+        quantizer._process_model_before_weight_loading(model)
+    check()
+
+
+def test_names_must_be_strings(zoo) -> None:
+    from lowrank.io.hf import LowRankConfig, LowRankHfQuantizer
+
+    quantizer = LowRankHfQuantizer(LowRankConfig(modules={3: SPEC}))  # type: ignore[dict-item]
+    with pytest.raises(LowrankError, match="a module name must be a string, got 3"):
+        quantizer.validate_environment()
+
+
+def test_shared_module_is_swapped_under_all_its_names(zoo) -> None:
+    from lowrank.io.hf import LowRankConfig, LowRankHfQuantizer
+
+    spec = {"type": "LowRankLinear", "in_features": 12, "out_features": 12, "rank": 3, "bias": True}
+    with torch.device("meta"):
+        model = zoo.Net()
+    quantizer = LowRankHfQuantizer(LowRankConfig(modules={"shared": spec}))
+    quantizer._process_model_before_weight_loading(model)
+    assert isinstance(model.shared, LowRankLinear)
+    assert model.again is model.shared
+    assert model.shared.down.weight.is_meta
+
+
+def test_one_module_with_two_specs_is_refused(zoo) -> None:
+    from lowrank.io.surgery import prepare
+
+    spec = {"type": "LowRankLinear", "in_features": 12, "out_features": 12, "rank": 3, "bias": True}
+    with pytest.raises(LowrankError, match="shared and again are one module, but their specs"):
+        prepare(zoo.Net(), {"shared": spec, "again": {**spec, "rank": 4}}, "test")
+
+
+def test_config_is_no_way_to_compress_while_loading(zoo, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from lowrank.io.hf import LowRankConfig
+
+    zoo.make("llama").save_pretrained(tmp_path)
+    with pytest.raises(LowrankError, match=r"load the dense model, then use lowrank\.compress"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=LowRankConfig({Q: SPEC}))
