@@ -69,7 +69,7 @@ def main() -> None:
             weight = planted(height, width, spectrum(name, min(height, width)), generator)
             pairs = [
                 (
-                    timed(lambda w=weight: linalg.factor(w, rank)),
+                    timed(lambda w=weight, r=rank: linalg.factor(w, r)),
                     timed(lambda w=weight: torch.linalg.svd(w, full_matrices=False)),
                 )
                 for _ in range(arguments.pairs)
@@ -89,9 +89,11 @@ def main() -> None:
                 f"{row['gesdd_fp32_s']:7.2f} {row['ratio']:6.2f}",
                 flush=True,
             )
-    print(f"largest excess {max(r['excess'] for r in rows):.1e}, "
-          f"median ratio {statistics.median(r['ratio'] for r in rows):.2f}, "
-          f"largest {max(r['ratio'] for r in rows):.2f}")
+    print(
+        f"largest excess {max(r['excess'] for r in rows):.1e}, "
+        f"median ratio {statistics.median(r['ratio'] for r in rows):.2f}, "
+        f"largest {max(r['ratio'] for r in rows):.2f}"
+    )
     keep("decompose", rows, pairs=arguments.pairs)
 
 

@@ -1,6 +1,6 @@
 """What `import lowrank` costs over `import torch`: medians of paired fresh processes.
 
-    python benchmarks/import_time.py
+python benchmarks/import_time.py
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ started = time.perf_counter()
 import lowrank
 print(time.perf_counter() - started)
 import sys
-print(sorted(m for m in ("transformers", "accelerate", "matplotlib", "rich", "typer") if m in sys.modules))
+heavy = ("transformers", "accelerate", "matplotlib", "rich", "typer")
+print(sorted(name for name in heavy if name in sys.modules))
 """
 
 

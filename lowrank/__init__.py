@@ -3,6 +3,8 @@
 from .api import apply as apply
 from .api import compress as compress
 from .api import plan as plan
+from .bench import Benchmark as Benchmark
+from .bench import benchmark as benchmark
 from .calibrate import Calibration as Calibration
 from .calibrate import calibrate as calibrate
 from .errors import LowrankError as LowrankError
@@ -16,8 +18,8 @@ from .io import to_dense as to_dense
 from .io.register import install as _install
 from .methods import METHODS as METHODS
 from .plan import Plan as Plan
-from .plan import Report as Report
 from .policies import POLICIES as POLICIES
+from .report import Report as Report
 
 __version__ = "0.1.0"
 

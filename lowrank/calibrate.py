@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import sites as walk
+from .checks import check_model
 from .data import LENGTH, Batch, Data, Forward, forward, mask_of, materialise
 from .errors import LowrankError
 from .linalg import gram_sum
@@ -45,7 +46,10 @@ def calibrate(
     min_tokens: int = 1,
     progress: bool = True,
 ) -> Calibration:
-    """Gather E[x xᵀ] and E[x] of every linear layer's input; padded positions are left out.
+    """Gather E[x xᵀ] and E[x] of every linear layer's input.
+
+    Positions that the attention mask pads are left out wherever a layer's input still has the
+    mask's shape, or its rows in one line.
 
     Args:
         data: see `lowrank.data.materialise`. A finished calibration is returned as it is.
@@ -55,6 +59,7 @@ def calibrate(
     Raises:
         LowrankError: no layer was reached, or an activation is NaN or Inf (its site is named).
     """
+    check_model(model)
     if isinstance(data, Calibration):
         return data
     batches = materialise(data, tokenizer, length=length)
@@ -76,9 +81,12 @@ def calibrate(
     statistics = gather.statistics()
     tokens = max((found.count for found in statistics.values()), default=0)
     if tokens == 0:
-        raise LowrankError(
-            f"the calibration data reached none of {len(sites)} layers: does it run this model?"
+        hint = (
+            "it is called more than once, so it must not use up an iterator"
+            if callable(batches)
+            else "does it run this model?"
         )
+        raise LowrankError(f"the calibration data reached none of {len(sites)} layers: {hint}")
     seen = Observation(seen.order, groups, seen.chains, seen.shapes)
     return Calibration(statistics, seen, batches, tokens, min_tokens)
 
@@ -87,7 +95,7 @@ class _Gather:
     """Hooks on the sites of every group; the first member counts, the others are compared."""
 
     def __init__(self, groups: Sequence[Sequence[Site]]) -> None:
-        self._sums = [_Sums(group[0].name) for group in groups]
+        self._sums = [_Sums(group[0]) for group in groups]
         self._groups = groups
         self._mask: Tensor | None = None
         self._handles: list[Any] = []
@@ -142,8 +150,8 @@ class _Gather:
 class _Sums:
     """Running sums of one distinct input, in float64."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, site: Site) -> None:
+        self.site = site
         self.count = 0
         self.gram: Tensor | None = None
         self.sum: Tensor | None = None
@@ -151,16 +159,18 @@ class _Sums:
         self.owner_calls = 0
         self.calls: dict[str, int] = {}
 
+    @torch.inference_mode(False)  # sums outlive the caller's inference mode
     def add(self, tensor: Tensor, mask: Tensor | None) -> None:
+        if tensor.shape[-1:] != self.site.shape[1:]:
+            return  # the layer itself will refuse it, and say it better
         self.last = SameTensor(tensor)
         self.owner_calls += 1
-        if mask is not None and mask.shape == tensor.shape[:-1]:
-            rows = tensor.detach()[mask.to(tensor.device)]
-        else:
-            rows = tensor.detach().reshape(-1, tensor.shape[-1])
+        rows = _counted(tensor.detach(), mask)
         gram, total = gram_sum(rows), rows.double().sum(0)
         if not bool(torch.isfinite(gram.diagonal()).all()):
-            raise LowrankError(f"{self.name}: its input holds NaN or Inf (or overflows in fp32)")
+            raise LowrankError(
+                f"{self.site.title}: its input holds NaN or Inf, or numbers too large to square"
+            )
         self.gram = gram if self.gram is None else self.gram.add_(gram)
         self.sum = total if self.sum is None else self.sum.add_(total)
         self.count += len(rows)
@@ -169,6 +179,14 @@ class _Sums:
         if self.count == 0 or self.gram is None or self.sum is None:
             return Statistics()
         return Statistics(self.count, self.gram / self.count, self.sum / self.count)
+
+
+def _counted(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """The input vectors (tokens, in) of a tensor (..., in), without those that are padding."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    if mask is None or tensor.shape[:-1] not in (mask.shape, (mask.numel(),)):
+        return rows
+    return rows[mask.flatten().to(rows.device)]
 
 
 def _run(

@@ -24,9 +24,9 @@ def materialise(
     """Batches that can be run again and again.
 
     Args:
-        data: a callable `forward(model)`; a text or a list of texts (with a tokenizer); a tensor;
-            or an iterable of tensors, dicts (passed as keywords, "labels" left out) or tuples (the
-            first item is the input).
+        data: a callable `forward(model)`, which is called more than once; a text or a list of
+            texts (with a tokenizer); a tensor; or an iterable of tensors, dicts (passed as
+            keywords) or tuples (the first item is the input), which is read to its end.
         tokenizer: of transformers; texts are cut into rows of at most `length` tokens.
 
     Raises:
@@ -77,23 +77,32 @@ def text_batches(texts: Iterable[str], tokenizer: Any, length: int) -> list[Batc
 
 
 def forward(model: nn.Module, batch: Batch) -> Any:
-    """Run one batch on the model's device."""
+    """Run one batch on the model's device; labels serve only to make a decoder's input."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if isinstance(batch, Tensor):
         return model(batch.to(device))
-    return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+    given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    labels = given.pop("labels", None)
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if labels is not None and callable(shift) and "decoder_input_ids" not in given:
+        given["decoder_input_ids"] = shift(labels=labels)
+    return model(**given)
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits (…, classes) of a model's output."""
-    if isinstance(output, Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    if logits is None and isinstance(output, tuple) and isinstance(output[0], Tensor):
-        logits = output[0]
-    if logits is None:
+    """The logits (…, classes) of a model's output: itself, its "logits", or the first of a tuple.
+
+    Raises:
+        LowrankError: there are none.
+    """
+    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if isinstance(output, Mapping):
+        found = output.get("logits")
+    elif found is None and isinstance(output, tuple):
+        found = next(iter(output), None)
+    if not isinstance(found, Tensor):
         raise LowrankError(f"expected logits, the model returned {type(output).__name__}")
-    return logits
+    return found
 
 
 def mask_of(batch: Batch) -> Tensor | None:
@@ -108,10 +117,16 @@ def _batch(item: Any) -> Batch:
     if isinstance(item, Tensor):
         return item
     if isinstance(item, Mapping):
-        return {key: value for key, value in item.items() if key != "labels"}
+        if any(isinstance(value, Tensor) for value in item.values()):
+            return dict(item)
+        kinds = ", ".join(f"{key}: {type(value).__name__}" for key, value in item.items())
+        raise LowrankError(
+            f"a batch that is a dict must hold tensors, got {{{kinds}}}: "
+            "collate the rows, or tokenise with return_tensors='pt'"
+        )
     if isinstance(item, list | tuple) and item and isinstance(item[0], Tensor):
         return item[0]
     raise LowrankError(
-        f"a batch must be a tensor, a dict, or a tuple that starts with a tensor, "
+        f"a batch must be a tensor, a dict of tensors, or a tuple that starts with a tensor, "
         f"got {type(item).__name__}"
     )

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from .api import compress
 from .bench import benchmark
 from .calibrate import calibrate
+from .data import text_rows
 from .errors import LowrankError
-from .eval import kl, perplexity
+from .eval import divergence
 from .io import save
-from .plan import Report
+from .report import Report
 
 RATIOS = (0.8, 0.6, 0.4)
 METHODS = ("svd", "whitened")
@@ -79,7 +84,7 @@ def run(out: Path | None = None) -> int:
     """
     from rich.console import Console
 
-    started, console = time.perf_counter(), Console()
+    started, console = time.perf_counter(), Console(width=None if sys.stdout.isatty() else 100)
     with _quiet_transformers():
         dense = tiny_lm()
         kept = _table(dense, console)
@@ -97,82 +102,88 @@ def run(out: Path | None = None) -> int:
 
 
 def _table(dense: TinyLM, console: Any) -> tuple[nn.Module, Report]:
-    """Print one row a compression; returns the model that is to be saved."""
-    from rich.progress import track
+    """Compress, judge and print one row a model; returns what is to be saved."""
     from rich.table import Table
 
-    rows = 2 * LENGTH
-    example = torch.arange(rows).remainder(dense.model.config.vocab_size).view(2, LENGTH)
+    seen = calibrate(
+        dense.model, dense.calibration, tokenizer=dense.tokenizer, length=LENGTH, progress=False
+    )
+    models: dict[tuple[str, float], nn.Module] = {("dense", 1.0): dense.model}
+    reports: dict[tuple[str, float], Report] = {}
+    for ratio in RATIOS:
+        for method in METHODS:
+            models[method, ratio], reports[method, ratio] = compress(
+                dense.model, ratio, method=method, data=seen, copy=True, progress=False
+            )
+    rows = held_out_rows(dense)
+    judged = judge(list(models.values()), rows, progress=console.is_terminal)
     table = Table(
-        title=f"a Llama of {dense.model.num_parameters():,} parameters, "
-        f"measured on {len(dense.held_out) // 1000} kB of text that it never saw",
+        title=f"a Llama of {dense.model.num_parameters():,} parameters on "
+        f"{len(dense.held_out) // 1000} kB of text that it never saw",
         title_justify="left",
-        caption=f"KL: nats per token to the dense model; ms: median per {rows} tokens; "
-        "ratio: share kept of the targeted weights",
+        caption=f"ratio: share kept of the targeted weights; KL to dense in nats per token; "
+        f"ms: median per {2 * LENGTH} tokens",
         caption_justify="left",
     )
     for column in ("method", "ratio", "parameters", "bytes", "perplexity", "KL", "ms"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
-    seen = calibrate(
-        dense.model, dense.calibration, tokenizer=dense.tokenizer, length=LENGTH, progress=False
-    )
-    runs = [("dense", 1.0), *((m, r) for r in RATIOS for m in METHODS)]
-    kept: tuple[nn.Module, Report] | None = None
-    shown = track(runs, "measuring", console=console, transient=True)
-    for method, ratio in shown if console.is_terminal else runs:
-        model, report = dense.model, None
-        if method != "dense":
-            model, report = compress(
-                dense.model, ratio, method=method, data=seen, copy=True, progress=False
-            )
-        if report is not None and (method, ratio) == ("whitened", 0.6):
-            kept = model, report
-        table.add_row(method, f"{ratio:.1f}", *_measure(model, dense, example))
+    for ((method, ratio), model), (ppl, away) in zip(models.items(), judged, strict=True):
+        found = benchmark(model, torch.stack(rows[:2])[:, :-1])
+        table.add_row(
+            method, f"{ratio:.1f}", f"{found.params:,}", f"{found.bytes:,}", f"{ppl:,.2f}",
+            f"{away:.3f}", f"{found.latency_ms:.1f}",
+        )  # fmt: skip
     console.print(table)
-    assert kept is not None
-    return kept
+    return models["whitened", 0.6], reports["whitened", 0.6]
 
 
-def _measure(model: nn.Module, dense: TinyLM, example: Tensor) -> tuple[str, ...]:
-    found = benchmark(model, example)
-    text, tokenizer = dense.held_out, dense.tokenizer
-    away = 0.0
-    if model is not dense.model:
-        away = kl(model, dense.model, text, tokenizer=tokenizer, length=LENGTH)
-    return (
-        f"{found.params:,}",
-        f"{found.bytes:,}",
-        f"{perplexity(model, tokenizer, text, length=LENGTH):.2f}",
-        f"{away:.3f}",
-        f"{found.latency_ms:.1f}",
-    )
+def held_out_rows(tiny: TinyLM) -> list[Tensor]:
+    """The held-out text as rows of LENGTH + 1 tokens (int64); all but the last one predict."""
+    rows = text_rows(tiny.held_out, tiny.tokenizer, LENGTH + 1)
+    return [row for row in rows if len(row) == LENGTH + 1]
 
 
-def _reloads_equal(model: nn.Module, folder: Path, logits: Path) -> bool:
+def judge(
+    models: Sequence[nn.Module], rows: Sequence[Tensor], *, progress: bool = False
+) -> list[tuple[float, float]]:
+    """Perplexity, and mean KL to the first model, of each model, each row run once by each."""
+    from tqdm.auto import tqdm
+
+    nll, away = [0.0] * len(models), [0.0] * len(models)
+    with torch.no_grad():
+        for start in tqdm(range(0, len(rows), 16), "measure", disable=not progress, leave=False):
+            batch = torch.stack(list(rows[start : start + 16]))
+            reference = None
+            for index, model in enumerate(models):
+                logits = model(input_ids=batch[:, :-1]).logits.float()
+                reference = logits if reference is None else reference
+                lost = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
+                nll[index] += float(lost)
+                away[index] += float(divergence(reference, logits).double().sum())
+    count = len(rows) * LENGTH
+    return [(math.exp(a / count), b / count) for a, b in zip(nll, away, strict=True)]
+
+
+def _reloads_equal(model: Any, folder: Path, logits: Path) -> bool:
     from safetensors.torch import load_file
 
     command = [sys.executable, "-c", RELOAD, str(folder), str(logits), str(LENGTH)]
     subprocess.run(command, check=True, capture_output=True)
-    ids = torch.arange(LENGTH).remainder(model.config.vocab_size)[None]  # type: ignore[union-attr]
+    ids = torch.arange(LENGTH).remainder(model.config.vocab_size)[None]
     with torch.no_grad():
         here = model(input_ids=ids).logits
     return torch.equal(here, load_file(logits)["logits"])
 
 
-def _quiet_transformers() -> Any:
-    """No progress bars of transformers inside; its own settings are put back."""
-    from contextlib import contextmanager
-
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars of transformers inside; its own setting is put back."""
     from transformers.utils import logging
 
-    @contextmanager
-    def quiet() -> Any:
-        shown = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            if shown:
-                logging.enable_progress_bar()
-
-    return quiet()
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

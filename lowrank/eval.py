@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
+from .calibrate import Calibration
 from .data import LENGTH, ROWS, Batch, Data, forward, logits_of, mask_of, materialise, text_rows
 from .errors import LowrankError
 from .observe import quiet
@@ -42,7 +43,7 @@ def perplexity(
 def kl(
     model: nn.Module,
     reference: nn.Module,
-    data: Data,
+    data: Data | Calibration,
     *,
     tokenizer: Any = None,
     length: int = LENGTH,
@@ -55,9 +56,12 @@ def kl(
             into rows of `length` tokens. Padded positions are left out.
 
     Raises:
-        LowrankError: the data is a callable, or the models' logits differ in shape.
+        LowrankError: the data is a callable or all padding, or the logits differ in shape.
     """
-    batches = materialise(data, tokenizer, length=length)
+    if isinstance(data, Calibration):
+        batches = data.batches
+    else:
+        batches = materialise(data, tokenizer, length=length)
     if callable(batches):
         raise LowrankError("kl needs batches that both models can be given, not a callable")
     total, count = 0.0, 0
@@ -66,17 +70,22 @@ def kl(
             want = logits_of(forward(reference, batch))
             got = logits_of(forward(model, batch)).to(want.device)
             if want.shape != got.shape:
-                raise LowrankError(f"logits of shape {got.shape}, the reference's: {want.shape}")
+                raise LowrankError(
+                    f"the logits have shape {tuple(got.shape)}, the reference's {tuple(want.shape)}"
+                )
             each = divergence(want, got, mask_of(batch))
             total += float(each.double().sum())
             count += each.numel()
+    if count == 0:
+        raise LowrankError("there is no position to compare: the data is empty, or all padding")
     return total / count
 
 
 def divergence(reference: Tensor, logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """KL(reference ‖ model) per position, from logits (…, classes), in float32."""
     p, q = log_softmax(reference.float(), -1), log_softmax(logits.float(), -1)
-    each = (p.exp() * (p - q)).sum(-1)
+    # A class that the reference rules out (logit -inf) adds nothing, whatever the model says.
+    each = (p.exp() * (p - q)).where(p > -math.inf, 0).sum(-1)
     return each if mask is None else each[mask.to(each.device)]
 
 

@@ -15,14 +15,12 @@ from .types import Cost
 
 def kind(module: nn.Module) -> str | None:
     """ "linear" for nn.Linear, transformers' Conv1D and their subclasses; None for all else."""
-    if isinstance(module, nn.Linear) or _is_conv1d(type(module)):
-        return "linear"
-    return None
+    return "linear" if isinstance(module, nn.Linear) or layout(module) == "conv1d" else None
 
 
 def layout(module: nn.Module) -> str:
     """ "conv1d" for transformers' Conv1D, which stores (in, out); "linear" for all else."""
-    return "conv1d" if _is_conv1d(type(module)) else "linear"
+    return "conv1d" if any(map(_is_conv1d, type(module).__mro__)) else "linear"
 
 
 def matrix(module: nn.Module) -> Tensor:
@@ -47,13 +45,16 @@ def obstacle(module: nn.Module) -> str:
         return "its weight is parametrized: remove the parametrization first"
     if "weight" not in module._parameters:
         return "its weight is not a plain parameter (weight norm, pruning or the like)"
-    exact = type(module) is nn.Linear or layout(module) == "conv1d"
-    if not exact:
-        return f"{type(module).__name__} is a subclass of nn.Linear and may compute something else"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+    if type(module) is not nn.Linear and not _is_conv1d(type(module)):
+        base = "Conv1D" if layout(module) == "conv1d" else "nn.Linear"
+        return f"{type(module).__name__} is a subclass of {base} and may compute something else"
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    if any((*hooks, module._backward_hooks, module._backward_pre_hooks)):
         return "it carries hooks that a new layer would lose"
     if "forward" in module.__dict__ or hasattr(module, "_hf_hook"):
         return "its forward is wrapped (offloading or a patch): load the model whole first"
+    if type(module.weight) is not nn.Parameter:
+        return f"its weight is of class {type(module.weight).__name__}, not a plain tensor"
     weight = matrix(module)
     if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
         return f"its weight is stored as {weight.dtype}"

@@ -81,11 +81,12 @@ def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own training flag is restored."""
+    """Evaluation mode without gradients; training flags and random states are restored."""
     training = [module for module in model.modules() if module.training]
+    cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=cuda):
             yield
     finally:
         for module in training:
@@ -166,7 +167,8 @@ class _Chain:
         def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
             self._called[index] = True
             given = list(tensors_in((args, kwargs)))
-            if index > 0:
+            # A member that stands in several places is called several times: one link is enough.
+            if index > 0 and not self._links[index]:
                 self._links[index] = any(
                     same(tensor) for same in self._outputs[index - 1] for tensor in given
                 )
@@ -184,7 +186,9 @@ class _Chain:
 
 
 def _key(tensor: Tensor) -> tuple[object, ...]:
-    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor._version)
+    # Inference tensors count no versions; a change in place shows in their sum.
+    version = float(tensor.sum()) if tensor.is_inference() else tensor._version
+    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, version)
 
 
 def _inside(name: str, outer: str) -> bool:

@@ -8,7 +8,7 @@ No architecture is named here: everything is read from the modules themselves.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace as changed
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from .nn import is_factored, remember_layout
 from .types import Site
 
 ALL_LINEAR = "all-linear"
-Patterns = str | Sequence[str]
+Patterns = str | Collection[str]
 
 
 def find(model: nn.Module) -> list[Site]:
@@ -39,15 +39,12 @@ def find(model: nn.Module) -> list[Site]:
     for key, module in modules.items():
         if layouts.kind(module) is None or key in done:
             continue
-        reason = layouts.obstacle(module)
-        tied = [key]
-        if not reason:
-            users = holders[_address(module.weight)]  # type: ignore[arg-type]
-            tied = [id(user) for user in users if id(user) in modules and layouts.kind(user)]
-            reason = _tie_obstacle(module, users)
-        done.update(tied)
-        every = tuple(name for user in tied for name in names.get(user, []))
-        sites.append(_site(tuple(modules[user] for user in tied), every, reason))
+        users = holders.get(_address(module.weight), [module])  # type: ignore[arg-type]
+        tied = [user for user in users if layouts.kind(user) and id(user) in modules]
+        done.update(map(id, tied))
+        every = tuple(name for user in tied for name in names[id(user)])
+        reason = layouts.obstacle(module) or _tie_obstacle(module, holders, names)
+        sites.append(_site(tuple(tied), every, reason))
     return sites
 
 
@@ -62,38 +59,50 @@ def select(
     Raises:
         LowrankError: a pattern matches no site; what was there is listed.
     """
-    head = _output_head(model)
-    for patterns in (target_modules, exclude_modules):
-        if patterns is not None:
-            _check_patterns(patterns, sites)
+    everything = isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
+    if not everything:
+        _check_patterns("target_modules", target_modules, sites)
+    if exclude_modules:
+        _check_patterns("exclude_modules", exclude_modules, sites)
+    heads = _output_heads(model) if everything else set()
     chosen = []
     for site in sites:
         reason = site.reason
-        if target_modules == ALL_LINEAR:
-            if not reason and any(module is head for module in site.modules):
-                reason = "the output head: name it in target_modules to compress it"
-        elif not reason and not any(_matches(target_modules, name) for name in site.names):
-            reason = "not in target_modules"
-        if exclude_modules is not None and any(_matches(exclude_modules, n) for n in site.names):
+        if any(id(module) in heads for module in site.modules):
+            reason = reason or "the output head: name it in target_modules to compress it"
+        elif not everything and not any(_matches(target_modules, name) for name in site.names):
+            reason = reason or "not in target_modules"
+        if exclude_modules and any(_matches(exclude_modules, name) for name in site.names):
             reason = reason or "in exclude_modules"
         chosen.append(changed(site, reason=reason))
     return chosen
 
 
-def pattern_value(patterns: Mapping[str, object], names: Iterable[str]) -> str | None:
+def pattern_value(patterns: Iterable[str], names: Iterable[str]) -> str | None:
     """The first key that names one of `names`: a full name, its ending, or a regular expression."""
     every = list(names)
     for key in patterns:
-        if any(re.match(rf"(.*\.)?({_compiled(key).pattern})$", name) for name in every):
+        if any(_compiled(key, r"(.*\.)?({})").fullmatch(name) for name in every):
             return key
     return None
 
 
 def check_rank_pattern(patterns: Mapping[str, object], sites: Sequence[Site]) -> None:
-    """Raises LowrankError when a key names no site; what was there is listed."""
+    """Every key has to name a site that may be factored.
+
+    Raises:
+        LowrankError: a key names no site (what was there is listed), or only sites that stay
+            dense (the first one and its reason are named).
+    """
     for key in patterns:
-        if not any(pattern_value({key: 0}, site.names) for site in sites):
+        named = [site for site in sites if pattern_value([key], site.names) is not None]
+        if not named:
             raise _nothing("rank_pattern", key, sites)
+        if all(site.reason for site in named):
+            raise LowrankError(
+                f"rank_pattern {key!r} names only layers that stay dense; "
+                f"{named[0].title}: {named[0].reason}"
+            )
 
 
 def replace(model: nn.Module, site: Site, new: nn.Module) -> nn.Module:
@@ -118,7 +127,7 @@ def replace(model: nn.Module, site: Site, new: nn.Module) -> nn.Module:
     return root
 
 
-def _walk(model: nn.Module, prefix: str = "") -> Iterable[tuple[str, nn.Module]]:
+def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Like named_modules with every name of a shared module, but not into factored modules."""
     yield prefix, model
     if is_factored(model):
@@ -129,38 +138,50 @@ def _walk(model: nn.Module, prefix: str = "") -> Iterable[tuple[str, nn.Module]]
 
 
 def _address(tensor: Tensor) -> tuple[object, ...]:
-    """Equal for parameters that are one object or lie on the same memory in the same way."""
-    if tensor.is_meta:
-        return (id(tensor),)
-    return (str(tensor.device), tensor.data_ptr(), tuple(tensor.shape))
+    """Equal for parameters that are one object, or begin at the same place in memory."""
+    return (id(tensor),) if tensor.is_meta else (str(tensor.device), tensor.data_ptr())
 
 
-def _holders(model: nn.Module) -> dict[tuple[object, ...], list[nn.Module]]:
+Holders = dict[tuple[object, ...], list[nn.Module]]
+
+
+def _holders(model: nn.Module) -> Holders:
     """Which modules hold each parameter, each module once."""
-    found: dict[tuple[object, ...], list[nn.Module]] = {}
+    found: Holders = {}
     for module in model.modules():
         for parameter in module._parameters.values():
-            if parameter is not None:
+            if parameter is not None and parameter.numel():
                 users = found.setdefault(_address(parameter), [])
                 if not any(user is module for user in users):
                     users.append(module)
     return found
 
 
-def _tie_obstacle(module: nn.Module, users: Sequence[nn.Module]) -> str:
-    """Why a weight that several modules hold cannot be factored; "" if it can."""
-    for user in users:
-        if user is module:
-            continue
-        if layouts.kind(user) is None:
-            return f"its weight is tied to an {type(user).__name__}"
-        if layouts.obstacle(user):
-            return f"its weight is tied to a layer of which {layouts.obstacle(user)}"
-        if type(user) is not type(module):
-            return "its weight is tied to a layer that stores it the other way round"
-        if layouts.bias(user) is not layouts.bias(module):
-            return "its weight is tied to a layer with another bias"
+def _tie_obstacle(module: nn.Module, holders: Holders, names: Mapping[int, list[str]]) -> str:
+    """Why a layer whose weight or bias others hold cannot be factored; "" if it can."""
+    weight, bias = layouts.matrix(module), layouts.bias(module)
+    tied = holders[_address(weight)]
+    for user in tied:
+        where = f"{_first(names, user)} ({type(user).__name__})"
+        if layouts.kind(user) is None or id(user) not in names:
+            return f"its weight is tied to {where}"
+        if obstacle := layouts.obstacle(user):
+            return f"its weight is tied to {where}: {obstacle}"
+        other = layouts.matrix(user)
+        if (other.shape, other.stride()) != (weight.shape, weight.stride()):
+            return f"its weight is tied to {where}, which holds it in another shape or order"
+        if layouts.layout(user) != layouts.layout(module):
+            return f"its weight is tied to {where}, which stores it the other way round"
+        if layouts.bias(user) is not bias:
+            return f"its weight is tied to {where}, which has another bias"
+    others = [] if bias is None else [u for u in holders.get(_address(bias), ()) if u not in tied]
+    if others:
+        return f"its bias is tied to {_first(names, others[0])} ({type(others[0]).__name__})"
     return ""
+
+
+def _first(names: Mapping[int, list[str]], module: nn.Module) -> str:
+    return names.get(id(module), ["a factored layer"])[0] or "(root)"
 
 
 def _site(modules: tuple[nn.Module, ...], names: tuple[str, ...], reason: str) -> Site:
@@ -170,15 +191,16 @@ def _site(modules: tuple[nn.Module, ...], names: tuple[str, ...], reason: str) -
     return Site(names[0], names, kind, modules, shape, layouts.dense_cost(modules[0]), reason)
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
-    accessor = getattr(model, "get_output_embeddings", None)
-    return accessor() if callable(accessor) else None
+def _output_heads(model: nn.Module) -> set[int]:
+    """Ids of what transformers calls output embeddings, also where the model is wrapped."""
+    found = (getattr(module, "get_output_embeddings", None) for module in model.modules())
+    return {id(accessor()) for accessor in found if callable(accessor)} - {id(None)}
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
+def _compiled(pattern: str, frame: str = "{}") -> re.Pattern[str]:
     try:
-        return re.compile(pattern)
-    except re.error as error:
+        return re.compile(frame.format(pattern))
+    except (re.error, TypeError) as error:
         raise LowrankError(f"{pattern!r} is no regular expression: {error}") from error
 
 
@@ -192,16 +214,19 @@ def _is_ending(pattern: str, name: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}")
 
 
-def _check_patterns(patterns: Patterns, sites: Sequence[Site]) -> None:
-    if patterns == ALL_LINEAR:
-        return
-    every: Sequence[str] = [patterns] if isinstance(patterns, str) else patterns
+def _check_patterns(what: str, patterns: Patterns, sites: Sequence[Site]) -> None:
+    every: Collection[str] = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(every, Collection) or not all(isinstance(one, str) for one in every):
+        raise LowrankError(
+            f"{what} must be a name, a regular expression, a list of names or '{ALL_LINEAR}', "
+            f"got {patterns!r}"
+        )
     if not every:
-        raise LowrankError("target_modules is empty: name at least one module, or 'all-linear'")
+        raise LowrankError(f"{what} is empty: name at least one module, or '{ALL_LINEAR}'")
     for pattern in every:
         one: Patterns = pattern if isinstance(patterns, str) else [pattern]
         if not any(_matches(one, name) for site in sites for name in site.names):
-            raise _nothing("pattern", pattern, sites)
+            raise _nothing(what, pattern, sites)
 
 
 def _nothing(what: str, pattern: str, sites: Sequence[Site]) -> LowrankError:

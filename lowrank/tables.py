@@ -19,9 +19,11 @@ def aligned(rows: Rows) -> list[str]:
 
 
 def rich_table(title: str, rows: Rows) -> Any:
+    """A rich.table.Table; nothing in it is read as markup."""
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title, style="table.title"), title_justify="left")
     for column in _filled(rows):
         table.add_column(
             column,
@@ -29,13 +31,17 @@ def rich_table(title: str, rows: Rows) -> Any:
             no_wrap=column == "site",
         )
     for row in rows:
-        table.add_row(*(row[c] for c in _filled(rows)))
+        table.add_row(*(Text(row[c]) for c in _filled(rows)))
     return table
 
 
 def markdown(rows: Rows) -> str:
+    """A Markdown table, pipes escaped; "" without rows."""
     columns = _filled(rows)
-    lines = [columns, ["---"] * len(columns), *([row[c] for c in columns] for row in rows)]
+    if not columns:
+        return ""
+    body = [[row[c].replace("|", r"\|") for c in columns] for row in rows]
+    lines = [columns, ["---"] * len(columns), *body]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

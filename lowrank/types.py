@@ -62,6 +62,11 @@ class Site:
     def module(self) -> nn.Module:
         return self.modules[0]
 
+    @property
+    def title(self) -> str:
+        """The name for people: the root has none of its own."""
+        return self.name or "(root)"
+
 
 @dataclass(eq=False)
 class Statistics:

@@ -129,25 +129,24 @@ def fit(model: LlamaForCausalLM, stream: torch.Tensor, steps: int, seed: int) ->
     return mean
 
 
-def check(folder: Path) -> dict[str, float]:
+def check(folder: Path) -> None:
     """KL of plain SVD at keep 0.8, 0.6 and 0.4 on the held-out text, and the dense perplexity."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import lowrank
+    from lowrank.demo import TinyLM, held_out_rows, judge
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     text = (folder / "heldout.txt").read_text(encoding="utf-8")
-    found = {"perplexity": lowrank.perplexity(dense, tokenizer, text, length=CONTEXT)}
-    for keep in (0.8, 0.6, 0.4):
-        small, _ = lowrank.compress(dense, keep, data=None, copy=True, progress=False)
-        found[f"kl_svd_{keep}"] = lowrank.kl(
-            small, dense, text, tokenizer=tokenizer, length=CONTEXT
-        )
-    print(json.dumps(found, indent=2))
-    if found["kl_svd_0.8"] < 0.5:
-        raise SystemExit(f"not accepted: plain SVD at 0.8 costs {found['kl_svd_0.8']:.3f} < 0.5")
-    return found
+    rows = held_out_rows(TinyLM(dense, AutoTokenizer.from_pretrained(folder), text, ""))
+    keeps = (0.8, 0.6, 0.4)
+    small = [lowrank.compress(dense, k, data=None, copy=True, progress=False)[0] for k in keeps]
+    (perplexity, _), *found = judge([dense, *small], rows)
+    print(f"dense perplexity {perplexity:.2f}")
+    for keep, (_, away) in zip(keeps, found, strict=True):
+        print(f"plain SVD at keep {keep}: KL {away:.3f}")
+    if found[0][1] < 0.5:
+        raise SystemExit(f"not accepted: plain SVD at 0.8 costs {found[0][1]:.3f} < 0.5")
 
 
 def main() -> None:

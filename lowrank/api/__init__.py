@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy as copying
+import time
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
@@ -10,13 +11,16 @@ from torch import nn
 
 from .. import sites as walk
 from ..calibrate import Calibration, calibrate
+from ..checks import check_model
 from ..data import Data
 from ..errors import LowrankError
-from ..plan import Plan, Report
+from ..plan import Plan
+from ..report import Report
 from ..types import Method, Policy, Unit
-from .applying import carry_out
-from .planning import Curves, make_plan
-from .request import Of, OnMissing, Prefer, Request, check_model, targets_of
+from .allocating import Curves
+from .applying import carry_out, matched
+from .planning import make_plan
+from .request import Of, OnMissing, Prefer, Request, check_beside_plan, targets_of
 
 Source = Data | Calibration | Literal["default"] | None
 
@@ -71,11 +75,15 @@ def apply(
     Raises:
         LowrankError: the plan was made for another model, or lacks data; the model is unchanged.
     """
+    started = time.perf_counter()
+    if not isinstance(plan, Plan):
+        raise LowrankError(f"apply carries out a Plan, got {plan!r:.80}; compress takes a ratio")
     check_model(model)
+    matched(model, plan)
     seen = _seen(model, data, tokenizer, progress)
     if copy:
         model = copying.deepcopy(model)
-    return carry_out(model, plan, seen, way=method, curves=None, progress=progress)
+    return carry_out(model, plan, seen, way=method, curves=None, started=started, progress=progress)
 
 
 def compress(
@@ -104,11 +112,14 @@ def compress(
 
     Args:
         model: changed in place and returned; a root that is itself a layer is returned anew.
-        ratio: the fraction kept, in (0, 1); or a finished plan.
+        ratio: the fraction kept, in (0, 1); or a finished plan, beside which only data, tokenizer,
+            copy, progress and a method object are taken.
         method: "svd", "whitened", "random" or an object; None: "whitened" with data, else "svd".
-        policy: "uniform", "energy", "welore", "spectrum" or a callable; None: "uniform".
+        policy: "uniform", "energy", "welore", "spectrum" or a callable; None: "uniform". It shares
+            out a ratio; fixed ranks leave it nothing to do.
         rank: instead of a ratio: an int for all sites, or a float in (0, 1], the share of energy.
-        rank_pattern: name or regular expression -> rank; alone, or on top of ratio or rank.
+        rank_pattern: name or regular expression -> rank; alone, or on top of ratio or rank. Its
+            ranks are kept as they are, whatever `align` says.
         data: texts (with `tokenizer`), tensors, dicts, a loader, a callable `forward(model)`, or
             a `Calibration`. None never runs the model; "default" is None as long as models do not
             write their own calibration text.
@@ -128,23 +139,26 @@ def compress(
     Raises:
         LowrankError: with what was got, what was expected and where; the model is unchanged then.
     """
+    started = time.perf_counter()
+    given: dict[str, Any] = {
+        "method": method, "policy": policy, "rank": rank, "rank_pattern": rank_pattern,
+        "effort": effort, "of": of, "unit": unit, "prefer": prefer, "align": align,
+        "target_modules": target_modules, "exclude_modules": exclude_modules,
+        "on_missing": on_missing, "seed": seed,
+    }  # fmt: skip
+    way = None if method is None or isinstance(method, str) else method
     if isinstance(ratio, Plan):
-        if rank is not None or rank_pattern is not None:
-            raise LowrankError("a plan already holds its ranks: edit it instead")
+        check_beside_plan(given)
         return apply(
-            model, ratio, data=data, tokenizer=tokenizer, copy=copy, progress=progress,
-            method=None if isinstance(method, str) else method,
-        )  # fmt: skip
-    request = Request(
-        ratio=ratio, method=method, policy=policy, rank=rank, rank_pattern=rank_pattern,
-        effort=effort, of=of, unit=unit, prefer=prefer, target_modules=target_modules,
-        exclude_modules=exclude_modules, align=align, on_missing=on_missing, seed=seed,
-    )  # fmt: skip
+            model, ratio, data=data, tokenizer=tokenizer, method=way, copy=copy, progress=progress
+        )
+    request = Request(ratio=ratio, **given)
     decided, curves, seen = _decide(model, request, data, tokenizer, progress)
     if copy:
         model = copying.deepcopy(model)
-    way = None if method is None or isinstance(method, str) else method
-    return carry_out(model, decided, seen, way=way, curves=curves, progress=progress)
+    return carry_out(
+        model, decided, seen, way=way, curves=curves, started=started, progress=progress
+    )
 
 
 def _decide(
@@ -152,9 +166,9 @@ def _decide(
 ) -> tuple[Plan, Curves, Calibration | None]:
     """All checks that need no work come first: a typing error must not cost a calibration."""
     check_model(model)
-    targets_of(model, request)
+    wanted = targets_of(model, request)
     seen = _seen(model, data, tokenizer, progress)
-    return *make_plan(model, request, seen, progress=progress), seen
+    return *make_plan(model, request, wanted, seen, progress=progress), seen
 
 
 def _seen(model: nn.Module, data: Source, tokenizer: Any, progress: bool) -> Calibration | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -12,14 +13,29 @@ from tqdm.auto import tqdm
 from .. import io, layouts, linalg
 from .. import sites as walk
 from ..calibrate import Calibration
+from ..entry import Entry
 from ..errors import LowrankError, listed
+from ..io.surgery import factored, unchanged_on_error
 from ..methods import METHODS, method
-from ..plan import Entry, Measured, Plan, Report
+from ..plan import Plan
+from ..report import Measured, Report
 from ..timing import paired_ratio
-from ..types import Cost, Factored, Method, Site, Statistics
-from .planning import Curves, statistics_of, versions
+from ..types import Cost, Curve, Factored, Method, Site, Statistics
+from .allocating import Curves
+from .planning import statistics_of, versions
+from .request import model_cost
 
 MARGIN = 0.98  # prefer="speed": a factored layer has to need less than this share of dense time
+Work = list[tuple[Site, Entry]]
+
+
+class Built(NamedTuple):
+    """A factored layer that is ready to be put in place; `new` None leaves the site dense."""
+
+    site: Site
+    entry: Entry
+    new: nn.Module | None
+    measured: Measured
 
 
 def carry_out(
@@ -29,70 +45,89 @@ def carry_out(
     *,
     way: Method | None,
     curves: Curves | None,
+    started: float,
     progress: bool,
 ) -> tuple[nn.Module, Report]:
     """Apply a plan; when anything raises, the model is as it was.
 
     Args:
-        way: a method that no registry knows, for plans made with it.
+        way: the object that the plan's own method is, where no registry knows it.
         curves: those that the plan was made from, where they are on the same statistics.
+        started: when the caller's call began, by time.perf_counter.
     """
-    started = time.perf_counter()
-    work = _matched(model, plan)
-    before = _tensors(model)
-    built: list[tuple[Site, Entry, nn.Module | None, Measured]] = []
-    for site, entry in tqdm(work, "factor", delay=2, disable=not progress, leave=False):
-        built.append(_build(site, entry, plan, seen, way, curves))
+    work = matched(model, plan)
+    before = model_cost(model, [])
+    bar = tqdm(work, "factor", delay=2, disable=not progress, leave=False)
+    built = [_build(site, entry, plan, seen, way, curves) for site, entry in bar]
     root = model
-    for site, _, new, _ in built:
-        if new is not None:
-            root = walk.replace(root, site, new)
-    io.attach(root, {"lowrank_version": versions().get("lowrank", ""), "asked": dict(plan.asked)})
-    after = _tensors(root)
+    with unchanged_on_error(model):
+        for site, _, new, _ in built:
+            if new is not None:
+                root = walk.replace(root, site, new)
+        io.attach(root, {"asked": dict(plan.asked)})
+    after = model_cost(root, [])
     report = Report(
         plan=plan,
-        sites=tuple(measured for *_, measured in built),
+        sites=tuple(item.measured for item in built),
         achieved=_achieved(plan, built),
-        achieved_of_model=_achieved_of_model(plan, built),
+        achieved_of_model=1 - _saved(plan, built) / max(plan.model.of(plan.unit), 1),
         params_before=before.params,
         params_after=after.params,
         bytes_before=before.bytes,
         bytes_after=after.bytes,
         seconds=time.perf_counter() - started,
         tokens=0 if seen is None else seen.tokens,
-        seed=int(plan.settings.get("seed", 0)),
+        seed=plan.seed,
         versions=versions(),
+        notes=_notes(built),
     )
     return root, report
 
 
-def _matched(model: nn.Module, plan: Plan) -> list[tuple[Site, Entry]]:
+def matched(model: nn.Module, plan: Plan) -> Work:
     """The sites that the plan factors.
 
     Raises:
-        LowrankError: the plan was made for another model.
+        LowrankError: the plan was made for another model, or a site cannot be factored now.
     """
-    by_name = {name: site for site in walk.find(model) for name in site.names}
-    work = []
+    sites = walk.find(model)
+    by_name = {name: site for site in sites for name in site.names}
     for entry in plan.entries:
-        if entry.size is None:
-            continue
-        site = by_name.get(entry.name)
-        if site is None:
-            raise LowrankError(
-                f"the plan names {entry.name!r}, which the model lacks; it has {listed(by_name)}"
-            )
-        if site.shape != entry.shape or set(site.names) != set(entry.sites):
-            raise LowrankError(
-                f"{entry.name}: the plan was made for shape {entry.shape} under the names "
-                f"{listed(entry.sites)}, the model has {site.shape} under {listed(site.names)}"
-            )
+        _check_same(entry, by_name, model)
+    unknown = sorted(by_name.keys() - {name for entry in plan.entries for name in entry.sites})
+    if unknown:
+        raise LowrankError(
+            f"the plan says nothing of {listed(unknown)}: it was made for another model, or "
+            "entries were taken out (an entry of size null leaves a layer dense)"
+        )
+    work = [(by_name[entry.name], entry) for entry in plan.entries if entry.size is not None]
+    for site, _ in work:
         if site.reason:
-            raise LowrankError(f"{entry.name} cannot be factored: {site.reason}")
+            raise LowrankError(f"{site.title} cannot be factored: {site.reason}")
         if not layouts.is_finite(site.module):
-            raise LowrankError(f"{entry.name}: the weight holds NaN or Inf")
-        work.append((site, entry))
+            raise LowrankError(f"{site.title}: the weight holds NaN or Inf")
     return work
+
+
+def _check_same(entry: Entry, by_name: dict[str, Site], model: nn.Module) -> None:
+    """Raises LowrankError unless the model has the layer that the entry was made for."""
+    site = by_name.get(entry.name)
+    if site is None and entry.name in factored(model):
+        raise LowrankError(f"{entry.title} is factored already: apply the plan to the dense model")
+    if site is None:
+        raise LowrankError(
+            f"the plan was made for another model: it names {entry.title}, the model has "
+            f"{listed(by_name) or 'no linear layer'}"
+        )
+    if site.shape != entry.shape or set(site.names) != set(entry.sites):
+        raise LowrankError(
+            f"{entry.title}: the plan was made for another model: shape {entry.shape} under the "
+            f"names {_titles(entry.sites)}; here it is {site.shape} under {_titles(site.names)}"
+        )
+
+
+def _titles(names: Sequence[str]) -> str:
+    return listed(name or "(root)" for name in names)
 
 
 def _build(
@@ -102,90 +137,99 @@ def _build(
     seen: Calibration | None,
     way: Method | None,
     curves: Curves | None,
-) -> tuple[Site, Entry, nn.Module | None, Measured]:
+) -> Built:
     started = time.perf_counter()
     stats = statistics_of(site, seen)
-    used = _method_for(entry, way, int(plan.settings.get("seed", 0)))
+    used = _method_for(entry, plan, way)
     if used.needs and stats.count == 0:
         raise LowrankError(
-            f"{entry.name}: {entry.method} needs {', '.join(sorted(used.needs))}; "
-            "pass the data= that reaches it"
+            f"{site.title}: {entry.method} needs {', '.join(sorted(used.needs))}: pass data=… "
+            "that reaches this layer"
         )
     with torch.no_grad():
         new = used.factor(site.module, entry.option(), stats)
-    reason = ""
-    if plan.settings.get("prefer") == "speed":
-        reason = _too_slow(site, new, seen)
-    predicted = _predicted(site, entry, used, stats, curves)
-    measured = Measured(
-        entry.name,
-        entry.norm,
-        entry.error,
-        predicted,
-        _measured(site, entry, new, stats) if not reason else 0.0,
-        entry.total,
-        time.perf_counter() - started,
-        reason,
-    )
-    return site, entry, None if reason else new, measured
-
-
-def _method_for(entry: Entry, way: Method | None, seed: int) -> Method:
-    if entry.method in METHODS:
-        known = method(entry.method, seed)
-        return way if way is not None and type(way) is type(known) else known
-    if way is None:
-        raise LowrankError(f"{entry.name}: the plan's method {entry.method!r} is unknown; pass it")
-    return way
-
-
-def _predicted(
-    site: Site, entry: Entry, used: Method, stats: Statistics, curves: Curves | None
-) -> float | None:
-    """The error on the statistics in use; a plan made on others gets a curve of its own here."""
+    if not isinstance(new, nn.Module):
+        got = type(new).__name__
+        raise LowrankError(f"{site.title}: {entry.method} must give an nn.Module, got {got}")
+    # A plan made on other statistics, or edited, gets a curve of its own here.
     curve = used.curve(site, stats) if curves is None else curves[site.name]
+    reason = _too_slow(site, new, seen, plan.seed) if plan.settings.get("prefer") == "speed" else ""
+    measured = Measured(
+        name=entry.name,
+        norm=curve.norm,
+        planned=entry.error if entry.norm == curve.norm else None,
+        predicted=_predicted(entry, curve),
+        measured=0.0 if reason else _measured(site, curve, new, stats),
+        total=curve.total,
+        seconds=time.perf_counter() - started,
+        reason=reason,
+    )
+    return Built(site, entry, None if reason else new, measured)
+
+
+def _method_for(entry: Entry, plan: Plan, way: Method | None) -> Method:
+    if way is not None and entry.method == plan.method:
+        return way
+    if entry.method in METHODS:
+        return method(entry.method, plan.seed)
+    raise LowrankError(
+        f"{entry.title}: the plan's method {entry.method!r} is none of {listed(METHODS)}: "
+        "pass the object as method=…"
+    )
+
+
+def _predicted(entry: Entry, curve: Curve) -> float | None:
     return next((o.error for o in curve.options if o.size == entry.size), None)
 
 
-def _measured(site: Site, entry: Entry, new: nn.Module, stats: Statistics) -> float | None:
-    """Error of the stored factors, rounding included, in the norm of the plan."""
-    if not isinstance(new, Factored) or entry.norm not in ("weight", "output"):
+def _measured(site: Site, curve: Curve, new: nn.Module, stats: Statistics) -> float | None:
+    """Error of the stored factors, rounding included, in the norm of the curve."""
+    gram = stats.gram if curve.norm == "output" else None
+    known = curve.norm == "weight" or gram is not None
+    if not isinstance(new, Factored) or not known:
         return None
-    gram = stats.gram if entry.norm == "output" else None
     dense = new.dense_weight(torch.float64)
     return linalg.squared_error(layouts.matrix(site.module), dense, gram)
 
 
-def _too_slow(site: Site, new: nn.Module, seen: Calibration | None) -> str:
+def _too_slow(site: Site, new: nn.Module, seen: Calibration | None, seed: int) -> str:
     """prefer="speed": why the dense layer stays, from paired timings on the caller's shape."""
-    if seen is None or site.name not in seen.seen.shapes:
-        raise LowrankError(f"{site.name}: prefer='speed' needs data= that runs this layer")
-    weight = layouts.matrix(site.module)
-    example = torch.randn(seen.seen.shapes[site.name]).to(weight)
+    shape = None if seen is None else seen.seen.shapes.get(site.name)
+    if shape is None:
+        return "the data does not run it, so that it cannot be timed"
+    generator = torch.Generator().manual_seed(seed)
+    example = torch.randn(shape, generator=generator).to(layouts.matrix(site.module))
     ratio = paired_ratio(lambda: new(example), lambda: site.module(example))
     return "" if ratio < MARGIN else f"factored it takes {ratio:.2f} of the dense layer's time"
 
 
-def _tensors(model: nn.Module) -> Cost:
-    unique = {id(parameter): parameter for parameter in model.parameters()}.values()
-    params = sum(p.numel() for p in unique)
-    return Cost(params, sum(p.numel() * p.dtype.itemsize for p in unique), 0)
-
-
-def _achieved(plan: Plan, built: Sequence[tuple[Site, Entry, nn.Module | None, Measured]]) -> float:
+def _achieved(plan: Plan, built: Sequence[Built]) -> float:
     """Share of the targets that is stored now, counted on the new modules."""
-    now = {e.name: _cost(e, new) for _, e, new, _ in built}
+    now = {item.entry.name: _stored(item) for item in built}
     targets = [entry for entry in plan.entries if entry.target]
-    stored = sum(now.get(e.name, e.dense).of(plan.unit) for e in targets)
-    return stored / max(sum(e.dense.of(plan.unit) for e in targets), 1)
+    stored = sum(now.get(entry.name, entry.dense).of(plan.unit) for entry in targets)
+    return stored / max(sum(entry.dense.of(plan.unit) for entry in targets), 1)
 
 
-def _achieved_of_model(
-    plan: Plan, built: Sequence[tuple[Site, Entry, nn.Module | None, Measured]]
-) -> float:
-    saved = sum(e.dense.of(plan.unit) - _cost(e, new).of(plan.unit) for _, e, new, _ in built)
-    return 1 - saved / max(plan.model.of(plan.unit), 1)
+def _saved(plan: Plan, built: Sequence[Built]) -> int:
+    unit = plan.unit
+    return sum(item.entry.dense.of(unit) - _stored(item).of(unit) for item in built)
 
 
-def _cost(entry: Entry, new: nn.Module | None) -> Cost:
-    return new.cost() if isinstance(new, Factored) else entry.dense
+def _stored(item: Built) -> Cost:
+    """What a site costs now: its tensors, biases excluded; macs of modules not ours as planned."""
+    if item.new is None:
+        return item.entry.dense
+    if isinstance(item.new, Factored):
+        return item.new.cost()
+    tensors = [p for name, p in item.new.named_parameters() if not name.endswith("bias")]
+    params = sum(p.numel() for p in tensors if p.is_floating_point())
+    stored = sum(p.numel() * p.dtype.itemsize for p in tensors)
+    return Cost(params, stored, item.entry.cost.macs)
+
+
+def _notes(built: Sequence[Built]) -> tuple[str, ...]:
+    slow = sum(item.new is None for item in built)
+    if not slow:
+        return ()
+    return (f"left dense because factors are not faster: {slow}; more is kept than was planned",)

@@ -1,57 +1,56 @@
-"""From a model and a request to a plan: curves, budget, policy, alignment. Nothing is changed."""
+"""From a model and a request to a plan, by way of curves. Nothing is changed."""
 
 from __future__ import annotations
 
-import math
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import sites as walk
 from ..calibrate import Calibration
+from ..entry import Entry, break_even
 from ..errors import LowrankError, listed
-from ..methods import SVD, method
-from ..plan import Entry, Plan, check_rank
-from ..policies import Energy, policy
-from ..policies.common import at_most, nearly_free_alignment, only_aligned, smallest
-from ..types import Allocation, Budget, Cost, Curve, Method, Option, Site, Statistics
-from .request import Request, model_cost, targets_of
-
-Curves = dict[str, Curve]
+from ..methods import METHODS, SVD, method
+from ..plan import Plan
+from ..types import Curve, Method, Option, Site, Statistics
+from .allocating import Curves, allocate
+from .request import Request, model_cost
 
 
 def make_plan(
-    model: nn.Module, request: Request, seen: Calibration | None, *, progress: bool
+    model: nn.Module,
+    request: Request,
+    wanted: Sequence[Site],
+    seen: Calibration | None,
+    *,
+    progress: bool,
 ) -> tuple[Plan, Curves]:
-    """The plan, and the curve of every target by its site's name."""
-    way = method(request.method or ("svd" if seen is None else "whitened"), request.seed)
-    if way.needs and seen is None:
-        raise LowrankError(
-            f"method {_name(request.method)} needs {', '.join(sorted(way.needs))}: pass data=…"
-        )
-    wanted = targets_of(model, request)
-    sites = _without_unseen(wanted, way, seen, request)
-    counted = {site.names for site in wanted if not site.reason}
+    """The plan, and the curve of every target by its site's name.
+
+    Args:
+        wanted: every site considered; those without a reason are the targets.
+    """
+    way = _method(request, seen)
+    sites = _workable(wanted, way, seen, request)
     targets = [site for site in sites if not site.reason]
     bar = tqdm(targets, "decompose", delay=2, disable=not progress, leave=False)
     curves = {site.name: _curve(site, way, seen) for site in bar}
     whole = model_cost(model, sites)
-    goals = [site.cost.of(request.unit) for site in wanted if not site.reason]
-    chosen = _allocate(request, sum(goals), targets, curves, whole)
+    counted = {site.names for site in wanted if not site.reason}
+    goal = sum(site.cost.of(request.unit) for site in wanted if not site.reason)
+    chosen = allocate(request, goal, targets, curves, whole)
     entries = tuple(
         _entry(site, chosen.get(site.names), curves.get(site.name), request, site.names in counted)
         for site in sites
     )
     settings = {
-        "method": curves[targets[0].name].options[0].method if targets else "dense",
-        "policy": _name(request.policy or ("uniform" if request.rank is None else "fixed")),
+        "method": _name_of(way, [curves[s.name] for s in targets if _is_seen(s, way, seen)]),
+        "policy": "fixed" if request.ratio is None else _name(request.policy or "uniform"),
         "align": request.align,
         "prefer": request.prefer,
         "on_missing": request.on_missing,
@@ -63,7 +62,18 @@ def make_plan(
 
 
 def statistics_of(site: Site, seen: Calibration | None) -> Statistics:
-    return Statistics() if seen is None else seen.statistics.get(site.name, Statistics())
+    """What the calibration saw of a site's input; count 0 where it saw nothing.
+
+    Raises:
+        LowrankError: the calibration saw inputs of another width.
+    """
+    stats = Statistics() if seen is None else seen.statistics.get(site.name, Statistics())
+    if stats.gram is not None and len(stats.gram) != site.shape[1]:
+        raise LowrankError(
+            f"{site.title}: the calibration saw inputs of width {len(stats.gram)}, the layer reads "
+            f"{site.shape[1]}: it was made for another model"
+        )
+    return stats
 
 
 def versions() -> dict[str, str]:
@@ -78,108 +88,62 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _without_unseen(
+def _method(request: Request, seen: Calibration | None) -> Method:
+    way = method(request.method or ("svd" if seen is None else "whitened"), request.seed)
+    if way.needs and seen is None:
+        needs = ", ".join(sorted(way.needs))
+        raise LowrankError(f"method {_name(request.method)} needs {needs}: pass data=…")
+    if request.prefer == "speed" and seen is None:
+        raise LowrankError("prefer='speed' times the layers at the data's shape: pass data=…")
+    return way
+
+
+def _workable(
     sites: Sequence[Site], way: Method, seen: Calibration | None, request: Request
 ) -> list[Site]:
-    """Targets that the calibration did not reach follow `on_missing`."""
-    if not way.needs or seen is None or request.on_missing == "data-free":
-        return list(sites)
-    kept, unseen = [], []
+    """Targets of a kind that the method does not take stay dense; unseen ones as `on_missing`."""
+    kept, unseen, kinds = [], [], ", ".join(sorted(way.kinds))
     for site in sites:
-        count = statistics_of(site, seen).count
-        if not site.reason and count < max(seen.min_tokens, 1):
-            unseen.append(site.name)
-            said = f"the calibration gave it {count} tokens, fewer than {max(seen.min_tokens, 1)}"
-            site = replace(site, reason=said)
+        if not site.reason and site.kind not in way.kinds:
+            site = replace(site, reason=f"the method takes {kinds}, not {site.kind}")
+        elif not site.reason and seen is not None and not _is_seen(site, way, seen):
+            unseen.append(site.title)
+            count, least = statistics_of(site, seen).count, max(seen.min_tokens, 1)
+            if request.on_missing != "data-free":
+                said = f"the calibration gave it {count} tokens, fewer than {least}"
+                site = replace(site, reason=said)
         kept.append(site)
     if unseen and request.on_missing == "error":
-        raise LowrankError(f"the calibration reached too little of {listed(unseen)}")
-    if not any(not site.reason for site in kept):
-        raise LowrankError(f"the calibration reached none of the targets: {listed(unseen)}")
+        raise LowrankError(
+            f"the calibration reached too little of {len(unseen)} layers: {listed(unseen, 4)}; "
+            "on_missing='dense' would leave them as they are"
+        )
+    if all(site.reason for site in kept):
+        raise LowrankError(
+            f"the calibration reached none of the {len(unseen)} targets: {listed(unseen, 4)}"
+            if unseen
+            else f"the method takes {kinds}, and none of the targets is of that kind"
+        )
     return kept
 
 
+def _is_seen(site: Site, way: Method, seen: Calibration | None) -> bool:
+    """Whether there are the statistics that the method needs."""
+    if seen is None or not way.needs:
+        return True
+    return statistics_of(site, seen).count >= max(seen.min_tokens, 1)
+
+
 def _curve(site: Site, way: Method, seen: Calibration | None) -> Curve:
-    stats = statistics_of(site, seen)
-    if way.needs and seen is not None and stats.count < max(seen.min_tokens, 1):
+    if not _is_seen(site, way, seen):
         return SVD().curve(site, Statistics())  # on_missing="data-free"
-    return way.curve(site, stats)
-
-
-def _allocate(
-    request: Request, goal: int, targets: Sequence[Site], curves: Curves, whole: Cost
-) -> Allocation:
-    """One option for every target; `goal` is the dense cost that the ratio refers to."""
-    pinned = _pinned(request.rank_pattern or {}, targets, curves)
-    free = [curves[site.name] for site in targets if site.names not in pinned]
-    if request.rank is not None:
-        return {**_fixed(request.rank, free), **pinned}
-    if request.ratio is None or not free:
-        return {**{curve.sites: curve.dense for curve in free}, **pinned}
-    if request.align is not None:
-        free = only_aligned(free, request.align)
-    total = goal if request.of == "targets" else whole.of(request.unit)
-    kept = sum(option.cost.of(request.unit) for option in pinned.values())
-    dense = sum(curve.dense.cost.of(request.unit) for curve in curves.values())
-    # Beside the free sites stand the pinned ones at their new cost and all else as it is.
-    budget = _budget(request, total, total - dense + kept, free)
-    found = policy(request.policy or "uniform")(free, budget, None)
-    if request.align is None:
-        found = nearly_free_alignment(free, found, request.unit)
-    return {**found, **pinned}
-
-
-def _pinned(
-    patterns: Mapping[str, int | float], targets: Sequence[Site], curves: Curves
-) -> dict[tuple[str, ...], Option]:
-    """The options that `rank_pattern` fixes; above break-even is an error here."""
-    found = {}
-    for site in targets:
-        key = walk.pattern_value(patterns, site.names)
-        if key is None:
-            continue
-        value = patterns[key]
-        if isinstance(value, int):
-            check_rank(site.name, site.shape, value)
-        found.update(_fixed(value, [curves[site.name]]))
-    return found
-
-
-def _fixed(rank: int | float, curves: Sequence[Curve]) -> dict[tuple[str, ...], Option]:
-    if isinstance(rank, float):
-        return dict(Energy(share=rank)(curves, Budget(0))) if curves else {}
-    found = {}
-    for curve in curves:
-        largest = max((o.size[0] for o in curve.options if o.size is not None), default=0)
-        option = at_most(curve, rank)
-        found[curve.sites] = curve.dense if option is None or rank > largest else option
-    return found
-
-
-def _budget(request: Request, total: int, rest: int, free: Sequence[Curve]) -> Budget:
-    """What is left for the sites that the policy may choose for, `rest` being fixed.
-
-    Raises:
-        LowrankError: not even the smallest options fit; the smallest reachable ratio is named.
-    """
-    # The decimal that was written, not its binary neighbour: 0.29 · 100 is 29.
-    limit = math.floor(Fraction(str(request.ratio)) * total) - rest
-    least = smallest(free, request.unit)
-    if limit < least:
-        reachable = math.ceil((rest + least) / total * 10_000) / 10_000
-        raise LowrankError(
-            f"ratio {request.ratio} of the {request.of} cannot be reached: with every free target "
-            f"at its smallest form {reachable:.4f} of the {request.unit} are kept; "
-            "ask for at least that"
-        )
-    return Budget(limit, request.unit)
+    return way.curve(site, statistics_of(site, seen))
 
 
 def _entry(
     site: Site, option: Option | None, curve: Curve | None, request: Request, target: bool
 ) -> Entry:
-    dense = Option("dense", None, "dense", site.cost, 0.0)
-    option = option or dense
+    option = option or Option("dense", None, "dense", site.cost, 0.0)
     return Entry(
         sites=site.names,
         shape=site.shape,
@@ -193,23 +157,23 @@ def _entry(
         norm="" if curve is None else curve.norm,
         target=target,
         rcond=None if curve is None else _rcond(curve),
-        reason=site.reason or ("" if curve is None else _why_dense(option, curve, request)),
+        reason=site.reason if curve is None else _why_dense(option, site, curve, request),
     )
 
 
-def _why_dense(option: Option, curve: Curve, request: Request) -> str:
+def _why_dense(option: Option, site: Site, curve: Curve, request: Request) -> str:
     if not option.dense:
         return ""
-    largest = max((o.size[0] for o in curve.options if o.size is not None), default=0)
-    if largest == 0:
+    largest, rank = break_even(site.shape) - 1, request.rank
+    if len(curve.options) == 1:
         return "no rank makes a weight of this shape smaller"
-    if isinstance(request.rank, int):
-        return f"at rank {request.rank} it would not be smaller; the largest that is: {largest}"
-    if request.rank is not None:
-        return f"that share of its energy needs a rank above {largest}, which is not smaller"
-    if request.ratio is None:
-        return "not in rank_pattern"
-    return "the policy keeps it dense"
+    if isinstance(rank, float):
+        return f"keeping {rank} of its energy takes a rank above {largest}, which is not smaller"
+    if rank is not None and rank > largest:
+        return f"at rank {rank} it would not be smaller; the largest that is: {largest}"
+    if request.align is not None and largest < request.align:
+        return f"no multiple of {request.align} makes it smaller; the largest rank is {largest}"
+    return "not in rank_pattern" if request.ratio is None else "the policy keeps it dense"
 
 
 def _rcond(curve: Curve) -> float | None:
@@ -217,6 +181,13 @@ def _rcond(curve: Curve) -> float | None:
         return None
     most = float(curve.spectrum[0])
     return float(curve.spectrum[-1]) / most if most > 0 else 0.0
+
+
+def _name_of(way: Method, curves: Sequence[Curve]) -> str:
+    """What the options of a method call it."""
+    known = [name for name, kind in METHODS.items() if type(way) is kind]
+    own = [option.method for curve in curves for option in curve.options if not option.dense]
+    return (known + own + [_name(way)])[0]
 
 
 def _name(given: object) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from numbers import Real
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -13,8 +13,9 @@ from .. import layouts
 from .. import sites as walk
 from ..errors import LowrankError, listed, unknown
 from ..methods import method as method_of
+from ..nn import is_factored
 from ..policies import policy as policy_of
-from ..types import UNITS, Cost, Method, Policy, Site, Unit
+from ..types import UNITS, Cost, Factored, Method, Policy, Site, Unit
 
 Of = Literal["targets", "model"]
 Prefer = Literal["size", "speed"]
@@ -41,61 +42,66 @@ class Request:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.ratio is not None and self.rank is not None:
-            raise LowrankError("give either ratio or rank, not both")
-        if self.ratio is None and self.rank is None and not self.rank_pattern:
-            raise LowrankError("say how small: ratio=0.6, rank=32 or rank_pattern={…}")
-        if self.ratio is not None:
-            _check_ratio(self.ratio)
-            object.__setattr__(self, "ratio", float(self.ratio))  # NumPy's floats print otherwise
-        if self.rank is not None:
-            check_rank_value("rank", self.rank)
-        for name, value in (self.rank_pattern or {}).items():
-            check_rank_value(f"rank_pattern[{name!r}]", value)
-        if self.method is not None:
-            method_of(self.method, self.seed)
-        if self.policy is not None:
-            policy_of(self.policy)
-        if self.effort is not None:
-            raise LowrankError(
-                f"effort={self.effort!r}: recovery comes with a later version; leave it out"
-            )
-        if self.align is not None and (not _is_int(self.align) or self.align < 1):
-            raise LowrankError(f"align must be a positive integer or None, got {self.align!r}")
+        self._check_sizes()
         _check_word("of", self.of, get_args(Of))
         _check_word("unit", self.unit, UNITS)
         _check_word("prefer", self.prefer, get_args(Prefer))
         _check_word("on_missing", self.on_missing, get_args(OnMissing))
+        if not _is_int(self.seed):
+            raise LowrankError(f"seed must be an integer, got {self.seed!r}")
+        object.__setattr__(self, "seed", int(self.seed))
+        if self.method is not None:
+            method_of(self.method, self.seed)
+        if self.policy is not None:
+            policy_of(self.policy)
+            if self.ratio is None:
+                raise LowrankError("a policy shares out a ratio; with fixed ranks leave it out")
+        if self.effort is not None:
+            raise LowrankError(
+                f"effort={self.effort!r}: recovery comes with a later version; leave it out"
+            )
+
+    def _check_sizes(self) -> None:
+        if self.ratio is not None and self.rank is not None:
+            raise LowrankError("give either ratio or rank, not both")
+        pattern = {} if self.rank_pattern is None else self.rank_pattern
+        if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
+            raise LowrankError(f"rank_pattern must map names to ranks, got {pattern!r}")
+        if self.ratio is None and self.rank is None and not pattern:
+            raise LowrankError("say how small: ratio=0.6, rank=32 or rank_pattern={'q_proj': 32}")
+        if self.align is not None and (not _is_int(self.align) or self.align < 1):
+            raise LowrankError(f"align must be a positive integer or None, got {self.align!r}")
+        # NumPy's numbers compute alike, but print and serialise otherwise.
+        if self.ratio is not None:
+            object.__setattr__(self, "ratio", _ratio(self.ratio))
+        if self.rank is not None:
+            object.__setattr__(self, "rank", _rank("rank", self.rank))
+            if isinstance(self.rank, int) and self.rank % (self.align or 1):
+                raise LowrankError(f"rank={self.rank} is no multiple of align={self.align}")
+        plain = {key: _rank(f"rank_pattern[{key!r}]", value) for key, value in pattern.items()}
+        object.__setattr__(self, "rank_pattern", plain)
 
     def asked(self) -> dict[str, Any]:
         """What the plan remembers of the wish itself."""
-        pattern = dict(self.rank_pattern) if self.rank_pattern else None
         return {
             "ratio": self.ratio,
             "rank": self.rank,
-            "rank_pattern": pattern,
+            "rank_pattern": dict(self.rank_pattern) if self.rank_pattern else None,
             "of": self.of,
             "unit": self.unit,
         }
 
 
-def check_model(model: Any) -> None:
-    """Raises LowrankError for what is no module, lies on the meta device, or is quantized."""
-    if not isinstance(model, nn.Module):
-        raise LowrankError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if meta:
+def check_beside_plan(given: Mapping[str, Any]) -> None:
+    """Raises LowrankError when arguments beside a finished plan would be passed over."""
+    spare = [f.name for f in fields(Request) if f.name != "ratio" and given[f.name] != f.default]
+    if not isinstance(given["method"], str):
+        spare = [name for name in spare if name != "method"]  # an object can carry the plan out
+    if spare:
         raise LowrankError(
-            f"{len(meta)} parameters are on the meta device ({listed(meta, 3)}): load the weights"
+            f"the plan already decides {', '.join(spare)}: leave that out, "
+            "change the plan by plan.edit(…), or make a new one"
         )
-    stored = getattr(getattr(model, "config", None), "quantization_config", None)
-    if stored is not None:
-        kind = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
-        if str(getattr(kind, "value", kind)) != "lowrank":
-            raise LowrankError(
-                f"the model is quantized ({getattr(kind, 'value', kind)}): compress the model "
-                "first and quantize the result"
-            )
 
 
 def targets_of(model: nn.Module, request: Request) -> list[Site]:
@@ -105,46 +111,52 @@ def targets_of(model: nn.Module, request: Request) -> list[Site]:
         LowrankError: a pattern matches nothing, no target is left, or a weight is not finite.
     """
     sites = walk.select(walk.find(model), model, request.target_modules, request.exclude_modules)
-    walk.check_rank_pattern(request.rank_pattern or {}, sites)
     targets = [site for site in sites if not site.reason]
     if not targets:
-        reasons = sorted({f"{site.name or '(root)'}: {site.reason}" for site in sites})
+        reasons = sorted({f"{site.title}: {site.reason}" for site in sites})
+        factored = sum(map(is_factored, model.modules()))
+        already = f"{factored} are factored already (lowrank.to_dense undoes it); "
         raise LowrankError(
-            f"no layer can be factored; {listed(reasons, 4) or 'the model has no linear layer'}"
+            f"no layer can be factored: {already if factored else ''}"
+            f"{listed(reasons, 4) or 'the model has no dense linear layer'}"
         )
+    walk.check_rank_pattern(request.rank_pattern or {}, sites)
     for site in targets:
         if not layouts.is_finite(site.module):
-            raise LowrankError(f"{site.name or '(root)'}: the weight holds NaN or Inf")
+            raise LowrankError(f"{site.title}: the weight holds NaN or Inf")
     return sites
 
 
-def model_cost(model: nn.Module, sites: list[Site]) -> Cost:
+def model_cost(model: nn.Module, sites: Sequence[Site]) -> Cost:
     """Parameters and bytes of the whole model, each stored tensor once; macs of its linears."""
     unique = {id(parameter): parameter for parameter in model.parameters()}.values()
+    factored = [module.cost() for module in model.modules() if isinstance(module, Factored)]
     return Cost(
         params=sum(p.numel() for p in unique),
         bytes=sum(p.numel() * p.dtype.itemsize for p in unique),
-        macs=sum(site.cost.macs for site in sites),
+        macs=sum(cost.macs for cost in (*factored, *(site.cost for site in sites))),
     )
 
 
-def check_rank_value(what: str, value: Any) -> None:
-    """An int from 1 on is a rank; a float in (0, 1] is a share of the energy."""
-    good = (_is_int(value) and value >= 1) or (isinstance(value, float) and 0 < value <= 1)
-    if not good:
-        raise LowrankError(
-            f"{what} must be an integer >= 1 (a rank) or a float in (0, 1] (the share of energy "
-            f"kept), got {value!r}"
-        )
+def _rank(what: str, value: Any) -> int | float:
+    """An integer from 1 on is a rank; a float in (0, 1] is a share of the energy."""
+    if _is_int(value) and value >= 1:
+        return int(value)
+    if isinstance(value, Real) and not isinstance(value, Integral) and 0 < float(value) <= 1:
+        return float(value)
+    raise LowrankError(
+        f"{what} must be an integer >= 1 (a rank) or a float in (0, 1] (the share of energy "
+        f"kept), got {value!r}"
+    )
 
 
-def _check_ratio(ratio: Any) -> None:
-    number = isinstance(ratio, Real) and not isinstance(ratio, bool)
-    if not number or not 0 < ratio < 1:
+def _ratio(ratio: Any) -> float:
+    if not isinstance(ratio, Real) or not 0 < float(ratio) < 1:
         raise LowrankError(
             f"ratio is the fraction kept and must be in (0, 1), got {ratio!r}; "
             "0.8 keeps 80 % of the targeted weights"
         )
+    return float(ratio)
 
 
 def _check_word(what: str, got: Any, known: tuple[str, ...]) -> None:
@@ -153,4 +165,4 @@ def _check_word(what: str, got: Any, known: tuple[str, ...]) -> None:
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)

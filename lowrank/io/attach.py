@@ -44,7 +44,7 @@ def attach(model: nn.Module, provenance: dict[str, Any] | None = None) -> bool:
     config = LowRankConfig(modules=specs, lowrank=notes)
     model.config.quantization_config = config  # type: ignore[union-attr]
     # It brings the config up to date at every save, and gives model.dequantize().
-    model.hf_quantizer = LowRankHfQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
+    model.hf_quantizer = LowRankHfQuantizer(config, pre_quantized=True)
     return True
 
 

@@ -42,6 +42,7 @@ def save(
             cannot be stored. Nothing is written then.
     """
     target = Path(folder)
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if target.exists() and not target.is_dir():
         raise LowrankError(f"{target} is a file, expected a folder")
     other = INDEX if is_transformers(model) else CONFIG
@@ -54,6 +55,10 @@ def save(
         raise LowrankError(
             f"tokenizer and card are for transformers models, got {type(model).__name__}"
         )
+    _write(model, target)
+
+
+def _write(model: nn.Module, target: Path) -> None:
     stored, aliases = tensors.collect(model)
     index = {
         "format": FORMAT,
@@ -95,7 +100,6 @@ def load(
     if not (source / INDEX).exists():
         return _load_pretrained(source, skeleton, device, dtype)
     specs, aliases = _index(source / INDEX)
-    stored = tensors.header(source / WEIGHTS)
     if skeleton is None:
         raise LowrankError(
             f"{source} holds factors but no architecture: pass skeleton=, the dense model or a "
@@ -104,12 +108,25 @@ def load(
     model = skeleton if isinstance(skeleton, nn.Module) else skeleton()
     if not isinstance(model, nn.Module):
         raise LowrankError(f"skeleton must be or return an nn.Module, got {type(model).__name__}")
+    return _filled(model, source / WEIGHTS, specs, aliases, device, dtype)
+
+
+def _filled(
+    model: nn.Module,
+    path: Path,
+    specs: dict[str, Spec],
+    aliases: dict[str, str],
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.Module:
+    """The model with its layers swapped and its tensors from `path`; unchanged on an error."""
+    stored = tensors.header(path)
     new = prepare(model, specs, INDEX)
     named = {name: new[id(module)] for name, module in walk(model) if id(module) in new}
     wanted = tensors.expected(model, named)
-    tensors.check_match(wanted, stored, aliases, source / WEIGHTS)
+    tensors.check_match(wanted, stored, aliases, path)
     _check_unsaved_buffers(model)
-    values = tensors.read(source / WEIGHTS, device or "cpu", dtype)
+    values = tensors.read(path, device or "cpu", dtype)
     with unchanged_on_error(model):
         filled = swap(model, new)
         filled.load_state_dict(tensors.as_state(values, aliases, wanted), assign=True)

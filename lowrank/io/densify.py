@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from ..errors import LowrankError, listed
-from ..nn import layout_of
+from ..nn import build, describe, layout_of
 from .surgery import factored, swap
 
 
@@ -19,7 +17,8 @@ def densify(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     stored in `dtype`, or in the dtype of the factors.
 
     Raises:
-        LowrankError: factors are on the meta device (offloaded, or never loaded).
+        LowrankError: factors are on the meta device (offloaded, or never loaded), or something
+            was added to them, such as an adapter.
     """
     modules = factored(model)
     empty = [name or "(root)" for name, module in modules.items() if _is_meta(module)]
@@ -28,6 +27,8 @@ def densify(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
             f"no weights to merge at {listed(empty)}: they are on the meta device; load the "
             f"model without offloading"
         )
+    for name, module in modules.items():
+        _check_plain(module, name or "(root)")
     distinct = {id(module): module for module in modules.values()}
     return swap(model, {key: _dense(module, dtype) for key, module in distinct.items()})
 
@@ -35,7 +36,7 @@ def densify(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
 def _dense(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """An nn.Linear, or transformers' Conv1D where that was replaced."""
     stored = next(p.dtype for p in module.parameters() if p.dtype.is_floating_point)
-    weight = _weight(module).to(dtype or stored)  # (out, in)
+    weight = _weight(module, stored).to(dtype or stored)  # (out, in)
     bias: Tensor | None = module.bias  # type: ignore[assignment]
     if layout_of(module) == "conv1d":
         dense = _conv1d(weight, bias)
@@ -50,14 +51,12 @@ def _dense(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     return dense.train(module.training)
 
 
-def _weight(module: nn.Module) -> Tensor:
+def _weight(module: nn.Module, stored: torch.dtype) -> Tensor:
     """The product (out, in), formed in float32 or better."""
-    with torch.no_grad(), torch.autocast(_device(module).type, enabled=False):
-        exact = copy.deepcopy(module)
-        for tensor in (*exact.parameters(), *exact.buffers()):
-            if tensor.dtype.is_floating_point and tensor.dtype != torch.float64:
-                tensor.data = tensor.data.float()
-        weight: Tensor = exact.dense_weight()  # type: ignore[operator]
+    device = next(module.parameters()).device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        wide = torch.promote_types(stored, torch.float32)
+        weight: Tensor = module.dense_weight(wide)  # type: ignore[operator]
     return weight.detach().contiguous()
 
 
@@ -67,15 +66,21 @@ def _conv1d(weight: Tensor, bias: Tensor | None) -> nn.Module:
 
     out_features, in_features = weight.shape
     with torch.device("meta"):
-        dense: nn.Module = Conv1D(out_features, in_features)  # type: ignore[no-untyped-call]
+        dense: nn.Module = Conv1D(out_features, in_features)
     dense.weight = nn.Parameter(weight.T.contiguous())
     if bias is None:
         dense.bias = nn.Parameter(weight.new_zeros(out_features))
     return dense
 
 
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+def _check_plain(module: nn.Module, where: str) -> None:
+    """A product of the factors alone would silently drop what peft and others add to them."""
+    extra = set(module.state_dict()) - set(build(describe(module), where).state_dict())
+    if extra:
+        raise LowrankError(
+            f"{where} holds more than its factors: {listed(sorted(extra))}; merge or remove "
+            f"adapters first (peft: model.merge_and_unload())"
+        )
 
 
 def _is_meta(module: nn.Module) -> bool:

@@ -31,7 +31,7 @@ def to_dense(model: nn.Module, *, copy: bool = False) -> nn.Module:
         The model, or a new layer if the model itself is a factored module.
 
     Raises:
-        LowrankError: factors are on the meta device; nothing is changed then.
+        LowrankError: factors are on the meta device or carry adapters; nothing is changed then.
     """
     target = copying.deepcopy(model) if copy else model
     dense = densify(target)

@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import LowrankError, listed
+from .card import REMOTE_FILE
 from .densify import densify
 from .surgery import Spec, check_specs, prepare, specs_of, swap, walk
 
@@ -50,7 +51,7 @@ class LowRankConfig(QuantizationConfigMixin):
                 f"{SOURCE}: unknown entries {listed(sorted(unknown))}: a newer version of "
                 f"lowrank may have written them"
             )
-        self.quant_method = quant_method  # type: ignore[assignment]  # theirs is a closed enum
+        self.quant_method = quant_method
         self.version = version
         self.modules = {} if modules is None else modules
         self.lowrank = {} if lowrank is None else lowrank
@@ -110,6 +111,7 @@ class LowRankHfQuantizer(HfQuantizer):
         model.is_quantized = False  # type: ignore[assignment]
         for module in model.modules():
             getattr(getattr(module, "config", None), "__dict__", {}).pop("_is_quantized", None)
+        _drop_auto_map(model.config)
         self._refresh(model)
         return model
 
@@ -127,7 +129,18 @@ class LowRankHfQuantizer(HfQuantizer):
         if self.quantization_config.modules:
             model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
         else:
-            self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
+            self.remove_quantization_config(model)
+
+
+def _drop_auto_map(config: Any) -> None:
+    """What `save` wrote for trust_remote_code holds for that folder only, not for the next."""
+    entries = getattr(config, "auto_map", None)
+    if isinstance(entries, dict):
+        stem = f"{REMOTE_FILE.removesuffix('.py')}."
+        kept = {k: v for k, v in entries.items() if not str(v).split("--")[-1].startswith(stem)}
+        config.auto_map = kept
+        if not kept:
+            del config.auto_map
 
 
 def check_version(version: object, source: str) -> None:

@@ -14,23 +14,27 @@ from ..nn import build, describe, is_factored
 
 Spec = dict[str, Any]
 
-# Names that wrappers put between a module and its parent; saved tensors do not carry them either.
-_WRAPPERS = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
+# Names that wrappers put between a module and its parent, and take out of the names of tensors.
+_WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Like named_modules with every name of a shared module, but not into factored modules."""
+    """Like named_modules with every name of a shared module, but not into factored modules.
+
+    A wrapper (FSDP, activation checkpointing) comes before what it wraps, by the same name.
+    """
     yield prefix, module
     if is_factored(module):
         return
     for key, child in module._modules.items():
         if child is not None:
-            yield from walk(child, f"{prefix}.{key}" if prefix else key)
+            inner = prefix if key in _WRAPPERS else f"{prefix}.{key}" if prefix else key
+            yield from walk(child, inner)
 
 
 def factored(model: nn.Module) -> dict[str, nn.Module]:
     """Every name under which the model reaches a factored module."""
-    return {_plain(name): module for name, module in walk(model) if is_factored(module)}
+    return {name: module for name, module in walk(model) if is_factored(module)}
 
 
 def specs_of(model: nn.Module) -> dict[str, Spec]:
@@ -127,10 +131,6 @@ def _restore(live: dict[str, Any], before: dict[str, Any]) -> None:
     live.update(before)
 
 
-def _plain(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
 def _candidates(there: Mapping[str, nn.Module]) -> list[str]:
     linear = [name for name, module in there.items() if layouts.kind(module)]
     return [name or "(root)" for name in linear or there]
@@ -162,9 +162,9 @@ def _check_fits(dense: nn.Module, spec: Spec, where: str) -> None:
 
 
 def _adopt(new: nn.Module, dense: nn.Module) -> nn.Module:
-    """Give an empty factored module what is not in its spec: dtype, training flag, gradients."""
+    """Give an empty factored module what is not in its spec: training flag, gradients."""
     weight, bias = layouts.matrix(dense), layouts.bias(dense)
-    new.to(weight.dtype).train(dense.training)
+    new.train(dense.training)
     for name, parameter in new.named_parameters():
         source = bias if name.endswith("bias") and bias is not None else weight
         parameter.requires_grad_(source.requires_grad)

@@ -17,13 +17,13 @@ from ..errors import LowrankError, listed
 class Entry:
     """What a name stands for: a tensor in a file, or one that a model expects.
 
-    `gradient` is None for buffers, else the parameter's requires_grad; `identity` is equal for
-    names of one tensor in a model.
+    `parameter` tells parameters from buffers, `identity` is equal for names of one tensor; both
+    are known for a model only.
     """
 
     shape: tuple[int, ...]
     floating: bool
-    gradient: bool | None = None
+    parameter: bool = False
     identity: int = 0
 
 
@@ -91,7 +91,7 @@ def read(path: Path, device: torch.device | str, dtype: torch.dtype | None) -> d
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(path, device=str(device))
+        tensors: dict[str, Tensor] = load_file(path, device=str(device))
     except (SafetensorError, OSError) as error:
         raise LowrankError(f"{path} could not be read: {error}") from error
     if dtype is None:
@@ -155,17 +155,17 @@ def as_state(
     parameters: dict[str, nn.Parameter] = {}
     for name, entry in wanted.items():
         owner = aliases.get(name, name)
-        if entry.gradient is None:
-            state[name] = tensors[owner]
-        else:
-            fresh = nn.Parameter(tensors[owner], entry.gradient)
+        if entry.parameter:
+            fresh = nn.Parameter(tensors[owner], entry.floating)  # the model's own flag comes later
             state[name] = parameters.setdefault(owner, fresh)
+        else:
+            state[name] = tensors[owner]
     return state
 
 
 def _entry(tensor: Tensor) -> Entry:
-    gradient = tensor.requires_grad if isinstance(tensor, nn.Parameter) else None
-    return Entry(tuple(tensor.shape), tensor.is_floating_point(), gradient, id(tensor))
+    parameter = isinstance(tensor, nn.Parameter)
+    return Entry(tuple(tensor.shape), tensor.is_floating_point(), parameter, id(tensor))
 
 
 def _text(entry: Entry) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .precision import full_precision
+
 
 def gram_sum(rows: Tensor) -> Tensor:
     """Σ x xᵀ over the rows of (tokens, in): product in fp32 (fp64 stays), returned in float64.
@@ -13,9 +15,10 @@ def gram_sum(rows: Tensor) -> Tensor:
     """
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
-    for chunk in torch.split(rows, 8192):
-        cast = chunk.to(wide)
-        total += cast.T @ cast
+    with full_precision(rows):  # hooks may run inside the caller's autocast
+        for chunk in torch.split(rows, 8192):
+            cast = chunk.to(wide)
+            total += cast.T @ cast
     return total
 
 

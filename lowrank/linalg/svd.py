@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .precision import full_precision
+
 FP64_UP_TO = 4096  # smaller side of W; above it fp32, with error sums in fp64
 RANDOMISED_FROM = 4096  # smaller side above which a rank below an eighth of it is sketched
 
@@ -29,8 +31,9 @@ def energies(weight: Tensor, gram: Tensor | None = None) -> Tensor:
     """
     if gram is None and weight.shape[0] > weight.shape[1]:
         weight = weight.T
-    problem, _, _ = _reduced(weight, gram)
-    values: Tensor = torch.linalg.eigvalsh(problem)
+    with full_precision(weight):
+        problem, _, _ = _reduced(weight, gram)
+        values: Tensor = torch.linalg.eigvalsh(problem)
     return values.double().clamp(min=0).flip(0)
 
 
@@ -62,14 +65,15 @@ def factor(
         down, up = factor(weight.T, rank, seed=seed)
         return up.T, down.T
     side = min(weight.shape)
-    if side > RANDOMISED_FROM and rank <= side // 8:
-        basis = randomised_basis(weight, rank, gram, seed=seed)
-        matrix = weight.detach().to(basis.dtype)
+    with full_precision(weight):
+        if side > RANDOMISED_FROM and rank <= side // 8:
+            basis = randomised_basis(weight, rank, gram, seed=seed)
+            matrix = weight.detach().to(basis.dtype)
+            return balance(basis, basis.T @ matrix)
+        problem, matrix, turn = _reduced(weight, gram)
+        vectors = torch.linalg.eigh(problem).eigenvectors[:, -rank:].flip(1)
+        basis = _fix_signs(vectors if turn is None else turn @ vectors)
         return balance(basis, basis.T @ matrix)
-    problem, matrix, turn = _reduced(weight, gram)
-    vectors = _fix_signs(torch.linalg.eigh(problem).eigenvectors[:, -rank:].flip(1))
-    basis = vectors if turn is None else turn @ vectors
-    return balance(basis, basis.T @ matrix)
 
 
 def randomised_basis(
@@ -93,21 +97,23 @@ def randomised_basis(
     generator = torch.Generator().manual_seed(seed)
     probe = torch.randn(weight.shape[0], width, generator=generator, dtype=matrix.dtype)
     basis = probe.to(matrix.device)
-    for _ in range(power + 1):
-        basis = torch.linalg.qr(_apply(matrix, metric, basis)).Q
-    ritz = torch.linalg.eigh(basis.T @ _apply(matrix, metric, basis)).eigenvectors
-    return _fix_signs(basis @ ritz[:, -rank:].flip(1))
+    with full_precision(matrix):
+        for _ in range(power + 1):
+            basis = torch.linalg.qr(_apply(matrix, metric, basis)).Q
+        ritz = torch.linalg.eigh(basis.T @ _apply(matrix, metric, basis)).eigenvectors
+        return _fix_signs(basis @ ritz[:, -rank:].flip(1))
 
 
 def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Scale each of the components so that its column of `up` and row of `down` are equally long.
 
     Training sees factors of one size, and rounding to 16 bits treats both alike. A component that
-    carries nothing keeps its unit side: were both sides zero, no gradient could reach it.
+    carries nothing keeps its unit side: were both sides zero, no gradient could reach it. Nothing
+    means below √ε of the largest: the eigenproblem of W H Wᵀ resolves no more.
     """
     long_up, long_down = up.norm(dim=0), down.norm(dim=1)
     product = long_up * long_down
-    alive = product > product.max() * torch.finfo(up.dtype).eps
+    alive = product > product.max() * torch.finfo(up.dtype).eps ** 0.5
     scale = torch.where(alive, (long_down / long_up.where(alive, 1)).sqrt(), 1)
     return up * scale, down / scale.where(alive, 1)[:, None]
 

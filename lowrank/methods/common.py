@@ -10,7 +10,7 @@ from .. import layouts
 from ..errors import LowrankError
 from ..nn import LowRankLinear
 from ..nn.lowrank_linear import low_rank_cost
-from ..types import Curve, Option, Site
+from ..types import Curve, Option, Site, Statistics
 
 
 def low_rank_curve(
@@ -39,6 +39,21 @@ def low_rank_curve(
             options.append(Option(method, (rank,), "factors", cost, float(least)))
     options.append(Option("dense", None, "dense", site.cost, 0.0))
     return Curve(site.names, tuple(options), float(errors[0]), spectrum, norm, exact)
+
+
+def gram_of(stats: Statistics, in_features: int) -> Tensor:
+    """E[x xᵀ] (in, in).
+
+    Raises:
+        LowrankError: it was not gathered, or belongs to an input of another width.
+    """
+    shape = None if stats.gram is None else tuple(stats.gram.shape)
+    if stats.gram is None or shape != (in_features, in_features):
+        raise LowrankError(
+            f"expected the gram of an input of width {in_features}, got {shape or 'none'}: "
+            "calibrate this model first"
+        )
+    return stats.gram
 
 
 def rank_of(option: Option, module: nn.Module) -> int:

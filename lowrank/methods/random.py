@@ -41,12 +41,12 @@ class Random:
         # Var(Σ_r up·down) = r · std⁴ has to equal the mean square of W.
         std = (float(weight.double().square().mean()) / rank) ** 0.25
         up, down = (
-            torch.randn(shape, generator=generator, dtype=torch.float64).to(weight.device) * std
+            torch.randn(shape, generator=generator, dtype=torch.float64).to(weight.device)
             for shape in ((weight.shape[0], rank), (rank, weight.shape[1]))
         )
-        return low_rank_layer(module, down, up)
+        # Of a zero weight one factor stays alive: were both zero, no gradient could reach them.
+        return low_rank_layer(module, down * (std or weight.shape[1] ** -0.5), up * std)
 
 
 def _fingerprint(weight: Tensor) -> int:
-    row = weight[0].float().cpu().contiguous().numpy()
-    return zlib.crc32(row.tobytes())
+    return zlib.crc32(weight.float().cpu().contiguous().numpy().tobytes())

@@ -15,7 +15,7 @@ from torch import nn
 
 from .. import layouts, linalg
 from ..types import Curve, Option, Site, Statistics
-from .common import low_rank_curve, low_rank_layer, rank_of
+from .common import gram_of, low_rank_curve, low_rank_layer, rank_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Whitened:
     needs = frozenset({"gram"})
 
     def curve(self, site: Site, stats: Statistics) -> Curve:
-        energy = linalg.energies(layouts.matrix(site.module), stats.gram)
+        gram = gram_of(stats, site.shape[1])
+        energy = linalg.energies(layouts.matrix(site.module), gram)
         return low_rank_curve(
             site,
             "whitened",
@@ -38,6 +39,7 @@ class Whitened:
         )
 
     def factor(self, module: nn.Module, option: Option, stats: Statistics) -> nn.Module:
-        rank = rank_of(option, module)
-        up, down = linalg.factor(layouts.matrix(module), rank, stats.gram, seed=self.seed)
+        weight, rank = layouts.matrix(module), rank_of(option, module)
+        gram = gram_of(stats, weight.shape[1])
+        up, down = linalg.factor(weight, rank, gram, seed=self.seed)
         return low_rank_layer(module, down, up)

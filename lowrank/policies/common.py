@@ -39,6 +39,16 @@ def smallest(curves: Sequence[Curve], unit: Unit) -> int:
     return sum(min(option.cost.of(unit) for option in curve.options) for curve in curves)
 
 
+def check_reachable(curves: Sequence[Curve], budget: Budget) -> None:
+    """Raises LowrankError when not even the smallest options fit the budget."""
+    least = smallest(curves, budget.unit)
+    if least > budget.limit:
+        raise LowrankError(
+            f"these sites need {least:,} {budget.unit} at least, the budget is {budget.limit:,}: "
+            "ask for more"
+        )
+
+
 def at_most(curve: Curve, rank: int) -> Option | None:
     """The largest factored option of rank ≤ `rank`; None if there is none."""
     fitting = [o for o in curve.options if o.size is not None and o.size[0] <= rank]

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from ..errors import LowrankError
 from ..types import Allocation, Budget, Curve, Option, Probe, Unit
-from .common import disjoint, smallest
+from .common import check_reachable, disjoint, smallest
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Spectrum:
             raise LowrankError(
                 f"errors in the norms {norms} cannot be added: use one method for all sites"
             )
+        check_reachable(curves, budget)
         chosen = {sites: _cheapest(curve, budget.unit) for sites, curve in by_sites.items()}
         left = budget.limit - smallest(curves, budget.unit)
         steps = sorted(
@@ -39,6 +40,7 @@ class Spectrum:
                 (gain, sites, option)
                 for sites, curve in by_sites.items()
                 for gain, option in _hull(curve, budget.unit)
+                if gain > 0  # a dense weight without error saves nothing over exact factors
             ),
             key=lambda step: -step[0],
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from ..types import Allocation, Budget, Curve, Option, Probe
-from .common import Choice, disjoint, spent
+from .common import Choice, check_reachable, disjoint, spent
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Uniform:
         self, curves: Sequence[Curve], budget: Budget, probe: Probe | None = None
     ) -> Allocation:
         by_sites = disjoint(curves)
+        check_reachable(curves, budget)
         unit = budget.unit
         whole = spent((curve.dense for curve in curves), unit)
         # The limit was rounded down; every cost strictly below limit + 1 sums to at most limit.

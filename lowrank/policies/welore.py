@@ -69,7 +69,9 @@ def _numbers(curve: Curve) -> Values:
 
 def _gated(curve: Curve, rank: int) -> Option:
     """The factored option of that rank where it is smaller than the dense weight, else dense."""
-    largest = max((o.size[0] for o in curve.options if o.size is not None), default=0)
-    if rank > largest:
-        return curve.dense
-    return at_most(curve, rank) or curve.options[0]
+    below = at_most(curve, rank)
+    if below is None or below.size is None:
+        return curve.options[0]
+    # A curve may lack this very rank (alignment, ties): its cost follows from the one below.
+    grows = rank * below.cost.params >= below.size[0] * curve.dense.cost.params
+    return curve.dense if grows and below.error > 0 else below

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -162,9 +163,18 @@ def net() -> nn.Module:
     return model.eval()
 
 
+@pytest.fixture
+def folder(net: nn.Module, tmp_path: Path) -> Path:
+    """Where the generic network is saved."""
+    from lowrank.io import save
+
+    save(net, tmp_path / "net")
+    return tmp_path / "net"
+
+
 @pytest.fixture(scope="session")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """New processes, started together at first use: name -> what it printed as JSON."""
+def in_new_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """Run a function of orders.py in a process of its own: what it found."""
     from lowrank.io import save
 
     folder = tmp_path_factory.mktemp("processes")
@@ -180,13 +190,13 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, An
         "HF_HOME": str(folder / "home"),
     }
     script = str(Path(__file__).with_name("orders.py"))
-    yield {
-        name: subprocess.Popen(
-            [sys.executable, script, name, str(folder)],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name in ("lowrank_first", "transformers_first", "without_lowrank", "no_transformers")
-    }
+
+    def run(what: str) -> dict[str, Any]:
+        done = subprocess.run(
+            [sys.executable, script, what, str(folder)],
+            env=env, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    return run

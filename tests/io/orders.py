@@ -55,6 +55,7 @@ def without_lowrank(folder: Path) -> dict[str, object]:
         found[kind] = error(model, folder, kind)
         found[f"{kind}_class"] = f"{type(model).__module__}.{type(model).__name__}"
         again = AutoModelForCausalLM.from_pretrained(folder / f"{kind}-again")
+        found[f"{kind}_map"] = "auto_map" in (folder / f"{kind}-again/config.json").read_text()
         found[f"{kind}_again"] = error(again, folder, kind)
     return found
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import lowrank
 from lowrank.errors import LowrankError
 from lowrank.io import attach, detach, save
 
@@ -20,7 +21,7 @@ def test_attach_writes_specs_and_provenance(zoo) -> None:
     names = [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
     assert written["modules"] == {name: {**spec, "bias": False} for name in names}
     assert (written["quant_method"], written["version"]) == ("lowrank", 1)
-    assert written["lowrank"] == {"ratio": 0.6, "lowrank_version": "0.1.0"}
+    assert written["lowrank"] == {"ratio": 0.6, "lowrank_version": lowrank.__version__}
 
 
 def test_attach_again_follows_the_model_and_keeps_provenance(zoo) -> None:
@@ -55,6 +56,15 @@ def test_nothing_factored_nothing_said(zoo) -> None:
     check = zoo.snapshot(model)
     assert not attach(model)
     check()
+
+
+def test_attach_after_merging_by_hand_detaches(zoo) -> None:
+    from lowrank.io.densify import densify
+
+    model = zoo.compressed("llama")
+    assert not attach(densify(model))
+    assert not hasattr(model.config, "quantization_config")
+    assert not hasattr(model, "hf_quantizer")
 
 
 def test_any_other_module_is_left_alone(net: nn.Module, zoo) -> None:

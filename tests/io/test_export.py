@@ -49,6 +49,20 @@ def test_to_dense_has_the_modules_of_the_dense_model(zoo, kind: str) -> None:
     assert dense.config.to_dict() == original.config.to_dict()
 
 
+def test_reloaded_gpt2_gets_its_own_layers_back(zoo, tmp_path: Path) -> None:
+    """The layout survives the file, or a dense GPT-2 would hold nn.Linear and load nowhere."""
+    from transformers import GPT2LMHeadModel
+
+    model = zoo.compressed("gpt2")
+    model.save_pretrained(tmp_path / "factored")
+    dense = to_dense(GPT2LMHeadModel.from_pretrained(tmp_path / "factored"))
+    assert [type(m) for m in dense.modules()] == [type(m) for m in zoo.make("gpt2").modules()]
+    dense.save_pretrained(tmp_path / "dense")
+    loaded, info = GPT2LMHeadModel.from_pretrained(tmp_path / "dense", output_loading_info=True)
+    assert not any(info.values())
+    torch.testing.assert_close(zoo.logits(loaded), zoo.logits(model), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
 def test_merged_weight_is_the_rounded_product(dtype: torch.dtype, layout: str) -> None:
@@ -63,7 +77,8 @@ def test_merged_weight_is_the_rounded_product(dtype: torch.dtype, layout: str) -
     remember_layout(layer, layout)
     dense = to_dense(layer)
     weight = dense.weight.T if layout == "conv1d" else dense.weight
-    assert dense.weight.is_contiguous() and weight.dtype == dtype
+    assert dense.weight.is_contiguous()
+    assert weight.dtype == dtype
     assert torch.equal(dense.bias, bias)
     exact = torch.from_numpy(up.double().numpy() @ down.double().numpy())
     unit = {torch.float64: 1e-14, torch.float32: 2e-6}.get(dtype, torch.finfo(dtype).eps / 2 + 1e-5)
@@ -79,11 +94,16 @@ def test_flags_modes_and_sharing_are_kept(net: nn.Module) -> None:
     net.train()
     net.body[2].eval()
     dense = to_dense(net)
-    assert dense is net and not factored(net)
-    assert net.again is net.shared and type(net.shared) is nn.Linear
-    assert net.body[0].training and not net.body[2].training
-    assert net.body[0].weight.requires_grad and not net.body[2].weight.requires_grad
-    assert net.shared.weight.requires_grad and not net.shared.bias.requires_grad
+    assert dense is net
+    assert not factored(net)
+    assert net.again is net.shared
+    assert type(net.shared) is nn.Linear
+    assert net.body[0].training
+    assert not net.body[2].training
+    assert net.body[0].weight.requires_grad
+    assert not net.body[2].weight.requires_grad
+    assert net.shared.weight.requires_grad
+    assert not net.shared.bias.requires_grad
     assert net.body[2].bias is None
     torch.testing.assert_close(net.eval()(x), expected)
 
@@ -93,7 +113,8 @@ def test_copy_leaves_the_model(zoo, net: nn.Module) -> None:
         check = zoo.snapshot(model)
         dense = to_dense(model, copy=True)
         check()
-        assert factored(model) and not factored(dense)
+        assert factored(model)
+        assert not factored(dense)
         mine = {t.data_ptr() for t in model.parameters()}
         assert not mine & {t.data_ptr() for t in dense.parameters()}
 
@@ -101,8 +122,28 @@ def test_copy_leaves_the_model(zoo, net: nn.Module) -> None:
 def test_root_returns_a_new_layer() -> None:
     layer = LowRankLinear.from_factors(torch.randn(2, 5), torch.randn(7, 2), None).eval()
     dense = to_dense(layer)
-    assert type(dense) is nn.Linear and not dense.training and dense.bias is None
+    assert type(dense) is nn.Linear
+    assert not dense.training
+    assert dense.bias is None
     torch.testing.assert_close(dense.weight, layer.dense_weight())
+
+
+def test_product_is_formed_in_float32_and_bias_is_copied(monkeypatch) -> None:
+    seen: list[torch.dtype | None] = []
+    product = LowRankLinear.dense_weight
+
+    def spy(self: LowRankLinear, dtype: torch.dtype | None = None) -> torch.Tensor:
+        seen.append(dtype)
+        return product(self, dtype)
+
+    layer = LowRankLinear.from_factors(torch.ones(2, 5), torch.ones(7, 2), torch.zeros(7)).half()
+    monkeypatch.setattr(LowRankLinear, "dense_weight", spy)
+    dense = to_dense(layer)
+    assert seen == [torch.float32]
+    assert dense.weight.dtype == layer.up.weight.dtype == torch.float16
+    with torch.no_grad():
+        dense.bias.fill_(1)
+    assert layer.up.bias.eq(0).all()
 
 
 def test_autocast_does_not_reach_the_product(net: nn.Module) -> None:

@@ -1,0 +1,6 @@
+"""`python -m lowrank` is the command `lowrank`."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Which option every target gets: pinned ranks, fixed ranks, or a budget and a policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+from .. import sites as walk
+from ..entry import break_even, check_rank
+from ..errors import LowrankError, listed
+from ..policies import Energy, policy
+from ..policies.common import Choice, at_most, nearly_free_alignment, only_aligned, smallest
+from ..types import Allocation, Budget, Cost, Curve, Site
+from .request import Request
+
+Curves = dict[str, Curve]
+
+
+def allocate(
+    request: Request, goal: int, targets: Sequence[Site], curves: Curves, whole: Cost
+) -> Allocation:
+    """One option for every target; `goal` is the dense cost that the ratio refers to."""
+    pinned = _pinned(request.rank_pattern or {}, targets, curves)
+    sites = [site for site in targets if site.names not in pinned]
+    free = [curves[site.name] for site in sites]
+    if request.align is not None and not isinstance(request.rank, int):
+        free = only_aligned(free, request.align)
+    if request.rank is not None:
+        return {**_fixed(request.rank, sites, free), **pinned}
+    if request.ratio is None or not free:
+        return {**{curve.sites: curve.dense for curve in free}, **pinned}
+    total = goal if request.of == "targets" else whole.of(request.unit)
+    kept = sum(option.cost.of(request.unit) for option in pinned.values())
+    dense = sum(curve.dense.cost.of(request.unit) for curve in curves.values())
+    # Beside the free sites stand the pinned ones at their new cost and all else as it is.
+    budget = _budget(request, total, total - dense + kept, free)
+    found = policy(request.policy or "uniform")(free, budget, None)
+    forgotten = [site.title for site in sites if site.names not in found]
+    if forgotten:
+        raise LowrankError(f"the policy chose no option for {listed(forgotten)}")
+    if request.align is None:
+        found = nearly_free_alignment(free, found, request.unit)
+    return {**found, **pinned}
+
+
+def _pinned(patterns: Mapping[str, int | float], sites: Sequence[Site], curves: Curves) -> Choice:
+    """The options that `rank_pattern` fixes; above break-even is an error here."""
+    found: Choice = {}
+    for site in sites:
+        key = walk.pattern_value(patterns, site.names)
+        if key is None:
+            continue
+        value = patterns[key]
+        if isinstance(value, int):
+            check_rank(site.title, site.shape, value)
+        option = _fixed(value, [site], [curves[site.name]])[site.names]
+        if option.dense:
+            raise LowrankError(
+                f"rank_pattern {key!r}: keeping {value} of the energy of {site.title} takes a rank "
+                f"of {break_even(site.shape)} or more, which is not smaller than the dense layer"
+            )
+        found[site.names] = option
+    return found
+
+
+def _fixed(rank: int | float, sites: Sequence[Site], curves: Sequence[Curve]) -> Choice:
+    """An integer is a rank for all; a float is the share of its energy that every site keeps."""
+    if isinstance(rank, float):
+        return dict(Energy(share=rank)(curves, Budget(0))) if curves else {}
+    found = {}
+    for site, curve in zip(sites, curves, strict=True):
+        # A rank that the curve lacks carries nothing more than the one below it.
+        option = at_most(curve, rank)
+        smaller = option is not None and rank < break_even(site.shape)
+        found[site.names] = option if option is not None and smaller else curve.dense
+    return found
+
+
+def _budget(request: Request, total: int, rest: int, free: Sequence[Curve]) -> Budget:
+    """What is left for the sites that the policy may choose for, `rest` being fixed.
+
+    Raises:
+        LowrankError: not even the smallest options fit; the smallest reachable ratio is named.
+    """
+    # The decimal that was written, not its binary neighbour: 0.29 · 100 is 29.
+    limit = math.floor(Fraction(str(request.ratio)) * total) - rest
+    least = smallest(free, request.unit)
+    if limit >= least:
+        return Budget(limit, request.unit)
+    cannot = f"ratio {request.ratio} of the {request.of} cannot be reached"
+    reachable = math.ceil(Fraction(rest + least, total) * 10_000) / 10_000
+    if reachable >= 1:
+        raise LowrankError(f"{cannot}: no target has a smaller form at align={request.align}")
+    raise LowrankError(
+        f"{cannot}: with every target as small as it can be, {reachable:.4f} of the "
+        f"{request.unit} are kept; ask for at least that"
+    )

@@ -1,0 +1,105 @@
+"""The command `lowrank`. Every trouble becomes one line on stderr here, and nowhere else."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..errors import LowrankError
+from . import changing, looking
+from .console import complain, one_line
+
+OVERVIEW = """Low-rank compression of neural networks and language models.
+
+PATH is everywhere a folder that holds a transformers model, compressed or not, or a name on the
+hub. TEXT is a text file in UTF-8.
+
+\b
+  lowrank inspect PATH                        what is in there, how low its rank is
+  lowrank plan PATH --ratio 0.8               what would be done; nothing is changed
+  lowrank compress PATH --ratio 0.8 --method whitened --data TEXT --out out
+  lowrank eval out --text TEXT --reference PATH
+  lowrank merge out --out dense               back to a checkpoint without lowrank
+
+lowrank COMMAND --help says more. lowrank demo shows it all on a small model of its own.
+"""
+
+
+class _Group(TyperGroup):
+    """Turns exceptions into one line and an exit code, for the command line and for tests."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
+        """Exits with 0; 2 for what the user can mend; 1 for all else; 130 when interrupted."""
+        given = list(sys.argv[1:] if args is None else args)
+        debug = "--debug" in given  # wherever it stands
+        if debug:
+            given.remove("--debug")
+        extra["standalone_mode"] = False
+        try:
+            code = super().main(given, *rest, **extra)
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            sys.exit(_report(error))
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(error: Exception) -> int:
+    """Print the one line; the exit code."""
+    if isinstance(error, typer.Abort):
+        return 130
+    usage = getattr(error, "format_message", None)  # click's errors, which typer brings along
+    if usage is not None:
+        command = getattr(getattr(error, "ctx", None), "command_path", "lowrank")
+        complain(f"{one_line(usage()).rstrip('.')} (see {command} --help)")
+    elif isinstance(error, BrokenPipeError):
+        return 1  # whoever read our output has seen enough
+    elif isinstance(error, LowrankError):
+        complain(one_line(error))
+    elif isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        complain(f"{error.strerror}{where}")
+    elif isinstance(error, OSError):
+        complain(one_line(error))
+    else:
+        what = one_line(error) or "no more is known"
+        complain(f"{type(error).__name__}: {what} (--debug shows where)")
+        return 1
+    return 2
+
+
+app = typer.Typer(
+    cls=_Group,
+    add_completion=False,
+    rich_markup_mode=None,
+    help=OVERVIEW,
+    context_settings={"max_content_width": 100, "help_option_names": ["--help", "-h"]},
+)
+for _name, _command in {**changing.COMMANDS, **looking.COMMANDS}.items():
+    app.command(_name)(_command)
+
+
+@app.callback(invoke_without_command=True)
+def _start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")
+    ] = False,
+) -> None:
+    if version:
+        from .. import __version__
+
+        typer.echo(__version__)
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main() -> None:
+    """Entry point of the command `lowrank`."""
+    app()

@@ -1,0 +1,167 @@
+"""plan, compress and merge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import LowrankError
+from ..report import Report
+from ..tables import markdown
+from . import inputs, options
+from .console import hushed, on_terminal, say, say_reasons, show
+from .inputs import Force, Length, Out, Source
+
+
+def plan(
+    context: typer.Context,
+    path: Source,
+    ratio: options.Ratio = None,
+    rank: options.Rank = None,
+    method: options.Method = None,
+    policy: options.Policy = None,
+    data: options.Text = None,
+    of: options.Of = None,
+    unit: options.Unit = None,
+    align: options.Align = None,
+    target: options.Target = None,
+    exclude: options.Exclude = None,
+    seed: options.Seed = None,
+    length: Length = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="Write the plan here (JSON).", show_default=False
+        ),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Show what every layer would become; nothing is changed.
+
+    \b
+      lowrank plan PATH --ratio 0.8
+      lowrank plan PATH --ratio 0.6 --policy energy --data TEXT -o plan.json
+      lowrank compress PATH --plan plan.json --data TEXT --out out
+    """
+    from ..api import plan as decide
+
+    chosen = options.keywords(context.params)
+    text = None if data is None else inputs.read_text(data)
+    if out is not None and out.exists() and not force:
+        raise LowrankError(f"{out} exists: choose another name, or add --force")
+    model = inputs.load_model(path)
+    batches = _batches(model, path, text, length)
+    found = decide(model, **chosen, data=batches, progress=on_terminal())
+    show(found)
+    say(f"keeps {found.kept():.4f} of the targets' {found.unit}, "
+        f"{found.kept_of_model():.4f} of the model's")  # fmt: skip
+    if out is not None:
+        found.save(out)
+        again = "" if data is None else f" --data {data}"
+        say(f"wrote {out}; to apply it: lowrank compress {path} --plan {out}{again} --out out")
+
+
+def compress(
+    context: typer.Context,
+    path: Source,
+    out: Out,
+    ratio: options.Ratio = None,
+    rank: options.Rank = None,
+    method: options.Method = None,
+    policy: options.Policy = None,
+    data: options.Text = None,
+    of: options.Of = None,
+    unit: options.Unit = None,
+    align: options.Align = None,
+    target: options.Target = None,
+    exclude: options.Exclude = None,
+    seed: options.Seed = None,
+    length: Length = None,
+    saved: Annotated[
+        Path | None,
+        typer.Option(
+            "--plan", metavar="FILE", help="Apply what lowrank plan wrote.", show_default=False
+        ),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Replace linear layers by products of two smaller ones, and save.
+
+    \b
+      lowrank compress PATH --ratio 0.8 --out out
+      lowrank compress PATH --ratio 0.8 --method whitened --data TEXT --out out
+      lowrank compress PATH --rank 32 --target q_proj --target k_proj --out out
+      lowrank compress PATH --plan plan.json --out out
+    """
+    from ..api import apply
+    from ..api import compress as squeeze
+
+    todo = None if saved is None else options.saved_plan(saved, context.params)
+    chosen = {} if todo is not None else options.keywords(context.params)
+    text = None if data is None else inputs.read_text(data)
+    inputs.check_folder(out, force, source=path)
+    model = inputs.load_model(path)
+    batches = _batches(model, path, text, length)
+    if todo is not None:
+        model, report = apply(model, todo, data=batches, progress=on_terminal())
+    else:
+        model, report = squeeze(model, **chosen, data=batches, progress=on_terminal())
+    _write(model, report, path, out)
+
+
+def merge(
+    path: Source,
+    out: Out,
+    force: Force = False,
+) -> None:
+    """Make a compressed model dense again: it loads without lowrank.
+
+    \b
+      lowrank merge out --out dense
+    """
+    from ..io import export
+    from ..io.attach import is_compressed
+
+    inputs.check_folder(out, force, source=path)
+    model = inputs.load_model(path)
+    if not is_compressed(model):
+        raise LowrankError(f"{path} holds no factored layers: it is dense already")
+    with hushed():
+        export(model, out, "dense", tokenizer=inputs.load_tokenizer(path))
+    say(f"wrote {out}: an ordinary {type(model).__name__}, loads without lowrank")
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"plan": plan, "compress": compress, "merge": merge}
+
+
+def _batches(model: Any, path: str, text: str | None, length: int | None) -> Any:
+    """Calibration data, or None; the row length is checked in either case."""
+    rows = inputs.row_length(model, length, option="--length")
+    if text is None:
+        return None
+    inputs.check_reads_tokens(model, "--data")
+    return inputs.text_batches(text, path, rows)
+
+
+def _write(model: Any, report: Report, path: str, out: Path) -> None:
+    """The checkpoint, the card with the table, and report.json; then say what to do next."""
+    from ..io import save
+
+    card = ["## What was done", f"Compressed from `{Path(path).name}`.", *report.summary()]
+    body = "\n\n".join([*card, markdown(report.rows())])
+    tokenizer = inputs.load_tokenizer(path)
+    with hushed():
+        save(model, out, tokenizer=tokenizer, card=body)
+    (out / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
+    for line in report.summary():
+        say(line)
+    say_reasons("left dense", ((row["site"], row["reason"]) for row in report.rows()))
+    say()
+    say(f"wrote {out}; every layer stands in its README.md and in report.json")
+    say(f'load it:   import lowrank; model = lowrank.from_pretrained("{out}")')
+    say(f"judge it:  lowrank eval {out} --text TEXT --reference {path}")
+    if tokenizer is None:
+        say(f"note:      {path} holds no tokenizer, so none was written")

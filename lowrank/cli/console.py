@@ -1,0 +1,107 @@
+"""What the commands print: lines, tables, complaints; and silence from other libraries."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import typer
+
+WIDTH = 100  # columns, where the output is no terminal
+NAMES = ("site", "note", "shape", "method", "policy", "path", "of one forward")  # never wrapped
+TEXTS = ("what it does", "needs")
+
+
+def say(line: str = "") -> None:
+    """One line on stdout, never wrapped."""
+    typer.echo(line)
+
+
+def complain(line: str) -> None:
+    """One line on stderr."""
+    typer.secho("lowrank: ", err=True, fg="red", nl=False)
+    typer.echo(line, err=True)
+
+
+def show(renderable: Any) -> None:
+    """Anything that rich can print; rather too wide than with numbers cut off."""
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    unbounded = console.options.update_width(sys.maxsize)
+    console.width = max(console.width, Measurement.get(console, unbounded, renderable).minimum)
+    console.print(renderable)
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> Any:
+    """Columns of words to the left, of numbers to the right; empty columns are left out."""
+    from rich import box
+    from rich.table import Table
+
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    columns = [c for c in rows[0] if any(row[c] for row in rows)] if rows else []
+    for column in columns:
+        text = column in TEXTS  # only these may wrap
+        least = None if text else max(len(column), *(len(row[column]) for row in rows))
+        side: Literal["left", "right"] = "left" if text or column in NAMES else "right"
+        found.add_column(column, justify=side, min_width=least, no_wrap=not text)
+    for row in rows:
+        found.add_row(*(row[c] for c in columns))
+    return found
+
+
+def say_reasons(label: str, reasons: Iterable[tuple[str, str]]) -> None:
+    """One line for every reason, with the first of the names that it holds for."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons:
+        if reason:
+            names.setdefault(reason, []).append(name)
+    for reason, held in names.items():
+        more = f" and {len(held) - 1} more" if len(held) > 1 else ""
+        say(f"{label}: {held[0]}{more}: {reason}")
+
+
+def one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+def on_terminal() -> bool:
+    """Whether progress bars have anyone to look at them."""
+    return sys.stderr.isatty()
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """No progress bars and warnings of transformers and the hub; their settings are put back.
+
+    Downloads still show their progress on a terminal. What a load report would say is checked by
+    the caller.
+    """
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+    from transformers.utils import logging as chatter
+
+    level, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+    hub = logging.getLogger("huggingface_hub")
+    hub_level, hub_bars = hub.level, not are_progress_bars_disabled()
+    chatter.set_verbosity_error()
+    chatter.disable_progress_bar()
+    hub.setLevel(logging.ERROR)
+    if hub_bars and not on_terminal():
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        chatter.set_verbosity(level)
+        hub.setLevel(hub_level)
+        if bars:
+            chatter.enable_progress_bar()
+        if hub_bars:
+            enable_progress_bars()

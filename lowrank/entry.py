@@ -1,0 +1,167 @@
+"""One line of a plan: a site, what becomes of it, and the checks on what people write by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .errors import LowrankError
+from .schema import COST, Checks, are_integers, checked, is_cost, is_integer, is_number, is_text
+from .types import Cost, Option, Size
+
+COLUMNS = ("site", "shape", "method", "rank", "kept", "error", "reason")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One site (or group) and what becomes of it.
+
+    Attributes:
+        sites: every name of the weight, the first one leading.
+        shape: (out, in) of the dense weight.
+        dense: cost of the dense weight.
+        method, size, storage, cost: of the chosen option; size None leaves the weight dense.
+        error: planned, squared and absolute, in `norm`; None once edited by hand.
+        total: error of the zero matrix, in `norm`; None where no curve was made.
+        target: whether the site counts among the targets of the ratio.
+        rcond: smallest over largest singular value of what was decomposed; 0 is singular.
+        reason: why it stays dense, or "".
+    """
+
+    sites: tuple[str, ...]
+    shape: tuple[int, int]
+    dense: Cost
+    method: str
+    size: Size | None
+    storage: str
+    cost: Cost
+    error: float | None
+    total: float | None
+    norm: str
+    target: bool
+    rcond: float | None = None
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.sites[0]
+
+    @property
+    def title(self) -> str:
+        """The name for people: the root has none of its own."""
+        return self.name or "(root)"
+
+    def option(self) -> Option:
+        """What a method is asked for; an unknown error counts as 0."""
+        return Option(self.method, self.size, self.storage, self.cost, self.error or 0.0)
+
+    def left_dense(self, reason: str) -> Entry:
+        return replace(
+            self, method="dense", size=None, storage="dense", cost=self.dense, error=0.0,
+            reason=reason,
+        )  # fmt: skip
+
+    def with_rank(self, rank: Any, method: str) -> Entry:
+        """Plain factors of that rank, by `method` where the site was dense.
+
+        Raises:
+            LowrankError: no such rank for this shape, or it would not be smaller.
+        """
+        check_rank(self.title, self.shape, rank)
+        numbers = rank * sum(self.shape)
+        cost = Cost(numbers, numbers * self.dense.bytes // self.dense.params, numbers)
+        method = method if self.storage == "dense" else self.method
+        return replace(
+            self, method=method, size=(rank,), storage="factors", cost=cost, error=None, reason=""
+        )
+
+    def row(self) -> dict[str, str]:
+        """As text, for tables."""
+        return {
+            "site": self.title,
+            "shape": f"{self.shape[0]}x{self.shape[1]}",
+            "method": self.method,
+            "rank": "" if self.size is None else ",".join(map(str, self.size)),
+            "kept": f"{self.cost.params / max(self.dense.params, 1):.3f}",
+            "error": relative(self.error, self.total),
+            "reason": self.reason,
+        }
+
+    @classmethod
+    def from_json(cls, item: Any, method: str) -> Entry:
+        """What was edited in the text decides; the cost that follows from it is brought up to date.
+
+        Args:
+            method: for a site that was dense and was given a size.
+
+        Raises:
+            LowrankError: a field is missing, unknown or of the wrong type; the site is named.
+        """
+        checked(item, _FIELDS, "an entry of the plan")
+        size = None if item["size"] is None else tuple(item["size"])
+        body = {**item, "sites": tuple(item["sites"]), "shape": tuple(item["shape"]), "size": size}
+        entry = cls(**{**body, "dense": Cost(**item["dense"]), "cost": Cost(**item["cost"])})
+        if size is None:
+            same = entry.cost == entry.dense
+            return entry if same else entry.left_dense("left dense by hand")
+        if entry.storage not in ("factors", "dense"):
+            return entry
+        anew = entry.with_rank(size[0] if len(size) == 1 else size, method)
+        return entry if anew.cost == entry.cost else anew
+
+
+def relative(error: float | None, total: float | None) -> str:
+    """Share of the energy that is lost, as the square root (a relative norm)."""
+    if error is None or total is None:
+        return ""
+    return f"{(error / total) ** 0.5 if total > 0 else 0.0:.4f}"
+
+
+def check_rank(title: str, shape: Sequence[int], rank: Any) -> None:
+    """Raises LowrankError unless the rank exists for this shape and makes the layer smaller."""
+    out_features, in_features = shape
+    even = break_even(shape)
+    if not is_integer(rank) or not 1 <= rank <= min(shape) or rank >= even:
+        raise LowrankError(
+            f"rank must be in [1, {min(shape)}] for {title} of shape "
+            f"({out_features}, {in_features}), got {rank!r}; from {even} on a factored layer is "
+            "not smaller than the dense one"
+        )
+
+
+def break_even(shape: Sequence[int]) -> int:
+    """The least rank at which factors are not smaller than the matrix (out, in)."""
+    return -(-math.prod(shape) // max(sum(shape), 1))
+
+
+def _is_size(value: Any) -> bool:
+    return value is None or (bool(value) and are_integers(value))
+
+
+def _is_shape(value: Any) -> bool:
+    return are_integers(value) and len(value) == 2
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(is_text, value))
+
+
+_TEXT = (is_text, "text")
+_NUMBER = (is_number, "a number >= 0 or null")
+_FIELDS: Checks = {
+    "sites": (_are_names, "a list of names"),
+    "shape": (_is_shape, "two integers >= 0"),
+    "dense": (is_cost, COST),
+    "method": _TEXT,
+    "size": (_is_size, "a list of integers >= 0, or null"),
+    "storage": _TEXT,
+    "cost": (is_cost, COST),
+    "error": _NUMBER,
+    "total": _NUMBER,
+    "norm": _TEXT,
+    "target": (lambda value: isinstance(value, bool), "true or false"),
+    "rcond": _NUMBER,
+    "reason": _TEXT,
+}

@@ -1,0 +1,108 @@
+"""What came of a plan: a frozen Report, printable and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .entry import COLUMNS, relative
+from .plan import Plan
+from .tables import aligned, rich_table
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one site became.
+
+    Errors are squared and absolute, in `norm`: planned (from the curve), predicted (on the
+    statistics that the factors were taken from) and measured (from the stored factors).
+
+    Attributes:
+        total: error of the zero matrix on those statistics.
+        reason: why the site stayed dense after all, or "".
+    """
+
+    name: str
+    norm: str
+    planned: float | None
+    predicted: float | None
+    measured: float | None
+    total: float | None
+    seconds: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A plan together with what was measured when it was applied.
+
+    Attributes:
+        sites: what became of each site that the plan factors.
+        achieved: share kept of the targets, in the unit asked for, counted on stored tensors.
+        achieved_of_model: the same of the whole model.
+        bytes_before, bytes_after: of all parameters of the model.
+        seconds: of the whole call, calibration included.
+        tokens: calibration tokens; 0 means that the model was never run.
+        notes: what else the user should know, one sentence each.
+    """
+
+    plan: Plan
+    sites: tuple[Measured, ...]
+    achieved: float
+    achieved_of_model: float
+    params_before: int
+    params_after: int
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    tokens: int
+    seed: int
+    versions: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def asked(self) -> float | None:
+        """The ratio that was asked for, or None where ranks were."""
+        return self.plan.asked.get("ratio")
+
+    def rows(self) -> list[dict[str, str]]:
+        """One row a site, as text: what the plan says, and what was measured."""
+        measured = {site.name: site for site in self.sites}
+        rows = []
+        for entry in self.plan.entries:
+            site = measured.get(entry.name)
+            if site is not None and site.reason:
+                entry = entry.left_dense(site.reason)
+            row = {**entry.row(), "measured": ""}
+            if site is not None:
+                row["measured"] = relative(site.measured, site.total)
+            rows.append({column: row[column] for column in (*COLUMNS[:-1], "measured", "reason")})
+        return rows
+
+    def to_json(self) -> str:
+        body = {**asdict(self), "plan": json.loads(self.plan.to_json())}
+        return json.dumps(body, indent=1, allow_nan=False)
+
+    def summary(self) -> list[str]:
+        """The figures of the whole model, a few lines."""
+        factored = sum(not site.reason for site in self.sites)
+        of = self.plan.asked.get("of")
+        asked = "" if self.asked is None else f"asked {self.asked:g} of the {of}, "
+        lines = [
+            f"{asked}achieved {self.achieved:.4f} of the targets' {self.plan.unit}, "
+            f"{self.achieved_of_model:.4f} of the model's",
+            f"parameters {self.params_before:,} -> {self.params_after:,}, "
+            f"bytes {self.bytes_before:,} -> {self.bytes_after:,}",
+            f"{factored} of {len(self.plan.entries)} layers factored by "
+            f"{self.plan.method}, ranks by {self.plan.settings.get('policy')}, "
+            f"{self.tokens:,} calibration tokens, seed {self.seed}, {self.seconds:.1f} s",
+        ]
+        return [*lines, *self.notes]
+
+    def __str__(self) -> str:
+        return "\n".join([*self.summary(), *aligned(self.rows())])
+
+    def __rich__(self) -> Any:
+        return rich_table("\n".join(self.summary()), self.rows())

@@ -1,0 +1,162 @@
+"""The layers that the laws are tried on, and what the laws share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .. import layouts
+from ..types import Cost, Curve, Factored, Method, Option, Site, Size, Statistics
+
+Matrix = NDArray[np.float64]
+Planted = Callable[[int, int, torch.Generator], tuple[Tensor, Size]]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer with all that a method may ask for.
+
+    Attributes:
+        name: what is special about it, and its dtype: for messages.
+        site: with the live module.
+        stats: of `inputs`, as a calibration would have gathered them.
+        inputs: what the layer was run on, (tokens, in), in its dtype.
+    """
+
+    name: str
+    site: Site
+    stats: Statistics
+    inputs: Tensor
+
+    @property
+    def module(self) -> nn.Module:
+        return self.site.module
+
+    @property
+    def rounding(self) -> float:
+        """What rounding to the layer's dtype may add to an error, relatively."""
+        return 8 * torch.finfo(self.inputs.dtype).eps
+
+    def at(self, option: Option) -> str:
+        """Where a law was broken."""
+        return f"{self.name}, size {option.size}"
+
+    def curve(self, method: Method) -> Curve:
+        missing = [need for need in method.needs if getattr(self.stats, need, None) is None]
+        require(not missing, f"{self.name}: the suite has no statistics {missing}")
+        return method.curve(self.site, self.stats)
+
+    def built(self, method: Method) -> Iterator[tuple[Option, Factored]]:
+        """Every option of the method but the dense one, with its module."""
+        for option in factored_options(self.curve(method), self.name):
+            new = method.factor(self.module, option, self.stats)
+            yield option, described(new, self.at(option))
+
+
+def linear_case(
+    name: str,
+    weight: Tensor,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    bias: bool = True,
+    conv1d: bool = False,
+    tokens: int = 64,
+    dead: int | None = None,
+) -> Case:
+    """A case around a weight (out, in): an nn.Linear, or transformers' Conv1D.
+
+    Args:
+        tokens: fewer than `in` make the Gram matrix singular.
+        dead: an input that is always zero.
+    """
+    out_features, in_features = weight.shape
+    inputs = _normal(tokens, in_features, 1) @ _normal(in_features, in_features, 2) / in_features
+    if dead is not None:
+        inputs[:, dead] = 0
+    inputs = inputs.to(device, dtype)
+    dense = _conv1d(weight) if conv1d else nn.Linear(in_features, out_features, bias=bias)
+    module = dense.to(device, dtype).eval()
+    with torch.no_grad():
+        layouts.matrix(module).copy_(weight)
+        shift = layouts.bias(module)
+        if shift is not None:
+            shift.copy_(_normal(out_features, 1, 3)[:, 0])
+    exact = inputs.double()
+    stats = Statistics(count=tokens, gram=exact.T @ exact / tokens, mean=exact.mean(0))
+    size = out_features * in_features
+    cost = Cost(size, size * dtype.itemsize, size)
+    site = Site("layer", ("layer", "alias"), "linear", (module,), (out_features, in_features), cost)
+    return Case(f"{name}, {str(dtype).removeprefix('torch.')}", site, stats, inputs)
+
+
+def low_rank_weight(rank: int) -> Planted:
+    """A weight of this rank, which a low-rank method must reproduce at this size."""
+
+    def planted(out_features: int, in_features: int, rng: torch.Generator) -> tuple[Tensor, Size]:
+        up = torch.randn(out_features, rank, generator=rng, dtype=torch.float64)
+        return up @ torch.randn(rank, in_features, generator=rng, dtype=torch.float64), (rank,)
+
+    return planted
+
+
+def require(condition: bool, otherwise: str) -> None:
+    """An assertion that `python -O` keeps."""
+    if not condition:
+        raise AssertionError(otherwise)
+
+
+def described(new: nn.Module, where: str) -> Factored:
+    if not isinstance(new, Factored):
+        raise AssertionError(f"{where}: {type(new).__name__} is no Factored: see lowrank.types")
+    return new
+
+
+def module_of(new: Factored) -> nn.Module:
+    if not isinstance(new, nn.Module):
+        raise AssertionError(f"{type(new).__name__} is no nn.Module")
+    return new
+
+
+def factored_options(curve: Curve, where: str) -> list[Option]:
+    found = [option for option in curve.options if not option.dense]
+    require(bool(found), f"{where}: the curve holds no form smaller than the dense weight")
+    return found
+
+
+def numbers(tensor: Tensor) -> Matrix:
+    return np.asarray(tensor.detach().double().cpu().numpy())
+
+
+def _conv1d(weight: Tensor) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    layer: nn.Module = Conv1D(*weight.shape)
+    return layer
+
+
+def _normal(rows: int, columns: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+
+
+# What a case is called -> (dtype=, device=) -> a fresh one.
+CASES: Mapping[str, Callable[..., Case]] = {
+    "wide": partial(linear_case, "wide", _normal(10, 18, 4)),
+    "tall": partial(linear_case, "tall", _normal(18, 10, 5)),
+    "square": partial(linear_case, "square", _normal(12, 12, 6)),
+    "rank one": partial(linear_case, "rank one", _normal(10, 1, 7) @ _normal(1, 14, 8)),
+    "no bias": partial(linear_case, "no bias", _normal(10, 12, 9), bias=False),
+    "zero": partial(linear_case, "zero", torch.zeros(12, 10)),
+    "orthogonal": partial(linear_case, "orthogonal", torch.linalg.qr(_normal(12, 12, 10)).Q),
+    "dead input": partial(linear_case, "dead input", _normal(14, 10, 11), dead=3),
+    "few tokens": partial(linear_case, "few tokens", _normal(10, 14, 12), tokens=5),
+    "Conv1D": partial(linear_case, "Conv1D", _normal(10, 16, 13), conv1d=True),
+}

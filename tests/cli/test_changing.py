@@ -1,0 +1,122 @@
+"""plan, compress and merge do what the library does, and write what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lowrank
+from lowrank.cli import console
+from lowrank.nn import LowRankLinear
+
+from .helpers import (
+    HIDDEN,
+    PLANTED,
+    logits,
+    refused,
+    run,
+    tiny_llama,
+    tiny_tokenizer,
+)
+
+
+def test_compress_writes_a_checkpoint_a_card_and_a_report(made: SimpleNamespace) -> None:
+    report = json.loads((made.out / "report.json").read_text())
+    assert 0.6 - 2 / HIDDEN < report["achieved"] <= 0.6  # a rank is 1/16 of a square layer
+    assert report["tokens"] > 0
+    model = lowrank.from_pretrained(made.out)
+    factored = [m for m in model.modules() if isinstance(m, LowRankLinear)]
+    assert len(factored) == 14
+    dense = sum(m.in_features * m.out_features for m in factored)
+    assert sum(m.cost().params for m in factored) / dense == pytest.approx(report["achieved"])
+    assert f"achieved {report['achieved']:.4f}" in made.said
+    assert f"{report['params_before']:,} -> {model.num_parameters():,}" in made.said
+    assert "left dense: lm_head: the output head" in made.said
+    assert f'lowrank.from_pretrained("{made.out}")' in made.said
+    card = (made.out / "README.md").read_text()
+    rank = model.get_submodule(PLANTED).rank
+    assert f"| {PLANTED} | 32x32 | whitened | {rank} |" in card
+    assert "How to load" in card
+    assert (made.out / "tokenizer.json").is_file()
+
+
+def test_compress_does_what_the_library_does(made: SimpleNamespace) -> None:
+    model = lowrank.from_pretrained(made.dense)
+    text = made.text.read_text(encoding="utf-8")
+    seen = lowrank.calibrate(model, text, tokenizer=tiny_tokenizer(), length=32, progress=False)
+    lowrank.compress(model, 0.6, method="whitened", data=seen, align=1, progress=False)
+    with torch.no_grad():
+        want = model(input_ids=torch.arange(20)[None] * 7 % 300).logits
+    torch.testing.assert_close(logits(made.out), want, rtol=0, atol=1e-5)
+
+
+def test_compress_passes_every_choice_on(made: SimpleNamespace, tmp_path: Path) -> None:
+    run(
+        "compress", made.dense, "-o", tmp_path / "a", "--ratio", 0.96, "--of", "model", "--policy",
+        "energy", "--align", 2, "--target", "q_proj", "--target", "up_proj", "--exclude",
+        r".*layers\.0.*", "--seed", 5, "--unit", "bytes", "--method", "random",
+    )  # fmt: skip
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    asked, settings = report["plan"]["asked"], report["plan"]["settings"]
+    assert (asked["ratio"], asked["of"], asked["unit"]) == (0.96, "model", "bytes")
+    assert (settings["policy"], settings["align"], settings["seed"]) == ("energy", 2, 5)
+    assert settings["method"] == "random"
+    model = lowrank.from_pretrained(tmp_path / "a")
+    ranks = {n: m.rank for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    assert set(ranks) <= {PLANTED, "model.layers.1.mlp.up_proj"}
+    assert ranks
+    assert all(rank % 2 == 0 for rank in ranks.values())
+
+
+@pytest.mark.parametrize(("given", "rank"), [("4", 4), ("0.99", 3)])
+def test_a_rank_is_a_number_and_a_share_an_energy(
+    made: SimpleNamespace, tmp_path: Path, given: str, rank: int
+) -> None:
+    run("compress", made.dense, "--rank", given, "--target", PLANTED, "--out", tmp_path / "a")
+    assert lowrank.from_pretrained(tmp_path / "a").get_submodule(PLANTED).rank == rank
+
+
+def test_the_dtype_stays(made: SimpleNamespace, tmp_path: Path) -> None:
+    tiny_llama().bfloat16().save_pretrained(tmp_path / "half")
+    said = run("compress", tmp_path / "half", "--ratio", 0.6, "--out", tmp_path / "a")
+    assert "holds no tokenizer, so none was written" in said
+    kinds = {t.dtype for t in load_file(tmp_path / "a" / "model.safetensors").values()}
+    assert kinds == {torch.bfloat16}
+
+
+def test_a_plan_changes_nothing_and_can_be_applied(made: SimpleNamespace, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in made.dense.iterdir()}
+    file, chosen = tmp_path / "plan.json", ("--ratio", 0.6, "--data", made.text, "--align", 1)
+    said = run("plan", made.dense, *chosen, "--length", 32, "-o", file)
+    assert {path.name: path.read_bytes() for path in made.dense.iterdir()} == before
+    plan = lowrank.Plan.load(file)
+    assert f"keeps {plan.kept():.4f} of the targets' params" in said
+    assert "model.layers.0.mlp.down_proj" in said
+    assert max(map(len, said.splitlines()[:-1])) <= console.WIDTH
+    args = ("--plan", file, "--data", made.text, "--length", 32, "--out", tmp_path / "a")
+    run("compress", made.dense, *args)
+    assert torch.equal(logits(tmp_path / "a"), logits(made.out))
+    assert "add --data TEXT" in refused("compress", made.dense, *args[:2], "--out", tmp_path / "b")
+    assert "leave out --ratio" in refused("compress", made.dense, *args, "--ratio", 0.5)
+    assert "add --force" in refused("plan", made.dense, "--ratio", 0.5, "-o", file)
+    run("plan", made.dense, "--ratio", 0.5, "-o", file, "--force")
+    assert lowrank.Plan.load(file).asked["ratio"] == 0.5
+
+
+def test_merge_gives_a_dense_checkpoint_of_the_same_function(
+    made: SimpleNamespace, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert "loads without lowrank" in run("merge", made.out, "--out", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert not any(isinstance(m, LowRankLinear) for m in merged.modules())
+    assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+    torch.testing.assert_close(logits(tmp_path / "merged"), logits(made.out), rtol=0, atol=1e-5)
+    assert (logits(made.dense) - logits(made.out)).abs().max() > 1e-3

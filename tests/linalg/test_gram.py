@@ -1,0 +1,83 @@
+"""Sums of x xᵀ and the errors measured with them, against float64 done at once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lowrank import linalg
+
+from .oracle import grams, root
+
+
+def rows(count: int, width: int = 6, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, width, generator=generator) + 0.3
+
+
+@pytest.mark.parametrize("count", [1, 8191, 8192, 8193, 20_000])
+def test_chunks_add_up(count: int) -> None:
+    x = rows(count)
+    got = linalg.gram_sum(x)
+    want = x.double().T @ x.double()
+    assert got.dtype == torch.float64
+    assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_16_bit_rows_are_formed_in_float32(dtype: torch.dtype) -> None:
+    x = rows(9000).to(dtype)
+    want = x.double().T @ x.double()
+    assert (linalg.gram_sum(x) - want).norm() <= 1e-5 * want.norm()
+
+
+def test_float64_rows_stay_exact() -> None:
+    x = rows(9000).double() * (1 + 1e-12)
+    want = x.T @ x
+    assert (linalg.gram_sum(x) - want).norm() <= 1e-14 * want.norm()
+
+
+def test_the_sum_is_added_in_float64() -> None:
+    """What later chunks bring would be lost beside a large first one in float32."""
+    x = torch.zeros(3 * 8192, 1)
+    x[0], x[8192], x[16384] = 2**15, 1, 1
+    assert linalg.gram_sum(x).item() == 2**30 + 2
+
+
+def test_no_rows_sum_to_zero() -> None:
+    assert torch.equal(linalg.gram_sum(rows(0)), torch.zeros(6, 6, dtype=torch.float64))
+
+
+def test_autocast_of_the_caller_costs_no_digits() -> None:
+    x = rows(500)
+    plain = linalg.gram_sum(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(linalg.gram_sum(x), plain)
+
+
+def test_large_float16_rows_do_not_overflow() -> None:
+    x = torch.full((100, 2), 6e4, dtype=torch.float16)
+    assert torch.isfinite(linalg.gram_sum(x)).all()
+
+
+@pytest.mark.parametrize("gram", [None, *grams(4)])
+def test_squared_error(gram: str | None) -> None:
+    metric = None if gram is None else grams(9)[gram]
+    for seed in range(3):
+        one, other = rows(5, 9, seed), rows(5, 9, seed + 10).bfloat16()
+        difference = one.double().numpy() - other.double().numpy()
+        want = ((difference @ root(metric, 9)) ** 2).sum()
+        got = linalg.squared_error(one, other, metric)
+        assert isinstance(got, float)
+        assert got == pytest.approx(want, rel=1e-9, abs=1e-12)
+        assert linalg.squared_error(one, one, metric) == 0
+
+
+def test_an_indefinite_gram_gives_no_negative_error() -> None:
+    """A Gram matrix with rounding in it may have eigenvalues just below zero."""
+    metric = torch.diag(torch.tensor([1.0, -1e-9], dtype=torch.float64))
+    assert linalg.squared_error(torch.tensor([[0.0, 5.0]]), torch.zeros(1, 2), metric) == 0
+    energy = linalg.energies(torch.eye(2), metric)
+    np.testing.assert_allclose(energy.numpy(), [1.0, 0.0], atol=1e-15)
+    assert (energy >= 0).all()

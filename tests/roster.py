@@ -1,0 +1,11 @@
+"""The roster: one row per method, its traits as arguments; the suite crosses laws with rows."""
+
+from __future__ import annotations
+
+from lowrank.testing import Law, laws
+
+ROSTER: dict[str, dict[str, Law]] = {
+    "svd": laws(),
+    "whitened": laws(),
+    "random": laws(planted=None),  # it gives the trained weight up
+}

@@ -1,0 +1,47 @@
+"""Every law that a row calls for × every registered method × every case × every dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowrank.methods import METHODS
+from lowrank.testing import CASES, DTYPES, check_method
+
+from .roster import ROSTER
+
+ROWS = [(method, law) for method, laws in ROSTER.items() for law in laws]
+
+
+def test_every_registered_method_has_a_row() -> None:
+    assert set(ROSTER) == set(METHODS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("method", "law"), ROWS, ids=["-".join(row) for row in ROWS])
+def test_law(method: str, law: str, case: str, dtype: torch.dtype) -> None:
+    ROSTER[method][law](METHODS[method](), CASES[case](dtype=dtype))
+
+
+def test_a_seed_changes_what_is_random_and_nothing_else() -> None:
+    case = CASES["wide"](dtype=torch.float64)
+    for name, method in METHODS.items():
+        found = []
+        for seed in (1, 2):
+            option, new = next(case.built(method(seed=seed)))
+            found.append(new.dense_weight())
+        reproduces = "planted" in ROSTER[name]
+        assert torch.equal(*found) == reproduces, f"{name}, {option}"
+
+
+def test_check_method_runs_all_laws_in_one_call() -> None:
+    check_method(METHODS["svd"](), dtypes=[torch.float64])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("method", "law"), ROWS, ids=["-".join(row) for row in ROWS])
+def test_law_on_a_gpu(method: str, law: str) -> None:
+    for case in CASES.values():
+        for dtype in DTYPES:
+            ROSTER[method][law](METHODS[method](), case(dtype=dtype, device="cuda"))
