@@ -86,7 +86,7 @@ def test_rows_of_a_text() -> None:
     ("data", "words"),
     [
         ([], "gave no batch: an empty list, or an iterator already spent?"),
-        (iter([]), "gave no batch"),
+        pytest.param(iter([]), "gave no batch", id="spent"),
         (["text"], "texts need a tokenizer"),
         ("text", "texts need a tokenizer"),
         (5, "got int"),
