@@ -35,6 +35,7 @@ def bias(module: nn.Module) -> Tensor | None:
 
 
 def dense_cost(module: nn.Module) -> Cost:
+    """What the weight costs as it is."""
     weight = matrix(module)
     return Cost(weight.numel(), weight.numel() * weight.dtype.itemsize, weight.numel())
 

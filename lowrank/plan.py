@@ -36,6 +36,7 @@ class Plan:
 
     @property
     def unit(self) -> Unit:
+        """What the ratio is counted in."""
         return cast(Unit, self.asked.get("unit") or "params")
 
     @property
@@ -45,6 +46,7 @@ class Plan:
 
     @property
     def seed(self) -> int:
+        """For methods that draw numbers."""
         return int(self.settings.get("seed") or 0)
 
     def kept(self, unit: Unit | None = None) -> float:
@@ -67,7 +69,7 @@ class Plan:
         changed: dict[str, Entry] = {}
         for name, rank in ranks.items():
             if name not in by_name:
-                raise LowrankError(f"no site {name!r} in the plan; there are {listed(by_name)}")
+                raise LowrankError(f"no site {name!r} in the plan; there are {listed(by_name, 4)}")
             entry = by_name[name]
             changed[entry.name] = (
                 entry.left_dense("left dense by hand")
@@ -78,6 +80,7 @@ class Plan:
         return replace(self, entries=entries, settings={**self.settings, "edited": True})
 
     def to_json(self) -> str:
+        """Text that people can edit, and `from_json` reads."""
         body = {"format": "lowrank-plan", "version": FORMAT, **asdict(self)}
         return json.dumps(body, indent=1, allow_nan=False)
 
@@ -109,10 +112,12 @@ class Plan:
         return replace(plan, entries=entries)
 
     def save(self, path: str | Path) -> None:
+        """Write the JSON to a file."""
         Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
+        """Read a saved plan; raises LowrankError as `from_json` does, or if there is no file."""
         if not Path(path).is_file():
             raise LowrankError(f"no plan at {path}")
         return cls.from_json(Path(path).read_text(encoding="utf-8"))

@@ -82,6 +82,7 @@ class Report:
         return rows
 
     def to_json(self) -> str:
+        """All figures, the plan inside; `Plan.from_json` reads that part again."""
         body = {**asdict(self), "plan": json.loads(self.plan.to_json())}
         return json.dumps(body, indent=1, allow_nan=False)
 

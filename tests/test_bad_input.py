@@ -325,7 +325,7 @@ def test_what_is_no_data(model: nn.Module, data: Any, words: str) -> None:
 
 
 def test_no_data_where_it_is_needed(model: nn.Module) -> None:
-    expected = "method whitened needs gram: pass data=…"
+    expected = "method whitened works from calibration data (gram): pass data=…"
     assert refused(model, 0.5, method="whitened") == expected
     assert refused(model, 0.5, method="whitened", data=None) == expected
 

@@ -321,5 +321,14 @@ def test_no_trace_when_the_model_raises(batch: int) -> None:
         calibration(model, data)
 
 
+def test_a_layer_that_is_given_no_tensor_says_so_itself() -> None:
+    model = Custom(lambda self, x: self.fc("text"), fc=nn.Linear(4, 4))
+    with unchanged(model), pytest.raises(TypeError, match="linear"):
+        calibration(model, torch.ones(2, 4))
+    later = Custom(lambda self, x: self.fc("text" if x.sum() > 100 else x), fc=nn.Linear(4, 4))
+    with unchanged(later), pytest.raises(TypeError, match="linear"):
+        calibration(later, [torch.ones(2, 4), torch.full((2, 4), 100.0)])
+
+
 def test_min_tokens_is_remembered() -> None:
     assert calibration(mlp(4, 6, 3), torch.ones(2, 4), min_tokens=7).min_tokens == 7

@@ -91,7 +91,8 @@ def _budget(request: Request, total: int, rest: int, free: Sequence[Curve]) -> B
     cannot = f"ratio {request.ratio} of the {request.of} cannot be reached"
     reachable = math.ceil(Fraction(rest + least, total) * 10_000) / 10_000
     if reachable >= 1:
-        raise LowrankError(f"{cannot}: no target has a smaller form at align={request.align}")
+        of = "" if request.align is None else f" that is a multiple of {request.align}"
+        raise LowrankError(f"{cannot}: no rank{of} makes any target smaller")
     raise LowrankError(
         f"{cannot}: with every target as small as it can be, {reachable:.4f} of the "
         f"{request.unit} are kept; ask for at least that"

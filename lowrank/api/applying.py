@@ -97,7 +97,7 @@ def matched(model: nn.Module, plan: Plan) -> Work:
     unknown = sorted(by_name.keys() - {name for entry in plan.entries for name in entry.sites})
     if unknown:
         raise LowrankError(
-            f"the plan says nothing of {listed(unknown)}: it was made for another model, or "
+            f"the plan says nothing of {listed(unknown, 4)}: it was made for another model, or "
             "entries were taken out (an entry of size null leaves a layer dense)"
         )
     work = [(by_name[entry.name], entry) for entry in plan.entries if entry.size is not None]
@@ -117,7 +117,7 @@ def _check_same(entry: Entry, by_name: dict[str, Site], model: nn.Module) -> Non
     if site is None:
         raise LowrankError(
             f"the plan was made for another model: it names {entry.title}, the model has "
-            f"{listed(by_name) or 'no linear layer'}"
+            f"{listed(by_name, 4) or 'no linear layer'}"
         )
     if site.shape != entry.shape or set(site.names) != set(entry.sites):
         raise LowrankError(
@@ -143,8 +143,8 @@ def _build(
     used = _method_for(entry, plan, way)
     if used.needs and stats.count == 0:
         raise LowrankError(
-            f"{site.title}: {entry.method} needs {', '.join(sorted(used.needs))}: pass data=… "
-            "that reaches this layer"
+            f"{site.title}: {entry.method} works from calibration data "
+            f"({', '.join(sorted(used.needs))}): pass data=… that reaches this layer"
         )
     with torch.no_grad():
         new = used.factor(site.module, entry.option(), stats)

@@ -92,7 +92,9 @@ def _method(request: Request, seen: Calibration | None) -> Method:
     way = method(request.method or ("svd" if seen is None else "whitened"), request.seed)
     if way.needs and seen is None:
         needs = ", ".join(sorted(way.needs))
-        raise LowrankError(f"method {_name(request.method)} needs {needs}: pass data=…")
+        raise LowrankError(
+            f"method {_name(request.method)} works from calibration data ({needs}): pass data=…"
+        )
     if request.prefer == "speed" and seen is None:
         raise LowrankError("prefer='speed' times the layers at the data's shape: pass data=…")
     return way

@@ -122,10 +122,10 @@ def test_the_named_ratio_is_rounded_up_exactly() -> None:
 
 
 def test_nothing_can_be_made_smaller() -> None:
-    with pytest.raises(LowrankError, match="no target has a smaller form") as caught:
+    with pytest.raises(LowrankError, match="no rank makes any target smaller") as caught:
         plan(0.9, sizes=(20, 1))
     said(caught)
-    with pytest.raises(LowrankError, match="no target has a smaller form at align=64"):
+    with pytest.raises(LowrankError, match="no rank that is a multiple of 64 makes"):
         plan(0.9, align=64)
 
 

@@ -188,7 +188,9 @@ def test_a_plan_that_needs_data_says_so() -> None:
     plan = lowrank.plan(model, 0.5, data=X, progress=False)
     with unchanged(model), pytest.raises(LowrankError) as caught:
         lowrank.apply(model, plan)
-    assert said(caught) == "0: whitened needs gram: pass data=… that reaches this layer"
+    assert said(caught) == (
+        "0: whitened works from calibration data (gram): pass data=… that reaches this layer"
+    )
 
 
 def test_what_is_no_plan() -> None:

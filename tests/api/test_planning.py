@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from torch import nn
 
 import lowrank
 from lowrank import Calibration, LowrankError, layouts
+from lowrank.api import planning
 from lowrank.methods import SVD, Whitened
 from lowrank.types import Curve, Option, Site, Statistics
 from tests.zoo import calibration, example, make, mlp, said, tokens, unchanged
@@ -88,7 +91,7 @@ def test_the_method_follows_from_the_data_unless_it_is_named() -> None:
 
 def test_a_method_that_needs_data_says_so() -> None:
     for method in ("whitened", Whitened()):
-        with pytest.raises(LowrankError, match="needs gram: pass data") as caught:
+        with pytest.raises(LowrankError, match="works from calibration data") as caught:
             lowrank.plan(mlp(16, 16), 0.5, method=method)
         said(caught)
 
@@ -215,6 +218,24 @@ def test_a_calibration_serves_many_plans_and_runs_the_model_no_more() -> None:
 def test_the_same_twice(options: dict[str, Any]) -> None:
     made = [lowrank.plan(make("llama"), 0.6, progress=False, **options) for _ in range(2)]
     assert made[0].to_json() == made[1].to_json()
+
+
+def test_versions_of_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import PackageNotFoundError
+
+    def version(package: str) -> str:
+        if package == "lowrank":
+            raise PackageNotFoundError
+        return f"{package} 1"
+
+    monkeypatch.setattr(planning, "version", version)
+    monkeypatch.setitem(sys.modules, "transformers", torch)  # whatever it is
+    assert planning.versions() == {
+        "python": platform.python_version(), "torch": torch.__version__,
+        "lowrank": "source", "transformers": "transformers 1",
+    }  # fmt: skip
+    monkeypatch.delitem(sys.modules, "transformers")
+    assert "transformers" not in planning.versions()  # it is not imported to find out
 
 
 def test_objects_of_registered_methods_are_called_by_their_names() -> None:
