@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..types import Cost
+from .lazy import LazyProduct
 
 
 class LowRankLinear(nn.Module):
@@ -63,8 +64,8 @@ class LowRankLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight (out, in), computed anew: for code that reads a layer's `.weight`."""
-        return self.dense_weight()
+        """The dense weight (out, in), multiplied when it is used: for code that reads `.weight`."""
+        return LazyProduct(self.up.weight, self.down.weight)
 
     @property
     def bias(self) -> Tensor | None:
