@@ -14,7 +14,7 @@ from .surgery import specs_of
 REMOTE_FILE = "modeling_lowrank.py"
 _MARK = "<!-- written by lowrank -->"
 
-_REMOTE = '''"""Lets trust_remote_code=True load this model: `pip install lowrank` first."""
+_REMOTE = '''"""Lets trust_remote_code=True load this model: install lowrank first."""
 
 import lowrank  # noqa: F401, its import teaches transformers to read this checkpoint
 from transformers import {name} as _Base
@@ -38,7 +38,7 @@ tags:
 # {name}, compressed by lowrank
 
 {count} weight matrices of this model are stored as products of two smaller ones, by
-[lowrank](https://pypi.org/project/lowrank/) {version}.
+the Python library lowrank {version}.
 
 ## How to load
 
