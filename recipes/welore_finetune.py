@@ -2,8 +2,9 @@
 
 The embedded Llama is compressed to half of its linear weights, without data: plain SVD, ranks by
 WeLore's threshold. Layers that the break-even gate factors are LRC, those that it leaves dense are
-N-LRC (none at 0.5, three at 0.7: this model's spectra are much alike). From that one start, with the same batches, are trained: the LRC alone (norms too, as in the
-authors' code), everything, and the N-LRC alone (norms too).
+N-LRC (none at 0.5, three at 0.7: this model's spectra are much alike). From that one start, with
+the same batches, are trained: the LRC alone (norms too, as in the authors' code), everything, and
+the N-LRC alone (norms too).
 
     python recipes/welore_finetune.py               # under ten minutes of two cores
     python recipes/welore_finetune.py --steps 10 --seeds 1
