@@ -3,6 +3,7 @@
 from .api import apply as apply
 from .api import compress as compress
 from .api import plan as plan
+from .api.by_design import factorize_by_design as factorize_by_design
 from .bench import Benchmark as Benchmark
 from .bench import benchmark as benchmark
 from .calibrate import Calibration as Calibration
@@ -19,6 +20,8 @@ from .io.register import install as _install
 from .methods import METHODS as METHODS
 from .plan import Plan as Plan
 from .policies import POLICIES as POLICIES
+from .recover import MasterWeights as MasterWeights
+from .recover import lrc_parameters as lrc_parameters
 from .report import Report as Report
 
 __version__ = "0.1.0"

@@ -160,7 +160,7 @@ def _holders(model: nn.Module) -> Holders:
 def _tie_obstacle(module: nn.Module, holders: Holders, names: Mapping[int, list[str]]) -> str:
     """Why a layer whose weight or bias others hold cannot be factored; "" if it can."""
     weight, bias = layouts.matrix(module), layouts.bias(module)
-    tied = holders[_address(weight)]
+    tied = holders[_address(module.weight)]  # type: ignore[arg-type]  # not a view: meta has ids
     for user in tied:
         where = f"{_first(names, user)} ({type(user).__name__})"
         if layouts.kind(user) is None or id(user) not in names:

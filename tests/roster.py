@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from lowrank.testing import Law, laws
+from lowrank.testing import Law, laws, low_rank_weight
 
 ROSTER: dict[str, dict[str, Law]] = {
     "svd": laws(),
     "whitened": laws(),
+    "asvd": laws(),
+    "snmf": laws(planted=low_rank_weight(2, positive=True)),
     "random": laws(planted=None),  # it gives the trained weight up
 }

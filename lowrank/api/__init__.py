@@ -114,7 +114,8 @@ def compress(
         model: changed in place and returned; a root that is itself a layer is returned anew.
         ratio: the fraction kept, in (0, 1); or a finished plan, beside which only data, tokenizer,
             copy, progress and a method object are taken.
-        method: "svd", "whitened", "random" or an object; None: "whitened" with data, else "svd".
+        method: "svd", "whitened", "asvd", "snmf", "random" or an object; None: "whitened" with
+            data, else "svd".
         policy: "uniform", "energy", "welore", "spectrum" or a callable; None: "uniform". It shares
             out a ratio; fixed ranks leave it nothing to do.
         rank: instead of a ratio: an int for all sites, or a float in (0, 1], the share of energy.

@@ -32,7 +32,7 @@ def energies(weight: Tensor, gram: Tensor | None = None) -> Tensor:
     if gram is None and weight.shape[0] > weight.shape[1]:
         weight = weight.T
     with full_precision(weight):
-        problem, _, _ = _reduced(weight, gram)
+        problem, _ = _reduced(weight, gram)
         values: Tensor = torch.linalg.eigvalsh(problem)
     return values.double().clamp(min=0).flip(0)
 
@@ -64,16 +64,35 @@ def factor(
     if gram is None and weight.shape[0] > weight.shape[1]:
         down, up = factor(weight.T, rank, seed=seed)
         return up.T, down.T
-    side = min(weight.shape)
+    basis = output_basis(weight, rank, gram, seed=seed)
     with full_precision(weight):
-        if side > RANDOMISED_FROM and rank <= side // 8:
-            basis = randomised_basis(weight, rank, gram, seed=seed)
-            matrix = weight.detach().to(basis.dtype)
-            return balance(basis, basis.T @ matrix)
-        problem, matrix, turn = _reduced(weight, gram)
+        return balance(basis, basis.T @ weight.detach().to(basis.dtype))
+
+
+def output_basis(weight: Tensor, rank: int, gram: Tensor | None = None, *, seed: int = 0) -> Tensor:
+    """Orthonormal (out, rank): the leading left singular vectors of W H^½, signs fixed.
+
+    At rank min(out, in) it spans all outputs of W, whatever the rank of H. Arguments as for
+    `factor`.
+    """
+    side = min(weight.shape)
+    if side > RANDOMISED_FROM and rank <= side // 8:
+        return randomised_basis(weight, rank, gram, seed=seed)
+    with full_precision(weight):
+        problem, turn = _reduced(weight, gram)
         vectors = torch.linalg.eigh(problem).eigenvectors[:, -rank:].flip(1)
-        basis = _fix_signs(vectors if turn is None else turn @ vectors)
-        return balance(basis, basis.T @ matrix)
+        return _fix_signs(vectors if turn is None else turn @ vectors)
+
+
+def carried(weight: Tensor, basis: Tensor, gram: Tensor) -> Tensor:
+    """What each direction of the outputs carries, u_jᵀ W H Wᵀ u_j, (rank,) float64.
+
+    The error of U_r U_rᵀ W is the sum over the directions left out, for any orthonormal basis
+    (out, rank) that spans the outputs of W.
+    """
+    with full_precision(weight):
+        rows = basis.T @ weight.detach().to(basis.dtype)  # (rank, in)
+        return ((rows @ gram.to(rows)) * rows).double().sum(1).clamp(min=0)
 
 
 def randomised_basis(
@@ -118,16 +137,12 @@ def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return up * scale, down / scale.where(alive, 1)[:, None]
 
 
-def _reduced(weight: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The eigenproblem on the smaller side, W in its dtype, and what turns its vectors back."""
-    matrix = weight.detach().to(compute_dtype(min(weight.shape)))
-    if gram is None:
-        return matrix @ matrix.T, matrix, None
-    metric = gram.to(matrix)
-    if matrix.shape[0] <= matrix.shape[1]:
-        return _symmetric(matrix @ metric @ matrix.T), matrix, None
-    turn, core = torch.linalg.qr(matrix)
-    return _symmetric(core @ metric @ core.T), matrix, turn
+def _reduced(weight: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The eigenproblem on the smaller side, and what turns its vectors back."""
+    core, turn = weight.detach().to(compute_dtype(min(weight.shape))), None
+    if core.shape[0] > core.shape[1]:
+        turn, core = torch.linalg.qr(core)
+    return (core @ core.T if gram is None else _symmetric(core @ gram.to(core) @ core.T)), turn
 
 
 def _apply(matrix: Tensor, metric: Tensor | None, basis: Tensor) -> Tensor:

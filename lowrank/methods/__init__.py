@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from ..errors import LowrankError, unknown
 from ..types import Method
+from .asvd import ASVD as ASVD
 from .random import Random as Random
+from .snmf import SemiNMF as SemiNMF
 from .svd import SVD as SVD
 from .whitened import Whitened as Whitened
 
 METHODS: dict[str, type[Method]] = {
     "svd": SVD,
     "whitened": Whitened,
+    "asvd": ASVD,
+    "snmf": SemiNMF,
     "random": Random,
 }
 

@@ -97,11 +97,16 @@ def linear_case(
     return Case(f"{name}, {str(dtype).removeprefix('torch.')}", site, stats, inputs)
 
 
-def low_rank_weight(rank: int) -> Planted:
-    """A weight of this rank, which a low-rank method must reproduce at this size."""
+def low_rank_weight(rank: int, *, positive: bool = False) -> Planted:
+    """A weight of this rank, which a low-rank method must reproduce at this size.
+
+    Args:
+        positive: its left factor is, for methods that make it so.
+    """
 
     def planted(out_features: int, in_features: int, rng: torch.Generator) -> tuple[Tensor, Size]:
         up = torch.randn(out_features, rank, generator=rng, dtype=torch.float64)
+        up = up.abs() if positive else up
         return up @ torch.randn(rank, in_features, generator=rng, dtype=torch.float64), (rank,)
 
     return planted

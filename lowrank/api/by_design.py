@@ -1,0 +1,59 @@
+"""Factorisation by design: a model that is trained in factored form from the start."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from torch import nn
+
+from .. import sites as walk
+from ..errors import unknown
+from ..report import Report
+from ..types import Unit
+from . import compress
+from .request import Of
+
+Init = Literal["spectral", "random"]
+_METHODS = {"spectral": "svd", "random": "random"}
+
+
+def factorize_by_design(
+    model: nn.Module,
+    ratio: float,
+    init: Init = "spectral",
+    *,
+    of: Of = "targets",
+    unit: Unit = "params",
+    target_modules: walk.Patterns = walk.ALL_LINEAR,
+    exclude_modules: walk.Patterns | None = None,
+    align: int | None = None,
+    seed: int = 0,
+    copy: bool = False,
+) -> tuple[nn.Module, Report]:
+    """Factor the layers of a model before it is trained (Greenformer, arXiv 2109.06762, by design).
+
+    The machinery is that of `compress` without data and with policy "uniform", for the spectrum of
+    an untrained weight says nothing about the layer's importance. To factor a model that *was*
+    trained, `compress` is the verb: it can look at data.
+
+    Args:
+        model: changed in place and returned; a root that is itself a layer is returned anew.
+        ratio: the fraction kept, in (0, 1).
+        init: "spectral": the SVD of the initial weights, balanced (Khodak et al., arXiv
+            2105.01029); "random": fresh factors whose product has the variance of those weights.
+            Biases are kept by both.
+        of, unit, target_modules, exclude_modules, align, seed, copy: as for `compress`.
+
+    Returns:
+        The model and a Report.
+
+    Raises:
+        LowrankError: with what was got, what was expected and where; the model is unchanged then.
+    """
+    if init not in _METHODS:
+        raise unknown("init", str(init), get_args(Init))
+    return compress(
+        model, ratio, method=_METHODS[init], policy="uniform", data=None, of=of, unit=unit,
+        target_modules=target_modules, exclude_modules=exclude_modules, align=align, seed=seed,
+        copy=copy, progress=False,
+    )  # fmt: skip
