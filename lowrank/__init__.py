@@ -7,6 +7,10 @@ from .bench import Benchmark as Benchmark
 from .bench import benchmark as benchmark
 from .calibrate import Calibration as Calibration
 from .calibrate import calibrate as calibrate
+from .diagnose import Inspection as Inspection
+from .diagnose import Sensitivity as Sensitivity
+from .diagnose import inspect as inspect
+from .diagnose import sensitivity as sensitivity
 from .errors import LowrankError as LowrankError
 from .eval import kl as kl
 from .eval import perplexity as perplexity
