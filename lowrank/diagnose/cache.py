@@ -77,7 +77,8 @@ def read(
             stored = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        return _broken(path, str(error))
+        _broken(path, str(error))
+        return None
     if stored.get("format") != FORMAT:
         raise LowrankError(f"{path} is no sensitivity cache: choose another name")
     try:
@@ -88,7 +89,8 @@ def read(
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
-        return _broken(path, "its tables do not fit together")
+        _broken(path, "its tables do not fit together")
+        return None
     differing = sorted(key for key in made_for if before.get(key) != made_for[key])
     if stored.get("version") != VERSION:
         differing = ["version of the format"]
