@@ -106,6 +106,7 @@ def _page(made: Plan | Report) -> str:
     title = f"Low-rank {'plan' if isinstance(made, Plan) else 'report'}: {plan.asked_text()}"
     notes = "" if isinstance(made, Plan) else "".join(f"<p>{escape(n)}</p>\n" for n in made.notes)
     here = files("lowrank.page")
+    columns = [c for c in COLUMNS if c != "measured" or not isinstance(made, Plan)]
     return _FRAME.format(
         title=escape(title),
         style=(here / "page.css").read_text(encoding="utf-8"),
@@ -113,8 +114,8 @@ def _page(made: Plan | Report) -> str:
         facts=_facts(_planned(made) if isinstance(made, Plan) else _achieved(made)),
         notes=notes,
         figures="\n".join(figure for figure in (rank_map(layers), errors(layers), sizes(layers))),
-        head="".join(_heading(column) for column in COLUMNS),
-        body="\n".join(_row(number, layer) for number, layer in enumerate(layers, 1)),
+        head="".join(_heading(column) for column in columns),
+        body="\n".join(_row(number, each, columns) for number, each in enumerate(layers, 1)),
     )
 
 
@@ -191,26 +192,24 @@ def _heading(column: str) -> str:
     return f'<th scope="col" class="{kind}"><button type="button">{column}</button></th>'
 
 
-def _row(number: int, layer: Layer) -> str:
-    def cell(column: str, text: str, value: float | None = None) -> str:
+def _row(number: int, layer: Layer, columns: Sequence[str]) -> str:
+    size: Sequence[int] = layer.size or ()
+    texts: dict[str, tuple[str, float | None]] = {
+        "#": (str(number), number),
+        "layer": (layer.name, None),
+        "shape": (f"{layer.shape[0]}×{layer.shape[1]}", layer.shape[0] * layer.shape[1]),
+        "method": (layer.method, None),
+        "rank": (", ".join(map(str, size)), size[0] if size else None),
+        "kept": (f"{layer.kept:.3f}", layer.kept),
+        "bytes": (f"{layer.bytes_after:,}", layer.bytes_after),
+        "planned": ("" if layer.planned is None else f"{layer.planned:.4f}", layer.planned),
+        "measured": ("" if layer.measured is None else f"{layer.measured:.4f}", layer.measured),
+        "reason": (layer.reason, None),
+    }
+    cells = []
+    for column in columns:
+        text, value = texts[column]
         kind = "text" if column in WORDS else "number"
         sort = "" if value is None else f' data-value="{value:.12g}"'
-        return f'<td class="{kind}"{sort}>{escape(text)}</td>'
-
-    def figure(column: str, value: float | None, form: str) -> str:
-        return cell(column, "" if value is None else format(value, form), value)
-
-    size: Sequence[int] = layer.size or ()
-    cells = [
-        figure("#", number, "d"),
-        cell("layer", layer.name),
-        cell("shape", f"{layer.shape[0]}×{layer.shape[1]}", layer.shape[0] * layer.shape[1]),
-        cell("method", layer.method),
-        cell("rank", ", ".join(map(str, size)), size[0] if size else None),
-        figure("kept", layer.kept, ".3f"),
-        figure("bytes", layer.bytes_after, ",d"),
-        figure("planned", layer.planned, ".4f"),
-        figure("measured", layer.measured, ".4f"),
-        cell("reason", layer.reason),
-    ]
+        cells.append(f'<td class="{kind}"{sort}>{escape(text)}</td>')
     return f"<tr>{''.join(cells)}</tr>"

@@ -6,7 +6,7 @@ const names = heads.map((head) => head.textContent);
 
 function value(row, index) {
   const cell = row.cells[index];
-  if (heads[index].className === "text") return cell.textContent;
+  if (heads[index].className === "text") return cell.textContent || null;
   return cell.dataset.value === undefined ? null : Number(cell.dataset.value);
 }
 
