@@ -1,5 +1,7 @@
 """Low-rank compression of neural networks: `model, report = lowrank.compress(model, 0.6)`."""
 
+from . import page as page
+from . import plots as plots
 from .api import apply as apply
 from .api import compress as compress
 from .api import plan as plan

@@ -22,6 +22,7 @@ MARKERS = "osD^vP*"
 SCALE = "viridis"
 INCH_A_SITE = 0.17
 MOST_PANELS = 12  # kinds of layers with a panel of their own
+FRONT = {"color": "0.82", "lw": 7, "solid_capstyle": "round", "drawstyle": "steps-post"}
 PER_PANEL = 50  # layers in one column of dots
 
 Series = Mapping[str, Sequence[float]]
@@ -30,12 +31,14 @@ Series = Mapping[str, Sequence[float]]
 def spectra(inspection: Inspection) -> Any:
     """Singular values over the rank, a panel for every kind of layer, coloured by depth.
 
-    Of W H^½ where data reached the layer, of W else; dashed: break-even.
+    Of W H^½ where the inspection had data (layers that it did not reach are left out), of W else;
+    dashed: break-even.
 
     Raises:
         LowrankError: nothing was decomposed, or matplotlib is absent (as for all functions here).
     """
-    sites = [site for site in inspection.sites if site.seen is not None]
+    # One picture, one norm: what has no outputs is not drawn among them.
+    sites = [s for s in inspection.sites if (s.output if inspection.tokens else s.weight)]
     if not sites:
         raise LowrankError("there is no spectrum to draw: no layer was decomposed")
     places = grid([site.name for site in sites])
@@ -76,7 +79,7 @@ def rank_map(plan: Plan) -> Any:
     places = grid([entry.name for entry in plan.entries])
     wide, high = len(places.columns), len(places.rows)
     name_width = max(map(len, places.rows)) * 0.085
-    figure = _figure(max(0.42 * wide, 3.5) + name_width + 1.8, max(0.34 * high, 1.0) + 1.5)
+    figure = _figure(max(0.42 * wide, 4.0) + name_width + 1.8, max(0.34 * high, 1.0) + 1.5)
     axes, colours = figure.subplots(), _scale(0, 1)
     for entry, (row, column) in zip(plan.entries, places.cells, strict=True):
         share = min(entry.cost.params / max(entry.dense.params, 1), 1.0)
@@ -153,7 +156,7 @@ def pareto(
     figure = _figure(7.5, 4.6)
     axes = figure.subplots()
     best = front([(size, loss) for _, size, loss in every])
-    axes.plot(*zip(*best, strict=True), color="0.8", lw=7, solid_capstyle="round", label="front")
+    axes.plot(*zip(*best, strict=True), **FRONT, label="front")
     for index, name in enumerate(dict.fromkeys(p[0] for p in every)):
         own = sorted((size, loss) for other, size, loss in every if other == name)
         style = {"color": COLOURS[index % 7], "marker": MARKERS[(index + index // 7) % 7]}

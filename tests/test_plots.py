@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import itertools
 import sys
 from types import SimpleNamespace
@@ -77,6 +78,8 @@ def test_spectra_have_a_panel_for_every_kind(hundred: SimpleNamespace) -> None:
     line = figure.axes[0].lines[0]
     assert line.get_ydata()[3] == pytest.approx(float((site.output.energy[3]) ** 0.5))
     assert "22,171 tokens" in figure.get_suptitle()
+    mixed = Inspection((*hundred.inspection.sites, dataclasses.replace(site, output=None)), 5, "")
+    assert sum(len(axes.lines) for axes in plots.spectra(mixed).axes[:7]) == 100 + 7  # and dashes
     many = made(names=[f"layer_{chr(97 + n)}" for n in range(20)])
     one = plots.spectra(many.inspection)
     assert len(one.axes[0].lines) >= 20
