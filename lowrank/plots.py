@@ -22,7 +22,7 @@ MARKERS = "osD^vP*"
 SCALE = "viridis"
 INCH_A_SITE = 0.17
 MOST_PANELS = 12  # kinds of layers with a panel of their own
-FRONT = {"color": "0.82", "lw": 7, "solid_capstyle": "round", "drawstyle": "steps-post"}
+FRONT = {"ls": "", "marker": "o", "ms": 14, "mfc": "none", "mec": "0.45", "mew": 1.2}
 PER_PANEL = 50  # layers in one column of dots
 
 Series = Mapping[str, Sequence[float]]
@@ -141,7 +141,7 @@ def pareto(
     log: bool = True,
 ) -> Any:
     """Size against loss: (name, size, loss) each; points of one name are joined, and the front —
-    those that no other point beats in both — is drawn below them.
+    those that no other point beats in both — stands in rings.
 
     Raises:
         LowrankError: there is no point, or one is no such triple.
@@ -156,7 +156,7 @@ def pareto(
     figure = _figure(7.5, 4.6)
     axes = figure.subplots()
     best = front([(size, loss) for _, size, loss in every])
-    axes.plot(*zip(*best, strict=True), **FRONT, label="front")
+    axes.plot(*zip(*best, strict=True), **FRONT, label="the front")
     for index, name in enumerate(dict.fromkeys(p[0] for p in every)):
         own = sorted((size, loss) for other, size, loss in every if other == name)
         style = {"color": COLOURS[index % 7], "marker": MARKERS[(index + index // 7) % 7]}

@@ -93,7 +93,7 @@ def test_the_front_is_what_no_point_beats() -> None:
     front = figure.axes[0].lines[0]
     assert list(front.get_xdata()) == [0.6, 0.8]
     assert list(front.get_ydata()) == [1.5, 1.0]
-    assert {"a", "b", "front", "share kept"} <= set(words(figure))
+    assert {"a", "b", "the front", "share kept"} <= set(words(figure))
     assert plots.pareto([("a", 0.5, 0.0)]).axes[0].get_yscale() == "linear"
 
 

@@ -57,18 +57,18 @@ def sensitivity(
         LowrankError: no data, a ratio out of range, a cache made for something else.
     """
     wanted = _ratios(ratios)
-    # The request's own ratio is not used: it checks method and patterns as `compress` does.
+    # Its ratio is not used: it checks method and patterns as `compress` does.
     request = Request(ratio=0.5, method=method, target_modules=target_modules,
                       exclude_modules=exclude_modules, seed=seed)  # fmt: skip
     targets = [site for site in targets_of(model, request) if not site.reason]
-    batches = _batches(data, tokenizer, length)
+    batches, path = _batches(data, tokenizer, length), None if cache is None else Path(cache)
     source = data if calibration is None and isinstance(data, Calibration) else calibration
     way = method_of(method or ("svd" if source is None else "whitened"), seed)
     if way.needs and source is None:
         raise LowrankError(f"{name_of(way)} needs {', '.join(way.needs)}: pass calibration=…")
     if source is not None and not isinstance(source, Calibration):
         source = _materialised(source, tokenizer, length)
-    path, made_for = None if cache is None else Path(cache), dict[str, Any]()
+    made_for: dict[str, Any] = {}
     if path is not None:
         disk.check_place(path)
         made_for = _made_for(model, batches, source, way, targets, wanted)
