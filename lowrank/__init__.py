@@ -1,5 +1,7 @@
 """Low-rank compression of neural networks: `model, report = lowrank.compress(model, 0.6)`."""
 
+from . import page as page
+from . import plots as plots
 from .api import apply as apply
 from .api import compress as compress
 from .api import plan as plan
@@ -8,6 +10,10 @@ from .bench import Benchmark as Benchmark
 from .bench import benchmark as benchmark
 from .calibrate import Calibration as Calibration
 from .calibrate import calibrate as calibrate
+from .diagnose import Inspection as Inspection
+from .diagnose import Sensitivity as Sensitivity
+from .diagnose import inspect as inspect
+from .diagnose import sensitivity as sensitivity
 from .errors import LowrankError as LowrankError
 from .eval import kl as kl
 from .eval import perplexity as perplexity

@@ -90,16 +90,7 @@ class Plan:
 
         The text may have been edited: the costs that follow from a size are brought up to date.
         """
-        try:
-            body = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise LowrankError(f"the plan is not JSON: {error}") from error
-        if not isinstance(body, dict) or body.get("format") != "lowrank-plan":
-            raise LowrankError("the JSON is no lowrank plan (no 'format': 'lowrank-plan')")
-        if body.get("version") != FORMAT:
-            raise LowrankError(
-                f"plan version {body.get('version')!r} is unknown; this library reads {FORMAT}"
-            )
+        body = parsed(text, "plan")
         checked(body, _FIELDS, "the plan")
         for part, checks in (("asked", _ASKED), ("settings", _SETTINGS)):
             checked({key: body[part].get(key) for key in checks}, checks, f"{part!r} in the plan")
@@ -139,6 +130,25 @@ class Plan:
 
     def __rich__(self) -> Any:
         return rich_table(f"plan: {self.asked_text()}", self.rows())
+
+
+def parsed(text: str, what: str) -> dict[str, Any]:
+    """The JSON object of a stored plan or report.
+
+    Raises:
+        LowrankError: it is none, or of a version that is unknown.
+    """
+    try:
+        body = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise LowrankError(f"the {what} is not JSON: {error}") from error
+    if not isinstance(body, dict) or body.get("format") != f"lowrank-{what}":
+        raise LowrankError(f"the JSON is no lowrank {what} (no 'format': 'lowrank-{what}')")
+    if body.get("version") != FORMAT:
+        raise LowrankError(
+            f"{what} version {body.get('version')!r} is unknown; this library reads {FORMAT}"
+        )
+    return body
 
 
 def _share(entries: Iterable[Entry], unit: Unit) -> float:

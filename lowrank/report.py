@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .entry import COLUMNS, relative
-from .plan import Plan
+from .plan import FORMAT, Plan, parsed
+from .schema import Checks, checked, is_integer, is_number, is_text
 from .tables import aligned, rich_table
 
 
@@ -82,9 +83,22 @@ class Report:
         return rows
 
     def to_json(self) -> str:
-        """All figures, the plan inside; `Plan.from_json` reads that part again."""
-        body = {**asdict(self), "plan": json.loads(self.plan.to_json())}
+        """All figures, the plan inside; `from_json` reads it again."""
+        body = {"format": "lowrank-report", "version": FORMAT, **asdict(self)}
+        body["plan"] = json.loads(self.plan.to_json())
         return json.dumps(body, indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Raises LowrankError when the text is no report, with what is wrong and where."""
+        body = parsed(text, "report")
+        checked(body, _FIELDS, "the report")
+        plan = Plan.from_json(json.dumps(body["plan"]))
+        for item in body["sites"]:
+            checked(item, _SITE, "a layer of the report")
+        given = {key: body[key] for key in _FIELDS.keys() - {"format", "version"}}
+        sites = tuple(Measured(**item) for item in body["sites"])
+        return cls(**{**given, "plan": plan, "sites": sites, "notes": tuple(body["notes"])})
 
     def summary(self) -> list[str]:
         """The figures of the whole model, a few lines."""
@@ -107,3 +121,43 @@ class Report:
 
     def __rich__(self) -> Any:
         return rich_table("\n".join(self.summary()), self.rows())
+
+
+def _is_count(value: Any) -> bool:
+    return is_integer(value) and value >= 0
+
+
+def _is_known(value: Any) -> bool:
+    return value is not None and is_number(value)
+
+
+_NUMBER = (is_number, "a number >= 0 or null")
+_KNOWN = (_is_known, "a number >= 0")
+_COUNT = (_is_count, "an integer >= 0")
+_SITE: Checks = {
+    "name": (is_text, "text"),
+    "norm": (is_text, "text"),
+    "planned": _NUMBER,
+    "predicted": _NUMBER,
+    "measured": _NUMBER,
+    "total": _NUMBER,
+    "seconds": _KNOWN,
+    "reason": (is_text, "text"),
+}
+_FIELDS: Checks = {
+    "format": (is_text, "text"),
+    "version": (is_integer, "an integer"),
+    "plan": (lambda v: isinstance(v, dict), "an object"),
+    "sites": (lambda v: isinstance(v, list), "a list"),
+    "achieved": _KNOWN,
+    "achieved_of_model": (lambda v: isinstance(v, int | float), "a number"),
+    "params_before": _COUNT,
+    "params_after": _COUNT,
+    "bytes_before": _COUNT,
+    "bytes_after": _COUNT,
+    "seconds": _KNOWN,
+    "tokens": _COUNT,
+    "seed": (is_integer, "an integer"),
+    "versions": (lambda v: isinstance(v, dict), "an object"),
+    "notes": (lambda v: isinstance(v, list) and all(map(is_text, v)), "a list of texts"),
+}

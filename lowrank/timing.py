@@ -21,6 +21,20 @@ def paired_ratio(
     return statistics.median(_time(one, repeats) / _time(other, repeats) for _ in range(pairs))
 
 
+@torch.no_grad()
+def paired_ms(
+    one: Callable[[], object], other: Callable[[], object], pairs: int = 7, least_s: float = 0.002
+) -> tuple[float, float]:
+    """Medians of the milliseconds of one call of each, taken alternately."""
+    repeats = 1
+    while _time(one, repeats) < least_s and repeats < 1024:
+        repeats *= 2
+    _time(other, repeats)
+    times = [(_time(one, repeats), _time(other, repeats)) for _ in range(pairs)]
+    first, second = (statistics.median(column) for column in zip(*times, strict=True))
+    return 1e3 * first / repeats, 1e3 * second / repeats
+
+
 def _time(call: Callable[[], object], repeats: int) -> float:
     started = time.perf_counter()
     for _ in range(repeats):

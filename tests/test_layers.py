@@ -28,7 +28,7 @@ ORDER = """
     layouts
     methods
     policies
-    tables
+    tables grid
     entry
     plan
     report
@@ -40,10 +40,11 @@ ORDER = """
     eval
     recover
     api
+    diagnose
     stream
     train
     bench
-    plots
+    plots page
     testing
     demo
     __init__

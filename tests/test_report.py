@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import lowrank
-from lowrank import Plan, layouts
+from lowrank import Plan, Report, layouts
 from lowrank.nn import LowRankLinear
 from tests.test_tables import rendered
 from tests.zoo import inputs_of, make, mlp, numbers, tokens, weights
@@ -198,3 +198,31 @@ def test_a_report_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.achieved = 1.0  # type: ignore[misc]
     assert copy.deepcopy(report).plan == report.plan
+
+
+def test_a_report_is_read_back() -> None:
+    model = make("llama")
+    _, report = lowrank.compress(model, 0.5, data=tokens(6, 32), progress=False)
+    assert Report.from_json(report.to_json()) == report
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("sites", [3], "a layer of the report must be an object"),
+        ("sites", [{"name": "a"}], "a layer of the report lacks"),
+        ("achieved", -1, "achieved must be a number >= 0"),
+        ("achieved", None, "achieved must be a number >= 0"),
+        ("bytes_after", 1.5, "bytes_after must be an integer >= 0"),
+        ("plan", [], "plan must be an object"),
+        ("plan", {}, "no lowrank plan"),
+        ("notes", [1], "notes must be a list of texts"),
+        ("version", 2, "report version 2 is unknown"),
+        ("more", 1, "has unknown 'more'"),
+    ],
+)
+def test_an_edited_report_is_checked(key: str, value: object, words: str) -> None:
+    _, report = lowrank.compress(mlp(24, 16), 0.5)
+    body = {**json.loads(report.to_json()), key: value}
+    with pytest.raises(lowrank.LowrankError, match=words):
+        Report.from_json(json.dumps(body))

@@ -34,3 +34,15 @@ def test_nothing_is_recorded_for_gradients() -> None:
     )
     assert seen
     assert not any(seen)
+
+
+def test_milliseconds_are_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def tick(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    found = timing.paired_ms(lambda: tick(2e-4), lambda: tick(1e-4), pairs=3, least_s=1e-3)
+    assert found == pytest.approx((0.2, 0.1))

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import LowrankError
-from . import changing, looking
+from . import changing, looking, reporting
 from .console import complain, one_line
 
 OVERVIEW = """Low-rank compression of neural networks and language models.
@@ -22,6 +22,7 @@ hub. TEXT is a text file in UTF-8.
 \b
   lowrank inspect PATH                        what is in there, how low its rank is
   lowrank plan PATH --ratio 0.8               what would be done; nothing is changed
+  lowrank report plan.json -o plan.html       a plan as a page to look at
   lowrank compress PATH --ratio 0.8 --method whitened --data TEXT --out out
   lowrank eval out --text TEXT --reference PATH
   lowrank merge out --out dense               back to a checkpoint without lowrank
@@ -80,7 +81,7 @@ app = typer.Typer(
     help=OVERVIEW,
     context_settings={"max_content_width": 100, "help_option_names": ["--help", "-h"]},
 )
-for _name, _command in {**changing.COMMANDS, **looking.COMMANDS}.items():
+for _name, _command in {**changing.COMMANDS, **looking.COMMANDS, **reporting.COMMANDS}.items():
     app.command(_name)(_command)
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..errors import LowrankError
 from ..methods import METHODS
 from ..policies import POLICIES
 from . import inputs, layers
@@ -36,31 +37,38 @@ def inspect(
         ),
     ] = None,
     length: Length = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write all figures here.", show_default=False),
+    ] = None,
+    force: inputs.Force = False,
 ) -> None:
-    """List every linear layer, and which rank would keep its energy.
+    """List every linear layer: how low its rank is, which rank would keep its energy, its time.
 
     \b
       lowrank inspect PATH
-      lowrank inspect PATH --data TEXT
+      lowrank inspect PATH --data TEXT --json figures.json
     """
+    from ..diagnose import inspect as look
+
+    if json is not None and json.exists() and not force:
+        raise LowrankError(f"{json} exists: choose another name, or add --force")
     text = None if data is None else inputs.read_text(data)
     model = inputs.load_model(path)
-    grams: dict[str, torch.Tensor] | None = None
     rows = inputs.row_length(model, length, option="--length")
+    batches = None
     if text is not None:
         inputs.check_reads_tokens(model, "--data")
-        grams = _grams(model, inputs.text_batches(text, path, rows))
-    listed = list(layers.rows(model, grams))
+        batches = inputs.text_batches(text, path, rows)
+    found = look(model, batches, progress=on_terminal())
     say(_headline(model))
-    show(table([{**row, "note": "left dense" if row["note"] else ""} for row in listed]))
-    say_reasons("left dense", ((row["site"], row["note"]) for row in listed))
-    of = "the weight W" if grams is None else "the outputs (W H^½)"
-    say(f"90 %, 95 %, 99 %: the rank that keeps this share of the energy of {of}.")
-    say("even: from this rank on two factors are no smaller than the dense weight.")
-    if any(row["rank"] for row in listed):
-        say("rank, kept: of layers that are factored already.")
-    if grams is None:
-        say("The energy of the outputs, which counts, is lower in rank: add --data TEXT.")
+    show(table(layers.shown(found)))
+    for line in layers.legend(found):
+        say(line)
+    say_reasons("left dense", ((site.title, site.reason) for site in found.sites))
+    if json is not None:
+        json.write_text(found.to_json() + "\n", encoding="utf-8")
+        say(f"wrote {json}")
 
 
 def evaluate(
@@ -179,13 +187,6 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "methods": methods,
     "demo": demo,
 }
-
-
-def _grams(model: Any, batches: Any) -> dict[str, torch.Tensor]:
-    from ..calibrate import calibrate
-
-    seen = calibrate(model, batches, progress=on_terminal())
-    return {name: s.gram for name, s in seen.statistics.items() if s.gram is not None}
 
 
 def _headline(model: Any) -> str:

@@ -2,6 +2,11 @@
 
 from .gram import gram_sum as gram_sum
 from .gram import squared_error as squared_error
+from .ranks import condition_number as condition_number
+from .ranks import effective_rank as effective_rank
+from .ranks import entropy_rank as entropy_rank
+from .ranks import rank_for as rank_for
+from .ranks import stable_rank as stable_rank
 from .snmf import semi_nmf as semi_nmf
 from .svd import balance as balance
 from .svd import carried as carried

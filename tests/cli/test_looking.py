@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import lowrank
 from lowrank.cli import console, inputs, layers
@@ -19,6 +18,7 @@ from .helpers import (
     TOKENS,
     cells,
     invoke,
+    refused,
     run,
     tiny_tokenizer,
 )
@@ -26,51 +26,48 @@ from .helpers import (
 
 def test_inspect_finds_the_planted_rank(made: SimpleNamespace) -> None:
     said = run("inspect", made.dense)
-    assert cells(said, PLANTED) == [PLANTED, "32x32", "1,024", "16", "3", "3", "3"]
-    weight = lowrank.from_pretrained(made.dense).model.layers[0].mlp.up_proj.weight
-    energy = np.linalg.svd(weight.detach().double().numpy())[1] ** 2
-    kept = np.cumsum(energy) / energy.sum()
-    ranks = [str(int((kept < share).sum()) + 1) for share in (0.90, 0.95, 0.99)]
-    row = cells(said, "model.layers.0.mlp.up_proj")
-    assert row == ["model.layers.0.mlp.up_proj", "48x32", "1,536", "20", *ranks]
-    assert cells(said, "lm_head")[-2:] == ["left", "dense"]
+    row = cells(said, PLANTED)
+    assert row[:2] + row[-4:] == [PLANTED, "32x32", "3", "3", "3", "inf"]
+    assert row[2:6] == ["16", "3.0", "3.0", "3.0"]
+    found = lowrank.inspect(lowrank.from_pretrained(made.dense), progress=False)
+    site = found["model.layers.0.mlp.up_proj"]
+    columns = layers.shown(found)[0].keys()
+    assert cells(said, site.name) == [site.row()[column] for column in columns]
+    assert cells(said, "lm_head")[2] == "dense"
     assert "left dense: lm_head: the output head" in said
     assert f"{lowrank.from_pretrained(made.dense).num_parameters():,} parameters" in said
     assert max(map(len, said.splitlines())) <= console.WIDTH
 
 
-def test_inspect_weighs_by_the_inputs(made: SimpleNamespace) -> None:
+def test_inspect_weighs_by_the_inputs(made: SimpleNamespace, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.down_proj"
     model, text = lowrank.from_pretrained(made.dense), made.text.read_text(encoding="utf-8")
-    seen = lowrank.calibrate(model, text, tokenizer=tiny_tokenizer(), length=32, progress=False)
-    values, vectors = np.linalg.eigh(seen.statistics[name].gram.numpy())
-    root = vectors * np.sqrt(values.clip(0))
-    weight = model.get_submodule(name).weight.detach().double().numpy()
-    energy = np.linalg.svd(weight @ root)[1] ** 2
-    kept = np.cumsum(energy) / energy.sum()
-    ranks = [str(int((kept < share).sum()) + 1) for share in (0.90, 0.95, 0.99)]
-    said = run("inspect", made.dense, "--data", made.text, "--length", 32)
-    assert cells(said, name)[-3:] == ranks
+    found = lowrank.inspect(
+        model, text, tokenizer=tiny_tokenizer(), length=32, timing=False, progress=False
+    )
+    out = tmp_path / "figures.json"
+    args = ("inspect", made.dense, "--data", made.text, "--length", 32, "--json", out)
+    said = run(*args)
+    row, want = cells(said, name), found[name].row()
+    for column in ("eff", "90 %", "95 %", "99 %", "eff W"):
+        assert want[column] in row
     assert cells(said, name) != cells(run("inspect", made.dense), name)
+    assert max(map(len, said.splitlines())) <= console.WIDTH
+    assert "ms: of one call" in said
+    stored = {site["site"]: site for site in json.loads(out.read_text())["sites"]}
+    output = found[name].output
+    assert output is not None
+    assert stored[name]["output"]["stable_rank"] == pytest.approx(output.stable_rank, rel=1e-6)
+    assert "add --force" in refused(*args)
 
 
 def test_inspect_lists_what_is_factored(made: SimpleNamespace) -> None:
     layer = lowrank.from_pretrained(made.out).get_submodule(PLANTED)
     params = layer.rank * 64
-    row = [PLANTED, "32x32", str(params), str(layer.rank), f"{params / 1024:.3f}", "16"]
-    assert cells(run("inspect", made.out), PLANTED) == row
-
-
-def test_inspect_says_why_a_layer_is_left() -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6), nn.Linear(6, 8))
-    nn.utils.parametrizations.weight_norm(model[1])
-    model[2].weight.data[0, 0] = torch.nan
-    good, parametrized, broken = layers.rows(model, None)
-    assert (good["note"], good["90 %"] != "") == ("", True)
-    assert ("parametrized" in parametrized["note"], parametrized["90 %"]) == (True, "")
-    assert (broken["note"], broken["90 %"]) == ("the weight holds NaN or Inf", "")
-    unseen = next(layers.rows(model, {}))
-    assert (unseen["note"], unseen["90 %"]) == ("the text did not reach it", "")
+    said = run("inspect", made.out)
+    row = [PLANTED, "32x32", str(layer.rank), f"{params / 1024:.3f}", "16"]
+    assert cells(said, PLANTED) == row
+    assert "rank: of a layer that is factored already" in said
 
 
 def test_long_names_cost_no_number(capsys: pytest.CaptureFixture[str]) -> None:

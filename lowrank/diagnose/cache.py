@@ -1,0 +1,145 @@
+"""Sensitivities on disk: one safetensors file that says what it was made for.
+
+Nothing is ever overwritten that this file did not write: another file, or one made for another
+model or data, is refused; only a broken copy of our own is made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibrate import Calibration
+from ..data import Batch
+from ..errors import LowrankError
+
+FORMAT, VERSION = "lowrank-sensitivity", "1"
+TENSORS = ("kl", "rank", "error")
+
+
+def model_print(model: nn.Module) -> str:
+    """Digest of every tensor that a checkpoint would hold, with names, shapes and dtypes."""
+    found = hashlib.sha256(type(model).__qualname__.encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, Tensor):
+            _add(found, name, tensor)
+    return found.hexdigest()
+
+
+def data_print(batches: Iterable[Batch]) -> str:
+    """Digest of batches."""
+    found = hashlib.sha256()
+    for index, batch in enumerate(batches):
+        items: Mapping[str, Any] = batch if isinstance(batch, Mapping) else {"": batch}
+        for name, value in sorted(items.items()):
+            if isinstance(value, Tensor):
+                _add(found, f"{index} {name}", value)
+            else:
+                found.update(f"{index} {name} {value!r}".encode())
+    return found.hexdigest()
+
+
+def calibration_print(seen: Calibration) -> str:
+    """Digest of finished statistics."""
+    found = hashlib.sha256()
+    for name, stats in sorted(seen.statistics.items()):
+        found.update(f"{name} {stats.count}".encode())
+        if stats.gram is not None:
+            _add(found, name, stats.gram)
+    return found.hexdigest()
+
+
+def read(
+    path: Path, made_for: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """What is stored, its JSON and its tensors; None where it has to be computed.
+
+    Raises:
+        LowrankError: the file is something else, or was made for other things, which are named.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return None
+    if not path.is_file():
+        raise LowrankError(f"the cache {path} is a folder, expected the name of a file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        _broken(path, str(error))
+        return None
+    if stored.get("format") != FORMAT:
+        raise LowrankError(f"{path} is no sensitivity cache: choose another name")
+    try:
+        body = json.loads(stored["body"])
+        before = body["made_for"]
+        sites, ratios = len(body["sites"]), len(before["ratios"])
+        sound = all(tensors[name].shape == (sites, ratios) for name in TENSORS)
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        _broken(path, "its tables do not fit together")
+        return None
+    differing = sorted(key for key in made_for if before.get(key) != made_for[key])
+    if stored.get("version") != VERSION:
+        differing = ["version of the format"]
+    if differing:
+        raise LowrankError(
+            f"the cache {path} was made for another {' and another '.join(differing)}: "
+            "choose another name, or delete it"
+        )
+    return body, tensors
+
+
+def write(path: Path, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """In one step: a reader sees all of the file or nothing."""
+    from safetensors.torch import save
+
+    about = {"format": FORMAT, "version": VERSION, "body": json.dumps(body)}
+    data = save(dict(tensors), metadata=about)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(data)
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def check_place(path: Path) -> None:
+    """Raises LowrankError where the file could not be written in the end."""
+    if not path.parent.is_dir():
+        raise LowrankError(f"the cache {path} cannot be written: there is no folder {path.parent}")
+
+
+def _broken(path: Path, why: str) -> None:
+    """Warn, and let it be computed anew; a file that is not ours is left alone.
+
+    Raises:
+        LowrankError: nothing in the file says that it is ours.
+    """
+    content = path.read_bytes()
+    if content and FORMAT.encode() not in content:
+        raise LowrankError(f"{path} is no sensitivity cache: choose another name")
+    warnings.warn(
+        f"the cache {path} is broken ({' '.join(why.split())}): it is made anew", stacklevel=4
+    )
+
+
+def _add(found: Any, name: str, tensor: Tensor) -> None:
+    found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+    flat = tensor.detach().cpu().contiguous().flatten()
+    if flat.numel():
+        found.update(flat.view(torch.uint8).numpy().data)

@@ -1,0 +1,249 @@
+"""Pictures of what was measured and decided, for reports and notebooks (extra: matplotlib).
+
+Every function returns a `matplotlib.figure.Figure` that no window and no global state knows of:
+`figure.savefig("ranks.png")`. All stay legible at a hundred layers, where they grow in height.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .diagnose import Inspected, Inspection, Sensitivity
+from .errors import LowrankError
+from .grid import grid
+from .plan import Plan
+from .report import Report
+
+# Okabe and Ito's colours, without the yellow that white paper swallows.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vP*"
+SCALE = "viridis"
+INCH_A_SITE = 0.17
+MOST_PANELS = 12  # kinds of layers with a panel of their own
+FRONT = {"ls": "", "marker": "o", "ms": 14, "mfc": "none", "mec": "0.45", "mew": 1.2}
+PER_PANEL = 50  # layers in one column of dots
+
+Series = Mapping[str, Sequence[float]]
+
+
+def spectra(inspection: Inspection) -> Any:
+    """Singular values over the rank, a panel for every kind of layer, coloured by depth.
+
+    Of W H^½ where the inspection had data (layers that it did not reach are left out), of W else;
+    dashed: break-even.
+
+    Raises:
+        LowrankError: nothing was decomposed, or matplotlib is absent (as for all functions here).
+    """
+    # One picture, one norm: what has no outputs is not drawn among them.
+    sites = [s for s in inspection.sites if (s.output if inspection.tokens else s.weight)]
+    if not sites:
+        raise LowrankError("there is no spectrum to draw: no layer was decomposed")
+    places = grid([site.name for site in sites])
+    kinds: list[tuple[str, list[tuple[Inspected, int]]]] = [(name, []) for name in places.rows]
+    for site, (row, column) in zip(sites, places.cells, strict=True):
+        kinds[row][1].append((site, column))
+    if len(kinds) > MOST_PANELS:
+        kinds = [("all layers", [(site, i) for i, site in enumerate(sites)])]
+    deepest = max(depth for _, members in kinds for _, depth in members)
+    across = min(len(kinds), 4)
+    down = math.ceil(len(kinds) / across)
+    figure = _figure(3.1 * across + 1.2, 2.5 * down + 0.9)
+    panels = figure.subplots(down, across, sharey=True, squeeze=False)
+    colours = _scale(0, max(deepest, 1))
+    for panel, (name, members) in zip(panels.flat, kinds, strict=False):
+        for site, depth in members:
+            values = _normalised(site)
+            panel.plot(range(1, len(values) + 1), values, lw=0.9, color=colours.to_rgba(depth))
+        if len({site.shape for site, _ in members}) == 1:
+            panel.axvline(members[0][0].break_even, color="0.35", lw=0.8, ls="--")
+        panel.set(yscale="log", ylim=(1e-4, 1.5), title=name, xlabel="rank")
+        panel.grid(alpha=0.25)
+    for panel in panels.flat[len(kinds) :]:
+        panel.set_axis_off()
+    for panel in panels[:, 0]:
+        panel.set_ylabel("σ / σ₁")
+    bar = figure.colorbar(colours, ax=panels, label="depth: place of the number in the name")
+    bar.locator = _whole_numbers()
+    of = f"outputs, W H^½, {inspection.tokens:,} tokens" if inspection.tokens else "weights W"
+    figure.suptitle(f"Singular values of the {of} (dashed: break-even rank)")
+    return figure
+
+
+def rank_map(plan: Plan) -> Any:
+    """Depth × kind: the rank of every layer, coloured by the share of its parameters kept."""
+    if not plan.entries:
+        raise LowrankError("there is nothing to draw: the plan has no entry")
+    places = grid([entry.name for entry in plan.entries])
+    wide, high = len(places.columns), len(places.rows)
+    name_width = max(map(len, places.rows)) * 0.085
+    figure = _figure(max(0.42 * wide, 4.0) + name_width + 1.8, max(0.34 * high, 1.0) + 1.5)
+    axes, colours = figure.subplots(), _scale(0, 1)
+    for entry, (row, column) in zip(plan.entries, places.cells, strict=True):
+        share = min(entry.cost.params / max(entry.dense.params, 1), 1.0)
+        dense = entry.size is None
+        face = "0.88" if dense else colours.to_rgba(share)
+        axes.add_patch(_box(column, row, face))
+        text = "–" if dense else ",".join(map(str, entry.size or ()))
+        ink = "black" if dense or share > 0.55 else "white"
+        size = 8 if len(text) < 4 else 6.5
+        axes.text(column, row, text, ha="center", va="center", fontsize=size, color=ink)
+    axes.set(xlim=(-0.5, wide - 0.5), ylim=(high - 0.5, -0.5), xlabel="number in the name")
+    axes.set_xticks(range(wide), [column or "none" for column in places.columns], fontsize=8)
+    axes.set_yticks(range(high), places.rows, fontsize=8)
+    axes.tick_params(length=0)
+    figure.colorbar(colours, ax=axes, label="share of parameters kept")
+    axes.set_title(f"Ranks, {plan.asked_text()}: {plan.kept():.3f} of the targets (–: dense)")
+    return figure
+
+
+def errors(report: Report) -> Any:
+    """Relative error of every factored layer: as planned, and as the stored factors show it."""
+    sites = [site for site in report.sites if not site.reason and site.total]
+    if not sites:
+        raise LowrankError("there is no error to draw: no layer was factored")
+
+    def root(value: float | None, total: float | None) -> float:
+        return math.nan if value is None or not total else math.sqrt(value / total)
+
+    series = {
+        "planned": [root(site.planned, site.total) for site in sites],
+        "measured": [root(site.measured, site.total) for site in sites],
+    }
+    norms = ", ".join(sorted({site.norm for site in sites}))
+    return _dots(
+        [site.name or "(root)" for site in sites], series,
+        title=f"Error per layer, {report.achieved:.3f} of the targets kept",
+        xlabel=f"relative error, √(energy lost / all), norm: {norms}", log=False,
+    )  # fmt: skip
+
+
+def sensitivity(found: Sensitivity) -> Any:
+    """KL per layer when it alone is reduced, one marker for every ratio."""
+    series = {
+        f"keeps {ratio:g}": [value if value > 0 else math.nan for value in column]
+        for ratio, column in zip(found.ratios, found.kl.T.tolist(), strict=True)
+    }
+    return _dots(
+        [name or "(root)" for name in found.sites], series,
+        title=f"Sensitivity: one layer alone reduced by {found.method}",
+        xlabel="KL to the dense model, nats per position", log=True,
+    )  # fmt: skip
+
+
+def pareto(
+    points: Iterable[tuple[str, float, float]],
+    *,
+    xlabel: str = "share kept",
+    ylabel: str = "KL to the dense model, nats per position",
+    log: bool = True,
+) -> Any:
+    """Size against loss: (name, size, loss) each; points of one name are joined, and the front —
+    those that no other point beats in both — stands in rings.
+
+    Raises:
+        LowrankError: there is no point, or one is no such triple.
+    """
+    every = list(points)
+    sound = all(
+        isinstance(p, tuple | list) and len(p) == 3 and all(map(math.isfinite, p[1:]))
+        for p in every
+    )
+    if not every or not sound:
+        raise LowrankError(f"points are (name, size, loss) with finite numbers, got {every!r:.80}")
+    figure = _figure(7.5, 4.6)
+    axes = figure.subplots()
+    best = front([(size, loss) for _, size, loss in every])
+    axes.plot(*zip(*best, strict=True), **FRONT, label="the front")
+    for index, name in enumerate(dict.fromkeys(p[0] for p in every)):
+        own = sorted((size, loss) for other, size, loss in every if other == name)
+        style = {"color": COLOURS[index % 7], "marker": MARKERS[(index + index // 7) % 7]}
+        axes.plot(*zip(*own, strict=True), **style, lw=1.2, ms=5, label=name)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title="Size against loss")
+    if log and min(loss for _, _, loss in every) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        if max(loss for _, _, loss in every) < 20 * min(loss for _, _, loss in every):
+            axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other one beats in both numbers, by rising first number."""
+    found: list[tuple[float, float]] = []
+    for size, loss in sorted(points):
+        if not found or loss < found[-1][1]:
+            found.append((size, loss))
+    return found
+
+
+def _dots(names: Sequence[str], series: Series, *, title: str, xlabel: str, log: bool) -> Any:
+    """One line a layer, one marker a series; long lists stand in several columns."""
+    if not names:
+        raise LowrankError("there is no layer to draw")
+    panels = math.ceil(len(names) / PER_PANEL)
+    each = math.ceil(len(names) / panels)
+    wide = 3.6 + 0.075 * max(map(len, names))
+    figure = _figure(wide * panels, max(each * INCH_A_SITE, 1.0) + 1.4)
+    for index, axes in enumerate(figure.subplots(1, panels, sharex=True, squeeze=False).flat):
+        part = slice(index * each, (index + 1) * each)
+        rows = range(len(names[part]))
+        for number, (label, values) in enumerate(series.items()):
+            style: dict[str, Any] = {"marker": MARKERS[number % 7], "color": COLOURS[number % 7]}
+            if label == "planned":  # a ring, or it would be hidden where all went as planned
+                style |= {"ms": 7.0, "mfc": "none"}
+            axes.plot(values[part], rows, ls="", **{"ms": 4.5, **style}, label=label)
+        axes.set_yticks(rows, names[part], fontsize=7.5)
+        axes.set(ylim=(each - 0.5, -0.5), xlabel=xlabel, xscale="log" if log else "linear")
+        if not log:
+            axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(series), frameon=False)
+    return figure
+
+
+def _normalised(site: Inspected) -> list[float]:
+    assert site.seen is not None
+    values: list[float] = site.seen.values.tolist()
+    most = values[0] if values and values[0] > 0 else 1.0
+    return [value / most for value in values]
+
+
+def _figure(width: float, height: float) -> Any:
+    _require()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", dpi=110)
+
+
+def _scale(least: float, most: float) -> Any:
+    _require()
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    return ScalarMappable(Normalize(least, most), SCALE)
+
+
+def _whole_numbers() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(integer=True)
+
+
+def _box(column: int, row: int, colour: Any) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, color=colour)
+
+
+def _require() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise LowrankError("plots need matplotlib: pip install 'lowrank[plots]'") from error

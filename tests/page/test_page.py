@@ -1,0 +1,179 @@
+"""The page holds what it was made from, loads nothing, and no name of a layer can break it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lowrank
+from lowrank import LowrankError, Plan, page
+from tests.pictures import made
+from tests.zoo import mlp, said
+
+NASTY = '</td><script>alert("x")</script>&amp;<b>'
+VOID = {"meta", "rect", "circle", "line"}
+
+
+class Read(HTMLParser):
+    """Tags opened, text by tag, table rows; fails on tags that do not nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.text: dict[str, list[str]] = {}
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag == "td":
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        where = self.open[-1] if self.open else ""
+        self.text.setdefault(where, []).append(data)
+        if where == "td":
+            self.rows[-1][-1] += data
+
+
+def test_a_report_is_all_there() -> None:
+    report = made(100).report
+    read = Read(page.html(report))
+    assert read.open == []
+    rows = read.rows[1:]
+    assert [row[1] for row in rows] == [entry.name for entry in report.plan.entries]
+    want = {row["site"]: row for row in report.rows()}
+    for number, row in enumerate(rows, 1):
+        known = want[row[1]]
+        assert row[0] == str(number)
+        assert row[4:6] == [known["rank"], known["kept"]]
+        assert row[8:] == [known["measured"], known["reason"]]
+        if known["rank"]:
+            assert row[7] == known["error"]
+    facts = dict(zip(read.text["dt"], read.text["dd"], strict=True))
+    assert facts["asked"] == "0.6 of targets"
+    assert facts["bytes"] == f"{report.bytes_before:,} → {report.bytes_after:,}"
+    assert facts["kept of the targets' params"] == f"{report.achieved:.4f}"
+    assert facts["calibration tokens"] == "22,171"
+    drawn = [attrs["class"] for tag, attrs in read.tags if tag == "circle" and "cy" in attrs]
+    assert drawn.count("measured") == len(report.sites) + 1  # and one in the legend
+    assert "Bytes by kind of layer" in read.text["figcaption"]
+
+
+def test_a_plan_says_what_it_would_save() -> None:
+    plan = made(14).plan
+    facts = Read(page.html(plan))
+    values = dict(zip(facts.text["dt"], facts.text["dd"], strict=True))
+    after = plan.model.bytes - sum(e.dense.bytes - e.cost.bytes for e in plan.entries)
+    assert values["bytes"] == f"{plan.model.bytes:,} → {after:,}"
+    assert "measured" not in facts.text["button"]
+    assert len(facts.rows[1]) == len(facts.text["button"]) == 9
+
+
+def test_errors_stand_at_their_height() -> None:
+    """The highest circle is the largest error; heights are linear from the zero line."""
+    report = made(20).report
+    text = page.html(report)
+    shown = [
+        float(y) for y in re.findall(r'class="measured" cx="[\d.]+" cy="([\d.]+)" r="2.5"', text)
+    ]
+    heights = [160 - y for y in shown if y != 6.0]
+    want = [(site.measured / site.total) ** 0.5 for site in report.sites]
+    assert [h / heights[0] for h in heights] == pytest.approx([w / want[0] for w in want], rel=0.01)
+
+
+def test_nothing_is_loaded_from_elsewhere() -> None:
+    text = page.html(made(20).report)
+    read = Read(text)
+    assert not re.search(r"https?:|//[a-z]|@import|url\(", text)
+    assert not any({"src", "href"} & attrs.keys() for _, attrs in read.tags)
+    assert "default-src 'none'" in text
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_names_are_escaped() -> None:
+    report = made(names=[NASTY, "x.0." + NASTY, "\ud800", "a'b\"c"]).report
+    plan = dataclasses.replace(
+        report.plan,
+        asked={"ratio": 0.6, "of": NASTY},
+        settings={"policy": NASTY, "versions": {NASTY: 1}},
+    )
+    report = dataclasses.replace(report, plan=plan, notes=(NASTY,))
+    read = Read(page.html(report))
+    assert read.open == []
+    assert [tag for tag, _ in read.tags].count("script") == 1
+    assert not any(tag == "b" for tag, _ in read.tags)
+    assert NASTY in read.rows[1][1]
+
+
+def test_odd_names_can_be_written(tmp_path: Path) -> None:
+    page.write(made(names=["\ud800"]).plan, tmp_path / "p.html")
+    assert "&#55296;" in (tmp_path / "p.html").read_text(encoding="utf-8")
+
+
+def test_small_and_empty_plans() -> None:
+    assert Read(page.html(made(0).plan)).rows == [[]]
+    root = lowrank.plan(mlp(24, 16)[0], 0.5)
+    assert "(root)" in page.html(root)
+    many = made(names=[f"layer_{chr(97 + n)}" for n in range(25)]).plan
+    assert "6 others" in page.html(many)
+
+
+def test_plans_and_reports_are_read_back(tmp_path: Path) -> None:
+    given = made(7)
+    given.plan.save(tmp_path / "plan.json")
+    (tmp_path / "report.json").write_text(given.report.to_json())
+    assert page.read(tmp_path / "plan.json") == given.plan
+    assert page.read(tmp_path / "report.json") == given.report
+    assert page.read(tmp_path) == given.report
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"\xff\xfe", "no text in UTF-8"),
+        (b"[1, 2]", "no lowrank plan"),
+        (b'{"format": "lowrank-plan", "version": 99}', "plan version 99 is unknown"),
+        (b'{"format": "lowrank-report", "version": 1}', "the report lacks"),
+    ],
+)
+def test_nonsense_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(content)
+    with pytest.raises(LowrankError) as caught:
+        page.read(path)
+    assert words in said(caught)
+
+
+@pytest.mark.parametrize("given", ["plan", None, 3])
+def test_only_plans_and_reports_are_drawn(given: Any) -> None:
+    with pytest.raises(LowrankError, match="a page shows a Plan or a Report"):
+        page.html(given)
+
+
+def test_numbers_beyond_all_measure_are_refused() -> None:
+    plan = made(1).plan
+    (one,) = plan.entries
+    huge = dataclasses.replace(one.cost, params=10**400)
+    broken: Plan = dataclasses.replace(plan, entries=(dataclasses.replace(one, cost=huge),))
+    with pytest.raises(LowrankError, match="cannot be drawn"):
+        page.html(broken)

@@ -1,0 +1,137 @@
+"""The pictures: what they show is what was given, at a hundred layers too; no state is left."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import itertools
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lowrank import LowrankError, plots
+from lowrank.diagnose import Inspection
+from tests.pictures import made
+
+matplotlib = pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(scope="module")
+def hundred() -> SimpleNamespace:
+    return made(100)
+
+
+def words(figure: Any) -> list[str]:
+    from matplotlib.text import Text
+
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def legible(figure: Any) -> None:
+    """Drawn without a warning, titled, and no two labels of one axis overlap."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    assert figure.get_suptitle() or figure.axes[0].get_title()
+    for axes in figure.axes:
+        boxes = [t.get_window_extent(renderer) for t in axes.get_yticklabels() if t.get_text()]
+        tops = sorted((box.y0, box.y1) for box in boxes)
+        assert all(a[1] <= b[0] + 1.5 for a, b in itertools.pairwise(tops))
+
+
+def test_rank_map_shows_every_rank(hundred: SimpleNamespace) -> None:
+    figure = plots.rank_map(hundred.plan)
+    legible(figure)
+    shown = words(figure)
+    for entry in hundred.plan.entries:
+        assert ("–" if entry.size is None else str(entry.size[0])) in shown
+    assert {"q_proj", "down_proj", "14", "share of parameters kept"} <= set(shown)
+    assert any("ratio 0.6" in text for text in shown)
+
+
+def test_dots_show_every_layer_and_value(hundred: SimpleNamespace) -> None:
+    for figure, names, unit in (
+        (plots.sensitivity(hundred.sensitivity), hundred.sensitivity.sites, "nats per position"),
+        (plots.errors(hundred.report), [s.name for s in hundred.report.sites], "relative error"),
+    ):
+        legible(figure)
+        shown = words(figure)
+        assert set(names) <= set(shown)
+        assert any(unit in text for text in shown)
+    first = figure.axes[0].lines[1]
+    site = hundred.report.sites[0]
+    assert first.get_label() == "measured"
+    assert first.get_xdata()[0] == pytest.approx((site.measured / site.total) ** 0.5)
+
+
+def test_spectra_have_a_panel_for_every_kind(hundred: SimpleNamespace) -> None:
+    figure = plots.spectra(hundred.inspection)
+    legible(figure)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles[:7] == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+                          "down_proj"]  # fmt: skip
+    site = hundred.inspection.sites[0]
+    line = figure.axes[0].lines[0]
+    assert line.get_ydata()[3] == pytest.approx(float((site.output.energy[3]) ** 0.5))
+    assert "22,171 tokens" in figure.get_suptitle()
+    mixed = Inspection((*hundred.inspection.sites, dataclasses.replace(site, output=None)), 5, "")
+    assert sum(len(axes.lines) for axes in plots.spectra(mixed).axes[:7]) == 100 + 7  # and dashes
+    many = made(names=[f"layer_{chr(97 + n)}" for n in range(20)])
+    one = plots.spectra(many.inspection)
+    assert len(one.axes[0].lines) >= 20
+    legible(plots.rank_map(many.plan))
+
+
+def test_the_front_is_what_no_point_beats() -> None:
+    assert plots.front([(3, 1), (1, 3), (2, 2), (2, 4), (3, 2)]) == [(1, 3), (2, 2), (3, 1)]
+    figure = plots.pareto([("a", 0.6, 2.0), ("a", 0.8, 1.0), ("b", 0.6, 1.5)])
+    legible(figure)
+    front = figure.axes[0].lines[0]
+    assert list(front.get_xdata()) == [0.6, 0.8]
+    assert list(front.get_ydata()) == [1.5, 1.0]
+    assert {"a", "b", "the front", "share kept"} <= set(words(figure))
+    assert plots.pareto([("a", 0.5, 0.0)]).axes[0].get_yscale() == "linear"
+
+
+def test_no_global_figure_is_made(hundred: SimpleNamespace) -> None:
+    plots.rank_map(hundred.plan)
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    assert pyplot is None or not pyplot.get_fignums()
+
+
+@pytest.mark.parametrize("points", [[], [("a", 1)], [("a", 1.0, float("nan"))]])
+def test_points_that_are_none_are_refused(points: Any) -> None:
+    with pytest.raises(LowrankError, match="points are"):
+        plots.pareto(points)
+
+
+def test_nothing_to_draw_is_said() -> None:
+    nothing = made(0)
+    for draw, given in (
+        (plots.spectra, Inspection((), 0, "")),
+        (plots.rank_map, nothing.plan),
+        (plots.errors, nothing.report),
+        (plots.sensitivity, nothing.sensitivity),
+    ):
+        with pytest.raises(LowrankError, match=r"there is (nothing|no)"):
+            draw(given)  # type: ignore[operator]
+
+
+def test_without_matplotlib_one_sentence_says_so(
+    hundred: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def absent(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    for draw in (plots.rank_map, plots.errors):
+        with pytest.raises(LowrankError, match=r"^plots need matplotlib: pip install"):
+            draw(hundred.plan if draw is plots.rank_map else hundred.report)
