@@ -13,6 +13,7 @@ from . import sites as walk
 from .checks import check_model
 from .data import LENGTH, Batch, Data, Forward, forward, mask_of, materialise
 from .errors import LowrankError
+from .frequencies import Frequencies
 from .linalg import gram_sum
 from .observe import Observation, SameTensor, first_tensor, observe, quiet
 from .types import Site, Statistics
@@ -46,7 +47,9 @@ def calibrate(
     min_tokens: int = 1,
     progress: bool = True,
 ) -> Calibration:
-    """Gather E[x xᵀ] and E[x] of every linear layer's input.
+    """Gather E[x xᵀ] and E[x] of every linear layer's input, and how often ids are looked up.
+
+    An embedding whose weight is the output head's too has both, under the embedding's name.
 
     Positions that the attention mask pads are left out wherever a layer's input still has the
     mask's shape, or its rows in one line.
@@ -57,13 +60,17 @@ def calibrate(
         min_tokens: a site that saw fewer tokens counts as unseen.
 
     Raises:
-        LowrankError: no layer was reached, or an activation is NaN or Inf (its site is named).
+        LowrankError: no layer was reached, an activation is NaN or Inf, or an id is out of range
+            (its site is named).
     """
     check_model(model)
     if isinstance(data, Calibration):
         return data
     batches = materialise(data, tokenizer, length=length)
-    sites = [site for site in walk.find(model) if not site.reason]
+    free = [site for site in walk.find(model) if not site.reason]
+    tables = [site for site in free if site.kind == "embedding"]
+    heads = walk.heads(model, tables)
+    sites = [site for site in free if site.kind == "linear"] + list(heads.values())
     first = batches if callable(batches) else batches[:1]
     seen = observe(model, sites, lambda: _run(model, first, _nothing, progress=False))
     groups = seen.groups
@@ -71,14 +78,19 @@ def calibrate(
     by_name = {site.name: site for site in sites}
     while True:
         gather = _Gather([[by_name[name] for name in group] for group in (*groups, *unseen)])
-        with quiet(model), gather:
-            _run(model, batches, gather.mask, progress)
+        lookups = Frequencies(tables)
+        with quiet(model), gather, lookups:
+            _run(model, batches, lambda mask: (gather.mask(mask), lookups.mask(mask)), progress)
         gather.check_calls()
         if not gather.parted:
             break
         # A later batch gave members of a group different tensors: gather those one by one.
         groups = _split(groups, gather.parted)
     statistics = gather.statistics()
+    for site in tables:
+        head = heads.get(site.name)
+        seen_by_head = None if head is None else statistics.pop(head.name)
+        statistics[site.name] = lookups.statistics(site.name, seen_by_head)
     tokens = max((found.count for found in statistics.values()), default=0)
     if tokens == 0:
         hint = (
@@ -86,7 +98,7 @@ def calibrate(
             if callable(batches)
             else "does it run this model?"
         )
-        raise LowrankError(f"the calibration data reached none of {len(sites)} layers: {hint}")
+        raise LowrankError(f"the calibration data reached none of {len(free)} layers: {hint}")
     seen = Observation(seen.order, groups, seen.chains, seen.shapes)
     return Calibration(statistics, seen, batches, tokens, min_tokens)
 
@@ -192,7 +204,7 @@ def _counted(tensor: Tensor, mask: Tensor | None) -> Tensor:
 def _run(
     model: nn.Module,
     batches: list[Batch] | Forward,
-    mask: Callable[[Tensor | None], None],
+    mask: Callable[[Tensor | None], object],
     progress: bool,
 ) -> None:
     if callable(batches):

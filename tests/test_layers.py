@@ -34,6 +34,7 @@ ORDER = """
     report
     sites
     observe
+    frequencies
     data
     io
     calibrate

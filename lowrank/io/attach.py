@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import LowrankError
 from ..nn import is_factored
+from . import ties
 from .surgery import factored, specs_of
 
 
@@ -39,6 +40,7 @@ def attach(model: nn.Module, provenance: dict[str, Any] | None = None) -> bool:
     detach(model)
     if not specs:
         return False
+    ties.untie(model, factored(model))
     from .hf import LowRankConfig, LowRankHfQuantizer
 
     config = LowRankConfig(modules=specs, lowrank=notes)
@@ -55,6 +57,7 @@ def detach(model: nn.Module) -> None:
     """
     if not is_transformers(model):
         return
+    ties.retie(model)
     config = model.config
     if _method(_entry(config)) == "lowrank":
         del config.quantization_config  # type: ignore[union-attr]
@@ -80,6 +83,8 @@ def check_attachable(model: nn.Module) -> None:
     tied = getattr(model, "get_expanded_tied_weights_keys", None)
     names = factored(model)
     for target, source in (tied(all_submodels=True) if tied else {}).items():
+        if ties.is_pair(names, target, source):
+            continue
         for key in (target, source):
             if key.rpartition(".")[0] in names:
                 raise LowrankError(
