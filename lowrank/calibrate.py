@@ -27,7 +27,7 @@ class Calibration:
         statistics: per site name; sites that read one tensor share one object.
         seen: order of calls, groups of sites that read one tensor, chains of blocks.
         batches: the data, ready to be run again, or the caller's own callable.
-        tokens: the most input vectors that any site saw.
+        tokens: the most input vectors that any linear layer saw; without one, the most lookups.
         min_tokens: a site that saw fewer follows `on_missing`.
     """
 
@@ -87,11 +87,12 @@ def calibrate(
         # A later batch gave members of a group different tensors: gather those one by one.
         groups = _split(groups, gather.parted)
     statistics = gather.statistics()
+    tokens = max((found.count for found in statistics.values()), default=0)
     for site in tables:
         head = heads.get(site.name)
         seen_by_head = None if head is None else statistics.pop(head.name)
         statistics[site.name] = lookups.statistics(site.name, seen_by_head)
-    tokens = max((found.count for found in statistics.values()), default=0)
+    tokens = tokens or max((found.count for found in statistics.values()), default=0)
     if tokens == 0:
         hint = (
             "it is called more than once, so it must not use up an iterator"

@@ -86,7 +86,7 @@ class Entry:
     def row(self) -> dict[str, str]:
         """As text, for tables."""
         return {
-            "site": self.title,
+            "site": self.title if not self.heads else f"{self.title} (tied: {self.sites[-1]})",
             "shape": f"{self.shape[0]}x{self.shape[1]}",
             "method": self.method,
             "rank": "" if self.size is None else ",".join(map(str, self.size)),

@@ -90,7 +90,7 @@ def select(
     for site in sites:
         reason = site.reason
         if everything and site.kind == "embedding":
-            reason = reason or "an embedding: name it, or take target_modules='all'"
+            reason = reason or "an embedding: name it, or target 'all'"
         elif any(id(module) in heads for module in site.modules):
             reason = reason or "the output head: name it in target_modules to compress it"
         elif named and not any(_matches(target_modules, name) for name in site.names):

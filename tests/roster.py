@@ -7,5 +7,7 @@ from lowrank.testing import Law, laws
 ROSTER: dict[str, dict[str, Law]] = {
     "svd": laws(),
     "whitened": laws(),
+    "frequency": laws(),
+    "head-aware": laws(),
     "random": laws(planted=None),  # it gives the trained weight up
 }

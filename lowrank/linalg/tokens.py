@@ -5,11 +5,11 @@ rows δ_t of E − Ê. A table that is the output head too gives logits E h as w
 count at the same p_t: to second order KL weighs a logit by its token's probability. So both parts
 share the row weights, and the sum
 
-    ‖P^½ (E − Ê) C^½‖_F²,   P = diag(p),   C = ½ I + ½ H · D / tr H,   H = E[h hᵀ]
+    ‖P^½ (E − Ê) C^½‖_F²,   P = diag(p),   C = ¾ I + ¼ H · D / tr H,   H = E[h hᵀ]
 
 has its optimum in closed form: with V_k the leading eigenvectors of M = C^½ Eᵀ P E C^½ it is
 Ê = (E C^½ V_k)(C^{-½} V_k)ᵀ. The rows are projected, never divided by √p, so that a token that was
-not seen does no harm and a zero row (padding) stays exactly zero; C ⪰ ½ I keeps C^{-½} tame.
+not seen does no harm and a zero row (padding) stays exactly zero; C ⪰ ¾ I keeps C^{-½} tame.
 """
 
 from __future__ import annotations
@@ -21,21 +21,28 @@ from .precision import full_precision
 from .svd import balance, compute_dtype
 
 CHUNK = 8192  # rows that are cast at once
+EVEN = 0.5  # of the mean count, added to every count
+HEAD = 0.25  # the head's share in the norm of a tied table; see benchmarks/embeddings.py
 
 
 def token_weights(freq: Tensor) -> Tensor:
-    """p (V,) float64 from counts, by Laplace's rule: every token counts once more than seen."""
-    seen = freq.double() + 1
+    """p (V,) float64 from counts; half the mean count is added to each.
+
+    A third of the weight is thus spread evenly: counts of rare tokens are mostly chance, and a
+    token that the calibration lacks must still be kept.
+    """
+    seen = freq.double()
+    seen = seen + EVEN * seen.mean().clamp(min=1e-300)
     return seen / seen.sum()
 
 
 def output_metric(gram: Tensor | None, columns: int) -> Tensor | None:
-    """C (D, D) float64: half the lookups, half the head; None (the identity) without a head."""
+    """C (D, D) float64 from the head's E[h hᵀ]; None (the identity) without a head."""
     scale = 0.0 if gram is None else float(gram.diagonal().sum())
     if gram is None or scale <= 0:
         return None
     eye = torch.eye(columns, dtype=torch.float64, device=gram.device)
-    return (eye + gram.double() * (columns / scale)) / 2
+    return (1 - HEAD) * eye + HEAD * gram.double() * (columns / scale)
 
 
 def row_moments(table: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -115,7 +122,7 @@ def _between(moments: Tensor, half: Tensor | None) -> Tensor:
 
 
 def _root(metric: Tensor) -> tuple[Tensor, Tensor]:
-    """C^½ and C^{-½} of a matrix whose eigenvalues are ½ and more."""
+    """C^½ and C^{-½} of a matrix that is positive definite."""
     values, vectors = torch.linalg.eigh(metric)
     root = values.clamp(min=torch.finfo(values.dtype).eps).sqrt()
     return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T

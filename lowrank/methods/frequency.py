@@ -1,7 +1,7 @@
 """Embeddings by how often their rows are read: frequent tokens are kept better.
 
 min Σ_t p_t ‖e_t − ê_t‖² over tables Ê of rank r, where p_t is the frequency of token t in the
-calibration, by Laplace's rule (one more than counted, so that no row is free). The optimum is
+calibration, a third of it spread evenly so that no row is free (linalg/tokens.py). The optimum is
 Ê = E P Pᵀ with P the r leading eigenvectors of Eᵀ diag(p) E: rows are projected, not scaled and
 scaled back, so nothing is divided by a frequency. Weighted low rank with row weights has this closed
 form (Srebro and Jaakkola, ICML 2003); OFA (arXiv 2311.08849) factors its tables unweighted.
