@@ -72,7 +72,8 @@ def calibrate(
     heads = walk.heads(model, tables)
     sites = [site for site in free if site.kind == "linear"] + list(heads.values())
     first = batches if callable(batches) else batches[:1]
-    seen = observe(model, sites, lambda: _run(model, first, _nothing, progress=False))
+    with Frequencies(tables):  # a bad id gets an error of ours, whichever pass meets it first
+        seen = observe(model, sites, lambda: _run(model, first, _nothing, progress=False))
     groups = seen.groups
     unseen = tuple((site.name,) for site in sites if site.name not in seen.shapes)
     by_name = {site.name: site for site in sites}

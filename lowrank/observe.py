@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import layouts
 from .types import Site
 
 Run = Callable[[], object]
@@ -58,7 +57,7 @@ def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
                     with_kwargs=True,
                 )
                 for module in site.modules
-                if layouts.kind(module) != "embedding"  # ids, which are no input of a product
+                if site.kind != "embedding"  # ids are no input of a product
             ]
         for name, container in containers.items():
             for index, member in enumerate(container):

@@ -214,7 +214,11 @@ def _tie_obstacle(module: nn.Module, holders: Holders, names: Mapping[int, list[
             return f"its weight is tied to {where}, which stores it the other way round"
         if not pair and layouts.bias(user) is not bias:
             return f"its weight is tied to {where}, which has another bias"
-    others = [] if bias is None or pair else [u for u in holders.get(_address(bias), ()) if u not in tied]
+    others = (
+        []
+        if bias is None or pair
+        else [u for u in holders.get(_address(bias), ()) if u not in tied]
+    )
     if others:
         return f"its bias is tied to {_first(names, others[0])} ({type(others[0]).__name__})"
     return ""

@@ -138,7 +138,10 @@ def test_unknown_words_are_told_with_near_matches(
 def test_a_pattern_that_matches_nothing(option: str, pattern: Any) -> None:
     message = refused(make("llama"), 0.5, **{option: pattern})
     assert message.startswith(f"{option} ")
-    assert "matches none of 16 layers; their last names: down_proj, embed_tokens, gate_proj, k_proj" in message
+    assert (
+        "matches none of 16 layers; their last names: down_proj, embed_tokens, gate_proj, k_proj"
+        in message
+    )
     assert "such as: model.embed_tokens, model.layers.0.self_attn.q_proj" in message
 
 

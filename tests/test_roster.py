@@ -27,9 +27,7 @@ def test_every_registered_method_has_a_row() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize(
-    ("method", "law", "case"), CROSSED, ids=["-".join(row) for row in CROSSED]
-)
+@pytest.mark.parametrize(("method", "law", "case"), CROSSED, ids=["-".join(row) for row in CROSSED])
 def test_law(method: str, law: str, case: str, dtype: torch.dtype) -> None:
     ROSTER[method][law](METHODS[method](), CASES[case](dtype=dtype))
 

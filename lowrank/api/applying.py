@@ -152,7 +152,9 @@ def _build(
     wanted: type[nn.Module] = LowRankEmbedding if layouts.heads(site.modules) else nn.Module
     if not isinstance(new, wanted):
         got, kind = type(new).__name__, wanted.__name__
-        raise LowrankError(f"{site.title}: {entry.method} must give an nn.Module ({kind}), got {got}")
+        raise LowrankError(
+            f"{site.title}: {entry.method} must give an nn.Module ({kind}), got {got}"
+        )
     # A plan made on other statistics, or edited, gets a curve of its own here.
     curve = used.curve(site, stats) if curves is None else curves[site.name]
     reason = _too_slow(site, new, seen, plan.seed) if plan.settings.get("prefer") == "speed" else ""

@@ -66,7 +66,9 @@ def bind(built: Names, specs: Mapping[str, Mapping[str, Any]], source: str) -> N
 
 
 def is_pair(modules: Names, target: str, source: str) -> bool:
-    """Whether two names of tied tensors stand for one factored table."""
+    """Whether two names of tied weights stand for one factored table; a bias is a head's own."""
+    if not (target.endswith("weight") and source.endswith("weight")):
+        return False
     ends = [modules.get(key.rpartition(".")[0]) for key in (target, source)]
     if None in ends:
         return False
@@ -76,27 +78,55 @@ def is_pair(modules: Names, target: str, source: str) -> bool:
 
 def untie(model: nn.Module, modules: Names) -> None:
     """Take factored pairs out of what transformers ties in `model`; undone by `retie`."""
+    _restore(model)  # pairs may have been merged since
+    for part, kept in _without_pairs(model, modules):
+        vars(part)["_tied_weights_keys"] = kept
+    _recompute(model)
+
+
+def other_ties(model: nn.Module, modules: Names) -> dict[str, str]:
+    """What transformers ties in `model` (target -> source), factored pairs left out."""
+    expand = getattr(model, "get_expanded_tied_weights_keys", None)
+    if expand is None:
+        return {}
+    before = [(part, dict(vars(part))) for part, _ in _without_pairs(model, modules)]
+    try:
+        for part, kept in _without_pairs(model, modules):
+            vars(part)["_tied_weights_keys"] = kept
+        return dict(expand(all_submodels=True))
+    finally:
+        for part, held in before:
+            vars(part).pop("_tied_weights_keys", None)
+            vars(part).update(held)
+
+
+def _without_pairs(model: nn.Module, modules: Names) -> list[tuple[nn.Module, _Kept]]:
+    """The parts of a model that tie a factored pair, each with the keys that it keeps."""
+    found = []
     for prefix, part in model.named_modules(remove_duplicate=False):
         keys = getattr(part, "_tied_weights_keys", None)
         if not isinstance(keys, dict):
             continue
-        inner = {
-            name.removeprefix(f"{prefix}." if prefix else ""): module
-            for name, module in modules.items()
-        }
-        kept = {t: s for t, s in keys.items() if not is_pair(inner, t, s)}
+        start = f"{prefix}." if prefix else ""
+        inner = {n.removeprefix(start): m for n, m in modules.items() if n.startswith(start)}
+        kept = _Kept({t: s for t, s in keys.items() if not is_pair(inner, t, s)})
         if len(kept) < len(keys):
-            vars(part)["_tied_weights_keys"] = _Kept(kept)
-    _recompute(model)
+            found.append((part, kept))
+    return found
 
 
 def retie(model: nn.Module) -> None:
-    """What `untie` took out is tied by transformers again."""
+    """What `untie` took out is tied by transformers again: the pairs are dense by now."""
+    if _restore(model):
+        _recompute(model)
+
+
+def _restore(model: nn.Module) -> bool:
+    """Take away what `untie` wrote; whether there was anything."""
     ours = [m for m in model.modules() if isinstance(vars(m).get("_tied_weights_keys"), _Kept)]
     for part in ours:
         del vars(part)["_tied_weights_keys"]
-    if ours:
-        _recompute(model)
+    return bool(ours)
 
 
 def _recompute(model: nn.Module) -> None:

@@ -123,9 +123,7 @@ class LowRankEmbedding(nn.Module):
 
     def cost(self) -> Cost:
         """Products are counted per vector given out: reading a row costs none."""
-        return lookup_cost(
-            self.num_embeddings, self.embedding_dim, self.rank, self.up.weight.dtype
-        )
+        return lookup_cost(self.num_embeddings, self.embedding_dim, self.rank, self.up.weight.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"
