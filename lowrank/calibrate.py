@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ def calibrate(
     sites = [site for site in free if site.kind == "linear"] + list(heads.values())
     first = batches if callable(batches) else batches[:1]
     with Frequencies(tables):  # a bad id gets an error of ours, whichever pass meets it first
-        seen = observe(model, sites, lambda: _run(model, first, _nothing, progress=False))
+        seen = observe(model, sites, lambda: _run(model, first, (), progress=False))
     groups = seen.groups
     unseen = tuple((site.name,) for site in sites if site.name not in seen.shapes)
     by_name = {site.name: site for site in sites}
@@ -81,7 +81,7 @@ def calibrate(
         gather = _Gather([[by_name[name] for name in group] for group in (*groups, *unseen)])
         lookups = Frequencies(tables)
         with quiet(model), gather, lookups:
-            _run(model, batches, lambda mask: (gather.mask(mask), lookups.mask(mask)), progress)
+            _run(model, batches, (gather.mask, lookups.mask), progress)
         gather.check_calls()
         if not gather.parted:
             break
@@ -206,22 +206,20 @@ def _counted(tensor: Tensor, mask: Tensor | None) -> Tensor:
 def _run(
     model: nn.Module,
     batches: list[Batch] | Forward,
-    mask: Callable[[Tensor | None], object],
+    masks: Iterable[Callable[[Tensor | None], None]],
     progress: bool,
 ) -> None:
     if callable(batches):
-        mask(None)
+        for mask in masks:
+            mask(None)
         batches(model)
         return
     from tqdm.auto import tqdm
 
     for batch in tqdm(batches, "calibrate", delay=2, disable=not progress, leave=False):
-        mask(mask_of(batch))
+        for mask in masks:
+            mask(mask_of(batch))
         forward(model, batch)
-
-
-def _nothing(_mask: Tensor | None) -> None:
-    """Observation counts no tokens."""
 
 
 def _split(groups: tuple[tuple[str, ...], ...], parted: set[str]) -> tuple[tuple[str, ...], ...]:

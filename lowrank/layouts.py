@@ -14,7 +14,6 @@ from torch.nn.utils import parametrize
 
 from .types import Cost
 
-
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 

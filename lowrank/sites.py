@@ -12,12 +12,12 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace as changed
 
-from torch import Tensor, nn
+from torch import nn
 
 from . import layouts
 from .errors import LowrankError, listed
 from .nn import LowRankEmbedding, TiedEmbedding, TiedHead, is_factored, remember_layout
-from .nn.lowrank_embedding import table_options
+from .ties import address, holders, tie_obstacle
 from .types import Site
 
 ALL_LINEAR = "all-linear"
@@ -29,26 +29,26 @@ def find(model: nn.Module) -> list[Site]:
     """Every weight of a known kind, in the model's own order; tied weights are one site.
 
     An embedding and the head that holds its weight are one site of kind "embedding", whose first
-    module and name are the embedding's. A site that cannot be factored carries its reason. Layers inside factored modules are not
-    walked: they are the result of an earlier compression.
+    module and name are the embedding's. A site that cannot be factored carries its reason.
+    Layers inside factored modules are not walked: they are the result of an earlier compression.
     """
     modules: dict[int, nn.Module] = {}
     names: dict[int, list[str]] = {}
     for name, module in _walk(model):
         modules[id(module)] = module
         names.setdefault(id(module), []).append(name)
-    holders = _holders(model)
+    held = holders(model)
     sites: list[Site] = []
     done: set[int] = set()
     for key, module in modules.items():
         if layouts.kind(module) is None or key in done:
             continue
-        users = holders.get(_address(module.weight), [module])  # type: ignore[arg-type]
+        users = held.get(address(module.weight), [module])  # type: ignore[arg-type]
         tied = [user for user in users if layouts.kind(user) and id(user) in modules]
         tied.sort(key=lambda user: layouts.kind(user) != "embedding")
         done.update(map(id, tied))
         every = tuple(name for user in tied for name in names[id(user)])
-        reason = layouts.obstacle(module) or _tie_obstacle(module, holders, names)
+        reason = layouts.obstacle(module) or tie_obstacle(module, held, names)
         sites.append(_site(tuple(tied), every, reason))
     return sites
 
@@ -171,65 +171,6 @@ def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
     for name, child in model._modules.items():
         if child is not None:
             yield from _walk(child, f"{prefix}.{name}" if prefix else name)
-
-
-def _address(tensor: Tensor) -> tuple[object, ...]:
-    """Equal for parameters that are one object, or begin at the same place in memory."""
-    return (id(tensor),) if tensor.is_meta else (str(tensor.device), tensor.data_ptr())
-
-
-Holders = dict[tuple[object, ...], list[nn.Module]]
-
-
-def _holders(model: nn.Module) -> Holders:
-    """Which modules hold each parameter, each module once."""
-    found: Holders = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.numel():
-                users = found.setdefault(_address(parameter), [])
-                if not any(user is module for user in users):
-                    users.append(module)
-    return found
-
-
-def _tie_obstacle(module: nn.Module, holders: Holders, names: Mapping[int, list[str]]) -> str:
-    """Why a layer whose weight or bias others hold cannot be factored; "" if it can."""
-    weight, bias = layouts.matrix(module), layouts.bias(module)
-    tied = holders[_address(weight)]
-    pair = any(map(_is_table, tied))  # readers of a table keep the bias that they have
-    for user in tied:
-        where = f"{_first(names, user)} ({type(user).__name__})"
-        if layouts.kind(user) is None or id(user) not in names:
-            return f"its weight is tied to {where}"
-        if obstacle := layouts.obstacle(user):
-            return f"its weight is tied to {where}: {obstacle}"
-        if _is_table(user) and _is_table(module):
-            if type(user) is not type(module) or table_options(user) != table_options(module):
-                return f"its weight is tied to {where}, which has other options"
-        other = layouts.matrix(user)
-        if (other.shape, other.stride()) != (weight.shape, weight.stride()):
-            return f"its weight is tied to {where}, which holds it in another shape or order"
-        if layouts.layout(user) != layouts.layout(module):
-            return f"its weight is tied to {where}, which stores it the other way round"
-        if not pair and layouts.bias(user) is not bias:
-            return f"its weight is tied to {where}, which has another bias"
-    others = (
-        []
-        if bias is None or pair
-        else [u for u in holders.get(_address(bias), ()) if u not in tied]
-    )
-    if others:
-        return f"its bias is tied to {_first(names, others[0])} ({type(others[0]).__name__})"
-    return ""
-
-
-def _is_table(module: nn.Module) -> bool:
-    return layouts.kind(module) == "embedding"
-
-
-def _first(names: Mapping[int, list[str]], module: nn.Module) -> str:
-    return names.get(id(module), ["a factored layer"])[0] or "(root)"
 
 
 def _site(modules: tuple[nn.Module, ...], names: tuple[str, ...], reason: str) -> Site:

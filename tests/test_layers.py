@@ -32,6 +32,7 @@ ORDER = """
     entry
     plan
     report
+    ties
     sites
     observe
     frequencies

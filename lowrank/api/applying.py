@@ -151,10 +151,8 @@ def _build(
         new = used.factor(site.module, entry.option(), stats)
     wanted: type[nn.Module] = LowRankEmbedding if layouts.heads(site.modules) else nn.Module
     if not isinstance(new, wanted):
-        got, kind = type(new).__name__, wanted.__name__
-        raise LowrankError(
-            f"{site.title}: {entry.method} must give an nn.Module ({kind}), got {got}"
-        )
+        said = f"must give an nn.Module ({wanted.__name__}), got {type(new).__name__}"
+        raise LowrankError(f"{site.title}: {entry.method} {said}")
     # A plan made on other statistics, or edited, gets a curve of its own here.
     curve = used.curve(site, stats) if curves is None else curves[site.name]
     reason = _too_slow(site, new, seen, plan.seed) if plan.settings.get("prefer") == "speed" else ""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
@@ -51,11 +49,10 @@ def _reader(module: nn.Module, table: nn.Module) -> nn.Module:
         bias = module.bias
         if bias is not None and bias.dtype != weight.dtype:
             bias = nn.Parameter(bias.detach().to(weight.dtype), bias.requires_grad)
-        dense.bias = bias  # the object itself, for others may hold it
+        dense.bias = bias  # type: ignore[assignment] # the object itself, for others may hold it
         dense.weight = weight
     else:
-        dense = copy.copy(table)
-        dense._parameters = {"weight": weight}
+        dense = owner_of(module).dense(weight)  # type: ignore[union-attr]
     return dense.train(module.training)
 
 

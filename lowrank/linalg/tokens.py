@@ -33,7 +33,8 @@ def token_weights(freq: Tensor) -> Tensor:
     """
     seen = freq.double()
     seen = seen + EVEN * seen.mean().clamp(min=1e-300)
-    return seen / seen.sum()
+    share: Tensor = seen / seen.sum()
+    return share
 
 
 def output_metric(gram: Tensor | None, columns: int) -> Tensor | None:
@@ -42,7 +43,8 @@ def output_metric(gram: Tensor | None, columns: int) -> Tensor | None:
     if gram is None or scale <= 0:
         return None
     eye = torch.eye(columns, dtype=torch.float64, device=gram.device)
-    return (1 - HEAD) * eye + HEAD * gram.double() * (columns / scale)
+    metric: Tensor = (1 - HEAD) * eye + HEAD * gram.double() * (columns / scale)
+    return metric
 
 
 def row_moments(table: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -77,7 +79,8 @@ def token_energies(
         values, vectors = torch.linalg.eigh(_between(row_moments(table, weights), half))
         if seen_in is not None:
             values = values * ((seen_in.to(vectors) @ vectors) * vectors).sum(0)
-    return values.double().clamp(min=0).flip(0)[: min(table.shape)]
+    energy: Tensor = values.double().clamp(min=0).flip(0)
+    return energy[: min(table.shape)]
 
 
 def factor_tokens(

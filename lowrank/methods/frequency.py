@@ -3,8 +3,8 @@
 min Σ_t p_t ‖e_t − ê_t‖² over tables Ê of rank r, where p_t is the frequency of token t in the
 calibration, a third of it spread evenly so that no row is free (linalg/tokens.py). The optimum is
 Ê = E P Pᵀ with P the r leading eigenvectors of Eᵀ diag(p) E: rows are projected, not scaled and
-scaled back, so nothing is divided by a frequency. Weighted low rank with row weights has this closed
-form (Srebro and Jaakkola, ICML 2003); OFA (arXiv 2311.08849) factors its tables unweighted.
+scaled back, so nothing is divided by a frequency. Weighted low rank with row weights has this
+closed form (Srebro and Jaakkola, ICML 2003); OFA (arXiv 2311.08849) factors its tables unweighted.
 
 Of a table that is the output head too, the curve tells the error of both readers (see
 linalg/tokens.py), but only the lookups are minimised: `head-aware` minimises the sum.

@@ -1,12 +1,13 @@
 """Embeddings that are the output head too: what is looked up and what is predicted, in one norm.
 
 min Σ_t p_t (¾ ‖δ_t‖² + ¼ δ_tᵀ H δ_t · D / tr H) over tables Ê of rank r, δ_t the rows of E − Ê,
-H = E[h hᵀ] of the head's input h, p_t as in `frequency`. The first part is the error of a
-looked-up row, the second that of its logit δ_t·h, scaled so that h has mean square 1 per coordinate;
-¼ served best on the embedded model, in a flat optimum. Both count at the token's frequency: to second
-order, KL weighs the error of a logit by the probability of its token, whose mean is p_t. So one metric C = ¾ I + ¼ H · D / tr H serves both, and
+H = E[h hᵀ] of the head's input h, p_t as in `frequency`. The first part is the error of a looked-up
+row, the second that of its logit δ_t·h, scaled so that h has mean square 1 per coordinate; ¼ served
+best of ¼, ½, ¾ on the embedded model. Both count at the token's frequency: to second order, KL
+weighs the error of a logit by the probability of its token, whose mean is p_t (taken as if token
+and h were independent). So one metric C = ¾ I + ¼ H · D / tr H serves both, and
 Ê = (E C^½ V)(C^{-½} V)ᵀ, V the leading eigenvectors of C^½ Eᵀ diag(p) E C^½, is the exact optimum
-(linalg/tokens.py). Logit errors at one rank are weighed as if token and h were independent.
+of the sum above (linalg/tokens.py).
 
 A table without a head has C = I, which is `frequency`.
 """

@@ -49,7 +49,7 @@ class LowRankEmbedding(nn.Module):
         if mode is None:
             self.rows = nn.Embedding(num_embeddings, rank, **shared, **place)
         else:
-            bag = {"mode": mode, "include_last_offset": include_last_offset}
+            bag: dict[str, Any] = {"mode": mode, "include_last_offset": include_last_offset}
             self.rows = nn.EmbeddingBag(num_embeddings, rank, **shared, **bag, **place)
         self.up = nn.Linear(rank, embedding_dim, bias=False, **place)
 
@@ -113,7 +113,7 @@ class LowRankEmbedding(nn.Module):
         """The layer that it replaced, with all its options, around `weight` (V, D)."""
         options = table_options(self.rows)
         kind = nn.EmbeddingBag if "mode" in options else nn.Embedding
-        table: Table = kind(*weight.shape, **options, device="meta")
+        table: Table = kind(*weight.shape, **{**options, "device": "meta"})
         table.weight = weight
         return table
 
@@ -136,7 +136,7 @@ def table_options(table: nn.Module) -> dict[str, Any]:
         "sparse": table.sparse,
         "scale_grad_by_freq": table.scale_grad_by_freq,
     }
-    kept = {k: v for k, v in found.items() if v is not None and v is not False}
+    kept: dict[str, Any] = {k: v for k, v in found.items() if v is not None and v is not False}
     if isinstance(table, nn.EmbeddingBag):
         kept["mode"] = table.mode
         kept |= {"include_last_offset": True} if table.include_last_offset else {}

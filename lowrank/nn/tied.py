@@ -98,6 +98,8 @@ class TiedEmbedding(_Reader):
 class TiedHead(_Reader):
     """The output head of a tied pair: logits = rows · (upᵀ h) + bias; only the bias is its own."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, num_embeddings: int, embedding_dim: int, rank: int) -> None:
         super().__init__(num_embeddings, embedding_dim, rank)
         self.register_parameter("bias", None)
@@ -137,6 +139,6 @@ class TiedHead(_Reader):
         return Cost(0, 0, self.rank * (self.num_embeddings + self.embedding_dim))
 
 
-def owner_of(module: nn.Module) -> nn.Module | None:
+def owner_of(module: nn.Module) -> LowRankEmbedding | None:
     """The table that a reader shares; None for every other module."""
     return module.owner if isinstance(module, _Reader) else None

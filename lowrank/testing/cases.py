@@ -27,7 +27,7 @@ class Case:
         name: what is special about it, and its dtype: for messages.
         site: with the live module.
         stats: of `inputs`, as a calibration would have gathered them.
-        inputs: what the layer was run on, (tokens, in), in its dtype; of an embedding, ids (tokens,).
+        inputs: what the layer was run on, (tokens, in), in its dtype; ids (tokens,) of a table.
     """
 
     name: str

@@ -135,7 +135,7 @@ def test_offsets_are_for_bags() -> None:
 def test_a_bad_spec_is_one_error(change: dict[str, Any]) -> None:
     spec = {"type": "LowRankEmbedding", "num_embeddings": 5, "embedding_dim": 4, "rank": 2}
     build(spec, "table")
-    with pytest.raises(LowrankError, match="^(table|mode)"):
+    with pytest.raises(LowrankError, match=r"^(table|mode)"):
         build({**spec, **change}, "table")
 
 
