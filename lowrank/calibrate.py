@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from . import sites as walk
 from .checks import check_model
 from .data import LENGTH, Batch, Data, Forward, forward, mask_of, materialise
 from .errors import LowrankError
+from .frequencies import Frequencies
 from .linalg import gram_sum
 from .observe import Observation, SameTensor, first_tensor, observe, quiet
 from .types import Site, Statistics
@@ -26,7 +27,7 @@ class Calibration:
         statistics: per site name; sites that read one tensor share one object.
         seen: order of calls, groups of sites that read one tensor, chains of blocks.
         batches: the data, ready to be run again, or the caller's own callable.
-        tokens: the most input vectors that any site saw.
+        tokens: the most input vectors that any linear layer saw; without one, the most lookups.
         min_tokens: a site that saw fewer follows `on_missing`.
     """
 
@@ -46,7 +47,9 @@ def calibrate(
     min_tokens: int = 1,
     progress: bool = True,
 ) -> Calibration:
-    """Gather E[x xᵀ] and E[x] of every linear layer's input.
+    """Gather E[x xᵀ] and E[x] of every linear layer's input, and how often ids are looked up.
+
+    An embedding whose weight is the output head's too has both, under the embedding's name.
 
     Positions that the attention mask pads are left out wherever a layer's input still has the
     mask's shape, or its rows in one line.
@@ -57,22 +60,28 @@ def calibrate(
         min_tokens: a site that saw fewer tokens counts as unseen.
 
     Raises:
-        LowrankError: no layer was reached, or an activation is NaN or Inf (its site is named).
+        LowrankError: no layer was reached, an activation is NaN or Inf, or an id is out of range
+            (its site is named).
     """
     check_model(model)
     if isinstance(data, Calibration):
         return data
     batches = materialise(data, tokenizer, length=length)
-    sites = [site for site in walk.find(model) if not site.reason]
+    free = [site for site in walk.find(model) if not site.reason]
+    tables = [site for site in free if site.kind == "embedding"]
+    heads = walk.heads(model, tables)
+    sites = [site for site in free if site.kind == "linear"] + list(heads.values())
     first = batches if callable(batches) else batches[:1]
-    seen = observe(model, sites, lambda: _run(model, first, _nothing, progress=False))
+    with Frequencies(tables):  # a bad id gets an error of ours, whichever pass meets it first
+        seen = observe(model, sites, lambda: _run(model, first, (), progress=False))
     groups = seen.groups
     unseen = tuple((site.name,) for site in sites if site.name not in seen.shapes)
     by_name = {site.name: site for site in sites}
     while True:
         gather = _Gather([[by_name[name] for name in group] for group in (*groups, *unseen)])
-        with quiet(model), gather:
-            _run(model, batches, gather.mask, progress)
+        lookups = Frequencies(tables)
+        with quiet(model), gather, lookups:
+            _run(model, batches, (gather.mask, lookups.mask), progress)
         gather.check_calls()
         if not gather.parted:
             break
@@ -80,13 +89,18 @@ def calibrate(
         groups = _split(groups, gather.parted)
     statistics = gather.statistics()
     tokens = max((found.count for found in statistics.values()), default=0)
+    for site in tables:
+        head = heads.get(site.name)
+        seen_by_head = None if head is None else statistics.pop(head.name)
+        statistics[site.name] = lookups.statistics(site.name, seen_by_head)
+    tokens = tokens or max((found.count for found in statistics.values()), default=0)
     if tokens == 0:
         hint = (
             "it is called more than once, so it must not use up an iterator"
             if callable(batches)
             else "does it run this model?"
         )
-        raise LowrankError(f"the calibration data reached none of {len(sites)} layers: {hint}")
+        raise LowrankError(f"the calibration data reached none of {len(free)} layers: {hint}")
     seen = Observation(seen.order, groups, seen.chains, seen.shapes)
     return Calibration(statistics, seen, batches, tokens, min_tokens)
 
@@ -192,22 +206,20 @@ def _counted(tensor: Tensor, mask: Tensor | None) -> Tensor:
 def _run(
     model: nn.Module,
     batches: list[Batch] | Forward,
-    mask: Callable[[Tensor | None], None],
+    masks: Iterable[Callable[[Tensor | None], None]],
     progress: bool,
 ) -> None:
     if callable(batches):
-        mask(None)
+        for mask in masks:
+            mask(None)
         batches(model)
         return
     from tqdm.auto import tqdm
 
     for batch in tqdm(batches, "calibrate", delay=2, disable=not progress, leave=False):
-        mask(mask_of(batch))
+        for mask in masks:
+            mask(mask_of(batch))
         forward(model, batch)
-
-
-def _nothing(_mask: Tensor | None) -> None:
-    """Observation counts no tokens."""
 
 
 def _split(groups: tuple[tuple[str, ...], ...], parted: set[str]) -> tuple[tuple[str, ...], ...]:

@@ -28,6 +28,7 @@ class Entry:
         target: whether the site counts among the targets of the ratio.
         rcond: smallest over largest singular value of what was decomposed; 0 is singular.
         reason: why it stays dense, or "".
+        kind: of the site; an embedding's factors are looked up, and multiplied by `heads` heads.
     """
 
     sites: tuple[str, ...]
@@ -43,6 +44,8 @@ class Entry:
     target: bool
     rcond: float | None = None
     reason: str = ""
+    kind: str = "linear"
+    heads: int = 0
 
     @property
     def name(self) -> str:
@@ -71,7 +74,10 @@ class Entry:
         """
         check_rank(self.title, self.shape, rank)
         numbers = rank * sum(self.shape)
-        cost = Cost(numbers, numbers * self.dense.bytes // self.dense.params, numbers)
+        products = numbers
+        if self.kind == "embedding":
+            products = rank * self.shape[1] + self.heads * numbers
+        cost = Cost(numbers, numbers * self.dense.bytes // self.dense.params, products)
         method = method if self.storage == "dense" else self.method
         return replace(
             self, method=method, size=(rank,), storage="factors", cost=cost, error=None, reason=""
@@ -80,7 +86,7 @@ class Entry:
     def row(self) -> dict[str, str]:
         """As text, for tables."""
         return {
-            "site": self.title,
+            "site": self.title if not self.heads else f"{self.title} (tied: {self.sites[-1]})",
             "shape": f"{self.shape[0]}x{self.shape[1]}",
             "method": self.method,
             "rank": "" if self.size is None else ",".join(map(str, self.size)),
@@ -99,6 +105,8 @@ class Entry:
         Raises:
             LowrankError: a field is missing, unknown or of the wrong type; the site is named.
         """
+        if isinstance(item, dict):  # plans from before there were kinds say nothing of them
+            item = {"kind": "linear", "heads": 0, **item}
         checked(item, _FIELDS, "an entry of the plan")
         size = None if item["size"] is None else tuple(item["size"])
         body = {**item, "sites": tuple(item["sites"]), "shape": tuple(item["shape"]), "size": size}
@@ -164,4 +172,6 @@ _FIELDS: Checks = {
     "target": (lambda value: isinstance(value, bool), "true or false"),
     "rcond": _NUMBER,
     "reason": _TEXT,
+    "kind": _TEXT,
+    "heads": (lambda value: is_integer(value) and value >= 0, "an integer >= 0"),
 }

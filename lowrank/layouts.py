@@ -6,15 +6,22 @@ parametrised or hooked layer computes its weight elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .types import Cost
 
+TABLES = (nn.Embedding, nn.EmbeddingBag)
+
 
 def kind(module: nn.Module) -> str | None:
-    """ "linear" for nn.Linear, transformers' Conv1D and their subclasses; None for all else."""
+    """ "linear" for nn.Linear and transformers' Conv1D, "embedding" for nn.Embedding and
+    nn.EmbeddingBag, their subclasses included; None for all else."""
+    if isinstance(module, TABLES):
+        return "embedding"
     return "linear" if isinstance(module, nn.Linear) or layout(module) == "conv1d" else None
 
 
@@ -24,20 +31,27 @@ def layout(module: nn.Module) -> str:
 
 
 def matrix(module: nn.Module) -> Tensor:
-    """The weight as (out, in): the live tensor or a view of it."""
+    """The weight as (out, in), of an embedding (V, D): the live tensor or a view of it."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     return weight.T if layout(module) == "conv1d" else weight
 
 
 def bias(module: nn.Module) -> Tensor | None:
     """The bias (out,), or None."""
-    return module.bias  # type: ignore[return-value]
+    return getattr(module, "bias", None)
 
 
-def dense_cost(module: nn.Module) -> Cost:
-    """What the weight costs as it is."""
-    weight = matrix(module)
-    return Cost(weight.numel(), weight.numel() * weight.dtype.itemsize, weight.numel())
+def dense_cost(*modules: nn.Module) -> Cost:
+    """Of one weight that all these modules hold: embeddings look up, linear layers multiply."""
+    weight = matrix(modules[0])
+    size = weight.numel()
+    products = heads(modules) * size if kind(modules[0]) == "embedding" else size
+    return Cost(size, size * weight.dtype.itemsize, products)
+
+
+def heads(modules: Sequence[nn.Module]) -> int:
+    """How many of the modules that hold a table (first) multiply by it: its output heads."""
+    return sum(kind(m) != "embedding" for m in modules) if kind(modules[0]) == "embedding" else 0
 
 
 def obstacle(module: nn.Module) -> str:
@@ -46,9 +60,9 @@ def obstacle(module: nn.Module) -> str:
         return "its weight is parametrized: remove the parametrization first"
     if "weight" not in module._parameters:
         return "its weight is not a plain parameter (weight norm, pruning or the like)"
-    if type(module) is not nn.Linear and not _is_conv1d(type(module)):
-        base = "Conv1D" if layout(module) == "conv1d" else "nn.Linear"
-        return f"{type(module).__name__} is a subclass of {base} and may compute something else"
+    if type(module) not in (nn.Linear, *TABLES) and not _is_conv1d(type(module)):
+        name = type(module).__name__
+        return f"{name} is a subclass of {_base(module)} and may compute something else"
     hooks = (module._forward_hooks, module._forward_pre_hooks)
     if any((*hooks, module._backward_hooks, module._backward_pre_hooks)):
         return "it carries hooks that a new layer would lose"
@@ -56,6 +70,10 @@ def obstacle(module: nn.Module) -> str:
         return "its forward is wrapped (offloading or a patch): load the model whole first"
     if type(module.weight) is not nn.Parameter:
         return f"its weight is of class {type(module.weight).__name__}, not a plain tensor"
+    if kind(module) == "embedding" and module.max_norm is not None:
+        return f"max_norm={module.max_norm} rescales rows as they are read, which factors cannot"
+    if getattr(module, "mode", None) == "max":
+        return "a bag of mode 'max' is not linear in its rows"
     weight = matrix(module)
     if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
         return f"its weight is stored as {weight.dtype}"
@@ -67,6 +85,12 @@ def obstacle(module: nn.Module) -> str:
 def is_finite(module: nn.Module) -> bool:
     """Whether all numbers of the weight are finite."""
     return bool(torch.isfinite(matrix(module).detach()).all())
+
+
+def _base(module: nn.Module) -> str:
+    if layout(module) == "conv1d":
+        return "Conv1D"
+    return next(f"nn.{c.__name__}" for c in (nn.Linear, *TABLES) if isinstance(module, c))
 
 
 def _is_conv1d(cls: type) -> bool:

@@ -57,6 +57,7 @@ def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
                     with_kwargs=True,
                 )
                 for module in site.modules
+                if site.kind != "embedding"  # ids are no input of a product
             ]
         for name, container in containers.items():
             for index, member in enumerate(container):

@@ -1,7 +1,8 @@
 """The walk: find the weights that may be factored, select by pattern, replace.
 
 Patterns have peft's meaning: a list holds names or their endings, a string is a regular expression
-for the full name (or one name), "all-linear" means every linear layer but the output head.
+for the full name (or one name), "all-linear" means every linear layer but the output head, "all"
+every linear layer and embedding, the head included.
 No architecture is named here: everything is read from the modules themselves.
 """
 
@@ -11,41 +12,59 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace as changed
 
-from torch import Tensor, nn
+from torch import nn
 
 from . import layouts
 from .errors import LowrankError, listed
-from .nn import is_factored, remember_layout
+from .nn import LowRankEmbedding, TiedEmbedding, TiedHead, is_factored, remember_layout
+from .ties import address, holders, tie_obstacle
 from .types import Site
 
 ALL_LINEAR = "all-linear"
+ALL = "all"
 Patterns = str | Collection[str]
 
 
 def find(model: nn.Module) -> list[Site]:
     """Every weight of a known kind, in the model's own order; tied weights are one site.
 
-    A site that cannot be factored carries its reason. Layers inside factored modules are not
-    walked: they are the result of an earlier compression.
+    An embedding and the head that holds its weight are one site of kind "embedding", whose first
+    module and name are the embedding's. A site that cannot be factored carries its reason.
+    Layers inside factored modules are not walked: they are the result of an earlier compression.
     """
     modules: dict[int, nn.Module] = {}
     names: dict[int, list[str]] = {}
     for name, module in _walk(model):
         modules[id(module)] = module
         names.setdefault(id(module), []).append(name)
-    holders = _holders(model)
+    held = holders(model)
     sites: list[Site] = []
     done: set[int] = set()
     for key, module in modules.items():
         if layouts.kind(module) is None or key in done:
             continue
-        users = holders.get(_address(module.weight), [module])  # type: ignore[arg-type]
+        users = held.get(address(module.weight), [module])  # type: ignore[arg-type]
         tied = [user for user in users if layouts.kind(user) and id(user) in modules]
+        tied.sort(key=lambda user: layouts.kind(user) != "embedding")
         done.update(map(id, tied))
         every = tuple(name for user in tied for name in names[id(user)])
-        reason = layouts.obstacle(module) or _tie_obstacle(module, holders, names)
+        reason = layouts.obstacle(module) or tie_obstacle(module, held, names)
         sites.append(_site(tuple(tied), every, reason))
     return sites
+
+
+def heads(model: nn.Module, tables: Iterable[Site]) -> dict[str, Site]:
+    """By the names of tied pairs: the linear layers that multiply by the table, as a site."""
+    names: dict[int, list[str]] = {}
+    for name, module in _walk(model):
+        names.setdefault(id(module), []).append(name)
+    found = {}
+    for site in tables:
+        linear = tuple(m for m in site.modules if layouts.kind(m) != "embedding")
+        if linear:
+            every = tuple(name for module in linear for name in names[id(module)])
+            found[site.name] = _site(linear, every, "")
+    return found
 
 
 def select(
@@ -59,8 +78,10 @@ def select(
     Raises:
         LowrankError: a pattern matches no site; what was there is listed.
     """
-    everything = isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
-    if not everything:
+    word = target_modules.lower() if isinstance(target_modules, str) else ""
+    everything = word == ALL_LINEAR
+    named = word not in (ALL_LINEAR, ALL)
+    if named:
         _check_patterns("target_modules", target_modules, sites)
     if exclude_modules:
         _check_patterns("exclude_modules", exclude_modules, sites)
@@ -68,9 +89,11 @@ def select(
     chosen = []
     for site in sites:
         reason = site.reason
-        if any(id(module) in heads for module in site.modules):
+        if everything and site.kind == "embedding":
+            reason = reason or "an embedding: name it, or target 'all'"
+        elif any(id(module) in heads for module in site.modules):
             reason = reason or "the output head: name it in target_modules to compress it"
-        elif not everything and not any(_matches(target_modules, name) for name in site.names):
+        elif named and not any(_matches(target_modules, name) for name in site.names):
             reason = reason or "not in target_modules"
         if exclude_modules and any(_matches(exclude_modules, name) for name in site.names):
             reason = reason or "in exclude_modules"
@@ -108,7 +131,8 @@ def check_rank_pattern(patterns: Mapping[str, object], sites: Sequence[Site]) ->
 def replace(model: nn.Module, site: Site, new: nn.Module) -> nn.Module:
     """Put `new` at every name of the site; returns the model, or `new` if the site is the root.
 
-    The training flag and `requires_grad` of the replaced layer are kept.
+    The training flag and `requires_grad` of the replaced layer are kept. Of a table that several
+    modules hold, the first gets `new`, and the others readers of it.
     """
     old = site.module
     new.train(old.training)
@@ -117,14 +141,26 @@ def replace(model: nn.Module, site: Site, new: nn.Module) -> nn.Module:
     for name, parameter in new.named_parameters():
         source = bias if name.endswith("bias") and bias is not None else weight
         parameter.requires_grad_(source.requires_grad)
+    readers = {id(module): _reader(module, old, new) for module in site.modules}
+    there = {name: model.get_submodule(name) for name in site.names}
     root = model
-    for name in site.names:
+    for name, module in there.items():
         if name == "":
-            root = new
+            root = readers[id(module)]
             continue
         parent_name, _, child = name.rpartition(".")
-        model.get_submodule(parent_name).register_module(child, new)
+        model.get_submodule(parent_name).register_module(child, readers[id(module)])
     return root
+
+
+def _reader(module: nn.Module, first: nn.Module, new: nn.Module) -> nn.Module:
+    """What takes the place of `module`, when `new` takes that of `first`."""
+    if module is first or not isinstance(new, LowRankEmbedding):
+        return new
+    if layouts.kind(module) == "embedding":
+        return TiedEmbedding.of(new).train(module.training)
+    bias = module._parameters.get("bias")
+    return TiedHead.of(new, bias).train(module.training)
 
 
 def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -137,58 +173,11 @@ def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
             yield from _walk(child, f"{prefix}.{name}" if prefix else name)
 
 
-def _address(tensor: Tensor) -> tuple[object, ...]:
-    """Equal for parameters that are one object, or begin at the same place in memory."""
-    return (id(tensor),) if tensor.is_meta else (str(tensor.device), tensor.data_ptr())
-
-
-Holders = dict[tuple[object, ...], list[nn.Module]]
-
-
-def _holders(model: nn.Module) -> Holders:
-    """Which modules hold each parameter, each module once."""
-    found: Holders = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.numel():
-                users = found.setdefault(_address(parameter), [])
-                if not any(user is module for user in users):
-                    users.append(module)
-    return found
-
-
-def _tie_obstacle(module: nn.Module, holders: Holders, names: Mapping[int, list[str]]) -> str:
-    """Why a layer whose weight or bias others hold cannot be factored; "" if it can."""
-    weight, bias = layouts.matrix(module), layouts.bias(module)
-    tied = holders[_address(module.weight)]  # type: ignore[arg-type]  # not a view: meta has ids
-    for user in tied:
-        where = f"{_first(names, user)} ({type(user).__name__})"
-        if layouts.kind(user) is None or id(user) not in names:
-            return f"its weight is tied to {where}"
-        if obstacle := layouts.obstacle(user):
-            return f"its weight is tied to {where}: {obstacle}"
-        other = layouts.matrix(user)
-        if (other.shape, other.stride()) != (weight.shape, weight.stride()):
-            return f"its weight is tied to {where}, which holds it in another shape or order"
-        if layouts.layout(user) != layouts.layout(module):
-            return f"its weight is tied to {where}, which stores it the other way round"
-        if layouts.bias(user) is not bias:
-            return f"its weight is tied to {where}, which has another bias"
-    others = [] if bias is None else [u for u in holders.get(_address(bias), ()) if u not in tied]
-    if others:
-        return f"its bias is tied to {_first(names, others[0])} ({type(others[0]).__name__})"
-    return ""
-
-
-def _first(names: Mapping[int, list[str]], module: nn.Module) -> str:
-    return names.get(id(module), ["a factored layer"])[0] or "(root)"
-
-
 def _site(modules: tuple[nn.Module, ...], names: tuple[str, ...], reason: str) -> Site:
     weight = layouts.matrix(modules[0])
     shape = (weight.shape[0], weight.shape[-1])
     kind = layouts.kind(modules[0]) or ""
-    return Site(names[0], names, kind, modules, shape, layouts.dense_cost(modules[0]), reason)
+    return Site(names[0], names, kind, modules, shape, layouts.dense_cost(*modules), reason)
 
 
 def _output_heads(model: nn.Module) -> set[int]:

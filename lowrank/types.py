@@ -42,10 +42,11 @@ class Site:
     Attributes:
         name: the first fully qualified name in the model's own order ("" for the root itself).
         names: all names under which the weight is reached; tied weights are one site.
-        kind: "linear" (convolutions, embeddings and experts follow).
+        kind: "linear" or "embedding" (convolutions and experts follow); an embedding whose weight
+            is the output head's too is one site of kind "embedding", its first module.
         module: the live module; methods read its weight through `lowrank.layouts`.
         modules: every distinct module that holds this weight; `module` is the first.
-        shape: (out, in) of the weight as a matrix.
+        shape: (out, in) of the weight as a matrix; (vocabulary, width) of an embedding.
         cost: what the dense weight costs.
         reason: why the site stays dense ("" if it may be factored).
     """
@@ -76,11 +77,14 @@ class Statistics:
         count: tokens seen; 0 means that the model was never run.
         gram: E[x xᵀ] per token, (in, in) float64, or None for data-free work.
         mean: E[x] per token, (in,) float64.
+        freq: of an embedding: how often each id was looked up, (V,) float64. Its `gram` is that of
+            the head's input where a head holds the same weight.
     """
 
     count: int = 0
     gram: Tensor | None = None
     mean: Tensor | None = None
+    freq: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,5 +9,7 @@ ROSTER: dict[str, dict[str, Law]] = {
     "whitened": laws(),
     "asvd": laws(),
     "snmf": laws(planted=low_rank_weight(2, positive=True)),
+    "frequency": laws(),
+    "head-aware": laws(),
     "random": laws(planted=None),  # it gives the trained weight up
 }

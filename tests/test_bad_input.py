@@ -115,7 +115,7 @@ def test_align(model: nn.Module, align: Any) -> None:
     ("option", "wrong", "words"),
     [
         ("method", "whitend", "unknown method 'whitend'; did you mean 'whitened'?"),
-        ("method", "SVD", "(known: asvd, random, snmf, svd, whitened)"),
+        ("method", "SVD", "(known: asvd, frequency, head-aware, random, snmf, svd, whitened)"),
         ("policy", "unifrm", "unknown policy 'unifrm'; did you mean 'uniform'?"),
         ("policy", "xyz", "(known: energy, spectrum, uniform, welore)"),
         ("of", "target", "unknown of 'target'; did you mean 'targets'?"),
@@ -138,20 +138,23 @@ def test_unknown_words_are_told_with_near_matches(
 def test_a_pattern_that_matches_nothing(option: str, pattern: Any) -> None:
     message = refused(make("llama"), 0.5, **{option: pattern})
     assert message.startswith(f"{option} ")
-    assert "matches none of 15 layers; their last names: down_proj, gate_proj, k_proj" in message
-    assert "such as: model.layers.0.self_attn.q_proj" in message
+    assert (
+        "matches none of 16 layers; their last names: down_proj, embed_tokens, gate_proj, k_proj"
+        in message
+    )
+    assert "such as: model.embed_tokens, model.layers.0.self_attn.q_proj" in message
 
 
 def test_a_rank_pattern_that_matches_nothing() -> None:
     message = refused(make("llama"), 0.5, rank_pattern={"q_proj": 3, "q_prj": 4})
-    assert message.startswith("rank_pattern 'q_prj' matches none of 15 layers")
+    assert message.startswith("rank_pattern 'q_prj' matches none of 16 layers")
 
 
 def test_a_rank_pattern_for_what_stays_dense() -> None:
     message = refused(make("gpt2"), 0.5, rank_pattern={"lm_head": 4})
     assert message == (
-        "rank_pattern 'lm_head' names only layers that stay dense; lm_head: its weight is tied to "
-        "transformer.wte (Embedding)"
+        "rank_pattern 'lm_head' names only layers that stay dense; transformer.wte: an "
+        "embedding: name it, or target 'all'"
     )
 
 
@@ -179,11 +182,6 @@ def test_a_model_with_none_that_can_be_factored() -> None:
     assert message == (
         "no layer can be factored: 0: its weight is parametrized: remove the parametrization first"
     )
-
-
-def test_a_tied_head_alone() -> None:
-    message = refused(make("gpt2"), 0.5, target_modules=["lm_head"])
-    assert "lm_head: its weight is tied to transformer.wte (Embedding)" in message
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

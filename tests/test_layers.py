@@ -32,8 +32,10 @@ ORDER = """
     entry
     plan
     report
+    ties
     sites
     observe
+    frequencies
     data
     io
     calibrate

@@ -99,7 +99,9 @@ def test_plain_layers_have_none(dtype: torch.dtype) -> None:
 def test_kinds() -> None:
     linear = (nn.Linear(2, 3), conv1d(), NonDynamicallyQuantizableLinear(2, 3))
     assert all(layouts.kind(layer) == "linear" for layer in linear)
-    others = (nn.Bilinear(2, 3, 4), nn.Conv1d(2, 3, 1), nn.Embedding(2, 3), nn.Identity())
+    tables = (nn.Embedding(2, 3), nn.EmbeddingBag(2, 3), type("Own", (nn.Embedding,), {})(2, 3))
+    assert all(layouts.kind(layer) == "embedding" for layer in tables)
+    others = (nn.Bilinear(2, 3, 4), nn.Conv1d(2, 3, 1), nn.Identity())
     assert all(layouts.kind(layer) is None for layer in others)
     own = type("Conv1D", (nn.Module,), {})  # of this name, but not of transformers
     assert layouts.kind(own()) is None

@@ -133,19 +133,20 @@ def test_the_others_say_why_they_are_left() -> None:
 
 
 def test_a_reason_of_the_layer_itself_comes_before_that_of_a_pattern() -> None:
-    model = make("gpt2")
-    found = by_name(sites.select(sites.find(model), model, ["c_fc"], ["lm_head"]))
-    assert "tied" in found["lm_head"].reason
+    model = make("opt")
+    table = "model.decoder.embed_positions"
+    found = by_name(sites.select(sites.find(model), model, ["fc1"], [table]))
+    assert "subclass of nn.Embedding" in found[table].reason
 
 
 @pytest.mark.parametrize(
     ("patterns", "words"),
     [
-        ((["nothing"],), "target_modules 'nothing' matches none of 15 layers"),
+        ((["nothing"],), "target_modules 'nothing' matches none of 16 layers"),
         ((["q_proj", "proj"],), "'proj'"),
         ((["q_proj"], ["nothing"]), "exclude_modules 'nothing'"),
         (("all-linear", "all-linear"), "exclude_modules 'all-linear' matches none"),
-        ((r".*\.q",), "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj"),
+        ((r".*\.q",), "down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj"),
         (("(",), "'(' is no regular expression: missing )"),
         (([],), "target_modules is empty"),
         (
@@ -177,7 +178,7 @@ def test_nothing_excluded(nothing: Any) -> None:
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("nothing", "rank_pattern 'nothing' matches none of 15 layers"),
+        ("nothing", "rank_pattern 'nothing' matches none of 16 layers"),
         ("(?i)q_proj", "no regular expression"),
         ("lm_head", "only layers that stay dense; lm_head: the output head"),
     ],

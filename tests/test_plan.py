@@ -101,7 +101,9 @@ def test_any_name_of_a_shared_site_edits_it() -> None:
 
 
 def test_edits_that_cannot_be(plan: Plan) -> None:
-    with pytest.raises(LowrankError, match=r"no site 'q' in the plan; there are model.layers"):
+    with pytest.raises(
+        LowrankError, match=r"no site 'q' in the plan; there are model.embed_tokens"
+    ):
         plan.edit({"q": 3})
     with pytest.raises(LowrankError, match=r"rank must be in \[1, 32\] for model.layers.0.*q_proj"):
         plan.edit({Q: 16})
@@ -197,7 +199,7 @@ def test_no_file(tmp_path: Path) -> None:
 
 def test_text_and_rich_show_every_site(plan: Plan) -> None:
     rows: Rows = plan.rows()
-    assert len(rows) == len(plan.entries) == 15
+    assert len(rows) == len(plan.entries) == 16
     for text in (str(plan), rendered(plan)):
         for entry in plan.entries:
             assert entry.name in text

@@ -40,7 +40,12 @@ def test_every_linear_and_conv1d_is_found_once_and_in_order(kind: str) -> None:
 
     model = make(kind)
     expected = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
-    assert names_of(sites.find(model)) == expected
+    found = [name for site in sites.find(model) for name in site.names]
+    assert sorted(n for n in found if n in expected) == sorted(expected)
+    tables = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
+    assert sorted(found) == sorted([*expected, *tables])
+    alone = [site.name for site in sites.find(model) if site.kind == "linear"]
+    assert alone == [name for name in expected if name in alone]
     assert len(expected) >= 9
 
 
@@ -98,13 +103,16 @@ def test_a_layer_that_shares_the_begin_of_a_larger_weight_stays_dense() -> None:
     assert "another shape or order" in site.reason
 
 
-def test_a_tie_to_an_embedding_stays_dense_and_names_it() -> None:
-    for kind, head, words in (
-        ("gpt2", "lm_head", "transformer.wte (Embedding)"),
-        ("t5", "lm_head", "shared (Embedding)"),
-        ("bert", "cls.predictions.decoder", "bert.embeddings.word_embeddings (Embedding)"),
+def test_an_embedding_and_the_head_that_holds_its_weight_are_one_site() -> None:
+    for kind, head, table in (
+        ("gpt2", "lm_head", "transformer.wte"),
+        ("t5", "lm_head", "shared"),
+        ("bert", "cls.predictions.decoder", "bert.embeddings.word_embeddings"),
     ):
-        assert words in by_name(sites.find(make(kind)))[head].reason
+        site = by_name(sites.find(make(kind)))[table]
+        assert (site.kind, site.names[0], site.names[-1]) == ("embedding", table, head)
+        assert site.shape == (61, 32)
+        assert (site.reason, site.cost.macs) == ("", 61 * 32)  # looking up costs no product
 
 
 def test_a_tie_to_a_layer_that_cannot_be_factored_stays_dense_whatever_the_order() -> None:
@@ -217,7 +225,7 @@ def test_flags_are_kept(training: bool, weight: bool, bias: bool) -> None:
 def test_the_layout_is_remembered() -> None:
     model = make("gpt2")
     found = by_name(sites.find(model))
-    for name, layout in (("transformer.h.0.mlp.c_fc", "conv1d"), ("lm_head", "linear")):
+    for name, layout in (("transformer.h.0.mlp.c_fc", "conv1d"), ("transformer.wte", "linear")):
         new = factors(found[name])
         sites.replace(model, found[name], new)
         assert model.get_submodule(name) is new

@@ -203,8 +203,8 @@ def said(caught: pytest.ExceptionInfo[LowrankError]) -> str:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weight (out, in) of every dense layer, copied."""
-    found = {n: m for n, m in model.named_modules() if layouts.kind(m)}
+    """The weight (out, in) of every dense linear layer, copied."""
+    found = {n: m for n, m in model.named_modules() if layouts.kind(m) == "linear"}
     return {name: layouts.matrix(module).detach().clone() for name, module in found.items()}
 
 

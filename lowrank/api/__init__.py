@@ -114,8 +114,9 @@ def compress(
         model: changed in place and returned; a root that is itself a layer is returned anew.
         ratio: the fraction kept, in (0, 1); or a finished plan, beside which only data, tokenizer,
             copy, progress and a method object are taken.
-        method: "svd", "whitened", "asvd", "snmf", "random" or an object; None: "whitened" with
-            data, else "svd".
+        method: "svd", "whitened", "asvd", "snmf", "random", "frequency", "head-aware" (the last two
+            for embeddings) or an object; None: "whitened" with data, else "svd". Embeddings that
+            "whitened" meets are factored by "head-aware".
         policy: "uniform", "energy", "welore", "spectrum" or a callable; None: "uniform". It shares
             out a ratio; fixed ranks leave it nothing to do.
         rank: instead of a ratio: an int for all sites, or a float in (0, 1], the share of energy.
@@ -128,7 +129,8 @@ def compress(
         unit: "params", "bytes" or "macs".
         prefer: "speed" leaves a layer dense that is not faster at the data's shape.
         target_modules, exclude_modules: as in peft: names or endings, a regular expression, or
-            "all-linear" (every linear layer but the output head).
+            "all-linear" (every linear layer but the output head), or "all" (embeddings and the
+            head too; a head that shares the embedding's weight is factored with it, once).
         align: ranks are multiples of it; None rounds down to 8 where that is nearly free; 1: off.
         on_missing: for layers that the data did not reach: "dense", "data-free" or "error".
         effort: recovery after the replacement; None until it exists.

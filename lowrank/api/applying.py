@@ -16,7 +16,8 @@ from ..calibrate import Calibration
 from ..entry import Entry
 from ..errors import LowrankError, listed
 from ..io.surgery import factored, unchanged_on_error
-from ..methods import METHODS, method
+from ..methods import METHODS, for_kind, method
+from ..nn import LowRankEmbedding, TiedHead
 from ..plan import Plan
 from ..report import Measured, Report
 from ..timing import paired_ratio
@@ -148,9 +149,10 @@ def _build(
         )
     with torch.no_grad():
         new = used.factor(site.module, entry.option(), stats)
-    if not isinstance(new, nn.Module):
-        got = type(new).__name__
-        raise LowrankError(f"{site.title}: {entry.method} must give an nn.Module, got {got}")
+    wanted: type[nn.Module] = LowRankEmbedding if layouts.heads(site.modules) else nn.Module
+    if not isinstance(new, wanted):
+        said = f"must give an nn.Module ({wanted.__name__}), got {type(new).__name__}"
+        raise LowrankError(f"{site.title}: {entry.method} {said}")
     # A plan made on other statistics, or edited, gets a curve of its own here.
     curve = used.curve(site, stats) if curves is None else curves[site.name]
     reason = _too_slow(site, new, seen, plan.seed) if plan.settings.get("prefer") == "speed" else ""
@@ -169,9 +171,9 @@ def _build(
 
 def _method_for(entry: Entry, plan: Plan, way: Method | None) -> Method:
     if way is not None and entry.method == plan.method:
-        return way
+        return for_kind(way, entry.kind)
     if entry.method in METHODS:
-        return method(entry.method, plan.seed)
+        return for_kind(method(entry.method, plan.seed), entry.kind)
     raise LowrankError(
         f"{entry.title}: the plan's method {entry.method!r} is none of {listed(METHODS)}: "
         "pass the object as method=…"
@@ -185,21 +187,32 @@ def _predicted(entry: Entry, curve: Curve) -> float | None:
 def _measured(site: Site, curve: Curve, new: nn.Module, stats: Statistics) -> float | None:
     """Error of the stored factors, rounding included, in the norm of the curve."""
     gram = stats.gram if curve.norm == "output" else None
-    known = curve.norm == "weight" or gram is not None
+    known = curve.norm == "weight" or gram is not None or stats.freq is not None
     if not isinstance(new, Factored) or not known:
         return None
     dense = new.dense_weight(torch.float64)
+    if curve.norm == "output" and site.kind == "embedding" and stats.freq is not None:
+        difference = layouts.matrix(site.module).detach().double() - dense.detach()
+        metric = linalg.output_metric(stats.gram, site.shape[1])
+        return linalg.token_error(difference, linalg.token_weights(stats.freq), metric)
     return linalg.squared_error(layouts.matrix(site.module), dense, gram)
 
 
 def _too_slow(site: Site, new: nn.Module, seen: Calibration | None, seed: int) -> str:
     """prefer="speed": why the dense layer stays, from paired timings on the caller's shape."""
-    shape = None if seen is None else seen.seen.shapes.get(site.name)
+    dense = site.module
+    if isinstance(new, LowRankEmbedding):  # its lookups are slower; a head may make up for it
+        dense = next((m for m in site.modules if layouts.kind(m) != "embedding"), dense)
+        if dense is site.module:
+            return "a factored lookup takes a product more than the dense one"
+        new = TiedHead.of(new)
+    shapes = {} if seen is None else seen.seen.shapes
+    shape = next((shapes[name] for name in site.names if name in shapes), None)
     if shape is None:
         return "the data does not run it, so that it cannot be timed"
     generator = torch.Generator().manual_seed(seed)
     example = torch.randn(shape, generator=generator).to(layouts.matrix(site.module))
-    ratio = paired_ratio(lambda: new(example), lambda: site.module(example))
+    ratio = paired_ratio(lambda: new(example), lambda: dense(example))
     return "" if ratio < MARGIN else f"factored it takes {ratio:.2f} of the dense layer's time"
 
 
@@ -221,7 +234,9 @@ def _stored(item: Built) -> Cost:
     if item.new is None:
         return item.entry.dense
     if isinstance(item.new, Factored):
-        return item.new.cost()
+        cost = item.new.cost()
+        heads = item.entry.heads * cost.params
+        return Cost(cost.params, cost.bytes, cost.macs + heads)
     tensors = [p for name, p in item.new.named_parameters() if not name.endswith("bias")]
     params = sum(p.numel() for p in tensors if p.is_floating_point())
     stored = sum(p.numel() * p.dtype.itemsize for p in tensors)

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .. import layouts
 from ..calibrate import Calibration
 from ..entry import Entry, break_even
 from ..errors import LowrankError, listed
-from ..methods import METHODS, SVD, method
+from ..methods import METHODS, SVD, for_kind, method
 from ..plan import Plan
 from ..types import Curve, Method, Option, Site, Statistics
 from .allocating import Curves, allocate
@@ -73,6 +74,11 @@ def statistics_of(site: Site, seen: Calibration | None) -> Statistics:
             f"{site.title}: the calibration saw inputs of width {len(stats.gram)}, the layer reads "
             f"{site.shape[1]}: it was made for another model"
         )
+    if stats.freq is not None and len(stats.freq) != site.shape[0]:
+        raise LowrankError(
+            f"{site.title}: the calibration counted {len(stats.freq)} ids, the table has "
+            f"{site.shape[0]}: it was made for another model"
+        )
     return stats
 
 
@@ -106,8 +112,10 @@ def _workable(
     """Targets of a kind that the method does not take stay dense; unseen ones as `on_missing`."""
     kept, unseen, kinds = [], [], ", ".join(sorted(way.kinds))
     for site in sites:
-        if not site.reason and site.kind not in way.kinds:
+        if not site.reason and site.kind not in for_kind(way, site.kind).kinds:
             site = replace(site, reason=f"the method takes {kinds}, not {site.kind}")
+        elif not site.reason and request.unit == "macs" and not site.cost.macs:
+            site = replace(site, reason="looking up takes no products, and factors would")
         elif not site.reason and seen is not None and not _is_seen(site, way, seen):
             unseen.append(site.title)
             count, least = statistics_of(site, seen).count, max(seen.min_tokens, 1)
@@ -131,6 +139,7 @@ def _workable(
 
 def _is_seen(site: Site, way: Method, seen: Calibration | None) -> bool:
     """Whether there are the statistics that the method needs."""
+    way = for_kind(way, site.kind)
     if seen is None or not way.needs:
         return True
     return statistics_of(site, seen).count >= max(seen.min_tokens, 1)
@@ -139,7 +148,7 @@ def _is_seen(site: Site, way: Method, seen: Calibration | None) -> bool:
 def _curve(site: Site, way: Method, seen: Calibration | None) -> Curve:
     if not _is_seen(site, way, seen):
         return SVD().curve(site, Statistics())  # on_missing="data-free"
-    return way.curve(site, statistics_of(site, seen))
+    return for_kind(way, site.kind).curve(site, statistics_of(site, seen))
 
 
 def _entry(
@@ -160,6 +169,8 @@ def _entry(
         target=target,
         rcond=None if curve is None else _rcond(curve),
         reason=site.reason if curve is None else _why_dense(option, site, curve, request),
+        kind=site.kind,
+        heads=layouts.heads(site.modules),
     )
 
 

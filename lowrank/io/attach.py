@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import LowrankError
 from ..nn import is_factored
+from . import ties
 from .surgery import factored, specs_of
 
 
@@ -36,9 +37,11 @@ def attach(model: nn.Module, provenance: dict[str, Any] | None = None) -> bool:
     check_attachable(model)
     notes = _notes(model, provenance)
     specs = specs_of(model)
-    detach(model)
     if not specs:
+        detach(model)
         return False
+    _forget(model)
+    ties.untie(model, factored(model))
     from .hf import LowRankConfig, LowRankHfQuantizer
 
     config = LowRankConfig(modules=specs, lowrank=notes)
@@ -53,8 +56,13 @@ def detach(model: nn.Module) -> None:
 
     What another quantizer wrote is left alone.
     """
-    if not is_transformers(model):
-        return
+    if is_transformers(model):
+        ties.retie(model)
+        _forget(model)
+
+
+def _forget(model: nn.Module) -> None:
+    """Take our entries out of the config and off the model."""
     config = model.config
     if _method(_entry(config)) == "lowrank":
         del config.quantization_config  # type: ignore[union-attr]
@@ -77,15 +85,20 @@ def check_attachable(model: nn.Module) -> None:
                 f"{name or type(module).__name__} is already quantized by {method!r}: "
                 f"dequantize it, compress, then quantize again"
             )
-    tied = getattr(model, "get_expanded_tied_weights_keys", None)
     names = factored(model)
-    for target, source in (tied(all_submodels=True) if tied else {}).items():
+    for target, source in ties.other_ties(model, names).items():
         for key in (target, source):
-            if key.rpartition(".")[0] in names:
+            # The bias of a factored head is tied as it was.
+            if key.rpartition(".")[0] in names and not _is_own_bias(names, key):
                 raise LowrankError(
                     f"{key.rpartition('.')[0]} is factored, but the config ties {target} to "
                     f"{source}: leave it dense, or set tie_word_embeddings=False in the config"
                 )
+
+
+def _is_own_bias(names: dict[str, nn.Module], key: str) -> bool:
+    name, _, tensor = key.rpartition(".")
+    return tensor in names[name]._parameters
 
 
 def is_transformers(model: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowrankError, listed
-from ..nn import build, describe, layout_of
+from ..nn import LowRankEmbedding, TiedHead, build, describe, layout_of, owner_of
 from .surgery import factored, swap
 
 
@@ -30,15 +30,41 @@ def densify(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     for name, module in modules.items():
         _check_plain(module, name or "(root)")
     distinct = {id(module): module for module in modules.values()}
-    return swap(model, {key: _dense(module, dtype) for key, module in distinct.items()})
+    tables = {id(owner): owner for m in distinct.values() if (owner := owner_of(m)) is not None}
+    plain = {key: _dense(m, dtype) for key, m in {**distinct, **tables}.items() if not owner_of(m)}
+    readers = {
+        key: _reader(module, plain[id(owner)])
+        for key, module in distinct.items()
+        if (owner := owner_of(module)) is not None
+    }
+    return swap(model, {**plain, **readers})
+
+
+def _reader(module: nn.Module, table: nn.Module) -> nn.Module:
+    """A head or a second embedding that holds the very weight of `table` (V, D) again."""
+    weight: nn.Parameter = table.weight  # type: ignore[assignment]
+    if isinstance(module, TiedHead):
+        rows, columns = weight.shape
+        dense: nn.Module = nn.Linear(columns, rows, bias=False, device="meta")
+        bias = module.bias
+        if bias is not None and bias.dtype != weight.dtype:
+            bias = nn.Parameter(bias.detach().to(weight.dtype), bias.requires_grad)
+        dense.bias = bias  # type: ignore[assignment] # the object itself, for others may hold it
+        dense.weight = weight
+    else:
+        dense = owner_of(module).dense(weight)  # type: ignore[union-attr]
+    return dense.train(module.training)
 
 
 def _dense(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """An nn.Linear, or transformers' Conv1D where that was replaced."""
+    """An nn.Linear or an embedding, or transformers' Conv1D where that was replaced."""
     stored = next(p.dtype for p in module.parameters() if p.dtype.is_floating_point)
     weight = _weight(module, stored).to(dtype or stored)  # (out, in)
-    bias: Tensor | None = module.bias  # type: ignore[assignment]
-    if layout_of(module) == "conv1d":
+    bias: Tensor | None = getattr(module, "bias", None)
+    dense: nn.Module
+    if isinstance(module, LowRankEmbedding):
+        dense = module.dense(nn.Parameter(weight))
+    elif layout_of(module) == "conv1d":
         dense = _conv1d(weight, bias)
     else:
         out_features, in_features = weight.shape

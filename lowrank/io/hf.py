@@ -19,9 +19,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import LowrankError, listed
+from . import ties
 from .card import REMOTE_FILE
 from .densify import densify
-from .surgery import Spec, check_specs, prepare, specs_of, swap, walk
+from .surgery import Spec, check_specs, factored, prepare, specs_of, swap, walk
 
 VERSION = 1
 SOURCE = "config.json: quantization_config"
@@ -101,8 +102,9 @@ class LowRankHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
         check_version(config.version, SOURCE)
-        specs = _renamed(model, check_specs(config.modules, SOURCE))
+        specs = _with_heads(model, _renamed(model, check_specs(config.modules, SOURCE)))
         swap(model, prepare(model, specs, SOURCE))
+        ties.untie(model, factored(model))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # Ordinary floating-point weights: half(), float() and Trainer need not be on their guard.
@@ -166,16 +168,21 @@ def _renamed(model: nn.Module, specs: dict[str, Spec]) -> dict[str, Spec]:
         return specs
     found: dict[str, Spec] = {}
     left: list[str] = []
+
+    def renamed(name: str) -> str | None:
+        names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+        return next((candidate for candidate in names if candidate in there), None)
+
     for name, spec in specs.items():
-        inner = name.removeprefix(f"{prefix}.")
-        for candidate in (name, inner, f"{prefix}.{name}"):
-            if candidate in there:
-                found[candidate] = spec
-                break
+        candidate = renamed(name)
+        if candidate is not None:
+            shared = spec.get("shared")
+            named = {"shared": renamed(shared) or shared} if isinstance(shared, str) else {}
+            found[candidate] = {**spec, **named}
+        elif name.startswith(f"{prefix}."):
+            found[name] = spec  # of the base model it must be found; prepare() will say it is not
         else:
-            # Inside the base model a name must be found; prepare() will say that it is not.
-            found.update({name: spec} if inner != name else {})
-            left.extend([name] if inner == name else [])
+            left.append(name)
     if left:
         logger.warning(
             "%s has no %s: these factored layers of the saved %s are left out",
@@ -184,3 +191,20 @@ def _renamed(model: nn.Module, specs: dict[str, Spec]) -> dict[str, Spec]:
             listed(saved_as),
         )
     return found
+
+
+def _with_heads(model: nn.Module, specs: dict[str, Spec]) -> dict[str, Spec]:
+    """A head that this class ties to a factored embedding, and the saved class did not have."""
+    there = dict(walk(model))
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    heads: dict[str, Spec] = {}
+    for target, source in tied.items():
+        name, owner = target.rpartition(".")[0], source.rpartition(".")[0]
+        head = there.get(name)
+        if specs.get(owner, {}).get("type") != "LowRankEmbedding" or name in specs:
+            continue
+        if isinstance(head, nn.Linear):
+            sizes = {key: specs[owner][key] for key in ("num_embeddings", "embedding_dim", "rank")}
+            has = {"bias": head.bias is not None}
+            heads[name] = {"type": "TiedHead", **sizes, **has, "shared": owner}
+    return {**specs, **heads}

@@ -11,6 +11,8 @@ from torch import nn
 from .. import layouts
 from ..errors import LowrankError, listed
 from ..nn import build, describe, is_factored
+from ..nn.lowrank_embedding import table_options
+from . import ties
 
 Spec = dict[str, Any]
 
@@ -38,8 +40,12 @@ def factored(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def specs_of(model: nn.Module) -> dict[str, Spec]:
-    """What rebuilds each factored module empty, by name."""
-    return {name: describe(module) for name, module in factored(model).items()}
+    """What rebuilds each factored module empty, by name; readers of a table name it."""
+    modules = factored(model)
+    return {
+        name: {**describe(module), **ties.name_owner(name, module, modules)}
+        for name, module in modules.items()
+    }
 
 
 def check_specs(specs: object, source: str) -> dict[str, Spec]:
@@ -91,6 +97,7 @@ def prepare(model: nn.Module, specs: Mapping[str, Spec], source: str) -> dict[in
             continue
         _check_fits(dense, spec, where)
         built[id(dense)] = _adopt(build(spec, where), dense)
+    ties.bind({name: built[id(there[name])] for name in specs}, specs, source)
     return built
 
 
@@ -136,12 +143,16 @@ def _candidates(there: Mapping[str, nn.Module]) -> list[str]:
     return [name or "(root)" for name in linear or there]
 
 
+EMBEDDINGS = frozenset({"LowRankEmbedding", "TiedEmbedding"})
+
+
 def _check_fits(dense: nn.Module, spec: Spec, where: str) -> None:
     """Raises LowrankError unless `dense` is a plain layer of the sizes and layout in `spec`."""
-    if layouts.kind(dense) is None:
+    wanted = "embedding" if spec.get("type") in EMBEDDINGS else "linear"
+    if layouts.kind(dense) != wanted:
         raise LowrankError(
-            f"{where}: expected a linear layer to replace by {spec.get('type')!r}, "
-            f"got {type(dense).__name__}"
+            f"{where}: expected {'a linear layer' if wanted == 'linear' else 'an embedding'} "
+            f"to replace by {spec.get('type')!r}, got {type(dense).__name__}"
         )
     reason = layouts.obstacle(dense)
     if reason:
@@ -152,12 +163,27 @@ def _check_fits(dense: nn.Module, spec: Spec, where: str) -> None:
             f"{where}: stored for a layer of layout {spec.get('layout', 'linear')!r}, "
             f"but {type(dense).__name__} has layout {layout!r}"
         )
-    out_features, in_features = layouts.matrix(dense).shape
+    rows, columns = layouts.matrix(dense).shape
     stored = (spec.get("out_features"), spec.get("in_features"))
-    if stored != (out_features, in_features):
+    if "num_embeddings" in spec:
+        stored = (spec["num_embeddings"], spec.get("embedding_dim"))
+    if stored != (rows, columns):
         raise LowrankError(
             f"{where}: stored as (out, in) = {stored}, but {type(dense).__name__} is "
-            f"{(out_features, in_features)}: this is another architecture"
+            f"{(rows, columns)}: this is another architecture"
+        )
+    if spec.get("type") == "LowRankEmbedding":
+        _check_options(dense, spec, where)
+
+
+def _check_options(dense: nn.Module, spec: Spec, where: str) -> None:
+    """A table that pads or pools in another way is another table."""
+    sizes = {"type", "num_embeddings", "embedding_dim", "rank", "layout"}
+    stored = {key: value for key, value in spec.items() if key not in sizes}
+    if stored != table_options(dense):
+        raise LowrankError(
+            f"{where}: stored with the options {stored}, but {type(dense).__name__} has "
+            f"{table_options(dense)}"
         )
 
 

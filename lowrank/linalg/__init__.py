@@ -15,3 +15,8 @@ from .svd import factor as factor
 from .svd import output_basis as output_basis
 from .svd import randomised_basis as randomised_basis
 from .svd import tails as tails
+from .tokens import factor_tokens as factor_tokens
+from .tokens import output_metric as output_metric
+from .tokens import token_energies as token_energies
+from .tokens import token_error as token_error
+from .tokens import token_weights as token_weights

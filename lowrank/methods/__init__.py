@@ -5,6 +5,8 @@ from __future__ import annotations
 from ..errors import LowrankError, unknown
 from ..types import Method
 from .asvd import ASVD as ASVD
+from .frequency import Frequency as Frequency
+from .head_aware import HeadAware as HeadAware
 from .random import Random as Random
 from .snmf import SemiNMF as SemiNMF
 from .svd import SVD as SVD
@@ -16,6 +18,13 @@ METHODS: dict[str, type[Method]] = {
     "asvd": ASVD,
     "snmf": SemiNMF,
     "random": Random,
+    "frequency": Frequency,
+    "head-aware": HeadAware,
+}
+
+# What a method hands the sites of a kind to that its own statistics do not fit.
+BY_KIND: dict[str, dict[str, str]] = {
+    "whitened": {"embedding": "head-aware"},
 }
 
 
@@ -28,3 +37,11 @@ def method(named: str | Method, seed: int = 0) -> Method:
     if not (callable(getattr(named, "curve", None)) and callable(getattr(named, "factor", None))):
         raise LowrankError(f"a method has the verbs curve and factor; got {type(named).__name__}")
     return named
+
+
+def for_kind(way: Method, kind: str) -> Method:
+    """The method that factors sites of `kind` when `way` was asked for."""
+    for name, others in BY_KIND.items():
+        if type(way) is METHODS[name] and kind in others:
+            return method(others[kind], getattr(way, "seed", 0))
+    return way

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from .. import layouts
 from ..errors import LowrankError
-from ..nn import LowRankLinear
+from ..nn import LowRankEmbedding, LowRankLinear
+from ..nn.lowrank_embedding import lookup_cost
 from ..nn.lowrank_linear import low_rank_cost
-from ..types import Curve, Option, Site, Statistics
+from ..types import Cost, Curve, Option, Site, Statistics
 
 
 def low_rank_curve(
@@ -27,11 +28,9 @@ def low_rank_curve(
     Args:
         errors: of ranks 0…min(out, in); rank 0 is the zero matrix.
     """
-    out_features, in_features = site.shape
-    dtype = layouts.matrix(site.module).dtype
     options, least = [], float("inf")
     for rank in range(1, len(errors)):
-        cost = low_rank_cost(out_features, in_features, rank, dtype)
+        cost = factored_cost(site, rank)
         if cost.params >= site.cost.params:
             break
         if errors[rank] < least:  # ties carry nothing: the smaller one is enough
@@ -39,6 +38,14 @@ def low_rank_curve(
             options.append(Option(method, (rank,), "factors", cost, float(least)))
     options.append(Option("dense", None, "dense", site.cost, 0.0))
     return Curve(site.names, tuple(options), float(errors[0]), spectrum, norm, exact)
+
+
+def factored_cost(site: Site, rank: int) -> Cost:
+    """Of plain factors, for all modules that hold the weight together."""
+    dtype = layouts.matrix(site.module).dtype
+    if site.kind == "embedding":
+        return lookup_cost(*site.shape, rank, dtype, layouts.heads(site.modules))
+    return low_rank_cost(*site.shape, rank, dtype)
 
 
 def gram_of(stats: Statistics, in_features: int) -> Tensor:
@@ -54,6 +61,20 @@ def gram_of(stats: Statistics, in_features: int) -> Tensor:
             "calibrate this model first"
         )
     return stats.gram
+
+
+def freq_of(stats: Statistics, rows: int) -> Tensor:
+    """How often every row was looked up, (V,).
+
+    Raises:
+        LowrankError: it was not counted, or belongs to a table of another size.
+    """
+    if stats.freq is None or len(stats.freq) != rows:
+        got = "none" if stats.freq is None else len(stats.freq)
+        raise LowrankError(
+            f"expected the frequencies of {rows} rows, got {got}: calibrate this model first"
+        )
+    return stats.freq
 
 
 def rank_of(option: Option, module: nn.Module) -> int:
@@ -74,3 +95,9 @@ def low_rank_layer(module: nn.Module, down: Tensor, up: Tensor) -> LowRankLinear
     """Factors in the compute dtype -> a layer with the dtype, device and bias of `module`."""
     weight = layouts.matrix(module)
     return LowRankLinear.from_factors(down.to(weight), up.to(weight), layouts.bias(module))
+
+
+def table_layer(module: nn.Module, rows: Tensor, down: Tensor) -> LowRankEmbedding:
+    """Factors (V, rank), (rank, D) in the compute dtype -> a table like `module`."""
+    weight = layouts.matrix(module)
+    return LowRankEmbedding.from_factors(rows.to(weight), down.T.to(weight), module)

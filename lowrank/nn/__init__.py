@@ -7,10 +7,17 @@ from typing import Any
 from torch import nn
 
 from ..errors import LowrankError, unknown
+from .lowrank_embedding import LowRankEmbedding as LowRankEmbedding
 from .lowrank_linear import LowRankLinear as LowRankLinear
+from .tied import TiedEmbedding as TiedEmbedding
+from .tied import TiedHead as TiedHead
+from .tied import owner_of as owner_of
 
 FACTORED: dict[str, type[nn.Module]] = {
     "LowRankLinear": LowRankLinear,
+    "LowRankEmbedding": LowRankEmbedding,
+    "TiedEmbedding": TiedEmbedding,
+    "TiedHead": TiedHead,
 }
 
 
@@ -63,13 +70,19 @@ def build(spec: dict[str, Any], where: str) -> nn.Module:
     layout = spec.get("layout", "linear")
     if layout not in LAYOUTS:
         raise unknown(f"layout at {where}:", str(layout), LAYOUTS)
-    sizes = {key: value for key, value in spec.items() if key not in ("type", "layout")}
-    wrong = {k: v for k, v in sizes.items() if not (isinstance(v, int) and v >= 0)}
+    # "shared" names a module of a model, of which nothing is known here: io binds what is built.
+    sizes = {k: v for k, v in spec.items() if k not in ("type", "layout", "shared")}
+    words = getattr(FACTORED[spec["type"]], "WORDS", ())
+    wrong = {
+        key: value
+        for key, value in sizes.items()
+        if not (isinstance(value, str) if key in words else isinstance(value, int) and value >= 0)
+    }
     if wrong:
         raise LowrankError(f"{where}: sizes must be integers >= 0, got {wrong}")
     try:
         built: nn.Module = FACTORED[spec["type"]].empty(**sizes)  # type: ignore[attr-defined]
-    except (TypeError, RuntimeError, OverflowError) as error:
+    except (TypeError, RuntimeError, OverflowError, AssertionError, ValueError) as error:
         raise LowrankError(f"{where}: {spec['type']} cannot be built from {sizes}") from error
     remember_layout(built, layout)
     return built

@@ -21,6 +21,7 @@ from .cases import CASES as CASES
 from .cases import DTYPES as DTYPES
 from .cases import Case as Case
 from .cases import Planted as Planted
+from .cases import embedding_case as embedding_case
 from .cases import linear_case as linear_case
 from .cases import low_rank_weight as low_rank_weight
 from .cases import require

@@ -27,7 +27,7 @@ class Case:
         name: what is special about it, and its dtype: for messages.
         site: with the live module.
         stats: of `inputs`, as a calibration would have gathered them.
-        inputs: what the layer was run on, (tokens, in), in its dtype.
+        inputs: what the layer was run on, (tokens, in), in its dtype; ids (tokens,) of a table.
     """
 
     name: str
@@ -42,7 +42,13 @@ class Case:
     @property
     def rounding(self) -> float:
         """What rounding to the layer's dtype may add to an error, relatively."""
-        return 8 * torch.finfo(self.inputs.dtype).eps
+        return 8 * torch.finfo(layouts.matrix(self.module).dtype).eps
+
+    def outputs(self, weight: Tensor, x: Tensor) -> Tensor:
+        """What a layer of this weight gives for inputs like `inputs`."""
+        if self.site.kind == "embedding":
+            return nn.functional.embedding(x, weight)
+        return nn.functional.linear(x, weight, layouts.bias(self.module))
 
     def at(self, option: Option) -> str:
         """Where a law was broken."""
@@ -152,6 +158,44 @@ def _normal(rows: int, columns: int, seed: int) -> Tensor:
     return torch.randn(rows, columns, generator=generator, dtype=torch.float64)
 
 
+def embedding_case(
+    name: str,
+    table: Tensor,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    head: bool = False,
+    padding: int | None = None,
+) -> Case:
+    """A case around an nn.Embedding (V, D), its ids drawn unevenly.
+
+    Args:
+        head: the table is an output head too, so that its input's Gram matrix is known.
+        padding: a row that is zero, and is never looked up.
+    """
+    rows, columns = table.shape
+    chance = torch.arange(rows, dtype=torch.float64).add(1).reciprocal()
+    if padding is not None:
+        chance[padding] = 0
+    generator = torch.Generator().manual_seed(14)
+    ids = torch.multinomial(chance, 64, replacement=True, generator=generator)
+    module = nn.Embedding(rows, columns, padding_idx=padding).to(device, dtype).eval()
+    with torch.no_grad():
+        module.weight.copy_(table)
+        if padding is not None:
+            module.weight[padding] = 0
+    hidden = _normal(64, columns, 15) @ _normal(columns, columns, 16)
+    stats = Statistics(
+        count=64,
+        gram=(hidden.T @ hidden / 64).to(device) if head else None,
+        freq=torch.bincount(ids, minlength=rows).double().to(device),
+    )
+    cost = Cost(table.numel(), table.numel() * dtype.itemsize, 0)
+    site = Site("table", ("table", "alias"), "embedding", (module,), (rows, columns), cost)
+    title = f"{name}, {str(dtype).removeprefix('torch.')}"
+    return Case(title, site, stats, ids.to(device))
+
+
 # What a case is called -> (dtype=, device=) -> a fresh one.
 CASES: Mapping[str, Callable[..., Case]] = {
     "wide": partial(linear_case, "wide", _normal(10, 18, 4)),
@@ -163,5 +207,10 @@ CASES: Mapping[str, Callable[..., Case]] = {
     "orthogonal": partial(linear_case, "orthogonal", torch.linalg.qr(_normal(12, 12, 10)).Q),
     "dead input": partial(linear_case, "dead input", _normal(14, 10, 11), dead=3),
     "few tokens": partial(linear_case, "few tokens", _normal(10, 14, 12), tokens=5),
+    "embedding": partial(embedding_case, "embedding", _normal(18, 10, 17)),
+    "few rows": partial(embedding_case, "few rows", _normal(8, 12, 18)),
+    "padding": partial(embedding_case, "padding", _normal(14, 10, 19), padding=2),
+    "zero table": partial(embedding_case, "zero table", torch.zeros(12, 10)),
+    "tied head": partial(embedding_case, "tied head", _normal(16, 10, 20), head=True),
     "Conv1D": partial(linear_case, "Conv1D", _normal(10, 16, 13), conv1d=True),
 }

@@ -113,5 +113,19 @@ def _norm(curve: Curve, case: Case) -> Callable[[Matrix, Case], Matrix]:
 
 def _outputs(difference: Matrix, case: Case) -> Matrix:
     """What the difference does to the inputs themselves, per token; no Gram matrix is formed."""
+    if case.site.kind == "embedding":
+        return _lookups(difference, case)
     inputs = numbers(case.inputs)
     return np.asarray(difference @ inputs.T / len(inputs) ** 0.5)
+
+
+def _lookups(difference: Matrix, case: Case) -> Matrix:
+    """Rows by the root of their chance; columns, under a head, by a root of its metric."""
+    freq, gram = case.stats.freq, case.stats.gram
+    counts = np.ones(len(difference)) if freq is None else numbers(freq)
+    chance = counts + counts.mean() / 2
+    rows = difference * (chance / chance.sum())[:, None] ** 0.5
+    if gram is None:
+        return np.asarray(rows)
+    metric = numbers(gram) / np.trace(numbers(gram)) * len(gram)
+    return np.asarray(rows @ np.linalg.cholesky(0.75 * np.eye(len(gram)) + 0.25 * metric))

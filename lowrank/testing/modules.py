@@ -7,7 +7,6 @@ import json
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import layouts
@@ -42,18 +41,22 @@ def check_macs(method: Method, case: Case) -> None:
 
 
 def check_forward(method: Method, case: Case) -> None:
-    """module(x) is F.linear(x, dense_weight(), bias), with the bias of the layer it replaces."""
-    bias, x = layouts.bias(case.module), case.inputs[:4].reshape(2, 2, -1)
+    """module(x) is F.linear(x, dense_weight(), bias), with the bias of the layer it replaces; of
+    an embedding, the rows of dense_weight()."""
+    x = case.inputs[:4].reshape(2, 2, *case.inputs.shape[1:])
     for option, new in case.built(method):
         module, where = module_of(new), case.at(option)
         with torch.no_grad():
             weight = new.dense_weight()
             require(weight.shape == case.site.shape, f"{where}: it stands for {weight.shape}")
-            got, want = module(x), linear(x, weight, bias)
-            silent, offset = module(x * 0), linear(x * 0, weight, bias)
+            got, want = module(x), case.outputs(weight, x)
+            silent, offset = module(x * 0), case.outputs(weight, x * 0)
         require(got.shape == want.shape, f"{where}: output of shape {tuple(got.shape)}")
-        require(torch.equal(silent, offset), f"{where}: the bias is not that of the dense layer")
-        scale = weight.double().norm() * x.double().norm(dim=-1).max() + offset.double().abs().max()
+        scale = weight.double().norm() + offset.double().abs().max()
+        if x.is_floating_point():  # ids have no zero that gives the bias alone
+            same = torch.equal(silent, offset)
+            require(same, f"{where}: the bias is not that of the dense layer")
+            scale = scale + weight.double().norm() * x.double().norm(dim=-1).max()
         error = float((got.double() - want.double()).abs().max() / scale.clamp(min=1e-30))
         text = f"{where}: output differs from F.linear(x, dense_weight(), bias) by {error:.3g}"
         require(error <= case.rounding, text)
@@ -95,7 +98,10 @@ def check_rebuilt(method: Method, case: Case) -> None:
 
 def check_gradients(method: Method, case: Case) -> None:
     """Gradients reach every factor: two steps of descent move them all."""
-    x, out_features = case.inputs.double(), case.site.shape[0]
+    x, dense = case.inputs, case.module
+    x = x.double() if x.is_floating_point() else x
+    with torch.no_grad():
+        out_features = dense(case.inputs).shape[-1]
     target = torch.arange(len(x) * out_features).double().cos().reshape(len(x), -1).to(x.device)
     for option, new in case.built(method):
         module = copy.deepcopy(module_of(new)).double()

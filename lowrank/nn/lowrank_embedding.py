@@ -1,0 +1,158 @@
+"""A token table as a product: y = up(rows(ids)), for nn.Embedding and nn.EmbeddingBag."""
+
+from __future__ import annotations
+
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LowrankError
+from ..types import Cost
+
+BAGS = ("sum", "mean")  # "max" is not linear: it does not commute with the product
+Table = nn.Embedding | nn.EmbeddingBag
+
+
+class LowRankEmbedding(nn.Module):
+    """Two real children, so that sparse gradients, hooks and optimisers work as they did.
+
+    Tensors: `rows.weight` (num_embeddings, rank), `up.weight` (embedding_dim, rank). `rows` keeps
+    padding_idx (no gradient, left out of bags), sparse, scale_grad_by_freq and a bag's options. A
+    padding row that is zero stays zero whatever is trained; one that is not is a row like others.
+    """
+
+    WORDS = frozenset({"mode"})  # entries of the spec that are text
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        rank: int,
+        *,
+        padding_idx: int | None = None,
+        mode: str | None = None,
+        sparse: bool = False,
+        scale_grad_by_freq: bool = False,
+        include_last_offset: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if mode is not None and mode not in BAGS:
+            raise LowrankError(f"mode of a bag must be one of {', '.join(BAGS)}, got {mode!r}")
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        shared: dict[str, Any] = {
+            "padding_idx": padding_idx, "sparse": sparse, "scale_grad_by_freq": scale_grad_by_freq,
+        }  # fmt: skip
+        self.rows: Table
+        if mode is None:
+            self.rows = nn.Embedding(num_embeddings, rank, **shared, **place)
+        else:
+            bag: dict[str, Any] = {"mode": mode, "include_last_offset": include_last_offset}
+            self.rows = nn.EmbeddingBag(num_embeddings, rank, **shared, **bag, **place)
+        self.up = nn.Linear(rank, embedding_dim, bias=False, **place)
+
+    @classmethod
+    def from_factors(cls, rows: Tensor, up: Tensor, like: nn.Module) -> Self:
+        """A table that owns contiguous copies of `rows` (V, rank), `up` (D, rank).
+
+        Args:
+            like: the nn.Embedding or nn.EmbeddingBag whose options it keeps.
+        """
+        table = cls.empty(
+            num_embeddings=rows.shape[0], embedding_dim=up.shape[0], rank=rows.shape[1],
+            **table_options(like),
+        )  # fmt: skip
+        table.rows.weight = _own(rows)
+        table.up.weight = _own(up)
+        return table
+
+    @classmethod
+    def empty(cls, *, num_embeddings: int, embedding_dim: int, rank: int, **options: Any) -> Self:
+        """`options`: those of `table_options`; unknown ones are a TypeError."""
+        return cls(num_embeddings, embedding_dim, rank, **options, device="meta")
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.rows.num_embeddings
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.up.out_features
+
+    @property
+    def padding_idx(self) -> int | None:
+        return self.rows.padding_idx
+
+    @property
+    def rank(self) -> int:
+        return self.up.in_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense table (V, D), computed anew: for code that reads a table's `.weight`."""
+        return self.dense_weight()
+
+    def forward(
+        self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+    ) -> Tensor:
+        """Ids as for the layer that it replaces; offsets and weights are for bags."""
+        if isinstance(self.rows, nn.EmbeddingBag):
+            return cast(Tensor, self.up(self.rows(input, offsets, per_sample_weights)))
+        if offsets is not None or per_sample_weights is not None:
+            raise TypeError("offsets and per_sample_weights are for an EmbeddingBag")
+        return cast(Tensor, self.up(self.rows(input)))
+
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(V, D), multiplied in `dtype` (None: that of the factors)."""
+        dtype = dtype or self.up.weight.dtype
+        return self.rows.weight.to(dtype) @ self.up.weight.to(dtype).T
+
+    def dense(self, weight: nn.Parameter) -> Table:
+        """The layer that it replaced, with all its options, around `weight` (V, D)."""
+        options = table_options(self.rows)
+        kind = nn.EmbeddingBag if "mode" in options else nn.Embedding
+        table: Table = kind(*weight.shape, **{**options, "device": "meta"})
+        table.weight = weight
+        return table
+
+    def spec(self) -> dict[str, Any]:
+        sizes = {"num_embeddings": self.num_embeddings, "embedding_dim": self.embedding_dim}
+        return {**sizes, "rank": self.rank, **table_options(self.rows)}
+
+    def cost(self) -> Cost:
+        """Products are counted per vector given out: reading a row costs none."""
+        return lookup_cost(self.num_embeddings, self.embedding_dim, self.rank, self.up.weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"
+
+
+def table_options(table: nn.Module) -> dict[str, Any]:
+    """The options of an nn.Embedding or nn.EmbeddingBag that differ from the defaults (JSON)."""
+    found = {
+        "padding_idx": table.padding_idx,
+        "sparse": table.sparse,
+        "scale_grad_by_freq": table.scale_grad_by_freq,
+    }
+    kept: dict[str, Any] = {k: v for k, v in found.items() if v is not None and v is not False}
+    if isinstance(table, nn.EmbeddingBag):
+        kept["mode"] = table.mode
+        kept |= {"include_last_offset": True} if table.include_last_offset else {}
+    return kept
+
+
+def lookup_cost(rows: int, columns: int, rank: int, dtype: torch.dtype, heads: int = 0) -> Cost:
+    """Cost of a factored table (V, D): rank · (V + D) numbers, stored once for all its readers.
+
+    Args:
+        heads: output heads that read the same factors.
+    """
+    params = rank * (rows + columns)
+    return Cost(params, params * dtype.itemsize, rank * columns + heads * params)
+
+
+def _own(tensor: Tensor) -> nn.Parameter:
+    copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(copy, requires_grad=tensor.dtype.is_floating_point)
