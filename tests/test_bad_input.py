@@ -115,7 +115,7 @@ def test_align(model: nn.Module, align: Any) -> None:
     ("option", "wrong", "words"),
     [
         ("method", "whitend", "unknown method 'whitend'; did you mean 'whitened'?"),
-        ("method", "SVD", "(known: random, svd, whitened)"),
+        ("method", "SVD", "(known: asvd, random, snmf, svd, whitened)"),
         ("policy", "unifrm", "unknown policy 'unifrm'; did you mean 'uniform'?"),
         ("policy", "xyz", "(known: energy, spectrum, uniform, welore)"),
         ("of", "target", "unknown of 'target'; did you mean 'targets'?"),

@@ -170,7 +170,7 @@ def test_a_closure_is_run_with_gradients() -> None:
         loss.backward()
         return loss
 
-    assert float(optimizer.step(closure)) == 2.0
+    assert optimizer.step(closure).item() == 2.0  # type: ignore[attr-defined]
     assert parameter.tolist() == [0.5, 0.5]
 
 
