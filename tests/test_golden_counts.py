@@ -51,7 +51,8 @@ def rank_by_greenformer(shape: tuple[int, int], rank: int | float) -> int | None
 
 def pattern_of(model: nn.Module, rank: int | float) -> dict[str, int]:
     """Its walk never factors a child of the root; GPT-2's head is one (and tied besides)."""
-    inner = [site for site in walk.find(model) if "." in site.name]
+    linear = [site for site in walk.find(model) if site.kind == "linear"]
+    inner = [site for site in linear if "." in site.name]
     ranks = {site.name: rank_by_greenformer(site.shape, rank) for site in inner}
     return {name.replace(".", r"\."): found for name, found in ranks.items() if found}
 
