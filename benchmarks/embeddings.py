@@ -2,8 +2,9 @@
 
     python benchmarks/embeddings.py
 
-On the last 96 rows of the held-out text (24,576 tokens; constants were tried on others): the embedding and head alone at three
-ratios, and the whole model at 0.6 of its weights, with the table factored by each method.
+On the last 96 rows of the held-out text (24,576 tokens; constants were tried on other rows): the
+embedding and head alone at three ratios, and the whole model at 0.6 of its weights, with the table
+factored by each method.
 Statistics come from the calibration text. At the end the model is saved and reloaded elsewhere.
 """
 
