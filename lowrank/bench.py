@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from .data import Batch, forward, materialise
@@ -143,6 +142,8 @@ def benchmark(
 
 def _times(models: list[nn.Module], batches: list[Batch], repeats: int) -> list[list[float]]:
     """Seconds a call, per model and repeat; the models take turns."""
+    from torch.utils.benchmark import Timer  # loads setuptools: not when lowrank is imported
+
     timers, calls = [], []
     for model, batch in zip(models, batches, strict=True):
         names = {"forward": forward, "model": model, "batch": batch}

@@ -126,7 +126,7 @@ def test_the_ratio_is_the_median_of_the_pairs(monkeypatch: pytest.MonkeyPatch) -
         def timeit(self, _number: int) -> SimpleNamespace:
             return SimpleNamespace(median=next(self.times))
 
-    monkeypatch.setattr(bench, "Timer", Timer)
+    monkeypatch.setattr("torch.utils.benchmark.Timer", Timer)
     found = benchmark(Watched("A"), torch.randn(2, 4), Watched("B"), repeats=3)
     assert found.time_ratio == pytest.approx(0.9)  # of 0.5, 2 and 0.9; of the medians it is 2
     assert found.latency_ms == pytest.approx(8000)
