@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lowrank
-from lowrank import LowrankError, bench, benchmark
+from lowrank import LowrankError, benchmark
 
 
 def mlp() -> nn.Sequential:
