@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -157,7 +157,8 @@ class _Gather:
         found: dict[str, Statistics] = {}
         for sums, group in zip(self._sums, self._groups, strict=True):
             shared = sums.finish()
-            found.update({site.name: shared for site in group})
+            # One object a site, for output gradients are its own; the Gram is one tensor.
+            found.update({site.name: replace(shared) for site in group})
         return found
 
 
@@ -179,7 +180,7 @@ class _Sums:
             return  # the layer itself will refuse it, and say it better
         self.last = SameTensor(tensor)
         self.owner_calls += 1
-        rows = _counted(tensor.detach(), mask)
+        rows = counted_rows(tensor.detach(), mask)
         gram, total = gram_sum(rows), rows.double().sum(0)
         if not bool(torch.isfinite(gram.diagonal()).all()):
             raise LowrankError(
@@ -195,7 +196,7 @@ class _Sums:
         return Statistics(self.count, self.gram / self.count, self.sum / self.count)
 
 
-def _counted(tensor: Tensor, mask: Tensor | None) -> Tensor:
+def counted_rows(tensor: Tensor, mask: Tensor | None) -> Tensor:
     """The input vectors (tokens, in) of a tensor (..., in), without those that are padding."""
     rows = tensor.reshape(-1, tensor.shape[-1])
     if mask is None or tensor.shape[:-1] not in (mask.shape, (mask.numel(),)):

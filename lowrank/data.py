@@ -76,6 +76,20 @@ def text_batches(texts: Iterable[str], tokenizer: Any, length: int) -> list[Batc
     ]
 
 
+def rebatched(batches: Sequence[Batch], rows: int = ROWS) -> list[Batch]:
+    """The same rows in batches of at most `rows`; a batch that cannot be cut stays whole."""
+    found: list[Batch] = []
+    for batch in batches:
+        parts = {"": batch} if isinstance(batch, Tensor) else batch
+        lengths = {len(v) for v in parts.values() if isinstance(v, Tensor) and v.ndim}
+        plain = all(isinstance(v, Tensor) and v.ndim for v in parts.values()) and len(lengths) == 1
+        for start in range(0, lengths.pop(), rows) if plain else ():
+            cut = {key: value[start : start + rows] for key, value in parts.items()}
+            found.append(cut[""] if isinstance(batch, Tensor) else cut)
+        found += [] if plain else [batch]
+    return found
+
+
 def forward(model: nn.Module, batch: Batch) -> Any:
     """Run one batch on the model's device; labels serve only to make a decoder's input."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -153,6 +153,12 @@ def replace(model: nn.Module, site: Site, new: nn.Module) -> nn.Module:
     return root
 
 
+def in_copy(site: Site, model: nn.Module) -> Site:
+    """The same site in a copy of the model that it was found in."""
+    by_id = {id(module): module for module in map(model.get_submodule, site.names)}
+    return changed(site, modules=tuple(by_id.values()))
+
+
 def _reader(module: nn.Module, first: nn.Module, new: nn.Module) -> nn.Module:
     """What takes the place of `module`, when `new` takes that of `first`."""
     if module is first or not isinstance(new, LowRankEmbedding):

@@ -79,12 +79,18 @@ class Statistics:
         mean: E[x] per token, (in,) float64.
         freq: of an embedding: how often each id was looked up, (V,) float64. Its `gram` is that of
             the head's input where a head holds the same weight.
+        out_gram: E[g gᵀ] per token, (out, out) float64, g the gradient at the layer's output of the
+            cross entropy to labels drawn from the model; the site's own, while `gram` is shared.
+        row_fisher: (out,) float64: the weight's squared gradient of a sequence, summed over each
+            row, the mean over sequences (FWSVD).
     """
 
     count: int = 0
     gram: Tensor | None = None
     mean: Tensor | None = None
     freq: Tensor | None = None
+    out_gram: Tensor | None = None
+    row_fisher: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +120,8 @@ class Curve:
         options: cost rising, error falling; the last one is the dense weight.
         total: error of the zero matrix, in the same norm.
         spectrum: singular values (min(out, in),) float64, descending, or None.
-        norm: "weight" (squared Frobenius), "output" (per token), "fisher" or "kl".
+        norm: "weight" (squared Frobenius), "output" (per token), "fisher" (input and output side),
+            "row-fisher" (FWSVD) or "kl".
         exact: the error of an option is what the factored layer will show, to 1e-6 of `total`;
             otherwise it is a bound or an interpolation, and the method says which.
     """

@@ -7,7 +7,9 @@ from lowrank.testing import Law, laws, low_rank_weight
 ROSTER: dict[str, dict[str, Law]] = {
     "svd": laws(),
     "whitened": laws(),
+    "two-sided": laws(),
     "asvd": laws(),
+    "fwsvd": laws(),
     "snmf": laws(planted=low_rank_weight(2, positive=True)),
     "frequency": laws(),
     "head-aware": laws(),

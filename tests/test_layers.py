@@ -39,6 +39,8 @@ ORDER = """
     data
     io
     calibrate
+    streams
+    fisher
     eval
     recover
     api

@@ -14,6 +14,7 @@ from ..calibrate import Calibration, calibrate
 from ..checks import check_model
 from ..data import Data
 from ..errors import LowrankError
+from ..fisher import FISHER, with_fisher
 from ..plan import Plan
 from ..report import Report
 from ..types import Method, Policy, Unit
@@ -171,6 +172,8 @@ def _decide(
     check_model(model)
     wanted = targets_of(model, request)
     seen = _seen(model, data, tokenizer, progress)
+    if seen is not None and request.needs() & FISHER:
+        seen = with_fisher(model, seen, seed=request.seed, progress=progress)
     return *make_plan(model, request, wanted, seen, progress=progress), seen
 
 

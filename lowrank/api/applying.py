@@ -161,7 +161,7 @@ def _build(
         norm=curve.norm,
         planned=entry.error if entry.norm == curve.norm else None,
         predicted=_predicted(entry, curve),
-        measured=0.0 if reason else _measured(site, curve, new, stats),
+        measured=0.0 if reason else _measured(site, curve, new, stats, used),
         total=curve.total,
         seconds=time.perf_counter() - started,
         reason=reason,
@@ -184,8 +184,15 @@ def _predicted(entry: Entry, curve: Curve) -> float | None:
     return next((o.error for o in curve.options if o.size == entry.size), None)
 
 
-def _measured(site: Site, curve: Curve, new: nn.Module, stats: Statistics) -> float | None:
-    """Error of the stored factors, rounding included, in the norm of the curve."""
+def _measured(
+    site: Site, curve: Curve, new: nn.Module, stats: Statistics, way: Method
+) -> float | None:
+    """Error of the stored factors, rounding included, in the norm of the curve.
+
+    A method with a norm of its own has the verb `error(module, weight, stats)`.
+    """
+    if isinstance(new, Factored) and callable(getattr(way, "error", None)):
+        return float(way.error(site.module, new.dense_weight(torch.float64), stats))  # type: ignore[attr-defined]
     gram = stats.gram if curve.norm == "output" else None
     known = curve.norm == "weight" or gram is not None or stats.freq is not None
     if not isinstance(new, Factored) or not known:

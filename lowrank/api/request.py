@@ -81,6 +81,10 @@ class Request:
         plain = {key: _rank(f"rank_pattern[{key!r}]", value) for key, value in pattern.items()}
         object.__setattr__(self, "rank_pattern", plain)
 
+    def needs(self) -> frozenset[str]:
+        """Statistics that the method reads; none where it is left open."""
+        return frozenset() if self.method is None else method_of(self.method, self.seed).needs
+
     def asked(self) -> dict[str, Any]:
         """What the plan remembers of the wish itself."""
         return {

@@ -1,5 +1,6 @@
 """Pure tensor functions: they know nothing of modules."""
 
+from .gram import cross_sum as cross_sum
 from .gram import gram_sum as gram_sum
 from .gram import squared_error as squared_error
 from .ranks import condition_number as condition_number
@@ -7,6 +8,8 @@ from .ranks import effective_rank as effective_rank
 from .ranks import entropy_rank as entropy_rank
 from .ranks import rank_for as rank_for
 from .ranks import stable_rank as stable_rank
+from .refit import refit as refit
+from .refit import regressed as regressed
 from .snmf import semi_nmf as semi_nmf
 from .svd import balance as balance
 from .svd import carried as carried
@@ -20,3 +23,6 @@ from .tokens import output_metric as output_metric
 from .tokens import token_energies as token_energies
 from .tokens import token_error as token_error
 from .tokens import token_weights as token_weights
+from .two_sided import DAMP as DAMP
+from .two_sided import output_root as output_root
+from .two_sided import unrooted as unrooted

@@ -22,6 +22,16 @@ def gram_sum(rows: Tensor) -> Tensor:
     return total
 
 
+def cross_sum(left: Tensor, right: Tensor) -> Tensor:
+    """Σ x yᵀ over the rows of two (tokens, ·) tensors, summed as `gram_sum` does."""
+    wide = torch.float64 if left.dtype == torch.float64 else torch.float32
+    total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64, device=left.device)
+    with full_precision(left):
+        for x, y in zip(torch.split(left, 8192), torch.split(right, 8192), strict=True):
+            total += x.to(wide).T @ y.to(wide)
+    return total
+
+
 def squared_error(weight: Tensor, approximation: Tensor, gram: Tensor | None = None) -> float:
     """‖(W − Ŵ)H^½‖² in float64; H (in, in) None stands for the identity."""
     difference = weight.detach().double() - approximation.detach().double()

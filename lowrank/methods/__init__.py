@@ -6,16 +6,20 @@ from ..errors import LowrankError, unknown
 from ..types import Method
 from .asvd import ASVD as ASVD
 from .frequency import Frequency as Frequency
+from .fwsvd import FWSVD as FWSVD
 from .head_aware import HeadAware as HeadAware
 from .random import Random as Random
 from .snmf import SemiNMF as SemiNMF
 from .svd import SVD as SVD
+from .two_sided import TwoSided as TwoSided
 from .whitened import Whitened as Whitened
 
 METHODS: dict[str, type[Method]] = {
     "svd": SVD,
     "whitened": Whitened,
+    "two-sided": TwoSided,
     "asvd": ASVD,
+    "fwsvd": FWSVD,
     "snmf": SemiNMF,
     "random": Random,
     "frequency": Frequency,
@@ -25,6 +29,7 @@ METHODS: dict[str, type[Method]] = {
 # What a method hands the sites of a kind to that its own statistics do not fit.
 BY_KIND: dict[str, dict[str, str]] = {
     "whitened": {"embedding": "head-aware"},
+    "two-sided": {"embedding": "head-aware"},
 }
 
 

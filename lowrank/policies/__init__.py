@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ..errors import LowrankError, unknown
 from ..types import Policy
 from .energy import Energy as Energy
+from .lossaware import LossAware as LossAware
 from .spectrum import Spectrum as Spectrum
 from .uniform import Uniform as Uniform
 from .welore import WeLore as WeLore
@@ -16,6 +17,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "energy": Energy,
     "welore": WeLore,
     "spectrum": Spectrum,
+    "lossaware": LossAware,
 }
 
 

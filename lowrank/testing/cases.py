@@ -96,7 +96,15 @@ def linear_case(
         if shift is not None:
             shift.copy_(_normal(out_features, 1, 3)[:, 0])
     exact = inputs.double()
-    stats = Statistics(count=tokens, gram=exact.T @ exact / tokens, mean=exact.mean(0))
+    gradients = _normal(tokens, out_features, 21) @ _normal(out_features, out_features, 22)
+    gradients = gradients.to(device)
+    stats = Statistics(
+        count=tokens,
+        gram=exact.T @ exact / tokens,
+        mean=exact.mean(0),
+        out_gram=gradients.T @ gradients / tokens,
+        row_fisher=gradients.square().mean(0),
+    )
     size = out_features * in_features
     cost = Cost(size, size * dtype.itemsize, size)
     site = Site("layer", ("layer", "alias"), "linear", (module,), (out_features, in_features), cost)

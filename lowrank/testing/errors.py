@@ -18,6 +18,8 @@ from .cases import Case, Matrix, Planted, described, factored_options, numbers, 
 NORMS: dict[str, Callable[[Matrix, Case], Matrix]] = {
     "weight": lambda difference, case: difference,
     "output": lambda difference, case: _outputs(difference, case),
+    "fisher": lambda difference, case: _loss(difference, case),
+    "row-fisher": lambda difference, case: _rows(difference, case),
 }
 
 
@@ -129,3 +131,23 @@ def _lookups(difference: Matrix, case: Case) -> Matrix:
         return np.asarray(rows)
     metric = numbers(gram) / np.trace(numbers(gram)) * len(gram)
     return np.asarray(rows @ np.linalg.cholesky(0.75 * np.eye(len(gram)) + 0.25 * metric))
+
+
+def _loss(difference: Matrix, case: Case) -> Matrix:
+    """(W − Ŵ) with the roots of the inputs' and of the damped gradients' Gram on its sides."""
+    gram, out_gram = (
+        g if g is None else numbers(g) for g in (case.stats.gram, case.stats.out_gram)
+    )
+    if gram is None or out_gram is None:
+        raise AssertionError(f"{case.name}: the suite has no output gradients")
+    damped = out_gram + 0.1 * out_gram.diagonal().mean() * np.eye(len(out_gram))
+    values, vectors = np.linalg.eigh(gram)
+    right = vectors * np.sqrt(values.clip(min=0))
+    return np.asarray(np.linalg.cholesky(damped).T @ difference @ right)
+
+
+def _rows(difference: Matrix, case: Case) -> Matrix:
+    """(W − Ŵ) with every row weighted by the root of its Fisher information."""
+    if case.stats.row_fisher is None:
+        raise AssertionError(f"{case.name}: the suite has no Fisher information")
+    return np.asarray(np.sqrt(numbers(case.stats.row_fisher))[:, None] * difference)

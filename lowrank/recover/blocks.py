@@ -1,0 +1,77 @@
+"""Block refit: a block's factors, norms and biases are trained to the dense block's output.
+
+The block reads the compressed stream and is compared with what the dense block gives on the dense
+stream, so that it also corrects what the blocks before it lost: the objective of AA-SVD (block
+reconstruction). A held-out share of the rows decides; a block that did not improve stays as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Batch, forward, logits_of, mask_of
+from ..eval import divergence
+from ..observe import quiet
+from ..streams import Chain, without_cache
+from .training import Trained, Training, split, train
+
+
+def refit_block(
+    lean: Chain,
+    index: int,
+    targets: Sequence[Tensor],
+    parameters: Sequence[nn.Parameter],
+    masks: Sequence[Tensor | None],
+    options: Training,
+) -> Trained:
+    """Train one block of the compressed chain.
+
+    Args:
+        targets: the dense block's outputs, one tensor a batch, shaped as the hidden states.
+        parameters: what is trained; each is in the block.
+        masks: positions that count, one a batch, or None.
+    """
+    scale = _scale(targets)
+
+    def loss(batch: int) -> Tensor:
+        off = lean.run(index, batch, lean.hidden[batch]) - targets[batch]
+        each = off.float().square() / scale
+        mask = masks[batch]
+        if mask is not None and each.shape[:-1] == mask.shape:
+            each = each[mask.to(each.device)]
+        return each.mean()
+
+    with quiet(lean.block(index)):
+        return train(parameters, loss, *split(len(targets)), options)
+
+
+def distill(
+    teacher: nn.Module,
+    student: nn.Module,
+    batches: Sequence[Batch],
+    parameters: Sequence[nn.Parameter],
+    options: Training,
+) -> Trained:
+    """Train the compressed model to the dense one's predictions: mean KL(dense ‖ compressed).
+
+    The teacher runs along; its predictions are not kept, for a vocabulary is large.
+    """
+
+    def loss(batch: int) -> Tensor:
+        with torch.no_grad():
+            want = logits_of(forward(teacher, batches[batch]))
+        got = logits_of(forward(student, batches[batch]))
+        return divergence(want, got, mask_of(batches[batch])).mean()
+
+    with quiet(teacher), quiet(student), without_cache(teacher), without_cache(student):
+        return train(parameters, loss, *split(len(batches)), options)
+
+
+def _scale(targets: Sequence[Tensor]) -> Tensor:
+    """Mean square of every channel (width,), floored: loud channels must not drown the others."""
+    square = torch.stack([t.detach().float().flatten(0, -2).square().mean(0) for t in targets])
+    found = square.mean(0)
+    return found.clamp(min=1e-3 * float(found.mean()) + 1e-12)

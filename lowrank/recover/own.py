@@ -1,0 +1,56 @@
+"""Which parameters recovery trains, and how they come to be a compressed copy's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..nn import is_factored
+
+Pairs = dict[int, tuple[nn.Parameter, nn.Parameter]]
+
+
+def factors_in(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters of all factored layers inside, each once, in the model's order."""
+    found = {
+        id(parameter): parameter
+        for part in module.modules()
+        if is_factored(part)
+        for parameter in part.parameters()
+    }
+    return list(found.values())
+
+
+def own_vectors(module: nn.Module, pairs: Pairs) -> list[nn.Parameter]:
+    """Norm weights and biases inside (one dimension), made copies of their own.
+
+    Args:
+        pairs: by the id of the shared parameter, it and its copy; added to, so that a vector that
+            stands in two places stays one.
+    """
+    found: dict[int, nn.Parameter] = {}
+    copies = {id(copy) for _, copy in pairs.values()}
+    inside = {id(p) for p in factors_in(module)}
+    for part in module.modules():
+        for key, parameter in part._parameters.items():
+            if parameter is None or parameter.ndim != 1 or id(parameter) in inside:
+                continue
+            if not parameter.is_floating_point():
+                continue
+            if id(parameter) not in copies:
+                if id(parameter) not in pairs:
+                    fresh = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                    pairs[id(parameter)] = (parameter, fresh)
+                    copies.add(id(fresh))
+                part._parameters[key] = parameter = pairs[id(parameter)][1]
+            found[id(parameter)] = parameter
+    return list(found.values())
+
+
+@torch.no_grad()
+def hand_over(pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
+    """Give the model the values that were trained in the copies."""
+    for original, copy in pairs:
+        original.copy_(copy)

@@ -1,0 +1,131 @@
+"""Training loop of recovery: a held-out split decides when to stop, the best state stays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LowrankError
+from .lrc import MasterWeights
+
+Loss = Callable[[int], Tensor]
+WARM = 0.1  # share of the steps in which the rate rises
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast.
+
+    Attributes:
+        steps: gradient steps, one batch each.
+        rate: of AdamW, as a share of each parameter's own root mean square: one default then fits
+            models of any width.
+        checks: how often the held-out loss is looked at.
+        seed: of the order of the batches.
+    """
+
+    steps: int = 120
+    rate: float = 0.01
+    checks: int = 6
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of it: held-out loss before and after, and at which step the best state was."""
+
+    before: float
+    after: float
+    best_step: int
+
+    @property
+    def kept(self) -> bool:
+        """False where no step made the held-out loss smaller: nothing was changed then."""
+        return self.best_step > 0
+
+
+def train(
+    parameters: Sequence[nn.Parameter],
+    loss: Loss,
+    batches: Sequence[int],
+    held_out: Sequence[int],
+    options: Training,
+) -> Trained:
+    """Minimise `loss` over the batches; the state of least held-out loss is restored at the end.
+
+    Args:
+        loss: mean loss of a batch, by its number; finite.
+        batches, held_out: numbers of batches; they may be the same where there is only one.
+
+    Raises:
+        LowrankError: the loss is NaN or Inf at the start.
+    """
+    parameters = [p for p in parameters if p.is_floating_point()]
+    best = [p.detach().clone() for p in parameters]
+    before = least = _mean(loss, held_out)
+    if not math.isfinite(before):
+        raise LowrankError("recovery cannot start: the loss of the compressed model is not finite")
+    best_step = 0
+    wanted = [p.requires_grad for p in parameters]
+    optimizer = MasterWeights(_groups(parameters, options.rate), torch.optim.AdamW, lr=1.0)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    generator = torch.Generator().manual_seed(options.seed)
+    order: list[int] = []
+    every = max(options.steps // max(options.checks, 1), 1)
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for step in range(1, options.steps + 1):
+            if not order:
+                order = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * _schedule(step, options.steps)
+            with torch.enable_grad():
+                gradients = torch.autograd.grad(loss(order.pop()), parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            if step % every == 0 or step == options.steps:
+                now = _mean(loss, held_out)
+                if now < least:
+                    least, best_step = now, step
+                    best = [p.detach().clone() for p in parameters]
+    finally:
+        with torch.no_grad():
+            for parameter, state, flag in zip(parameters, best, wanted, strict=True):
+                parameter.copy_(state)
+                parameter.grad = None
+                parameter.requires_grad_(flag)
+    return Trained(before, least, best_step)
+
+
+def split(count: int, share: float = 0.1) -> tuple[list[int], list[int]]:
+    """Numbers of the batches to train on, and of those held out: the last ones."""
+    kept = max(round(share * count), 1)
+    every = list(range(count))
+    return (every[:-kept], every[-kept:]) if count > 1 else (every, every)
+
+
+def _groups(parameters: Sequence[nn.Parameter], rate: float) -> list[dict[str, object]]:
+    return [
+        {"params": [p], "lr": rate * max(float(p.detach().float().square().mean().sqrt()), 1e-4)}
+        for p in parameters
+    ]
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Linear warming up, then half a cosine down to a tenth."""
+    warm = max(WARM * steps, 1.0)
+    if step < warm:
+        return step / warm
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1.0)))
+
+
+@torch.no_grad()
+def _mean(loss: Loss, batches: Sequence[int]) -> float:
+    return sum(float(loss(batch)) for batch in batches) / len(batches)

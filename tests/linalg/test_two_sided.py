@@ -1,0 +1,87 @@
+"""Two-sided factors and refits, against numpy's SVD of the whole problem."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lowrank import linalg
+
+SHAPES = [(9, 14), (14, 9), (10, 10)]
+
+
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def gram(size: int, seed: int) -> torch.Tensor:
+    rows = normal(4 * size, size, seed=seed) @ normal(size, size, seed=seed + 1)
+    return rows.T @ rows / len(rows)
+
+
+def tail(matrix: torch.Tensor, rank: int) -> float:
+    return float((np.linalg.svd(matrix.numpy(), compute_uv=False)[rank:] ** 2).sum())
+
+
+def chol(matrix: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.cholesky(matrix)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_root_squares_to_the_damped_matrix(shape: tuple[int, int]) -> None:
+    g = gram(shape[0], 1)
+    root = linalg.output_root(g, 0.3)
+    want = g + 0.3 * g.diagonal().mean() * torch.eye(len(g), dtype=g.dtype)
+    torch.testing.assert_close(root @ root, want)
+    up = normal(len(g), 3, seed=9)
+    torch.testing.assert_close(root @ linalg.unrooted(root, up), up)
+
+
+def test_the_zero_matrix_has_an_invertible_root() -> None:
+    root = linalg.output_root(torch.zeros(4, 4))
+    assert bool(torch.isfinite(torch.linalg.inv(root)).all())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dense", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("sided", [False, True])
+def test_refit_is_the_optimum(shape: tuple[int, int], dense: float, sided: bool) -> None:
+    """E‖S(t − up·down x')‖² for t = W((1 − λ)x' + λx), measured on the rows themselves."""
+    out, inner = shape
+    weight = normal(out, inner, seed=3)
+    x = normal(200, inner, seed=4)
+    lean = x @ normal(inner, inner, seed=5) / 4 + 0.3 * normal(200, inner, seed=6)
+    h, cross = lean.T @ lean / 200, x.T @ lean / 200
+    root = linalg.output_root(gram(out, 7)) if sided else None
+    mixed = (1 - dense) * h + dense * cross
+    up, down = linalg.refit(weight, 4, h, mixed, root=root, ridge=1e-12)
+    metric = torch.eye(out, dtype=torch.float64) if root is None else root
+    targets = ((1 - dense) * lean + dense * x) @ weight.T
+    found = ((targets - lean @ (up @ down).T) @ metric.T).square().sum() / 200
+    # The optimum: regress the targets on x', then truncate in the metric of x'.
+    regression = torch.linalg.lstsq(lean, targets).solution.T
+    rest = ((targets - lean @ regression.T) @ metric.T).square().sum() / 200
+    optimum = float(rest) + tail(metric @ regression @ chol(h), 4)
+    assert float(found) == pytest.approx(optimum, rel=1e-6)
+
+
+def test_refit_to_the_same_stream_is_the_whitened_factor() -> None:
+    weight, h = normal(8, 12, seed=1), gram(12, 2)
+    products = [u @ d for u, d in (linalg.refit(weight, 3, h, h), linalg.factor(weight, 3, h))]
+    torch.testing.assert_close(*products, rtol=1e-3, atol=1e-3)
+
+
+def test_an_input_that_is_always_zero_keeps_the_weight() -> None:
+    zero = torch.zeros(5, 5, dtype=torch.float64)
+    torch.testing.assert_close(linalg.regressed(zero, zero), torch.eye(5, dtype=torch.float64))
+    up, down = linalg.refit(normal(4, 5, seed=1), 2, zero, zero)
+    assert bool(torch.isfinite(up @ down).all())
+
+
+def test_cross_sums() -> None:
+    x, y = normal(30, 4, seed=1).float(), normal(30, 6, seed=2).float()
+    torch.testing.assert_close(
+        linalg.cross_sum(x, y), x.double().T @ y.double(), rtol=1e-5, atol=1e-5
+    )
