@@ -85,7 +85,8 @@ def pivot_rows(basis: Tensor, *, most: int | None = None) -> Tensor:
 
 def mixed_from(basis: Tensor, pivots: Tensor) -> Tensor:
     """C (m, r) with basis = C · basis[pivots]."""
-    return torch.linalg.solve(basis[pivots].T, basis.T).T.contiguous()
+    solved: Tensor = torch.linalg.solve(basis[pivots].T, basis.T)
+    return solved.T.contiguous()
 
 
 def _eliminated(basis: Tensor) -> Tensor:

@@ -9,6 +9,9 @@ from .frequency import Frequency as Frequency
 from .head_aware import HeadAware as HeadAware
 from .random import Random as Random
 from .snmf import SemiNMF as SemiNMF
+from .storage import Pivoted as Pivoted
+from .storage import pivoted_curve as pivoted_curve
+from .storage import stored_as as stored_as
 from .svd import SVD as SVD
 from .whitened import Whitened as Whitened
 

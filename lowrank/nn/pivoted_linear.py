@@ -6,7 +6,7 @@ also its mirror image: the other inputs are mixed into r of them, y = U (x_p + C
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
