@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import LowrankError
+from .nn import pivoted_cost
 from .schema import COST, Checks, are_integers, checked, is_cost, is_integer, is_number, is_text
 from .types import Cost, Option, Size
 
@@ -66,21 +67,26 @@ class Entry:
             reason=reason,
         )  # fmt: skip
 
-    def with_rank(self, rank: Any, method: str) -> Entry:
-        """Plain factors of that rank, by `method` where the site was dense.
+    def with_rank(self, rank: Any, method: str, storage: str = "factors") -> Entry:
+        """Factors of that rank; by `method`, in `storage`, where the site was dense.
 
         Raises:
             LowrankError: no such rank for this shape, or it would not be smaller.
         """
-        check_rank(self.title, self.shape, rank)
+        if self.storage != "dense":
+            method, storage = self.method, self.storage
+        if storage != "pivoted" or self.kind != "linear":
+            storage = "factors"
+        itemsize = self.dense.bytes // max(self.dense.params, 1)
+        check_rank(self.title, self.shape, rank, storage, itemsize)
         numbers = rank * sum(self.shape)
-        products = numbers
-        if self.kind == "embedding":
-            products = rank * self.shape[1] + self.heads * numbers
-        cost = Cost(numbers, numbers * self.dense.bytes // self.dense.params, products)
-        method = method if self.storage == "dense" else self.method
+        cost = Cost(numbers, numbers * itemsize, numbers)
+        if storage == "pivoted":
+            cost = pivoted_cost(*self.shape, rank, itemsize=itemsize)
+        elif self.kind == "embedding":
+            cost = replace(cost, macs=rank * self.shape[1] + self.heads * numbers)
         return replace(
-            self, method=method, size=(rank,), storage="factors", cost=cost, error=None, reason=""
+            self, method=method, size=(rank,), storage=storage, cost=cost, error=None, reason=""
         )
 
     def row(self) -> dict[str, str]:
@@ -88,7 +94,7 @@ class Entry:
         return {
             "site": self.title if not self.heads else f"{self.title} (tied: {self.sites[-1]})",
             "shape": f"{self.shape[0]}x{self.shape[1]}",
-            "method": self.method,
+            "method": f"{self.method}{', pivoted' * (self.storage == 'pivoted')}",
             "rank": "" if self.size is None else ",".join(map(str, self.size)),
             "kept": f"{self.cost.params / max(self.dense.params, 1):.3f}",
             "error": relative(self.error, self.total),
@@ -96,11 +102,11 @@ class Entry:
         }
 
     @classmethod
-    def from_json(cls, item: Any, method: str) -> Entry:
+    def from_json(cls, item: Any, method: str, storage: str = "factors") -> Entry:
         """What was edited in the text decides; the cost that follows from it is brought up to date.
 
         Args:
-            method: for a site that was dense and was given a size.
+            method, storage: for a site that was dense and was given a size.
 
         Raises:
             LowrankError: a field is missing, unknown or of the wrong type; the site is named.
@@ -114,9 +120,9 @@ class Entry:
         if size is None:
             same = entry.cost == entry.dense
             return entry if same else entry.left_dense("left dense by hand")
-        if entry.storage not in ("factors", "dense"):
+        if entry.storage not in ("factors", "pivoted", "dense"):
             return entry
-        anew = entry.with_rank(size[0] if len(size) == 1 else size, method)
+        anew = entry.with_rank(size[0] if len(size) == 1 else size, method, storage)
         return entry if anew.cost == entry.cost else anew
 
 
@@ -127,21 +133,35 @@ def relative(error: float | None, total: float | None) -> str:
     return f"{(error / total) ** 0.5 if total > 0 else 0.0:.4f}"
 
 
-def check_rank(title: str, shape: Sequence[int], rank: Any) -> None:
+def check_rank(
+    title: str, shape: Sequence[int], rank: Any, storage: str = "factors", itemsize: int = 4
+) -> None:
     """Raises LowrankError unless the rank exists for this shape and makes the layer smaller."""
     out_features, in_features = shape
-    even = break_even(shape)
+    even = break_even(shape, storage, itemsize)
     if not is_integer(rank) or not 1 <= rank <= min(shape) or rank >= even:
         raise LowrankError(
             f"rank must be in [1, {min(shape)}] for {title} of shape "
-            f"({out_features}, {in_features}), got {rank!r}; from {even} on a factored layer is "
-            "not smaller than the dense one"
+            f"({out_features}, {in_features}), got {rank!r}; from {even} on a "
+            f"{'pivoted' if storage == 'pivoted' else 'factored'} layer is not smaller than the "
+            "dense one"
         )
 
 
-def break_even(shape: Sequence[int]) -> int:
-    """The least rank at which factors are not smaller than the matrix (out, in)."""
-    return -(-math.prod(shape) // max(sum(shape), 1))
+def break_even(shape: Sequence[int], storage: str = "factors", itemsize: int = 4) -> int:
+    """The least rank at which factors are not smaller than the matrix (out, in).
+
+    Args:
+        storage: pivoted factors are smaller up to nearly full rank: all numbers that they save
+            there have to outweigh the order of the features.
+        itemsize: bytes of one number.
+    """
+    if storage != "pivoted":
+        return -(-math.prod(shape) // max(sum(shape), 1))
+    (rows, columns), whole = shape, math.prod(shape) * itemsize
+    ranks = range(min(shape) - 1, 0, -1)
+    fits = (r for r in ranks if pivoted_cost(rows, columns, r, itemsize=itemsize).bytes < whole)
+    return next(fits, 0) + 1
 
 
 def _is_size(value: Any) -> bool:

@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from .entry import Entry
 from .errors import LowrankError, listed
 from .schema import COST, Checks, checked, is_cost, is_integer, is_number, is_text
 from .tables import aligned, rich_table
-from .types import UNITS, Cost, Unit
+from .types import UNITS, Cost, Storage, Unit
 
 FORMAT = 1
 
@@ -45,6 +45,11 @@ class Plan:
         return str(self.settings.get("method") or "svd")
 
     @property
+    def storage(self) -> str:
+        """What a linear layer that was left dense is stored as when it is given a rank."""
+        return str(self.settings.get("storage") or "factors")
+
+    @property
     def seed(self) -> int:
         """For methods that draw numbers."""
         return int(self.settings.get("seed") or 0)
@@ -74,7 +79,7 @@ class Plan:
             changed[entry.name] = (
                 entry.left_dense("left dense by hand")
                 if rank is None
-                else entry.with_rank(rank, self.method)
+                else entry.with_rank(rank, self.method, self.storage)
             )
         entries = tuple(changed.get(entry.name, entry) for entry in self.entries)
         return replace(self, entries=entries, settings={**self.settings, "edited": True})
@@ -95,7 +100,9 @@ class Plan:
         for part, checks in (("asked", _ASKED), ("settings", _SETTINGS)):
             checked({key: body[part].get(key) for key in checks}, checks, f"{part!r} in the plan")
         plan = cls((), Cost(**body["model"]), body["asked"], body["settings"])
-        entries = tuple(Entry.from_json(item, plan.method) for item in body["entries"])
+        entries = tuple(
+            Entry.from_json(item, plan.method, plan.storage) for item in body["entries"]
+        )
         names = Counter(name for entry in entries for name in entry.sites)
         twice = [name for name, times in names.items() if times > 1]
         if twice:
@@ -171,4 +178,5 @@ _ASKED: Checks = {
 _SETTINGS: Checks = {
     "method": (lambda v: v is None or is_text(v), "text"),
     "seed": (lambda v: v is None or is_integer(v), "an integer"),
+    "storage": (lambda v: v in (None, *get_args(Storage)), f"one of {listed(get_args(Storage))}"),
 }

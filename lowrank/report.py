@@ -43,7 +43,8 @@ class Report:
         sites: what became of each site that the plan factors.
         achieved: share kept of the targets, in the unit asked for, counted on stored tensors.
         achieved_of_model: the same of the whole model.
-        bytes_before, bytes_after: of all parameters of the model.
+        bytes_before, bytes_after: of all parameters of the model, and of the index tensors that
+            factored layers keep.
         seconds: of the whole call, calibration included.
         tokens: calibration tokens; 0 means that the model was never run.
         notes: what else the user should know, one sentence each.

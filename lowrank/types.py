@@ -12,6 +12,7 @@ from torch import Tensor, nn
 Size = tuple[int, ...]
 Unit = Literal["params", "bytes", "macs"]
 UNITS: tuple[Unit, ...] = ("params", "bytes", "macs")
+Storage = Literal["factors", "pivoted"]  # of low-rank factors of a linear layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,8 @@ class Curve:
             "row-fisher" (FWSVD) or "kl".
         exact: the error of an option is what the factored layer will show, to 1e-6 of `total`;
             otherwise it is a bound or an interpolation, and the method says which.
+        tails: error of every rank 0…min(out, in), (min + 1,) float64, where the method knows them:
+            also of ranks that this storage does not make smaller, and another may.
     """
 
     sites: tuple[str, ...]
@@ -132,6 +135,7 @@ class Curve:
     spectrum: Tensor | None
     norm: str
     exact: bool
+    tails: Tensor | None = None
 
     @property
     def dense(self) -> Option:

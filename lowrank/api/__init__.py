@@ -17,7 +17,7 @@ from ..errors import LowrankError
 from ..fisher import FISHER, with_fisher
 from ..plan import Plan
 from ..report import Report
-from ..types import Method, Policy, Unit
+from ..types import Method, Policy, Storage, Unit
 from .allocating import Curves
 from .applying import carry_out, matched
 from .planning import make_plan
@@ -43,6 +43,7 @@ def plan(
     target_modules: walk.Patterns = walk.ALL_LINEAR,
     exclude_modules: walk.Patterns | None = None,
     align: int | None = None,
+    storage: Storage | None = None,
     on_missing: OnMissing = "dense",
     seed: int = 0,
     progress: bool = True,
@@ -51,7 +52,8 @@ def plan(
     request = Request(
         ratio=ratio, method=method, policy=policy, rank=rank, rank_pattern=rank_pattern,
         effort=effort, of=of, unit=unit, prefer=prefer, target_modules=target_modules,
-        exclude_modules=exclude_modules, align=align, on_missing=on_missing, seed=seed,
+        exclude_modules=exclude_modules, align=align, storage=storage, on_missing=on_missing,
+        seed=seed,
     )  # fmt: skip
     return _decide(model, request, data, tokenizer, progress)[0]
 
@@ -104,6 +106,7 @@ def compress(
     target_modules: walk.Patterns = walk.ALL_LINEAR,
     exclude_modules: walk.Patterns | None = None,
     align: int | None = None,
+    storage: Storage | None = None,
     on_missing: OnMissing = "dense",
     seed: int = 0,
     copy: bool = False,
@@ -133,6 +136,8 @@ def compress(
             "all-linear" (every linear layer but the output head), or "all" (embeddings and the
             head too; a head that shares the embedding's weight is factored with it, once).
         align: ranks are multiples of it; None rounds down to 8 where that is nearly free; 1: off.
+        storage: of factored linear layers: "factors" (None too), r(m + n) numbers at rank r; or
+            "pivoted", the same matrix in r(m + n − r), so that ranks are higher at equal cost.
         on_missing: for layers that the data did not reach: "dense", "data-free" or "error".
         effort: recovery after the replacement; None until it exists.
         copy: work on a deep copy.
@@ -148,7 +153,7 @@ def compress(
         "method": method, "policy": policy, "rank": rank, "rank_pattern": rank_pattern,
         "effort": effort, "of": of, "unit": unit, "prefer": prefer, "align": align,
         "target_modules": target_modules, "exclude_modules": exclude_modules,
-        "on_missing": on_missing, "seed": seed,
+        "storage": storage, "on_missing": on_missing, "seed": seed,
     }  # fmt: skip
     way = None if method is None or isinstance(method, str) else method
     if isinstance(ratio, Plan):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 
 from .. import sites as walk
@@ -21,13 +21,13 @@ def allocate(
     request: Request, goal: int, targets: Sequence[Site], curves: Curves, whole: Cost
 ) -> Allocation:
     """One option for every target; `goal` is the dense cost that the ratio refers to."""
-    pinned = _pinned(request.rank_pattern or {}, targets, curves)
+    pinned = _pinned(request, targets, curves)
     sites = [site for site in targets if site.names not in pinned]
     free = [curves[site.name] for site in sites]
     if request.align is not None and not isinstance(request.rank, int):
         free = only_aligned(free, request.align)
     if request.rank is not None:
-        return {**_fixed(request.rank, sites, free), **pinned}
+        return {**_fixed(request.rank, request, sites, free), **pinned}
     if request.ratio is None or not free:
         return {**{curve.sites: curve.dense for curve in free}, **pinned}
     total = goal if request.of == "targets" else whole.of(request.unit)
@@ -44,27 +44,31 @@ def allocate(
     return {**found, **pinned}
 
 
-def _pinned(patterns: Mapping[str, int | float], sites: Sequence[Site], curves: Curves) -> Choice:
+def _pinned(request: Request, sites: Sequence[Site], curves: Curves) -> Choice:
     """The options that `rank_pattern` fixes; above break-even is an error here."""
     found: Choice = {}
+    patterns = request.rank_pattern or {}
     for site in sites:
         key = walk.pattern_value(patterns, site.names)
         if key is None:
             continue
         value = patterns[key]
         if isinstance(value, int):
-            check_rank(site.title, site.shape, value)
-        option = _fixed(value, [site], [curves[site.name]])[site.names]
+            check_rank(site.title, site.shape, value, *request.stored(site))
+        option = _fixed(value, request, [site], [curves[site.name]])[site.names]
         if option.dense:
             raise LowrankError(
                 f"rank_pattern {key!r}: keeping {value} of the energy of {site.title} takes a rank "
-                f"of {break_even(site.shape)} or more, which is not smaller than the dense layer"
+                f"of {break_even(site.shape, *request.stored(site))} or more, which is not smaller "
+                "than the dense layer"
             )
         found[site.names] = option
     return found
 
 
-def _fixed(rank: int | float, sites: Sequence[Site], curves: Sequence[Curve]) -> Choice:
+def _fixed(
+    rank: int | float, request: Request, sites: Sequence[Site], curves: Sequence[Curve]
+) -> Choice:
     """An integer is a rank for all; a float is the share of its energy that every site keeps."""
     if isinstance(rank, float):
         return dict(Energy(share=rank)(curves, Budget(0))) if curves else {}
@@ -72,7 +76,7 @@ def _fixed(rank: int | float, sites: Sequence[Site], curves: Sequence[Curve]) ->
     for site, curve in zip(sites, curves, strict=True):
         # A rank that the curve lacks carries nothing more than the one below it.
         option = at_most(curve, rank)
-        smaller = option is not None and rank < break_even(site.shape)
+        smaller = option is not None and rank < break_even(site.shape, *request.stored(site))
         found[site.names] = option if option is not None and smaller else curve.dense
     return found
 

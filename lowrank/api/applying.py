@@ -16,7 +16,7 @@ from ..calibrate import Calibration
 from ..entry import Entry
 from ..errors import LowrankError, listed
 from ..io.surgery import factored, unchanged_on_error
-from ..methods import METHODS, for_kind, method
+from ..methods import METHODS, for_kind, method, stored_as
 from ..nn import LowRankEmbedding, TiedHead
 from ..plan import Plan
 from ..report import Measured, Report
@@ -141,7 +141,7 @@ def _build(
 ) -> Built:
     started = time.perf_counter()
     stats = statistics_of(site, seen)
-    used = _method_for(entry, plan, way)
+    used = stored_as(_method_for(entry, plan, way), entry.storage)
     if used.needs and stats.count == 0:
         raise LowrankError(
             f"{site.title}: {entry.method} works from calibration data "
@@ -153,7 +153,7 @@ def _build(
     if not isinstance(new, wanted):
         said = f"must give an nn.Module ({wanted.__name__}), got {type(new).__name__}"
         raise LowrankError(f"{site.title}: {entry.method} {said}")
-    # A plan made on other statistics, or edited, gets a curve of its own here.
+    # A plan made on other statistics, or edited, gets a curve of its own here, in its storage.
     curve = used.curve(site, stats) if curves is None else curves[site.name]
     reason = _too_slow(site, new, seen, plan.seed) if plan.settings.get("prefer") == "speed" else ""
     measured = Measured(
@@ -244,9 +244,9 @@ def _stored(item: Built) -> Cost:
         cost = item.new.cost()
         heads = item.entry.heads * cost.params
         return Cost(cost.params, cost.bytes, cost.macs + heads)
-    tensors = [p for name, p in item.new.named_parameters() if not name.endswith("bias")]
-    params = sum(p.numel() for p in tensors if p.is_floating_point())
-    stored = sum(p.numel() * p.dtype.itemsize for p in tensors)
+    tensors = [t for name, t in item.new.state_dict().items() if not name.endswith("bias")]
+    params = sum(t.numel() for t in tensors if t.is_floating_point())
+    stored = sum(t.numel() * t.dtype.itemsize for t in tensors)
     return Cost(params, stored, item.entry.cost.macs)
 
 

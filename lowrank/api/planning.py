@@ -16,7 +16,7 @@ from .. import layouts
 from ..calibrate import Calibration
 from ..entry import Entry, break_even
 from ..errors import LowrankError, listed
-from ..methods import METHODS, SVD, for_kind, method
+from ..methods import METHODS, SVD, for_kind, method, stored_as
 from ..plan import Plan
 from ..types import Curve, Method, Option, Site, Statistics
 from .allocating import Curves, allocate
@@ -40,7 +40,8 @@ def make_plan(
     sites = _workable(wanted, way, seen, request)
     targets = [site for site in sites if not site.reason]
     bar = tqdm(targets, "decompose", delay=2, disable=not progress, leave=False)
-    curves = {site.name: _curve(site, way, seen) for site in bar}
+    storage = request.storage or "factors"
+    curves = {site.name: _curve(site, way, seen, storage) for site in bar}
     whole = model_cost(model, sites)
     counted = {site.names for site in wanted if not site.reason}
     goal = sum(site.cost.of(request.unit) for site in wanted if not site.reason)
@@ -53,6 +54,7 @@ def make_plan(
         "method": _name_of(way, [curves[s.name] for s in targets if _is_seen(s, way, seen)]),
         "policy": "fixed" if request.ratio is None else _name(request.policy or "uniform"),
         "align": request.align,
+        "storage": storage,
         "prefer": request.prefer,
         "on_missing": request.on_missing,
         "seed": request.seed,
@@ -145,10 +147,10 @@ def _is_seen(site: Site, way: Method, seen: Calibration | None) -> bool:
     return statistics_of(site, seen).count >= max(seen.min_tokens, 1)
 
 
-def _curve(site: Site, way: Method, seen: Calibration | None) -> Curve:
+def _curve(site: Site, way: Method, seen: Calibration | None, storage: str) -> Curve:
     if not _is_seen(site, way, seen):
-        return SVD().curve(site, Statistics())  # on_missing="data-free"
-    return for_kind(way, site.kind).curve(site, statistics_of(site, seen))
+        return stored_as(SVD(), storage).curve(site, Statistics())  # on_missing="data-free"
+    return stored_as(for_kind(way, site.kind), storage).curve(site, statistics_of(site, seen))
 
 
 def _entry(
@@ -177,7 +179,7 @@ def _entry(
 def _why_dense(option: Option, site: Site, curve: Curve, request: Request) -> str:
     if not option.dense:
         return ""
-    largest, rank = break_even(site.shape) - 1, request.rank
+    largest, rank = break_even(site.shape, *request.stored(site)) - 1, request.rank
     if len(curve.options) == 1:
         return "no rank makes a weight of this shape smaller"
     if isinstance(rank, float):

@@ -15,7 +15,7 @@ from ..errors import LowrankError, listed, unknown
 from ..methods import method as method_of
 from ..nn import is_factored
 from ..policies import policy as policy_of
-from ..types import UNITS, Cost, Factored, Method, Policy, Site, Unit
+from ..types import UNITS, Cost, Factored, Method, Policy, Site, Storage, Unit
 
 Of = Literal["targets", "model"]
 Prefer = Literal["size", "speed"]
@@ -40,6 +40,7 @@ class Request:
     align: int | None = None
     on_missing: OnMissing = "dense"
     seed: int = 0
+    storage: Storage | None = None
 
     def __post_init__(self) -> None:
         self._check_sizes()
@@ -47,6 +48,8 @@ class Request:
         _check_word("unit", self.unit, UNITS)
         _check_word("prefer", self.prefer, get_args(Prefer))
         _check_word("on_missing", self.on_missing, get_args(OnMissing))
+        if self.storage is not None:
+            _check_word("storage", self.storage, get_args(Storage))
         if not _is_int(self.seed):
             raise LowrankError(f"seed must be an integer, got {self.seed!r}")
         object.__setattr__(self, "seed", int(self.seed))
@@ -84,6 +87,11 @@ class Request:
     def needs(self) -> frozenset[str]:
         """Statistics that the method reads; none where it is left open."""
         return frozenset() if self.method is None else method_of(self.method, self.seed).needs
+
+    def stored(self, site: Site) -> tuple[str, int]:
+        """The storage of a site's factors, and the bytes of one number: what break-even asks."""
+        storage = self.storage if site.kind == "linear" else None
+        return storage or "factors", site.cost.bytes // max(site.cost.params, 1)
 
     def asked(self) -> dict[str, Any]:
         """What the plan remembers of the wish itself."""
@@ -132,13 +140,17 @@ def targets_of(model: nn.Module, request: Request) -> list[Site]:
 
 
 def model_cost(model: nn.Module, sites: Sequence[Site]) -> Cost:
-    """Parameters and bytes of the whole model, each stored tensor once; macs of its linears."""
+    """Parameters and bytes of the whole model, each stored tensor once; macs of its linears.
+
+    The bytes are those of its parameters, and of the index tensors that factored modules keep.
+    """
     unique = {id(parameter): parameter for parameter in model.parameters()}.values()
-    factored = [module.cost() for module in model.modules() if isinstance(module, Factored)]
+    factored = {id(m): m for m in model.modules() if isinstance(m, Factored)}.values()
+    orders = {id(t): t for m in factored for t in m.buffers()}.values()
     return Cost(
         params=sum(p.numel() for p in unique),
-        bytes=sum(p.numel() * p.dtype.itemsize for p in unique),
-        macs=sum(cost.macs for cost in (*factored, *(site.cost for site in sites))),
+        bytes=sum(t.numel() * t.dtype.itemsize for t in (*unique, *orders)),
+        macs=sum(cost.macs for cost in (*(m.cost() for m in factored), *(s.cost for s in sites))),
     )
 
 

@@ -14,7 +14,8 @@ from ..plan import Plan
 from ..policies import POLICIES
 
 CHOICES = (
-    "ratio", "rank", "method", "policy", "of", "unit", "align", "target", "exclude", "seed",
+    "ratio", "rank", "method", "policy", "of", "unit", "align", "storage", "target", "exclude",
+    "seed",
 )  # fmt: skip
 
 
@@ -66,6 +67,14 @@ Align = Annotated[
     _option(
         "--align", metavar="INT",
         help="Ranks are multiples of this, 1 is any; if not given, of 8 where that costs < 1 %.",
+    ),
+]  # fmt: skip
+Storage = Annotated[
+    str | None,
+    _option(
+        "--storage", metavar="FORM",
+        help="Of the factors: factors (if not given), or pivoted: the same matrices in fewer "
+        "numbers, so that ranks are higher at equal size.",
     ),
 ]  # fmt: skip
 Target = Annotated[

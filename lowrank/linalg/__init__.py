@@ -3,6 +3,10 @@
 from .gram import cross_sum as cross_sum
 from .gram import gram_sum as gram_sum
 from .gram import squared_error as squared_error
+from .pivot import Pivoted as Pivoted
+from .pivot import mixed_from as mixed_from
+from .pivot import pivot_rows as pivot_rows
+from .pivot import pivoted as pivoted
 from .ranks import condition_number as condition_number
 from .ranks import effective_rank as effective_rank
 from .ranks import entropy_rank as entropy_rank

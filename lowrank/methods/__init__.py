@@ -10,6 +10,9 @@ from .fwsvd import FWSVD as FWSVD
 from .head_aware import HeadAware as HeadAware
 from .random import Random as Random
 from .snmf import SemiNMF as SemiNMF
+from .storage import Pivoted as Pivoted
+from .storage import pivoted_curve as pivoted_curve
+from .storage import stored_as as stored_as
 from .svd import SVD as SVD
 from .two_sided import TwoSided as TwoSided
 from .whitened import Whitened as Whitened

@@ -53,7 +53,7 @@ class ASVD:
         weight, rank = layouts.matrix(module), rank_of(option, module)
         metric = self._metric(gram_of(stats, weight.shape[1]))
         up, down = linalg.factor(weight, rank, metric, seed=self.seed)
-        return low_rank_layer(module, down, up)
+        return low_rank_layer(module, down, up, option)
 
     def _metric(self, gram: Tensor) -> Tensor:
         """S² as a metric (in, in)."""

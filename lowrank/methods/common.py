@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from .. import layouts
 from ..errors import LowrankError
-from ..nn import LowRankEmbedding, LowRankLinear
+from ..nn import LowRankEmbedding, LowRankLinear, PivotedLinear
 from ..nn.lowrank_embedding import lookup_cost
 from ..nn.lowrank_linear import low_rank_cost
 from ..types import Cost, Curve, Option, Site, Statistics
@@ -26,18 +28,36 @@ def low_rank_curve(
     """The curve of plain factors: every rank whose factors are smaller than the dense weight.
 
     Args:
-        errors: of ranks 0…min(out, in); rank 0 is the zero matrix.
+        errors: of ranks 0…min(out, in); rank 0 is the zero matrix. All are kept in `tails`.
+    """
+    tails = torch.tensor(errors, dtype=torch.float64)
+    ranks, total = list(enumerate(tails.tolist()))[1:], float(tails[0])
+    options = options_of(site, method, "factors", ranks, partial(factored_cost, site))
+    return Curve(site.names, options, total, spectrum, norm, exact, tails)
+
+
+def options_of(
+    site: Site,
+    method: str,
+    storage: str,
+    errors: Iterable[tuple[int, float]],
+    cost_of: Callable[[int], Cost],
+) -> tuple[Option, ...]:
+    """An option for every rank that is smaller than the dense weight, and the dense one.
+
+    Args:
+        errors: (rank, error), ranks rising.
+        cost_of: the cost of a rank in this storage; it rises with the rank.
     """
     options, least = [], float("inf")
-    for rank in range(1, len(errors)):
-        cost = factored_cost(site, rank)
-        if cost.params >= site.cost.params:
+    for rank, error in errors:
+        cost = cost_of(rank)
+        if cost.params >= site.cost.params or cost.bytes >= site.cost.bytes:
             break
-        if errors[rank] < least:  # ties carry nothing: the smaller one is enough
-            least = errors[rank]
-            options.append(Option(method, (rank,), "factors", cost, float(least)))
-    options.append(Option("dense", None, "dense", site.cost, 0.0))
-    return Curve(site.names, tuple(options), float(errors[0]), spectrum, norm, exact)
+        if error < least:  # ties carry nothing: the smaller one is enough
+            least = error
+            options.append(Option(method, (rank,), storage, cost, least))
+    return (*options, Option("dense", None, "dense", site.cost, 0.0))
 
 
 def factored_cost(site: Site, rank: int) -> Cost:
@@ -91,10 +111,15 @@ def rank_of(option: Option, module: nn.Module) -> int:
     return option.size[0]
 
 
-def low_rank_layer(module: nn.Module, down: Tensor, up: Tensor) -> LowRankLinear:
-    """Factors in the compute dtype -> a layer with the dtype, device and bias of `module`."""
-    weight = layouts.matrix(module)
-    return LowRankLinear.from_factors(down.to(weight), up.to(weight), layouts.bias(module))
+def low_rank_layer(
+    module: nn.Module, down: Tensor, up: Tensor, option: Option
+) -> LowRankLinear | PivotedLinear:
+    """Factors in the compute dtype -> a layer with the dtype, device and bias of `module`, in the
+    storage that the option names."""
+    weight, bias = layouts.matrix(module), layouts.bias(module)
+    if option.storage == "pivoted":
+        return PivotedLinear.from_factors(down, up, bias, dtype=weight.dtype)
+    return LowRankLinear.from_factors(down.to(weight), up.to(weight), bias)
 
 
 def table_layer(module: nn.Module, rows: Tensor, down: Tensor) -> LowRankEmbedding:

@@ -45,7 +45,8 @@ class Random:
             for shape in ((weight.shape[0], rank), (rank, weight.shape[1]))
         )
         # Of a zero weight one factor stays alive: were both zero, no gradient could reach them.
-        return low_rank_layer(module, down * (std or weight.shape[1] ** -0.5), up * std)
+        down = down * (std or weight.shape[1] ** -0.5)
+        return low_rank_layer(module, down, up * std, option)
 
 
 def _fingerprint(weight: Tensor) -> int:

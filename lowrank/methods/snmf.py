@@ -53,4 +53,4 @@ class SemiNMF:
         up, down = linalg.semi_nmf(
             layouts.matrix(module), rank, iterations=self.iterations, seed=self.seed
         )
-        return low_rank_layer(module, down, up)
+        return low_rank_layer(module, down, up, option)

@@ -39,4 +39,4 @@ class SVD:
             table = layouts.matrix(module)
             return table_layer(module, *linalg.factor_tokens(table, rank_of(option, module)))
         up, down = linalg.factor(layouts.matrix(module), rank_of(option, module), seed=self.seed)
-        return low_rank_layer(module, down, up)
+        return low_rank_layer(module, down, up, option)

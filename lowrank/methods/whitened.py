@@ -42,4 +42,4 @@ class Whitened:
         weight, rank = layouts.matrix(module), rank_of(option, module)
         gram = gram_of(stats, weight.shape[1])
         up, down = linalg.factor(weight, rank, gram, seed=self.seed)
-        return low_rank_layer(module, down, up)
+        return low_rank_layer(module, down, up, option)

@@ -9,12 +9,17 @@ from torch import nn
 from ..errors import LowrankError, unknown
 from .lowrank_embedding import LowRankEmbedding as LowRankEmbedding
 from .lowrank_linear import LowRankLinear as LowRankLinear
+from .pivoted_linear import PivotedLinear as PivotedLinear
+from .pivoted_linear import pivot_layer as pivot_layer
+from .pivoted_linear import pivot_side as pivot_side
+from .pivoted_linear import pivoted_cost as pivoted_cost
 from .tied import TiedEmbedding as TiedEmbedding
 from .tied import TiedHead as TiedHead
 from .tied import owner_of as owner_of
 
 FACTORED: dict[str, type[nn.Module]] = {
     "LowRankLinear": LowRankLinear,
+    "PivotedLinear": PivotedLinear,
     "LowRankEmbedding": LowRankEmbedding,
     "TiedEmbedding": TiedEmbedding,
     "TiedHead": TiedHead,

@@ -23,15 +23,19 @@ class LazyProduct(torch.Tensor):
     reach them.
     """
 
-    factors: tuple[Tensor, Tensor]
+    product: Callable[[], Tensor]
 
     @staticmethod
     def __new__(cls, up: Tensor, down: Tensor) -> Self:
-        shape = (up.shape[0], down.shape[1])
+        return cls.of((up.shape[0], down.shape[1]), up, lambda: up @ down)
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], like: Tensor, product: Callable[[], Tensor]) -> Self:
+        """What `product()` gives: a tensor of that shape, with the dtype and device of `like`."""
         made: Self = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=up.dtype, device=up.device
+            cls, shape, dtype=like.dtype, device=like.device
         )
-        made.factors = (up, down)
+        made.product = product
         return made
 
     @classmethod
@@ -54,8 +58,7 @@ class LazyProduct(torch.Tensor):
 
 def _multiplied(value: Any) -> Any:
     if isinstance(value, LazyProduct):
-        up, down = value.factors
-        return up @ down
+        return value.product()
     if isinstance(value, dict):
         return {key: _multiplied(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

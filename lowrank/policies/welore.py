@@ -73,5 +73,8 @@ def _gated(curve: Curve, rank: int) -> Option:
     if below is None or below.size is None:
         return curve.options[0]
     # A curve may lack this very rank (alignment, ties): its cost follows from the one below.
-    grows = rank * below.cost.params >= below.size[0] * curve.dense.cost.params
+    known, per_rank = below.size[0], below.cost.params
+    if below.storage == "pivoted":  # r(m + n − r)
+        per_rank -= known * (rank - known)
+    grows = rank * per_rank >= known * curve.dense.cost.params
     return curve.dense if grows and below.error > 0 else below

@@ -56,7 +56,7 @@ def test_within_the_gap_of_brute_force(seed: int) -> None:
 
 def test_a_cheap_group_is_taken_and_a_dear_one_is_not() -> None:
     singles = [curve((name,), [8.0, 4.0, 1.0], 10) for name in "ab"]
-    good, bad = curve(("a", "b"), [2.0, 0.5], 12), curve(("a", "b"), [16.0, 15.0], 12)
+    good, bad = curve(("a", "b"), [2.0, 0.5], 12), curve(("a", "b"), [16.0, 15.0], 27)
     assert ("a", "b") in solve([*singles, good], Budget(30))[0]
     assert ("a", "b") not in solve([*singles, bad], Budget(60))[0]
 
