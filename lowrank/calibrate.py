@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import selfwritten
 from . import sites as walk
 from .checks import check_model
 from .data import LENGTH, Batch, Data, Forward, forward, mask_of, materialise
@@ -17,6 +18,8 @@ from .frequencies import Frequencies
 from .linalg import gram_sum
 from .observe import Observation, SameTensor, first_tensor, observe, quiet
 from .types import Site, Statistics
+
+SELF = "self"  # as data: the model writes it
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +32,7 @@ class Calibration:
         batches: the data, ready to be run again, or the caller's own callable.
         tokens: the most input vectors that any linear layer saw; without one, the most lookups.
         min_tokens: a site that saw fewer follows `on_missing`.
+        source: where the data came from when the model wrote it itself, else "".
     """
 
     statistics: dict[str, Statistics]
@@ -36,6 +40,7 @@ class Calibration:
     batches: list[Batch] | Forward
     tokens: int
     min_tokens: int = 1
+    source: str = ""
 
 
 def calibrate(
@@ -45,6 +50,7 @@ def calibrate(
     tokenizer: Any = None,
     length: int = LENGTH,
     min_tokens: int = 1,
+    seed: int = 0,
     progress: bool = True,
 ) -> Calibration:
     """Gather E[x xᵀ] and E[x] of every linear layer's input, and how often ids are looked up.
@@ -55,9 +61,11 @@ def calibrate(
     mask's shape, or its rows in one line.
 
     Args:
-        data: see `lowrank.data.materialise`. A finished calibration is returned as it is.
-        length: tokens of a row when texts are cut.
+        data: see `lowrank.data.materialise`; or "self": text that a causal language model writes
+            itself. A finished calibration is returned as it is.
+        length: tokens of a row when texts are cut or written.
         min_tokens: a site that saw fewer tokens counts as unseen.
+        seed: of the text that the model writes.
 
     Raises:
         LowrankError: no layer was reached, an activation is NaN or Inf, or an id is out of range
@@ -66,7 +74,7 @@ def calibrate(
     check_model(model)
     if isinstance(data, Calibration):
         return data
-    batches = materialise(data, tokenizer, length=length)
+    batches, source = _batches(model, data, tokenizer, length, seed, progress)
     free = [site for site in walk.find(model) if not site.reason]
     tables = [site for site in free if site.kind == "embedding"]
     heads = walk.heads(model, tables)
@@ -102,7 +110,17 @@ def calibrate(
         )
         raise LowrankError(f"the calibration data reached none of {len(free)} layers: {hint}")
     seen = Observation(seen.order, groups, seen.chains, seen.shapes)
-    return Calibration(statistics, seen, batches, tokens, min_tokens)
+    return Calibration(statistics, seen, batches, tokens, min_tokens, source)
+
+
+def _batches(
+    model: nn.Module, data: Data, tokenizer: Any, length: int, seed: int, progress: bool
+) -> tuple[list[Batch] | Forward, str]:
+    """The data, ready to be run, and where it came from if the model wrote it."""
+    if not (isinstance(data, str) and data == SELF):
+        return materialise(data, tokenizer, length=length), ""
+    written = selfwritten.batches(model, length=length, seed=seed, progress=progress)
+    return written, selfwritten.described(model, length=length, seed=seed)
 
 
 class _Gather:

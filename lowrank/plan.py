@@ -26,7 +26,8 @@ class Plan:
         entries: every site that was considered, in the model's order.
         model: cost of the whole model, dense: parameters and bytes of all its parameters.
         asked: what was asked for, such as {"ratio": 0.6, "of": "targets", "unit": "params"}.
-        settings: method, policy, align, seed, tokens, versions: what is needed to repeat it.
+        settings: method, policy, align, seed, tokens, data (if the model wrote it), versions:
+            what is needed to repeat it.
     """
 
     entries: tuple[Entry, ...]
@@ -179,4 +180,5 @@ _SETTINGS: Checks = {
     "method": (lambda v: v is None or is_text(v), "text"),
     "seed": (lambda v: v is None or is_integer(v), "an integer"),
     "storage": (lambda v: v in (None, *get_args(Storage)), f"one of {listed(get_args(Storage))}"),
+    "data": (lambda v: v is None or is_text(v), "text"),
 }

@@ -37,6 +37,7 @@ ORDER = """
     observe
     frequencies
     data
+    selfwritten
     io
     calibrate
     streams

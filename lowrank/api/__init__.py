@@ -10,16 +10,18 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from .. import sites as walk
-from ..calibrate import Calibration, calibrate
+from ..calibrate import SELF, Calibration, calibrate
 from ..checks import check_model
 from ..data import Data
 from ..errors import LowrankError
 from ..fisher import FISHER, with_fisher
+from ..methods import method as method_of
 from ..plan import Plan
 from ..report import Report
+from ..selfwritten import described, writes
 from ..types import Method, Policy, Storage, Unit
 from .allocating import Curves
-from .applying import carry_out, matched
+from .applying import carry_out, matched, method_for
 from .planning import make_plan
 from .request import Of, OnMissing, Prefer, Request, check_beside_plan, targets_of
 
@@ -72,6 +74,7 @@ def apply(
 
     Args:
         data: statistics for the factors; needed where the plan's method is activation-aware.
+            "default": what the model wrote itself for the plan, which it writes again.
         method: the method object, for a plan made with one that the registry does not know.
         copy: work on a deep copy.
 
@@ -82,8 +85,9 @@ def apply(
     if not isinstance(plan, Plan):
         raise LowrankError(f"apply carries out a Plan, got {plan!r:.80}; compress takes a ratio")
     check_model(model)
-    matched(model, plan)
-    seen = _seen(model, data, tokenizer, progress)
+    ways = [method_for(entry, plan, method) for _, entry in matched(model, plan)]
+    needed = any(used.needs for used in ways) and _wrote(model, plan)
+    seen = _seen(model, data, tokenizer, needed, plan.seed, progress)
     if copy:
         model = copying.deepcopy(model)
     return carry_out(model, plan, seen, way=method, curves=None, started=started, progress=progress)
@@ -119,16 +123,17 @@ def compress(
         ratio: the fraction kept, in (0, 1); or a finished plan, beside which only data, tokenizer,
             copy, progress and a method object are taken.
         method: "svd", "whitened", "asvd", "snmf", "random", "frequency", "head-aware" (the last two
-            for embeddings) or an object; None: "whitened" with data, else "svd". Embeddings that
-            "whitened" meets are factored by "head-aware".
+            for embeddings) or an object; None: "whitened" with data, given or self-written, else
+            "svd". Embeddings that "whitened" meets are factored by "head-aware".
         policy: "uniform", "energy", "welore", "spectrum" or a callable; None: "uniform". It shares
             out a ratio; fixed ranks leave it nothing to do.
         rank: instead of a ratio: an int for all sites, or a float in (0, 1], the share of energy.
         rank_pattern: name or regular expression -> rank; alone, or on top of ratio or rank. Its
             ranks are kept as they are, whatever `align` says.
         data: texts (with `tokenizer`), tensors, dicts, a loader, a callable `forward(model)`, or
-            a `Calibration`. None never runs the model; "default" is None as long as models do not
-            write their own calibration text.
+            a `Calibration`. "self": a causal language model writes its calibration text itself,
+            as `seed` decides. "default": "self" for such models where the method works from
+            data, else None. None never runs the model.
         of: "targets" or "model": what the ratio is a share of.
         unit: "params", "bytes" or "macs".
         prefer: "speed" leaves a layer dense that is not faster at the data's shape.
@@ -176,13 +181,25 @@ def _decide(
     """All checks that need no work come first: a typing error must not cost a calibration."""
     check_model(model)
     wanted = targets_of(model, request)
-    seen = _seen(model, data, tokenizer, progress)
+    needed = request.method is None or bool(method_of(request.method, request.seed).needs)
+    seen = _seen(model, data, tokenizer, needed, request.seed, progress)
     if seen is not None and request.needs() & FISHER:
         seen = with_fisher(model, seen, seed=request.seed, progress=progress)
     return *make_plan(model, request, wanted, seen, progress=progress), seen
 
 
-def _seen(model: nn.Module, data: Source, tokenizer: Any, progress: bool) -> Calibration | None:
-    if data is None or (isinstance(data, str) and data == "default"):
+def _wrote(model: nn.Module, plan: Plan) -> bool:
+    """Whether the model can write what the plan was made on; a plan of given data asks for that."""
+    made_on = plan.settings.get("data")
+    return writes(model) and made_on in (None, described(model, seed=plan.seed))
+
+
+def _seen(
+    model: nn.Module, data: Source, tokenizer: Any, needed: bool, seed: int, progress: bool
+) -> Calibration | None:
+    """The statistics; "default" is the model's own text where that is needed and can be had."""
+    if isinstance(data, str) and data == "default":
+        data = SELF if needed and writes(model) else None
+    if data is None:
         return None
-    return calibrate(model, cast(Any, data), tokenizer=tokenizer, progress=progress)
+    return calibrate(model, cast(Any, data), tokenizer=tokenizer, seed=seed, progress=progress)

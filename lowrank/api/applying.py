@@ -80,7 +80,7 @@ def carry_out(
         tokens=0 if seen is None else seen.tokens,
         seed=plan.seed,
         versions=versions(),
-        notes=_notes(built),
+        notes=_notes(built, seen),
     )
     return root, report
 
@@ -141,7 +141,7 @@ def _build(
 ) -> Built:
     started = time.perf_counter()
     stats = statistics_of(site, seen)
-    used = stored_as(_method_for(entry, plan, way), entry.storage)
+    used = stored_as(method_for(entry, plan, way), entry.storage)
     if used.needs and stats.count == 0:
         raise LowrankError(
             f"{site.title}: {entry.method} works from calibration data "
@@ -169,7 +169,8 @@ def _build(
     return Built(site, entry, None if reason else new, measured)
 
 
-def _method_for(entry: Entry, plan: Plan, way: Method | None) -> Method:
+def method_for(entry: Entry, plan: Plan, way: Method | None) -> Method:
+    """What factors a site: `way` where it is the plan's own method, or the registry's."""
     if way is not None and entry.method == plan.method:
         return for_kind(way, entry.kind)
     if entry.method in METHODS:
@@ -250,8 +251,8 @@ def _stored(item: Built) -> Cost:
     return Cost(params, stored, item.entry.cost.macs)
 
 
-def _notes(built: Sequence[Built]) -> tuple[str, ...]:
+def _notes(built: Sequence[Built], seen: Calibration | None) -> tuple[str, ...]:
     slow = sum(item.new is None for item in built)
-    if not slow:
-        return ()
-    return (f"left dense because factors are not faster: {slow}; more is kept than was planned",)
+    left = f"left dense because factors are not faster: {slow}; more is kept than was planned"
+    own = () if seen is None or not seen.source else (f"calibrated on {seen.source}",)
+    return (*own, left) if slow else own

@@ -59,6 +59,7 @@ def make_plan(
         "on_missing": request.on_missing,
         "seed": request.seed,
         "tokens": 0 if seen is None else seen.tokens,
+        "data": "" if seen is None else seen.source,
         "versions": versions(),
     }
     return Plan(entries, whole, request.asked(), settings), curves

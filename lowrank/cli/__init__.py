@@ -23,7 +23,7 @@ hub. TEXT is a text file in UTF-8.
   lowrank inspect PATH                        what is in there, how low its rank is
   lowrank plan PATH --ratio 0.8               what would be done; nothing is changed
   lowrank report plan.json -o plan.html       a plan as a page to look at
-  lowrank compress PATH --ratio 0.8 --method whitened --data TEXT --out out
+  lowrank compress PATH --ratio 0.8 --data TEXT --out out
   lowrank eval out --text TEXT --reference PATH
   lowrank merge out --out dense               back to a checkpoint without lowrank
 

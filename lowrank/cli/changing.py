@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..calibrate import SELF, calibrate
 from ..errors import LowrankError
 from ..report import Report
+from ..selfwritten import writes
 from ..tables import markdown
 from . import inputs, options
 from .console import hushed, on_terminal, say, say_reasons, show
@@ -50,18 +52,22 @@ def plan(
     from ..api import plan as decide
 
     chosen = options.keywords(context.params)
-    text = None if data is None else inputs.read_text(data)
+    text = inputs.read_data(data)
     if out is not None and out.exists() and not force:
         raise LowrankError(f"{out} exists: choose another name, or add --force")
     model = inputs.load_model(path)
-    batches = _batches(model, path, text, length)
+    ways = [method] if method else []
+    batches = _calibration(model, path, text, data, length, ways, seed or 0)
     found = decide(model, **chosen, data=batches, progress=on_terminal())
     show(found)
     say(f"keeps {found.kept():.4f} of the targets' {found.unit}, "
         f"{found.kept_of_model():.4f} of the model's")  # fmt: skip
+    if found.settings.get("data"):
+        say(f"calibrated on {found.settings['data']}")
     if out is not None:
         found.save(out)
         again = "" if data is None else f" --data {data}"
+        again += "" if length is None else f" --length {length}"
         say(f"wrote {out}; to apply it: lowrank compress {path} --plan {out}{again} --out out")
 
 
@@ -94,7 +100,7 @@ def compress(
 
     \b
       lowrank compress PATH --ratio 0.8 --out out
-      lowrank compress PATH --ratio 0.8 --method whitened --data TEXT --out out
+      lowrank compress PATH --ratio 0.8 --data TEXT --out out
       lowrank compress PATH --rank 32 --target q_proj --target k_proj --out out
       lowrank compress PATH --plan plan.json --out out
     """
@@ -103,10 +109,11 @@ def compress(
 
     todo = None if saved is None else options.saved_plan(saved, context.params)
     chosen = {} if todo is not None else options.keywords(context.params)
-    text = None if data is None else inputs.read_text(data)
+    text = inputs.read_data(data)
     inputs.check_folder(out, force, source=path)
     model = inputs.load_model(path)
-    batches = _batches(model, path, text, length)
+    ways = options.used_by(todo) if todo else [method] if method else []
+    batches = _calibration(model, path, text, data, length, ways, todo.seed if todo else seed or 0)
     if todo is not None:
         model, report = apply(model, todo, data=batches, progress=on_terminal())
     else:
@@ -139,13 +146,31 @@ def merge(
 COMMANDS: dict[str, Callable[..., Any]] = {"plan": plan, "compress": compress, "merge": merge}
 
 
-def _batches(model: Any, path: str, text: str | None, length: int | None) -> Any:
-    """Calibration data, or None; the row length is checked in either case."""
-    rows = inputs.row_length(model, length, option="--length")
-    if text is None:
-        return None
-    inputs.check_reads_tokens(model, "--data")
-    return inputs.text_batches(text, path, rows)
+def _calibration(
+    model: Any,
+    path: str,
+    text: str | None,
+    data: str | None,
+    length: int | None,
+    methods: Sequence[str],
+    seed: int,
+) -> Any:
+    """What goes in as data=; the row length is checked in any case.
+
+    Raises:
+        LowrankError: one of the `methods` needs a text, and there is none.
+    """
+    rows, needing = inputs.row_length(model, length, option="--length"), options.needs_data(methods)
+    if text is not None:
+        inputs.check_reads_tokens(model, "--data")
+        return inputs.text_batches(text, path, rows)
+    if not writes(model) and (needing or data is not None):
+        why = f"{type(model).__name__} writes no calibration text of its own"
+        raise LowrankError(f"{why}{needing and f', and {needing} needs one'}: add --data TEXT")
+    unused = bool(methods) and not needing
+    if data is None and (length is None or unused or not writes(model)):
+        return "default"
+    return calibrate(model, SELF, length=rows, seed=seed, progress=on_terminal())
 
 
 def _write(model: Any, report: Report, path: str, out: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..calibrate import SELF
 from ..data import LENGTH, Batch, materialise
 from ..errors import LowrankError, listed
 from .console import hushed, one_line
@@ -25,7 +26,8 @@ Length = Annotated[
     int | None,
     typer.Option(
         metavar="INT", show_default=False,
-        help=f"Tokens of a row of text; {LENGTH} if not given, or less for a small model.",
+        help=f"Tokens of a row of text, read or written; {LENGTH} if not given, or less for a small "
+        "model.",
     ),
 ]  # fmt: skip
 Out = Annotated[
@@ -77,6 +79,11 @@ def load_tokenizer(path: str, why: str = "") -> Any:
     if why:
         raise LowrankError(f"{why} needs a tokenizer, and {path} holds none")
     return None
+
+
+def read_data(data: str | None) -> str | None:
+    """The text behind --data; None without one, and where the model is to write it itself."""
+    return None if data is None or data == SELF else read_text(Path(data))
 
 
 def read_text(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,7 +40,8 @@ Method = Annotated[
     str | None,
     _option(
         "--method", metavar="NAME",
-        help=f"{', '.join(METHODS)}; whitened with --data and svd without it, if not given.",
+        help=f"{', '.join(METHODS)}; if not given: whitened, or svd where there is no --data and "
+        "the model writes no text.",
     ),
 ]  # fmt: skip
 Policy = Annotated[
@@ -51,9 +52,13 @@ Policy = Annotated[
     ),
 ]  # fmt: skip
 Text = Annotated[
-    Path | None,
-    _option("--data", metavar="TEXT", help="Calibration text: what the layers' inputs look like."),
-]
+    str | None,
+    _option(
+        "--data", metavar="TEXT",
+        help="Calibration text: what the layers' inputs look like. self, or not given: what a "
+        "causal language model writes itself.",
+    ),
+]  # fmt: skip
 Of = Annotated[
     str | None,
     _option("--of", metavar="WHAT", help="The ratio is a share of: targets (if not given), model."),
@@ -113,8 +118,6 @@ def keywords(given: Mapping[str, Any]) -> dict[str, Any]:
             patterns = list(found.pop(name))
             found[f"{name}_modules"] = patterns[0] if len(patterns) == 1 else patterns
     Request(**found)
-    if given["data"] is None:
-        _check_data_free(found.get("method", "svd"))
     return found
 
 
@@ -128,10 +131,20 @@ def saved_plan(path: Path, given: Mapping[str, Any]) -> Plan:
     if beside:
         raise LowrankError(f"--plan has decided already: leave out {', '.join(beside)}")
     found = Plan.load(path)
-    if given["data"] is None:
-        for name in sorted({e.method for e in found.entries if e.size is not None}):
-            _check_data_free(name)
+    needing = needs_data(used_by(found))
+    if given["data"] is None and needing and found.settings.get("data") == "":
+        raise LowrankError(f"the plan was made on a text, by {needing}: add --data TEXT")
     return found
+
+
+def used_by(plan: Plan) -> list[str]:
+    """The names of the methods that a plan factors layers by."""
+    return sorted({entry.method for entry in plan.entries if entry.size is not None})
+
+
+def needs_data(methods: Iterable[str]) -> str:
+    """The first of some methods that works from data, or ""."""
+    return next((name for name in methods if name in METHODS and METHODS[name]().needs), "")
 
 
 def _number(text: str) -> int | float:
@@ -141,8 +154,3 @@ def _number(text: str) -> int | float:
         except ValueError:
             continue
     raise LowrankError(f"--rank must be a number, got {text!r}")
-
-
-def _check_data_free(method: str) -> None:
-    if method in METHODS and METHODS[method]().needs:
-        raise LowrankError(f"method {method} needs a calibration text: add --data TEXT")
