@@ -6,6 +6,9 @@ from .api import apply as apply
 from .api import compress as compress
 from .api import plan as plan
 from .api.by_design import factorize_by_design as factorize_by_design
+from .api.efforts import EFFORTS as EFFORTS
+from .api.efforts import Effort as Effort
+from .api.efforts import Recovery as Recovery
 from .bench import Benchmark as Benchmark
 from .bench import benchmark as benchmark
 from .calibrate import Calibration as Calibration
@@ -17,6 +20,7 @@ from .diagnose import sensitivity as sensitivity
 from .errors import LowrankError as LowrankError
 from .eval import kl as kl
 from .eval import perplexity as perplexity
+from .fisher import with_fisher as with_fisher
 from .io import export as export
 from .io import from_pretrained as from_pretrained
 from .io import load as load

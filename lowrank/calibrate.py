@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import selfwritten
 from . import sites as walk
 from .checks import check_model
-from .data import LENGTH, Batch, Data, Forward, forward, mask_of, materialise
+from .data import LENGTH, ROWS, Batch, Data, Forward, forward, mask_of, materialise, rebatched
 from .errors import LowrankError
 from .frequencies import Frequencies
 from .linalg import gram_sum
@@ -33,6 +33,7 @@ class Calibration:
         tokens: the most input vectors that any linear layer saw; without one, the most lookups.
         min_tokens: a site that saw fewer follows `on_missing`.
         source: where the data came from when the model wrote it itself, else "".
+        held_out: batches that no statistic saw, kept for judging.
     """
 
     statistics: dict[str, Statistics]
@@ -41,6 +42,7 @@ class Calibration:
     tokens: int
     min_tokens: int = 1
     source: str = ""
+    held_out: tuple[Batch, ...] = ()
 
 
 def calibrate(
@@ -51,6 +53,7 @@ def calibrate(
     length: int = LENGTH,
     min_tokens: int = 1,
     seed: int = 0,
+    hold_out: float = 0.0,
     progress: bool = True,
 ) -> Calibration:
     """Gather E[x xᵀ] and E[x] of every linear layer's input, and how often ids are looked up.
@@ -66,6 +69,7 @@ def calibrate(
         length: tokens of a row when texts are cut or written.
         min_tokens: a site that saw fewer tokens counts as unseen.
         seed: of the text that the model writes.
+        hold_out: share of the rows, the last ones, that is kept for judging; none of a callable.
 
     Raises:
         LowrankError: no layer was reached, an activation is NaN or Inf, or an id is out of range
@@ -75,6 +79,7 @@ def calibrate(
     if isinstance(data, Calibration):
         return data
     batches, source = _batches(model, data, tokenizer, length, seed, progress)
+    batches, held_out = _parted(batches, hold_out)
     free = [site for site in walk.find(model) if not site.reason]
     tables = [site for site in free if site.kind == "embedding"]
     heads = walk.heads(model, tables)
@@ -110,7 +115,39 @@ def calibrate(
         )
         raise LowrankError(f"the calibration data reached none of {len(free)} layers: {hint}")
     seen = Observation(seen.order, groups, seen.chains, seen.shapes)
-    return Calibration(statistics, seen, batches, tokens, min_tokens, source)
+    return Calibration(statistics, seen, batches, tokens, min_tokens, source, held_out)
+
+
+def _parted(
+    batches: list[Batch] | Forward, share: float
+) -> tuple[list[Batch] | Forward, tuple[Batch, ...]]:
+    """The last rows apart; data of one row, or a callable, is not parted."""
+    if not 0 <= share < 1:
+        raise LowrankError(f"hold_out must be in [0, 1), got {share!r}")
+    if share == 0 or callable(batches):
+        return batches, ()
+    rows = rebatched(batches, 1)
+    kept = round(share * len(rows))
+    if not 0 < kept < len(rows):
+        return batches, ()
+    return _stacked(rows[:-kept]), tuple(_stacked(rows[-kept:]))
+
+
+def _stacked(rows: Sequence[Batch]) -> list[Batch]:
+    """Single rows in batches again, where neighbours are tensors of one shape."""
+    found: list[Batch] = []
+    for row in rows:
+        last = found[-1] if found else None
+        if (
+            isinstance(row, Tensor)
+            and isinstance(last, Tensor)
+            and last.shape[1:] == row.shape[1:]
+            and len(last) < ROWS
+        ):
+            found[-1] = torch.cat([last, row])
+        else:
+            found.append(row)
+    return found
 
 
 def _batches(

@@ -181,4 +181,5 @@ _SETTINGS: Checks = {
     "seed": (lambda v: v is None or is_integer(v), "an integer"),
     "storage": (lambda v: v in (None, *get_args(Storage)), f"one of {listed(get_args(Storage))}"),
     "data": (lambda v: v is None or is_text(v), "text"),
+    "recovery": (lambda v: v is None or isinstance(v, dict), "an object or null"),
 }

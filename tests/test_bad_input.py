@@ -122,7 +122,7 @@ def test_align(model: nn.Module, align: Any) -> None:
         ("unit", "byte", "did you mean 'bytes'?"),
         ("prefer", "fast", "(known: size, speed)"),
         ("on_missing", "datafree", "did you mean 'data-free'?"),
-        ("effort", "high", "recovery comes with a later version"),
+        ("effort", "high", "unknown effort .high."),
         ("method", 5, "a method has the verbs curve and factor; got int"),
         ("policy", 5, "a policy is a name or a callable, got int"),
     ],

@@ -22,9 +22,11 @@ from ..selfwritten import described, writes
 from ..types import Method, Policy, Storage, Unit
 from .allocating import Curves
 from .applying import carry_out, matched, method_for
+from .efforts import Effort, Recovery
 from .planning import make_plan
 from .request import Of, OnMissing, Prefer, Request, check_beside_plan, targets_of
 
+HOLD_OUT = 1 / 8  # of the calibration rows, kept for judging where something is judged
 Source = Data | Calibration | Literal["default"] | None
 
 
@@ -38,7 +40,7 @@ def plan(
     rank_pattern: Mapping[str, int | float] | None = None,
     data: Source = "default",
     tokenizer: Any = None,
-    effort: str | None = None,
+    effort: str | Recovery | Effort | None = None,
     of: Of = "targets",
     unit: Unit = "params",
     prefer: Prefer = "size",
@@ -87,7 +89,11 @@ def apply(
     check_model(model)
     ways = [method_for(entry, plan, method) for _, entry in matched(model, plan)]
     needed = any(used.needs for used in ways) and _wrote(model, plan)
-    seen = _seen(model, data, tokenizer, needed, plan.seed, progress)
+    recovers = plan.settings.get("recovery") is not None
+    hold_out = HOLD_OUT if recovers else 0.0
+    seen = _seen(model, data, tokenizer, needed, plan.seed, progress, hold_out)
+    if seen is not None and any(used.needs & FISHER for used in ways):
+        seen = with_fisher(model, seen, seed=plan.seed, progress=progress)
     if copy:
         model = copying.deepcopy(model)
     return carry_out(model, plan, seen, way=method, curves=None, started=started, progress=progress)
@@ -103,7 +109,7 @@ def compress(
     rank_pattern: Mapping[str, int | float] | None = None,
     data: Source = "default",
     tokenizer: Any = None,
-    effort: str | None = None,
+    effort: str | Recovery | Effort | None = None,
     of: Of = "targets",
     unit: Unit = "params",
     prefer: Prefer = "size",
@@ -144,7 +150,9 @@ def compress(
         storage: of factored linear layers: "factors" (None too), r(m + n) numbers at rank r; or
             "pivoted", the same matrix in r(m + n − r), so that ranks are higher at equal cost.
         on_missing: for layers that the data did not reach: "dense", "data-free" or "error".
-        effort: recovery after the replacement; None until it exists.
+        effort: "fast" (ranks by the loss, pivoted storage, sequential refit in closed form),
+            "balanced" (and block refit), "best" (and distillation), or a `Recovery`; it sets what
+            of method, policy and storage is not given. None: the replacement alone.
         copy: work on a deep copy.
 
     Returns:
@@ -182,7 +190,8 @@ def _decide(
     check_model(model)
     wanted = targets_of(model, request)
     needed = request.method is None or bool(method_of(request.method, request.seed).needs)
-    seen = _seen(model, data, tokenizer, needed, request.seed, progress)
+    hold_out = HOLD_OUT if request.effort is not None or request.policy == "lossaware" else 0.0
+    seen = _seen(model, data, tokenizer, needed, request.seed, progress, hold_out)
     if seen is not None and request.needs() & FISHER:
         seen = with_fisher(model, seen, seed=request.seed, progress=progress)
     return *make_plan(model, request, wanted, seen, progress=progress), seen
@@ -195,11 +204,19 @@ def _wrote(model: nn.Module, plan: Plan) -> bool:
 
 
 def _seen(
-    model: nn.Module, data: Source, tokenizer: Any, needed: bool, seed: int, progress: bool
+    model: nn.Module,
+    data: Source,
+    tokenizer: Any,
+    needed: bool,
+    seed: int,
+    progress: bool,
+    hold_out: float = 0.0,
 ) -> Calibration | None:
     """The statistics; "default" is the model's own text where that is needed and can be had."""
     if isinstance(data, str) and data == "default":
         data = SELF if needed and writes(model) else None
     if data is None:
         return None
-    return calibrate(model, cast(Any, data), tokenizer=tokenizer, seed=seed, progress=progress)
+    return calibrate(
+        model, cast(Any, data), tokenizer=tokenizer, seed=seed, hold_out=hold_out, progress=progress
+    )

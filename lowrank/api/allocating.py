@@ -11,14 +11,19 @@ from ..entry import break_even, check_rank
 from ..errors import LowrankError, listed
 from ..policies import Energy, policy
 from ..policies.common import Choice, at_most, nearly_free_alignment, only_aligned, smallest
-from ..types import Allocation, Budget, Cost, Curve, Site
+from ..types import Allocation, Budget, Cost, Curve, Probe, Site
 from .request import Request
 
 Curves = dict[str, Curve]
 
 
 def allocate(
-    request: Request, goal: int, targets: Sequence[Site], curves: Curves, whole: Cost
+    request: Request,
+    goal: int,
+    targets: Sequence[Site],
+    curves: Curves,
+    whole: Cost,
+    probe: Probe | None = None,
 ) -> Allocation:
     """One option for every target; `goal` is the dense cost that the ratio refers to."""
     pinned = _pinned(request, targets, curves)
@@ -32,10 +37,17 @@ def allocate(
         return {**{curve.sites: curve.dense for curve in free}, **pinned}
     total = goal if request.of == "targets" else whole.of(request.unit)
     kept = sum(option.cost.of(request.unit) for option in pinned.values())
-    dense = sum(curve.dense.cost.of(request.unit) for curve in curves.values())
+    before = sum(curve.dense.cost.of(request.unit) for curve in curves.values())
     # Beside the free sites stand the pinned ones at their new cost and all else as it is.
-    budget = _budget(request, total, total - dense + kept, free)
-    found = policy(request.policy or "uniform")(free, budget, None)
+    budget = _budget(request, total, total - before + kept, free)
+    dense = {site.names: curves[site.name].dense for site in targets}
+
+    def beside_pinned(allocation: Allocation) -> float:
+        assert probe is not None
+        return probe({**dense, **pinned, **allocation})
+
+    judge = None if probe is None else beside_pinned
+    found = policy(request.policy or "uniform")(free, budget, judge)
     forgotten = [site.title for site in sites if site.names not in found]
     if forgotten:
         raise LowrankError(f"the policy chose no option for {listed(forgotten)}")

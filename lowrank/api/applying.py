@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -19,11 +20,14 @@ from ..io.surgery import factored, unchanged_on_error
 from ..methods import METHODS, for_kind, method, stored_as
 from ..nn import LowRankEmbedding, TiedHead
 from ..plan import Plan
+from ..recover.own import hand_over
 from ..report import Measured, Report
 from ..timing import paired_ratio
 from ..types import Cost, Curve, Factored, Method, Site, Statistics
 from .allocating import Curves
+from .efforts import Recovery
 from .planning import statistics_of, versions
+from .recovering import Recovered, recover
 from .request import model_cost
 
 MARGIN = 0.98  # prefer="speed": a factored layer has to need less than this share of dense time
@@ -60,12 +64,17 @@ def carry_out(
     before = model_cost(model, [])
     bar = tqdm(work, "factor", delay=2, disable=not progress, leave=False)
     built = [_build(site, entry, plan, seen, way, curves) for site, entry in bar]
+    came = _recovered(model, plan, built, seen, way, progress)
+    if came is not None:
+        built = [item._replace(new=came.modules.get(item.site.name)) for item in built]
+        built = [_remeasured(item, plan, seen, way) for item in built]
     root = model
     with unchanged_on_error(model):
         for site, _, new, _ in built:
             if new is not None:
                 root = walk.replace(root, site, new)
         io.attach(root, {"asked": dict(plan.asked)})
+        hand_over(() if came is None else came.vectors.values())
     after = model_cost(root, [])
     report = Report(
         plan=plan,
@@ -80,9 +89,36 @@ def carry_out(
         tokens=0 if seen is None else seen.tokens,
         seed=plan.seed,
         versions=versions(),
-        notes=_notes(built, seen),
+        notes=(*_notes(built, seen), *(() if came is None else came.notes)),
     )
     return root, report
+
+
+def _recovered(
+    model: nn.Module,
+    plan: Plan,
+    built: Sequence[Built],
+    seen: Calibration | None,
+    way: Method | None,
+    progress: bool,
+) -> Recovered | None:
+    """What the plan's recovery makes of the layers; None where it asks for none."""
+    recovery = Recovery.from_json(plan.settings.get("recovery"))
+    if recovery is None:
+        return None
+    work = [(item.site, item.entry, item.new) for item in built if item.new is not None]
+    damp = getattr(way, "damp", linalg.DAMP)
+    return recover(model, work, seen, recovery, damp=damp, seed=plan.seed, progress=progress)
+
+
+def _remeasured(item: Built, plan: Plan, seen: Calibration | None, way: Method | None) -> Built:
+    """Recovered layers serve other inputs: their error on the dense stream is no smaller."""
+    if item.new is None or item.measured.measured is None:
+        return item
+    used = stored_as(method_for(item.entry, plan, way), item.entry.storage)
+    stats = statistics_of(item.site, seen)
+    error = _measured(item.site, item.measured.norm, item.new, stats, used)
+    return item._replace(measured=replace(item.measured, measured=error))
 
 
 def matched(model: nn.Module, plan: Plan) -> Work:
@@ -161,7 +197,7 @@ def _build(
         norm=curve.norm,
         planned=entry.error if entry.norm == curve.norm else None,
         predicted=_predicted(entry, curve),
-        measured=0.0 if reason else _measured(site, curve, new, stats, used),
+        measured=0.0 if reason else _measured(site, curve.norm, new, stats, used),
         total=curve.total,
         seconds=time.perf_counter() - started,
         reason=reason,
@@ -186,20 +222,23 @@ def _predicted(entry: Entry, curve: Curve) -> float | None:
 
 
 def _measured(
-    site: Site, curve: Curve, new: nn.Module, stats: Statistics, way: Method
+    site: Site, norm: str, new: nn.Module, stats: Statistics, way: Method
 ) -> float | None:
     """Error of the stored factors, rounding included, in the norm of the curve.
 
     A method with a norm of its own has the verb `error(module, weight, stats)`.
     """
-    if isinstance(new, Factored) and callable(getattr(way, "error", None)):
-        return float(way.error(site.module, new.dense_weight(torch.float64), stats))  # type: ignore[attr-defined]
-    gram = stats.gram if curve.norm == "output" else None
-    known = curve.norm == "weight" or gram is not None or stats.freq is not None
+    own = getattr(way, "error", None)
+    if isinstance(new, Factored) and callable(own):
+        found = own(site.module, new.dense_weight(torch.float64), stats)
+        if found is not None:
+            return float(found)
+    gram = stats.gram if norm == "output" else None
+    known = norm == "weight" or gram is not None or stats.freq is not None
     if not isinstance(new, Factored) or not known:
         return None
     dense = new.dense_weight(torch.float64)
-    if curve.norm == "output" and site.kind == "embedding" and stats.freq is not None:
+    if norm == "output" and site.kind == "embedding" and stats.freq is not None:
         difference = layouts.matrix(site.module).detach().double() - dense.detach()
         metric = linalg.output_metric(stats.gram, site.shape[1])
         return linalg.token_error(difference, linalg.token_weights(stats.freq), metric)

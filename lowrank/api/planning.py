@@ -12,14 +12,19 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import layouts
+from .. import layouts, linalg
+from .. import sites as walk
 from ..calibrate import Calibration
+from ..data import rebatched
 from ..entry import Entry, break_even
 from ..errors import LowrankError, listed
+from ..eval import kl
 from ..methods import METHODS, SVD, for_kind, method, stored_as
 from ..plan import Plan
-from ..types import Curve, Method, Option, Site, Statistics
+from ..streams import twin
+from ..types import Allocation, Curve, Method, Option, Probe, Site, Statistics
 from .allocating import Curves, allocate
+from .recovering import recover
 from .request import Request, model_cost
 
 
@@ -45,7 +50,8 @@ def make_plan(
     whole = model_cost(model, sites)
     counted = {site.names for site in wanted if not site.reason}
     goal = sum(site.cost.of(request.unit) for site in wanted if not site.reason)
-    chosen = allocate(request, goal, targets, curves, whole)
+    probe = _probe(model, targets, way, seen, request, curves)
+    chosen = allocate(request, goal, targets, curves, whole, probe)
     entries = tuple(
         _entry(site, chosen.get(site.names), curves.get(site.name), request, site.names in counted)
         for site in sites
@@ -60,9 +66,51 @@ def make_plan(
         "seed": request.seed,
         "tokens": 0 if seen is None else seen.tokens,
         "data": "" if seen is None else seen.source,
+        "recovery": None if request.recovery is None else request.recovery.to_json(),
         "versions": versions(),
     }
     return Plan(entries, whole, request.asked(), settings), curves
+
+
+def _probe(
+    model: nn.Module,
+    targets: Sequence[Site],
+    way: Method,
+    seen: Calibration | None,
+    request: Request,
+    curves: Curves,
+) -> Probe | None:
+    """Held-out KL of the model with an allocation; None where there is nothing to judge by.
+
+    Rows that the statistics were taken from serve where none was held out. All happens in a twin:
+    the model is not touched. Where recovery follows, its closed form does here too: what is better
+    before it need not be after.
+    """
+    if seen is None or callable(seen.batches) or any(site.name == "" for site in targets):
+        return None
+    held = seen.held_out or rebatched(seen.batches)[-2:]
+
+    def probe(allocation: Allocation) -> float:
+        work = []
+        for site in targets:
+            option = allocation[site.names]
+            if option.dense:
+                continue
+            used = for_kind(way, site.kind)
+            with torch.no_grad():
+                new = used.factor(site.module, option, statistics_of(site, seen))
+            work.append((site, _entry(site, option, curves[site.name], request, True), new))
+        modules = {site.name: new for site, _, new in work}
+        if request.recovery is not None and work:
+            closed = replace(request.recovery, block_steps=0, distill_steps=0)
+            damp = getattr(way, "damp", linalg.DAMP)
+            modules = recover(model, work, seen, closed, damp=damp, progress=False).modules
+        lean = twin(model)
+        for site, _, _ in work:
+            walk.replace(lean, walk.in_copy(site, lean), modules[site.name])
+        return kl(lean, model, held)
+
+    return probe
 
 
 def statistics_of(site: Site, seen: Calibration | None) -> Statistics:

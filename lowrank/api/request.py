@@ -16,6 +16,8 @@ from ..methods import method as method_of
 from ..nn import is_factored
 from ..policies import policy as policy_of
 from ..types import UNITS, Cost, Factored, Method, Policy, Site, Storage, Unit
+from .efforts import Effort, Recovery
+from .efforts import effort as effort_of
 
 Of = Literal["targets", "model"]
 Prefer = Literal["size", "speed"]
@@ -31,7 +33,7 @@ class Request:
     rank_pattern: Mapping[str, int | float] | None = None
     method: str | Method | None = None
     policy: str | Policy | None = None
-    effort: str | None = None
+    effort: str | Recovery | Effort | None = None
     of: Of = "targets"
     unit: Unit = "params"
     prefer: Prefer = "size"
@@ -53,16 +55,26 @@ class Request:
         if not _is_int(self.seed):
             raise LowrankError(f"seed must be an integer, got {self.seed!r}")
         object.__setattr__(self, "seed", int(self.seed))
+        if self.effort is not None:
+            self._take(effort_of(self.effort))
         if self.method is not None:
             method_of(self.method, self.seed)
         if self.policy is not None:
             policy_of(self.policy)
             if self.ratio is None:
                 raise LowrankError("a policy shares out a ratio; with fixed ranks leave it out")
-        if self.effort is not None:
-            raise LowrankError(
-                f"effort={self.effort!r}: recovery comes with a later version; leave it out"
-            )
+
+    def _take(self, effort: Effort) -> None:
+        """What an effort stands for, wherever nothing else was said."""
+        open_now = {"method": effort.method, "storage": effort.storage, "policy": effort.policy}
+        for name, value in open_now.items():
+            if getattr(self, name) is None and (name != "policy" or self.ratio is not None):
+                object.__setattr__(self, name, value)
+
+    @property
+    def recovery(self) -> Recovery | None:
+        """What follows the replacement."""
+        return None if self.effort is None else effort_of(self.effort).recovery
 
     def _check_sizes(self) -> None:
         if self.ratio is not None and self.rank is not None:

@@ -45,7 +45,7 @@ class FWSVD:
         weighted = root[:, None] * layouts.matrix(module).detach().double()
         up, down = linalg.factor(weighted, rank_of(option, module), seed=self.seed)
         up, down = linalg.balance(up / root.to(up)[:, None], down)
-        return low_rank_layer(module, down, up)
+        return low_rank_layer(module, down, up, option)
 
     def error(self, module: nn.Module, weight: Tensor, stats: Statistics) -> float:
         """‖D^½ (W − Ŵ)‖² of any Ŵ (out, in), in the norm of the curve."""

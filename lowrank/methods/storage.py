@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import layouts
 from ..errors import LowrankError
@@ -47,6 +47,11 @@ class Pivoted:
                 f"{type(new).__name__}: leave storage out"
             )
         return pivot_layer(new)
+
+    def error(self, module: nn.Module, weight: Tensor, stats: Statistics) -> float | None:
+        """By the method, where its curve has a norm of its own."""
+        own = getattr(self.way, "error", None)
+        return float(own(module, weight, stats)) if callable(own) else None
 
 
 def stored_as(way: Method, storage: str) -> Method:

@@ -45,7 +45,7 @@ class TwoSided:
         up, down = linalg.factor(self._weighted(weight, stats), rank, gram, seed=self.seed)
         root = linalg.output_root(out_gram_of(stats, weight.shape[0]), self.damp)
         up, down = linalg.balance(linalg.unrooted(root, up), down)
-        return low_rank_layer(module, down, up)
+        return low_rank_layer(module, down, up, option)
 
     def error(self, module: nn.Module, weight: Tensor, stats: Statistics) -> float:
         """‖G^½ (W − Ŵ) H^½‖² of any Ŵ (out, in), in the norm of the curve."""

@@ -1,0 +1,206 @@
+"""What follows the choice of ranks: sequential refit, block refit, distillation.
+
+All of it happens on a twin of the model, so that the model itself is dense and untouched until
+everything has succeeded, and serves as teacher meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .. import layouts, linalg
+from .. import sites as walk
+from ..calibrate import Calibration
+from ..data import Batch, mask_of, rebatched
+from ..entry import Entry
+from ..errors import LowrankError
+from ..eval import kl
+from ..nn import LowRankLinear, PivotedLinear, pivot_layer
+from ..recover.blocks import distill, refit_block
+from ..recover.own import Pairs, factors_in, own_vectors
+from ..recover.sequential import Moments, sequential
+from ..recover.training import Trained, Training
+from ..streams import Chain, twin
+from ..types import Site
+from .efforts import Recovery
+
+HELD_OUT = 8  # one row in so many is kept for judging
+
+
+@dataclass
+class Recovered:
+    """What came of it.
+
+    Attributes:
+        modules: the new layer of every site, by its name.
+        vectors: norms and biases that were trained: the model's own, and the trained copy.
+        notes: for the report.
+    """
+
+    modules: dict[str, nn.Module]
+    vectors: Pairs = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def recover(
+    model: nn.Module,
+    work: Sequence[tuple[Site, Entry, nn.Module]],
+    seen: Calibration | None,
+    recovery: Recovery,
+    *,
+    damp: float = linalg.DAMP,
+    seed: int = 0,
+    progress: bool = True,
+) -> Recovered:
+    """Refit and train the new layers on a twin; `model` is not changed.
+
+    Args:
+        work: sites of the model, their entries and the layers made from dense statistics.
+
+    Raises:
+        LowrankError: there are no batches to run, or a chain cannot be run block by block.
+    """
+    if seen is None or callable(seen.batches):
+        raise LowrankError("recovery runs the model on batches: pass data=… that holds them")
+    if any(site.name == "" for site, _, _ in work):
+        return Recovered({s.name: m for s, _, m in work}, notes=(ROOT,))
+    batches = rebatched([*seen.batches, *seen.held_out], recovery.rows)
+    job = _Job(model, seen, recovery, batches, damp, seed, progress)
+    return job.run(work)
+
+
+ROOT = "the model is one layer: there is nothing to refit it to"
+
+
+@dataclass
+class _Job:
+    """One run: its twin, and what is noted on the way."""
+
+    model: nn.Module
+    seen: Calibration
+    recovery: Recovery
+    batches: Sequence[Batch]
+    damp: float
+    seed: int
+    progress: bool
+    vectors: Pairs = field(default_factory=dict)
+    refitted: list[Trained] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+
+    def run(self, work: Sequence[tuple[Site, Entry, nn.Module]]) -> Recovered:
+        self.student = twin(self.model)
+        self.entries = {site.name: entry for site, entry, _ in work}
+        self.masks = [mask_of(batch) for batch in self.batches]
+        refits = [s for s, _, new in work if isinstance(new, LowRankLinear | PivotedLinear)]
+        called = set(self.seen.seen.order)
+        refits = [s for s in refits if s.name in called and self._stats(s) and len(s.modules) == 1]
+        for site, _, new in work:
+            if site not in refits:
+                walk.replace(self.student, walk.in_copy(site, self.student), new)
+        self._sequential(refits)
+        self._distill()
+        for site in refits:  # training happens on plain factors: they are better conditioned
+            self._store(site)
+        self._judge(work)
+        found = {site.name: self.student.get_submodule(site.name) for site, _, _ in work}
+        return Recovered(found, self.vectors, tuple(self.said))
+
+    def _stats(self, site: Site) -> bool:
+        return self.seen.statistics[site.name].gram is not None
+
+    def _sequential(self, sites: Sequence[Site]) -> None:
+        blocks = {name for chain in self.seen.seen.chains for name in chain}
+        steps = self.recovery.block_steps
+        if steps and not blocks:
+            self.said.append("the model has no chain of blocks: block refit was left out")
+        bar = tqdm(total=len(blocks), desc="refit", delay=2, disable=not self.progress, leave=False)
+        with bar:
+            sequential(
+                self.model,
+                self.student,
+                sites,
+                self.seen.seen,
+                self.batches,
+                self._fit,
+                after_block=self._refit_block if steps else None,
+                on_block=lambda name: _advance(bar, name),
+            )
+        self.said.append(f"refitted in closed form, layer by layer: {len(sites)}")
+        if steps and blocks:
+            kept = sum(each.kept for each in self.refitted)
+            self.said.append(f"block refit: {kept} of {len(self.refitted)} blocks improved")
+
+    def _fit(self, site: Site, moments: Moments) -> nn.Module:
+        weight, entry = layouts.matrix(site.module), self.entries[site.name]
+        rank = (entry.size or (1,))[0]
+        share = self.recovery.dense
+        stats, bias = self.seen.statistics[site.name], layouts.bias(site.module)
+        gram, cross = moments.gram, moments.cross
+        mean = (1 - share) * moments.mean + share * moments.dense_mean
+        if bias is not None:  # the bias takes the means, and the factors what varies
+            gram = gram - torch.outer(moments.mean, moments.mean)
+            cross = cross - torch.outer(moments.dense_mean, moments.mean)
+        root = None
+        if entry.method == "two-sided" and stats.out_gram is not None:
+            root = linalg.output_root(stats.out_gram, self.damp)
+        mixed = (1 - share) * gram + share * cross
+        up, down = linalg.balance(
+            *linalg.refit(weight, rank, gram, mixed, root=root, seed=self.seed)
+        )
+        new = LowRankLinear.from_factors(down.to(weight), up.to(weight), bias)
+        if new.up.bias is not None and bias is not None:
+            with torch.no_grad():
+                exact = weight.detach().double() @ mean.to(weight.device)
+                shift = exact - up.double() @ (down.double() @ moments.mean.to(up.device))
+                new.up.bias.copy_(bias.double() + shift)
+        return new
+
+    def _refit_block(self, lean: Chain, index: int, targets: list[Tensor]) -> None:
+        block = self.student.get_submodule(lean.names[index])
+        trained = [*factors_in(block), *own_vectors(block, self.vectors)]
+        if not factors_in(block):
+            return
+        how = Training(self.recovery.block_steps, self.recovery.block_rate, seed=self.seed)
+        self.refitted.append(refit_block(lean, index, targets, trained, self.masks, how))
+
+    def _store(self, site: Site) -> None:
+        new = self.student.get_submodule(site.name)
+        if self.entries[site.name].storage == "pivoted" and isinstance(new, LowRankLinear):
+            copy = walk.in_copy(site, self.student)
+            walk.replace(self.student, copy, pivot_layer(new))
+
+    def _distill(self) -> None:
+        if not self.recovery.distill_steps:
+            return
+        trained = [*factors_in(self.student), *own_vectors(self.student, self.vectors)]
+        how = Training(self.recovery.distill_steps, self.recovery.distill_rate, seed=self.seed)
+        came = distill(self.model, self.student, self.batches, trained, how)
+        self.said.append(
+            f"distilled: held-out KL {came.before:.4g} -> {came.after:.4g} "
+            f"(step {came.best_step} of {how.steps})"
+        )
+
+    def _judge(self, work: Sequence[tuple[Site, Entry, nn.Module]]) -> None:
+        """What recovery gave, and back to the plain layers where that was nothing."""
+        held = self.seen.held_out or self.batches[-max(len(self.batches) // HELD_OUT, 1) :]
+        plain = twin(self.model)
+        for site, _, new in work:
+            walk.replace(plain, walk.in_copy(site, plain), new)
+        try:
+            before, after = (kl(part, self.model, held) for part in (plain, self.student))
+        except LowrankError:  # no logits: nothing to compare by
+            return
+        self.said.append(f"KL on held-out rows: {before:.4g} -> {after:.4g}")
+        if not after <= before:
+            self.student, self.vectors = plain, {}
+            self.said.append("recovery made it worse: the layers are those before it")
+
+
+def _advance(bar: tqdm[None], name: str) -> None:
+    if name:
+        bar.update()
