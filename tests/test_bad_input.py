@@ -193,7 +193,7 @@ def test_a_bad_number_in_a_weight(bad: float) -> None:
     assert refused(model, 0.5) == expected
     assert refused(model, 0.5, data=tokens()) == expected
     # a layer that is left alone may hold what it likes
-    lowrank.compress(model, 0.5, exclude_modules=["up_proj"])
+    lowrank.compress(model, 0.5, data=None, exclude_modules=["up_proj"])
 
 
 def test_a_bad_number_in_the_root() -> None:

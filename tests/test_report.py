@@ -80,7 +80,7 @@ def test_on_other_data_planned_and_predicted_differ() -> None:
 
 def test_an_edited_plan_has_no_planned_error_but_the_others() -> None:
     model = make("llama")
-    plan = lowrank.plan(model, 0.5, exclude_modules=["o_proj"]).edit(
+    plan = lowrank.plan(model, 0.5, data=None, exclude_modules=["o_proj"]).edit(
         {"model.layers.0.self_attn.q_proj": 3, "model.layers.0.self_attn.o_proj": 4}
     )
     _, report = lowrank.apply(model, plan)
@@ -173,7 +173,7 @@ def test_seconds_include_the_calibration() -> None:
 def test_a_report_prints_every_site(kind: str) -> None:
     model = make(kind)
     dense = [n for n, m in model.named_modules() if layouts.kind(m)]
-    _, report = lowrank.compress(model, 0.6)
+    _, report = lowrank.compress(model, 0.6, data=None)
     for text in (str(report), rendered(report)):
         for name in dense:
             assert name in text
