@@ -113,7 +113,7 @@ def test_achieved_is_counted_on_stored_tensors(unit: Any, of: Any) -> None:
     model = make("llama")
     whole = sum(parameter.numel() for parameter in model.parameters())
     dense, head = numbers(model), model.lm_head.weight.numel()
-    model, report = lowrank.compress(model, 0.7, unit=unit, of=of, align=1)
+    model, report = lowrank.compress(model, 0.7, data=None, unit=unit, of=of, align=1)
     now = sum(parameter.numel() for parameter in model.parameters())
     kept = (numbers(model) - head) / (dense - head)
     assert whole - now == dense - numbers(model) > 0
