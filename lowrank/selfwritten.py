@@ -140,7 +140,7 @@ def _drawn(logits: Tensor, chances: Tensor) -> Tensor:
     sums = logits.double().softmax(-1).cumsum(-1)
     whole = sums[:, -1:]
     if not bool(torch.isfinite(whole).all()):
-        raise LowrankError("the model's logits are NaN: it cannot write its calibration data")
+        raise LowrankError("the model's logits are NaN: pass data=None to work without data")
     # `right`: a word of no probability leaves the sum as it is, and is never the first above.
     found = torch.searchsorted(sums, chances[:, None].to(sums.device) * whole, right=True)
     return found[:, 0].clamp(max=logits.shape[-1] - 1).cpu()

@@ -63,10 +63,10 @@ def test_a_ratio_that_is_no_number(model: nn.Module, ratio: Any) -> None:
 @pytest.mark.parametrize("of", ["targets", "model"])
 def test_a_ratio_below_what_is_reachable(of: Any) -> None:
     model = make("llama")
-    message = refused(model, 0.01, of=of)
+    message = refused(model, 0.01, data=None, of=of)
     named = float(message.split("can be, ")[1].split(" of the params are kept")[0])
-    assert refused(model, round(named - 0.0001, 4), of=of)
-    model, report = lowrank.compress(model, named, of=of)
+    assert refused(model, round(named - 0.0001, 4), data=None, of=of)
+    model, report = lowrank.compress(model, named, data=None, of=of)
     achieved = report.achieved if of == "targets" else report.achieved_of_model
     assert achieved <= named
     assert all(entry.size == (1,) for entry in report.plan.entries if entry.target)
@@ -193,7 +193,7 @@ def test_a_bad_number_in_a_weight(bad: float) -> None:
     assert refused(model, 0.5) == expected
     assert refused(model, 0.5, data=tokens()) == expected
     # a layer that is left alone may hold what it likes
-    lowrank.compress(model, 0.5, exclude_modules=["up_proj"])
+    lowrank.compress(model, 0.5, data=None, exclude_modules=["up_proj"])
 
 
 def test_a_bad_number_in_the_root() -> None:
@@ -265,7 +265,7 @@ def test_a_model_without_shapes_yet() -> None:
 
 
 def test_a_model_that_is_compressed_already() -> None:
-    model, _ = lowrank.compress(make("llama"), 0.5)
+    model, _ = lowrank.compress(make("llama"), 0.5, data=None)
     message = refused(model, 0.5)
     assert message.startswith(
         "no layer can be factored: 14 are factored already (lowrank.to_dense undoes it); lm_head: "
@@ -273,8 +273,10 @@ def test_a_model_that_is_compressed_already() -> None:
 
 
 def test_what_is_left_can_be_compressed_later() -> None:
-    model, first = lowrank.compress(make("llama"), 0.5, target_modules=["q_proj", "o_proj"])
-    model, second = lowrank.compress(model, 0.5)
+    model, first = lowrank.compress(
+        make("llama"), 0.5, data=None, target_modules=["q_proj", "o_proj"]
+    )
+    model, second = lowrank.compress(model, 0.5, data=None)
     assert len(first.sites) == 4
     assert len(second.sites) == 10
     assert not {s.name for s in first.sites} & {e.name for e in second.plan.entries}

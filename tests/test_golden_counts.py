@@ -118,5 +118,5 @@ def test_the_same_pattern_on_real_weights_gives_the_same_size() -> None:
     from tests.zoo import make
 
     pattern = pattern_of(make("gpt2"), 0.5)
-    small, _ = lowrank.compress(make("gpt2"), rank_pattern=pattern, progress=False)
+    small, _ = lowrank.compress(make("gpt2"), rank_pattern=pattern, data=None, progress=False)
     assert numbers(factored_by(make("gpt2"), pattern)) == numbers(small)

@@ -23,7 +23,7 @@ INITS = ("spectral", "random")
 
 
 def compressed(model: nn.Module, **options: Any) -> Any:
-    return lowrank.compress(model, **{"ratio": 0.5, "progress": False, **options})[0]
+    return lowrank.compress(model, **{"ratio": 0.5, "data": None, "progress": False, **options})[0]
 
 
 def rank_two(out_features: int = 24, in_features: int = 16) -> nn.Linear:

@@ -80,7 +80,7 @@ def test_on_other_data_planned_and_predicted_differ() -> None:
 
 def test_an_edited_plan_has_no_planned_error_but_the_others() -> None:
     model = make("llama")
-    plan = lowrank.plan(model, 0.5, exclude_modules=["o_proj"]).edit(
+    plan = lowrank.plan(model, 0.5, data=None, exclude_modules=["o_proj"]).edit(
         {"model.layers.0.self_attn.q_proj": 3, "model.layers.0.self_attn.o_proj": 4}
     )
     _, report = lowrank.apply(model, plan)
@@ -113,7 +113,7 @@ def test_achieved_is_counted_on_stored_tensors(unit: Any, of: Any) -> None:
     model = make("llama")
     whole = sum(parameter.numel() for parameter in model.parameters())
     dense, head = numbers(model), model.lm_head.weight.numel()
-    model, report = lowrank.compress(model, 0.7, unit=unit, of=of, align=1)
+    model, report = lowrank.compress(model, 0.7, data=None, unit=unit, of=of, align=1)
     now = sum(parameter.numel() for parameter in model.parameters())
     kept = (numbers(model) - head) / (dense - head)
     assert whole - now == dense - numbers(model) > 0
@@ -173,7 +173,7 @@ def test_seconds_include_the_calibration() -> None:
 def test_a_report_prints_every_site(kind: str) -> None:
     model = make(kind)
     dense = [n for n, m in model.named_modules() if layouts.kind(m)]
-    _, report = lowrank.compress(model, 0.6)
+    _, report = lowrank.compress(model, 0.6, data=None)
     for text in (str(report), rendered(report)):
         for name in dense:
             assert name in text

@@ -167,7 +167,7 @@ def test_all_readers_of_t5_share_one_table() -> None:
 
 @pytest.mark.parametrize("name", ["lm_head", "wte"])
 def test_either_name_reaches_the_pair(name: str) -> None:
-    model, report = lowrank.compress(make("gpt2"), 0.5, target_modules=[name])
+    model, report = lowrank.compress(make("gpt2"), 0.5, target_modules=[name], data=None)
     assert [site.name for site in report.sites] == ["transformer.wte"]
     assert model.lm_head.owner is model.transformer.wte
 
@@ -197,7 +197,7 @@ def test_methods_by_kind_and_by_data() -> None:
 def test_what_is_kept_is_counted_on_the_stored_table() -> None:
     model = make("gpt2")
     before = model.num_parameters()
-    model, report = lowrank.compress(model, 0.7, of="model", target_modules="all")
+    model, report = lowrank.compress(model, 0.7, of="model", target_modules="all", data=None)
     assert report.params_after == sum(p.numel() for p in model.parameters())
     assert report.achieved_of_model == pytest.approx(report.params_after / before, abs=1e-9)
     assert report.achieved_of_model <= 0.7
@@ -267,8 +267,9 @@ def test_ranks_that_are_none() -> None:
     even = "from 21 on a factored layer is not smaller"
     for rank in (62, 33, 21):
         said = refused(
-            make("gpt2"), 0.5, target_modules="all", rank_pattern={"wte": rank, "c_fc": 2}
-        )
+            make("gpt2"), 0.5, data=None, target_modules="all",
+            rank_pattern={"wte": rank, "c_fc": 2},
+        )  # fmt: skip
         assert f"rank must be in [1, 32] for transformer.wte of shape (61, 32), got {rank}" in said
         assert even in said
 
@@ -286,7 +287,8 @@ def test_a_head_tied_in_one_direction_only(target: str) -> None:
 def test_equal_weights_that_nothing_ties_are_two_sites() -> None:
     model = make("llama")
     model.lm_head.weight.data.copy_(model.model.embed_tokens.weight.data)
-    model, report = lowrank.compress(model, 0.5, target_modules=["lm_head", "embed_tokens"])
+    heads = ["lm_head", "embed_tokens"]
+    model, report = lowrank.compress(model, 0.5, target_modules=heads, data=None)
     assert len(report.sites) == 2
     assert not isinstance(model.lm_head, TiedHead)
 
@@ -294,7 +296,7 @@ def test_equal_weights_that_nothing_ties_are_two_sites() -> None:
 def test_memory_that_is_tied_against_the_config_is_one_site(tmp_path: Path) -> None:
     model = make("llama")
     model.lm_head.weight = model.model.embed_tokens.weight
-    model, _ = lowrank.compress(model, 0.5, target_modules="all")
+    model, _ = lowrank.compress(model, 0.5, target_modules="all", data=None)
     assert isinstance(model.lm_head, TiedHead)
     loaded = stored_and_back(model, tmp_path)
     assert torch.equal(logits(loaded, "llama"), logits(model, "llama"))

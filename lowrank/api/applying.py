@@ -293,5 +293,5 @@ def _stored(item: Built) -> Cost:
 def _notes(built: Sequence[Built], seen: Calibration | None) -> tuple[str, ...]:
     slow = sum(item.new is None for item in built)
     left = f"left dense because factors are not faster: {slow}; more is kept than was planned"
-    own = () if seen is None or not seen.source else (f"calibrated on {seen.source}",)
-    return (*own, left) if slow else own
+    source = "" if seen is None else seen.source
+    return tuple(n for holds, n in ((source, f"calibrated on {source}"), (slow, left)) if holds)

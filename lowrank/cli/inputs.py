@@ -26,8 +26,8 @@ Length = Annotated[
     int | None,
     typer.Option(
         metavar="INT", show_default=False,
-        help=f"Tokens of a row of text, read or written; {LENGTH} if not given, "
-        "or less for a small model.",
+        help=f"Tokens of a row of text, read or written; {LENGTH} if not given, or less for a "
+        "small model.",
     ),
 ]  # fmt: skip
 Out = Annotated[

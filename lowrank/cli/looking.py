@@ -29,11 +29,12 @@ Reference = Annotated[
 def inspect(
     path: Source,
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             metavar="TEXT",
             show_default=False,
-            help="Weigh the energy by the layers' inputs on this text: how the outputs change.",
+            help="Weigh the energy by the layers' inputs on this text: how the outputs change. "
+            "self: on what a causal language model writes.",
         ),
     ] = None,
     length: Length = None,
@@ -53,14 +54,14 @@ def inspect(
 
     if json is not None and json.exists() and not force:
         raise LowrankError(f"{json} exists: choose another name, or add --force")
-    text = None if data is None else inputs.read_text(data)
+    text = inputs.read_data(data)
     model = inputs.load_model(path)
     rows = inputs.row_length(model, length, option="--length")
-    batches = None
+    batches: Any = data  # none, or what the model writes
     if text is not None:
         inputs.check_reads_tokens(model, "--data")
         batches = inputs.text_batches(text, path, rows)
-    found = look(model, batches, progress=on_terminal())
+    found = look(model, batches, length=rows, progress=on_terminal())
     say(_headline(model))
     show(table(layers.shown(found)))
     for line in layers.legend(found):

@@ -63,7 +63,7 @@ def test_one_unit_decides() -> None:
 def test_of_the_model_counts_all_that_stays() -> None:
     model = make("llama")
     whole = sum(parameter.numel() for parameter in model.parameters())
-    made = lowrank.plan(model, 0.8, of="model", align=1)
+    made = lowrank.plan(model, 0.8, data=None, of="model", align=1)
     targets = sum(math.prod(e.shape) for e in made.entries if e.target)
     assert whole - targets + spent(made) <= 0.8 * whole
     assert whole - targets + spent(made) > 0.8 * whole - 14 * 80

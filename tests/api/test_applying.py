@@ -38,16 +38,17 @@ def test_a_root_layer_is_returned_anew() -> None:
 @pytest.mark.parametrize("verb", ["compress", "apply", "plan as ratio"])
 def test_a_copy_leaves_the_original_bit_for_bit(verb: str) -> None:
     model = make("llama").train()
-    plan = lowrank.plan(model, 0.6)
+    plan = lowrank.plan(model, 0.6, data=None)
     with unchanged(model):
         if verb == "apply":
-            got, report = lowrank.apply(model, plan, copy=True)
+            got, report = lowrank.apply(model, plan, data=None, copy=True)
         else:
-            got, report = lowrank.compress(model, plan if "plan" in verb else 0.6, copy=True)
+            ratio = plan if "plan" in verb else 0.6
+            got, report = lowrank.compress(model, ratio, data=None, copy=True)
     assert got is not model
     assert report.params_after < report.params_before == sum(p.numel() for p in model.parameters())
     assert got.config.quantization_config.quant_method == "lowrank"
-    again, _ = lowrank.compress(model, 0.6)
+    again, _ = lowrank.compress(model, 0.6, data=None)
     for one, other in zip(got.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
 

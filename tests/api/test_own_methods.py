@@ -116,7 +116,7 @@ def test_a_failure_while_it_is_put_in_place_is_undone(
     real = getattr(where, stage)
     monkeypatch.setattr(where, stage, fail)
     with unchanged(model), pytest.raises(KeyboardInterrupt):
-        lowrank.compress(model, 0.6)
+        lowrank.compress(model, 0.6, data=None)
 
 
 def test_a_declared_tie_that_was_undone_is_refused_and_undone() -> None:
@@ -124,7 +124,7 @@ def test_a_declared_tie_that_was_undone_is_refused_and_undone() -> None:
     model = llama(tie_word_embeddings=True)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     with unchanged(model), pytest.raises(LowrankError, match="tie_word_embeddings=False"):
-        lowrank.compress(model, 0.5, target_modules=["lm_head", "q_proj"])
+        lowrank.compress(model, 0.5, data=None, target_modules=["lm_head", "q_proj"])
 
 
 @pytest.mark.parametrize("bad", [torch.ones(2), "module"], ids=["tensor", "text"])

@@ -33,7 +33,7 @@ def test_every_site_is_in_the_plan_with_a_reason_if_it_stays_dense(kind: str) ->
     from transformers.pytorch_utils import Conv1D
 
     model = make(kind)
-    made = lowrank.plan(model, 0.6, exclude_modules=[_some(model)])
+    made = lowrank.plan(model, 0.6, data=None, exclude_modules=[_some(model)])
     considered = {
         n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D | nn.Embedding)
     }

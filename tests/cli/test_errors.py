@@ -61,7 +61,6 @@ def test_without_a_command_the_help_is_shown() -> None:
         (["--rank", "four"], "--rank must be a number, got 'four'"),
         (["--rank", "0"], "got 0"),
         (["--ratio", "0.5", "--method", "whitend"], "did you mean 'whitened'?"),
-        (["--ratio", "0.5", "--method", "whitened"], "add --data TEXT"),
         (["--ratio", "0.5", "--policy", "unifrm"], "did you mean 'uniform'?"),
         (["--ratio", "0.5", "--of", "all"], "(known: model, targets)"),
         (["--ratio", "0.5", "--target", "query"], "'query' matches none of 16 layers"),
@@ -83,7 +82,6 @@ def test_bad_choices(made: SimpleNamespace, tmp_path: Path, args: list[str], sai
     [
         (["--ratio", "2"], "must be in (0, 1), got 2.0"),
         (["--ratio", "0.5", "--policy", "none"], "unknown policy 'none'"),
-        (["--ratio", "0.5", "--method", "whitened"], "add --data TEXT"),
         (["--ratio", "0.5", "--data", "absent.txt"], "absent.txt does not exist"),
     ],
 )

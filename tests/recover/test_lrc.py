@@ -19,7 +19,7 @@ def factored(kind: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
     """The MLPs are factored, attention stays dense."""
     pattern = {"llama": ["gate_proj", "up_proj", "down_proj"], "gpt2": ["c_fc"]}[kind]
     model = make(kind).to(dtype)
-    return lowrank.compress(model, 0.5, target_modules=pattern, progress=False)[0]
+    return lowrank.compress(model, 0.5, target_modules=pattern, data=None, progress=False)[0]
 
 
 def names(model: nn.Module, parameters: list[nn.Parameter]) -> list[str]:
