@@ -8,12 +8,13 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from lowrank import LowrankError
 from lowrank.entry import Entry, break_even, check_rank, relative
 from lowrank.layouts import dense_cost
-from lowrank.nn import LowRankLinear
+from lowrank.nn import LowRankLinear, PivotedLinear
 from lowrank.types import Cost
 from tests.zoo import said
 
@@ -24,6 +25,7 @@ ENTRY = Entry(
     target=True, rcond=0.1,
 )  # fmt: skip
 KEPT = ENTRY.left_dense("in exclude_modules")
+PIVOTED = replace(ENTRY, storage="pivoted")
 
 
 def as_json(entry: Entry = ENTRY, **changes: Any) -> Any:
@@ -51,6 +53,27 @@ def test_a_rank_is_priced_as_the_module_that_it_becomes() -> None:
     assert KEPT.with_rank(7, "whitened").reason == ""
 
 
+@pytest.mark.parametrize("shape", [(64, 128), (128, 64), (64, 64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_pivoted_entries_stay_pivoted_at_their_own_cost(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    dense = dense_cost(nn.Linear(shape[1], shape[0]).to(dtype))
+    entry = replace(PIVOTED, shape=shape, dense=dense)
+    found = entry.with_rank(50, "whitened")
+    assert (found.storage, found.method, found.size) == ("pivoted", "svd", (50,))
+    layer = PivotedLinear.from_factors(torch.ones(50, shape[1]), torch.ones(shape[0], 50), None)
+    assert found.cost == layer.to(dtype).cost()
+    assert found.row()["method"] == "svd, pivoted"
+    assert found.left_dense("why").row()["method"] == "dense"
+    kept = entry.left_dense("why")
+    assert kept.with_rank(7, "whitened", "pivoted").storage == "pivoted"
+    assert kept.with_rank(7, "whitened").storage == "factors"
+    table = replace(entry, kind="embedding", storage="dense")
+    assert table.with_rank(7, "frequency", "pivoted").storage == "factors"
+    assert replace(entry, storage="factors").with_rank(7, "svd", "pivoted").storage == "factors"
+
+
 def test_left_dense() -> None:
     assert (KEPT.size, KEPT.cost, KEPT.error, KEPT.storage) == (None, DENSE, 0.0, "dense")
     assert KEPT.reason == "in exclude_modules"
@@ -76,6 +99,21 @@ def test_break_even_is_the_least_rank_that_is_not_smaller(
     assert (even - 1) * sum(shape) < numbers
 
 
+@pytest.mark.parametrize("shape", [(24, 24), (24, 40), (40, 24), (3, 3), (1, 9), (2, 2), (2, 9)])
+@pytest.mark.parametrize("itemsize", [1, 2, 4, 8])
+def test_pivoted_break_even_counts_numbers_and_indices(
+    shape: tuple[int, int], itemsize: int
+) -> None:
+    """All ranks tried: (m − r)(n − r) numbers are saved, min(m, n) indices of 4 bytes added."""
+    out_features, in_features = shape
+    saved = [
+        (out_features - rank) * (in_features - rank) * itemsize - 4 * min(shape)
+        for rank in range(min(shape))
+    ]
+    smaller = [rank for rank, bytes_saved in enumerate(saved) if rank and bytes_saved > 0]
+    assert break_even(shape, "pivoted", itemsize) == max(smaller, default=0) + 1
+
+
 @pytest.mark.parametrize("rank", [1, 42])
 def test_ranks_that_exist(rank: int) -> None:
     check_rank("a", (64, 128), rank)
@@ -89,6 +127,16 @@ def test_ranks_that_do_not(rank: Any) -> None:
         f"rank must be in [1, 64] for model.layers.0.q_proj of shape (64, 128), got {rank!r}; "
         "from 43 on a factored layer is not smaller than the dense one"
     )
+
+
+def test_ranks_of_pivoted_layers_go_further() -> None:
+    check_rank("a", (64, 128), 62, "pivoted", 2)
+    with pytest.raises(LowrankError, match="from 63 on a pivoted layer is not smaller"):
+        check_rank("a", (64, 128), 63, "pivoted", 2)
+    check_rank("a", (64, 128), 63, "pivoted", 4)
+    assert Entry.from_json(as_json(PIVOTED, size=[62]), "svd") == PIVOTED.with_rank(62, "svd")
+    with pytest.raises(LowrankError, match=r"rank must be in \[1, 64\] for a.fc"):
+        Entry.from_json(as_json(PIVOTED, size=[64]), "svd")
 
 
 def test_relative_errors() -> None:
@@ -108,13 +156,15 @@ def test_rows_show_what_people_want_to_know() -> None:
 # From JSON
 
 
-@pytest.mark.parametrize("entry", [ENTRY, KEPT, ENTRY.with_rank(3, "svd")])
+@pytest.mark.parametrize(
+    "entry", [ENTRY, KEPT, ENTRY.with_rank(3, "svd"), PIVOTED.with_rank(60, "svd")]
+)
 def test_json_round_trip(entry: Entry) -> None:
     assert Entry.from_json(as_json(entry), "whitened") == entry
 
 
 def test_other_storages_are_taken_as_they_are() -> None:
-    entry = replace(ENTRY, storage="pivoted", size=(10, 3), cost=Cost(5, 6, 7))
+    entry = replace(ENTRY, storage="own", size=(10, 3), cost=Cost(5, 6, 7))
     assert Entry.from_json(as_json(entry), "svd") == entry
 
 

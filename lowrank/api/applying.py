@@ -35,7 +35,7 @@ Work = list[tuple[Site, Entry]]
 
 
 class Built(NamedTuple):
-    """A factored layer that is ready to be put in place; `new` None leaves the site dense."""
+    """A factored layer, ready to be put in place; `new` None leaves the site dense."""
 
     site: Site
     entry: Entry
@@ -284,7 +284,8 @@ def _stored(item: Built) -> Cost:
         cost = item.new.cost()
         heads = item.entry.heads * cost.params
         return Cost(cost.params, cost.bytes, cost.macs + heads)
-    tensors = [t for name, t in item.new.state_dict().items() if not name.endswith("bias")]
+    held = {id(t): (name, t) for name, t in item.new.state_dict(keep_vars=True).items()}.values()
+    tensors = [t for name, t in held if isinstance(t, torch.Tensor) and not name.endswith("bias")]
     params = sum(t.numel() for t in tensors if t.is_floating_point())
     stored = sum(t.numel() * t.dtype.itemsize for t in tensors)
     return Cost(params, stored, item.entry.cost.macs)

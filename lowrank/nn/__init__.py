@@ -88,6 +88,8 @@ def build(spec: dict[str, Any], where: str) -> nn.Module:
     try:
         built: nn.Module = FACTORED[spec["type"]].empty(**sizes)  # type: ignore[attr-defined]
     except (TypeError, RuntimeError, OverflowError, AssertionError, ValueError) as error:
-        raise LowrankError(f"{where}: {spec['type']} cannot be built from {sizes}") from error
+        why = f": {error}" if isinstance(error, LowrankError) else ""
+        said = f"{where}: {spec['type']} cannot be built from {sizes}{why}"
+        raise LowrankError(said) from error
     remember_layout(built, layout)
     return built

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import lowrank
 from lowrank.cli import console
-from lowrank.nn import LowRankLinear
+from lowrank.nn import LowRankLinear, PivotedLinear
 
 from .helpers import (
     HIDDEN,
@@ -71,6 +71,22 @@ def test_compress_passes_every_choice_on(made: SimpleNamespace, tmp_path: Path) 
     assert set(ranks) <= {PLANTED, "model.layers.1.mlp.up_proj"}
     assert ranks
     assert all(rank % 2 == 0 for rank in ranks.values())
+
+
+def test_pivoted_factors_are_planned_and_compressed(made: SimpleNamespace, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    said = run("plan", made.dense, "--ratio", 0.8, "--storage", "pivoted", "-o", file)
+    assert "svd, pivoted" in said
+    assert max(map(len, said.splitlines()[:-1])) <= console.WIDTH
+    run("compress", made.dense, "--plan", file, "-o", tmp_path / "a")
+    run("compress", made.dense, "--ratio", 0.8, "--storage", "pivoted", "-o", tmp_path / "b")
+    assert torch.equal(logits(tmp_path / "a"), logits(tmp_path / "b"))
+    model = lowrank.from_pretrained(tmp_path / "a")
+    assert sum(isinstance(m, PivotedLinear) for m in model.modules()) == 14
+    assert "unknown storage 'x'" in refused("plan", made.dense, "--ratio", 0.8, "--storage", "x")
+    assert "leave out --storage" in refused(
+        "compress", made.dense, "--plan", file, "--storage", "pivoted", "-o", tmp_path / "c"
+    )
 
 
 @pytest.mark.parametrize(("given", "rank"), [("4", 4), ("0.99", 3)])

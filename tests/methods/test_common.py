@@ -77,7 +77,8 @@ def test_a_gram_that_is_not_there_or_of_another_width_is_refused() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_layer_takes_dtype_and_bias_of_what_it_replaces(bias: bool) -> None:
     old = nn.Linear(5, 3, bias=bias, dtype=torch.bfloat16)
-    new = low_rank_layer(old, torch.ones(2, 5).double(), torch.ones(3, 2).double())
+    option = Option("svd", (2,), "factors", Cost(16, 64, 16), 0.0)
+    new = low_rank_layer(old, torch.ones(2, 5).double(), torch.ones(3, 2).double(), option)
     assert {parameter.dtype for parameter in new.parameters()} == {torch.bfloat16}
     assert (new.bias is None) == (not bias)
     if bias:

@@ -14,7 +14,7 @@ from lowrank.policies.common import only_aligned
 from lowrank.policies.welore import kept, normalised
 from lowrank.types import Budget, Curve, Option
 
-from .curves import budget, curve, falling, some_curves, spent
+from .curves import budget, curve, falling, of, some_curves, spent
 
 SPECTRUM = np.array([10, 6, 4, 3, 2, 1.5, 1.2, 1])
 # 1f counts what is pruned; above 1 the authors prune all of it, here one is always kept.
@@ -121,6 +121,17 @@ def test_where_a_curve_lacks_a_rank_the_one_below_is_taken() -> None:
         threshold = float(normalised(one.spectrum.numpy())[rank - 1])
         option = WeLore(threshold=threshold)([coarse], Budget(0))[one.sites]
         assert option.size == (None if want is None else (want,))
+
+
+def test_pivoted_curves_have_a_gate_of_their_own() -> None:
+    """r(2n − r) reaches n² at full rank alone, also where a coarse curve lacks the rank."""
+    one = curve("a", (64, 64), np.linspace(2, 1, 64))
+    every = [Option("svd", (r,), "pivoted", of(r * (128 - r)), 64.0 - r) for r in range(1, 64)]
+    (coarse,) = only_aligned([replace(one, options=(*every, one.dense))], 8)
+    for rank, want in {5: 8, 15: 8, 31: 24, 32: 32, 39: 32, 60: 56, 63: 56, 64: None}.items():
+        threshold = float(normalised(one.spectrum.numpy())[rank - 1])
+        option = WeLore(threshold=threshold)([coarse], Budget(0))[one.sites]
+        assert option.size == (None if want is None else (want,)), rank
 
 
 def test_a_budget_below_the_least_is_an_error() -> None:

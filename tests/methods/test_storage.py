@@ -1,0 +1,143 @@
+"""The pivoted storage: every law holds for a method with it, and no error changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import nn
+
+from lowrank.errors import LowrankError
+from lowrank.methods import METHODS, SVD, Pivoted, pivoted_curve, stored_as
+from lowrank.nn import LowRankLinear, PivotedLinear
+from lowrank.testing import CASES, DTYPES
+from lowrank.types import Cost, Curve, Option, Site, Statistics
+from tests.roster import ROSTER
+
+from .layers import at_rank, inputs, linear, ranks, site, statistics
+
+LINEAR = [name for name in CASES if CASES[name](dtype=torch.float64).site.kind == "linear"]
+METHODS_OF_LAYERS = [name for name, way in METHODS.items() if "linear" in way().kinds]
+# Every law meets every case, and every dtype; not each pair of the two.
+CROSSED = [
+    (law, case, DTYPES[(i + j) % len(DTYPES)])
+    for i, law in enumerate(ROSTER["svd"])
+    for j, case in enumerate(LINEAR)
+]
+
+
+@pytest.mark.parametrize(("law", "case", "dtype"), CROSSED)
+def test_law(law: str, case: str, dtype: torch.dtype) -> None:
+    ROSTER["svd"][law](Pivoted(SVD()), CASES[case](dtype=dtype))
+
+
+@pytest.mark.parametrize("name", METHODS_OF_LAYERS)
+def test_every_method_of_layers_gives_the_matrix_that_it_gave(name: str) -> None:
+    layer, stats = linear(9, 14), statistics(inputs(14))
+    plain, way = METHODS[name](), stored_as(METHODS[name](), "pivoted")
+    assert (way.kinds, way.needs) == (plain.kinds, plain.needs)
+    before, after = plain.curve(site(layer), stats), way.curve(site(layer), stats)
+    assert ranks(after.options) == list(range(1, 9))
+    assert [o.error for o in after.options[: len(before.options) - 1]] == [
+        o.error for o in before.options[:-1]
+    ]
+    for option in after.options[:-1]:
+        assert (option.method, option.storage) == (name, "pivoted")
+        new = way.factor(layer, option, stats)
+        assert isinstance(new, PivotedLinear)
+        assert new.cost() == option.cost
+        want = plain.factor(layer, replace(option, storage="factors"), stats)
+        assert isinstance(want, LowRankLinear)
+        torch.testing.assert_close(new.dense_weight(), want.dense_weight(), rtol=0, atol=1e-11)
+        direct = plain.factor(layer, option, stats)
+        assert isinstance(direct, PivotedLinear), "rounded factors would be rounded once more"
+
+
+def test_at_equal_cost_the_rank_is_higher() -> None:
+    """Of a square matrix r(2n − r) = keep · n² at r = n(1 − √(1 − keep)), 38 % more at 0.8."""
+    with torch.device("meta"):
+        layer = nn.Linear(1000, 1000)
+    falling = torch.arange(1000, -1, -1).double()
+    whole = Cost(10**6, 4 * 10**6, 10**6)
+    one = Option("m", (1,), "factors", Cost(2000, 8000, 2000), 999.0)
+    dense = Option("dense", None, "dense", whole, 0.0)
+    curve = Curve(("fc",), (one, dense), 1000.0, None, "weight", True, falling)
+    found = pivoted_curve(curve, site(layer)).options[:-1]
+    for keep in (0.8, 0.6, 0.4):
+        rank = max(o.size[0] for o in found if o.size and o.cost.params <= keep * 10**6)
+        assert rank == int(1000 * (1 - (1 - keep) ** 0.5)) > 1.12 * keep * 500
+    assert found[-1].size == (968,)  # (1000 − r)² numbers are saved, 1000 indices are added
+
+
+def test_without_tails_the_ranks_of_the_curve_are_priced_anew() -> None:
+    layer = linear(9, 14)
+    curve = SVD().curve(site(layer), Statistics())
+    blind = pivoted_curve(replace(curve, tails=None), site(layer))
+    assert ranks(blind.options) == ranks(curve.options) == [1, 2, 3, 4, 5]
+    assert at_rank(blind, 5) == at_rank(pivoted_curve(curve, site(layer)), 5)
+    assert at_rank(blind, 5).cost == Cost(5 * 18, 5 * 18 * 8 + 4 * 9, 5 * 18)
+
+
+def test_the_order_of_the_features_is_counted() -> None:
+    """In 16 bits, near full rank, it outweighs what is saved: those ranks are no options."""
+    layer = linear(8, 8).bfloat16()
+    found = Pivoted(SVD()).curve(site(layer), Statistics())
+    assert ranks(found.options) == [1, 2, 3]  # rank 4: 48 numbers and 8 indices are 128 bytes
+    assert [o.cost.bytes for o in found.options] == [62, 88, 110, 128]
+
+
+def test_embeddings_and_layers_that_no_rank_makes_smaller_are_left_alone() -> None:
+    case = CASES["embedding"](dtype=torch.float64)
+    curve = SVD().curve(case.site, case.stats)
+    assert Pivoted(SVD()).curve(case.site, case.stats).options == curve.options
+    for shape in ((1, 9), (9, 1), (2, 2), (1, 1)):
+        one = site(linear(*shape))
+        assert [o.dense for o in Pivoted(SVD()).curve(one, Statistics()).options] == [True]
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A method that knows nothing of storages."""
+
+    gives: type[nn.Module] = LowRankLinear
+    storage: str = "factors"
+    kinds = frozenset({"linear"})
+    needs = frozenset[str]()
+
+    def curve(self, site: Site, stats: Statistics) -> Curve:
+        curve = SVD().curve(site, stats)
+        options = (replace(curve.options[1], storage=self.storage), curve.dense)
+        return replace(curve, options=options, tails=None)
+
+    def factor(self, module: nn.Module, option: Option, stats: Statistics) -> nn.Module:
+        plain = SVD().factor(module, replace(option, storage="factors"), stats)
+        return plain if self.gives is LowRankLinear else self.gives()
+
+
+def test_plain_factors_of_any_method_are_converted() -> None:
+    layer, way = linear(9, 14), Pivoted(Foreign())
+    (option,) = way.curve(site(layer), Statistics()).options[:-1]
+    assert (option.size, option.storage) == ((2,), "pivoted")
+    new = way.factor(layer, option, Statistics())
+    assert isinstance(new, PivotedLinear)
+    want = Foreign().factor(layer, option, Statistics())
+    torch.testing.assert_close(new.dense_weight(), want.dense_weight(), rtol=0, atol=1e-11)
+    same = way.factor(layer, replace(option, storage="factors"), Statistics())
+    assert isinstance(same, LowRankLinear)
+
+
+def test_what_is_no_plain_factor_is_refused() -> None:
+    layer = linear(9, 14)
+    with pytest.raises(LowrankError, match=r"fc: storage 'pivoted' is .* stores 'own' of size"):
+        Pivoted(Foreign(storage="own")).curve(site(layer), Statistics())
+    other = Pivoted(Foreign(gives=nn.Identity))
+    option = other.curve(site(layer), Statistics()).options[0]
+    with pytest.raises(LowrankError, match="svd gives Identity: leave storage out"):
+        other.factor(layer, option, Statistics())
+
+
+def test_only_known_storages_change_anything() -> None:
+    way = SVD()
+    assert stored_as(way, "factors") is way
+    assert stored_as(way, "own") is way
