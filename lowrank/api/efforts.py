@@ -16,6 +16,7 @@ class Recovery:
     Attributes:
         dense: λ in [0, 1] of the sequential refit: how much of a layer's target is the dense
             model's own output, the rest being the dense layer on the compressed input.
+        refit: whether there is a sequential refit at all.
         block_steps: gradient steps of each block's refit; 0 leaves it out.
         distill_steps: gradient steps of distillation to the dense model's predictions; 0: none.
         block_rate, distill_rate: of AdamW, as a share of each parameter's root mean square.
@@ -23,6 +24,7 @@ class Recovery:
     """
 
     dense: float = 0.5
+    refit: bool = True
     block_steps: int = 0
     distill_steps: int = 0
     block_rate: float = 0.01

@@ -6,6 +6,7 @@ everything has succeeded, and serves as teacher meanwhile.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -95,6 +96,7 @@ class _Job:
     def run(self, work: Sequence[tuple[Site, Entry, nn.Module]]) -> Recovered:
         self.student = twin(self.model)
         self.entries = {site.name: entry for site, entry, _ in work}
+        self.built = {site.name: new for site, _, new in work}
         self.masks = [mask_of(batch) for batch in self.batches]
         refits = [s for s, _, new in work if isinstance(new, LowRankLinear | PivotedLinear)]
         called = set(self.seen.seen.order)
@@ -130,12 +132,15 @@ class _Job:
                 after_block=self._refit_block if steps else None,
                 on_block=lambda name: _advance(bar, name),
             )
-        self.said.append(f"refitted in closed form, layer by layer: {len(sites)}")
+        if self.recovery.refit:
+            self.said.append(f"refitted in closed form, layer by layer: {len(sites)}")
         if steps and blocks:
             kept = sum(each.kept for each in self.refitted)
             self.said.append(f"block refit: {kept} of {len(self.refitted)} blocks improved")
 
     def _fit(self, site: Site, moments: Moments) -> nn.Module:
+        if not self.recovery.refit:
+            return copy.deepcopy(self.built[site.name])
         weight, entry = layouts.matrix(site.module), self.entries[site.name]
         rank = (entry.size or (1,))[0]
         share = self.recovery.dense
@@ -171,8 +176,7 @@ class _Job:
     def _store(self, site: Site) -> None:
         new = self.student.get_submodule(site.name)
         if self.entries[site.name].storage == "pivoted" and isinstance(new, LowRankLinear):
-            copy = walk.in_copy(site, self.student)
-            walk.replace(self.student, copy, pivot_layer(new))
+            walk.replace(self.student, walk.in_copy(site, self.student), pivot_layer(new))
 
     def _distill(self) -> None:
         if not self.recovery.distill_steps:

@@ -14,7 +14,7 @@ from ..plan import Plan
 from ..policies import POLICIES
 
 CHOICES = (
-    "ratio", "rank", "method", "policy", "of", "unit", "align", "storage", "target", "exclude",
+    "ratio", "rank", "method", "policy", "of", "unit", "align", "storage", "effort", "target", "exclude",
     "seed",
 )  # fmt: skip
 
@@ -80,6 +80,14 @@ Storage = Annotated[
         "--storage", metavar="FORM",
         help="Of the factors: factors (if not given), or pivoted: the same matrices in fewer "
         "numbers, so that ranks are higher at equal size.",
+    ),
+]  # fmt: skip
+Effort = Annotated[
+    str | None,
+    _option(
+        "--effort", metavar="WORD",
+        help="fast: ranks by the loss, pivoted storage, layers refitted one after the other; "
+        "balanced: blocks are trained too; best: and the whole model, to the dense one's predictions.",
     ),
 ]  # fmt: skip
 Target = Annotated[
