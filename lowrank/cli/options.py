@@ -14,8 +14,8 @@ from ..plan import Plan
 from ..policies import POLICIES
 
 CHOICES = (
-    "ratio", "rank", "method", "policy", "of", "unit", "align", "storage", "effort", "target", "exclude",
-    "seed",
+    "ratio", "rank", "method", "policy", "of", "unit", "align", "storage", "effort", "target",
+    "exclude", "seed",
 )  # fmt: skip
 
 
@@ -87,7 +87,7 @@ Effort = Annotated[
     _option(
         "--effort", metavar="WORD",
         help="fast: ranks by the loss, pivoted storage, layers refitted one after the other; "
-        "balanced: blocks are trained too; best: and the whole model, to the dense one's predictions.",
+        "balanced: blocks are trained too; best: and the whole model, to the dense one's words.",
     ),
 ]  # fmt: skip
 Target = Annotated[
