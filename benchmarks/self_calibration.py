@@ -2,10 +2,10 @@
 
     python benchmarks/self_calibration.py
 
-The embedded model, `whitened`, uniform ranks, fp32: mean KL to the dense model on a
-quarter of the held-out text, for each third of the real calibration text, and for what the model
-writes from three seeds: as many tokens, in rows of the same length or of a quarter of it, and with other first
-tokens; and for what `data="self"` takes, which is twice as much.
+The embedded model, `whitened`, uniform ranks, fp32: mean KL to the dense model on a quarter of
+the held-out text, for each third of the real calibration text, and for what the model writes from
+three seeds: as many tokens, in rows of the same length or of a quarter of it, and with other
+first tokens; and for what `data="self"` takes, which is twice as much.
 """
 
 from __future__ import annotations

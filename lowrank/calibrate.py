@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -212,8 +212,7 @@ class _Gather:
         found: dict[str, Statistics] = {}
         for sums, group in zip(self._sums, self._groups, strict=True):
             shared = sums.finish()
-            # One object a site, for output gradients are its own; the Gram is one tensor.
-            found.update({site.name: replace(shared) for site in group})
+            found.update({site.name: shared for site in group})
         return found
 
 

@@ -75,7 +75,8 @@ def test_compress_passes_every_choice_on(made: SimpleNamespace, tmp_path: Path) 
 
 def test_pivoted_factors_are_planned_and_compressed(made: SimpleNamespace, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
-    said = run("plan", made.dense, "--ratio", 0.8, "--storage", "pivoted", "-o", file)
+    said = run("plan", made.dense, "--ratio", 0.8, "--method", "svd", "--storage", "pivoted",
+               "-o", file)  # fmt: skip
     assert "svd, pivoted" in said
     assert max(map(len, said.splitlines()[:-1])) <= console.WIDTH
     run("compress", made.dense, "--plan", file, "-o", tmp_path / "a")
@@ -134,5 +135,6 @@ def test_merge_gives_a_dense_checkpoint_of_the_same_function(
     assert not any(isinstance(m, LowRankLinear) for m in merged.modules())
     assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
-    torch.testing.assert_close(logits(tmp_path / "merged"), logits(made.out), rtol=0, atol=1e-5)
+    # Logits of this model reach 30, where float32 resolves 2e-6: sums in another order show.
+    torch.testing.assert_close(logits(tmp_path / "merged"), logits(made.out), rtol=2e-6, atol=1e-5)
     assert (logits(made.dense) - logits(made.out)).abs().max() > 1e-3
