@@ -80,7 +80,18 @@ def test_pivoted_factors_are_planned_and_compressed(made: SimpleNamespace, tmp_p
     assert "svd, pivoted" in said
     assert max(map(len, said.splitlines()[:-1])) <= console.WIDTH
     run("compress", made.dense, "--plan", file, "-o", tmp_path / "a")
-    run("compress", made.dense, "--ratio", 0.8, "--storage", "pivoted", "-o", tmp_path / "b")
+    run(
+        "compress",
+        made.dense,
+        "--ratio",
+        0.8,
+        "--method",
+        "svd",
+        "--storage",
+        "pivoted",
+        "-o",
+        tmp_path / "b",
+    )
     assert torch.equal(logits(tmp_path / "a"), logits(tmp_path / "b"))
     model = lowrank.from_pretrained(tmp_path / "a")
     assert sum(isinstance(m, PivotedLinear) for m in model.modules()) == 14
