@@ -47,13 +47,16 @@ def main() -> None:
     dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     seen = lowrank.calibrate(dense, calibration, progress=False)
     found = []
-    print(f"{'method':10} {'policy':10} {'keep':>5} {'kept':>7} {'KL':>8} {'seconds':>8}")
+    print(f"{'method':13} {'policy':10} {'keep':>5} {'kept':>7} {'KL':>8} {'seconds':>8}")
     for method, policy in (
         ("svd", "uniform"),
         ("whitened", "uniform"),
         ("whitened", "energy"),
         ("whitened", "welore"),
         ("whitened", "spectrum"),
+        ("basis-sharing", "uniform"),
+        ("basis-sharing", "energy"),
+        ("basis-sharing", "spectrum"),
         ("svd", "welore"),
         ("svd", "spectrum"),
     ):
@@ -64,7 +67,7 @@ def main() -> None:
             )  # fmt: skip
             divergence = lowrank.kl(model, dense, held_out)
             print(
-                f"{method:10} {policy:10} {ratio:5.1f} {report.achieved:7.4f} {divergence:8.4f} "
+                f"{method:13} {policy:10} {ratio:5.1f} {report.achieved:7.4f} {divergence:8.4f} "
                 f"{report.seconds:8.2f}"
             )
             found.append(

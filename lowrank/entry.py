@@ -17,7 +17,7 @@ COLUMNS = ("site", "shape", "method", "rank", "kept", "error", "reason")
 
 @dataclass(frozen=True)
 class Entry:
-    """One site (or group) and what becomes of it.
+    """One site and what becomes of it.
 
     Attributes:
         sites: every name of the weight, the first one leading.
@@ -30,6 +30,9 @@ class Entry:
         rcond: smallest over largest singular value of what was decomposed; 0 is singular.
         reason: why it stays dense, or "".
         kind: of the site; an embedding's factors are looked up, and multiplied by `heads` heads.
+        group: name of the site that owns the basis which this one shares, "" for none; the owner
+            names itself. The cost of `down` is the owner's, `error` and `total` are those of the
+            whole group.
     """
 
     sites: tuple[str, ...]
@@ -47,6 +50,7 @@ class Entry:
     reason: str = ""
     kind: str = "linear"
     heads: int = 0
+    group: str = ""
 
     @property
     def name(self) -> str:
@@ -89,6 +93,12 @@ class Entry:
             self, method=method, size=(rank,), storage=storage, cost=cost, error=None, reason=""
         )
 
+    def sharing(self, rank: int, owner: bool) -> Entry:
+        """Factors of that rank with a basis that others share; the owner stores it."""
+        numbers = rank * (self.shape[0] + owner * self.shape[1])
+        cost = Cost(numbers, numbers * self.dense.bytes // self.dense.params, numbers)
+        return replace(self, size=(rank,), storage="shared", cost=cost, error=None, reason="")
+
     def row(self) -> dict[str, str]:
         """As text, for tables."""
         return {
@@ -111,8 +121,8 @@ class Entry:
         Raises:
             LowrankError: a field is missing, unknown or of the wrong type; the site is named.
         """
-        if isinstance(item, dict):  # plans from before there were kinds say nothing of them
-            item = {"kind": "linear", "heads": 0, **item}
+        if isinstance(item, dict):  # older plans know no kinds and no groups
+            item = {"kind": "linear", "heads": 0, "group": "", **item}
         checked(item, _FIELDS, "an entry of the plan")
         size = None if item["size"] is None else tuple(item["size"])
         body = {**item, "sites": tuple(item["sites"]), "shape": tuple(item["shape"]), "size": size}
@@ -194,4 +204,5 @@ _FIELDS: Checks = {
     "reason": _TEXT,
     "kind": _TEXT,
     "heads": (lambda value: is_integer(value) and value >= 0, "an integer >= 0"),
+    "group": _TEXT,
 }

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from . import groups
 from .entry import Entry
 from .errors import LowrankError, listed
 from .schema import COST, Checks, checked, is_cost, is_integer, is_number, is_text
@@ -51,6 +52,11 @@ class Plan:
         return str(self.settings.get("storage") or "factors")
 
     @property
+    def single(self) -> str:
+        """What a site that shares its basis with no other is factored by."""
+        return str(self.settings.get("alone") or self.method)
+
+    @property
     def seed(self) -> int:
         """For methods that draw numbers."""
         return int(self.settings.get("seed") or 0)
@@ -68,20 +74,23 @@ class Plan:
     def edit(self, ranks: Mapping[str, int | None]) -> Plan:
         """A new plan with other ranks; None leaves a site dense. Planned errors become unknown.
 
+        Sites that share one basis change together: naming one of them is enough.
+
         Raises:
-            LowrankError: no such site, or no such rank for its shape.
+            LowrankError: no such site, no such rank for its shape, or two ranks for one basis.
         """
         by_name = {name: entry for entry in self.entries for name in entry.sites}
         changed: dict[str, Entry] = {}
         for name, rank in ranks.items():
             if name not in by_name:
                 raise LowrankError(f"no site {name!r} in the plan; there are {listed(by_name, 4)}")
-            entry = by_name[name]
-            changed[entry.name] = (
-                entry.left_dense("left dense by hand")
-                if rank is None
-                else entry.with_rank(rank, self.method, self.storage)
-            )
+            how = (self.single, self.storage)
+            for entry in groups.changed(by_name[name], self.entries, rank, *how):
+                if changed.setdefault(entry.name, entry) != entry:
+                    raise LowrankError(
+                        f"{entry.title} is given two ranks: {listed(ranks)} share one basis or one "
+                        "weight"
+                    )
         entries = tuple(changed.get(entry.name, entry) for entry in self.entries)
         return replace(self, entries=entries, settings={**self.settings, "edited": True})
 
@@ -102,13 +111,13 @@ class Plan:
             checked({key: body[part].get(key) for key in checks}, checks, f"{part!r} in the plan")
         plan = cls((), Cost(**body["model"]), body["asked"], body["settings"])
         entries = tuple(
-            Entry.from_json(item, plan.method, plan.storage) for item in body["entries"]
+            Entry.from_json(item, plan.single, plan.storage) for item in body["entries"]
         )
         names = Counter(name for entry in entries for name in entry.sites)
         twice = [name for name, times in names.items() if times > 1]
         if twice:
             raise LowrankError(f"{listed(twice)}: in more than one entry of the plan")
-        return replace(plan, entries=entries)
+        return replace(plan, entries=groups.checked(entries))
 
     def save(self, path: str | Path) -> None:
         """Write the JSON to a file."""
@@ -178,6 +187,7 @@ _ASKED: Checks = {
 }
 _SETTINGS: Checks = {
     "method": (lambda v: v is None or is_text(v), "text"),
+    "alone": (lambda v: v is None or is_text(v), "text"),
     "seed": (lambda v: v is None or is_integer(v), "an integer"),
     "storage": (lambda v: v in (None, *get_args(Storage)), f"one of {listed(get_args(Storage))}"),
     "data": (lambda v: v is None or is_text(v), "text"),

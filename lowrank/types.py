@@ -173,6 +173,32 @@ class Method(Protocol):
         """The factored module; the input module is untouched, bit for bit."""
 
 
+class JointMethod(Protocol):
+    """A way to factor several sites that read one tensor: a frozen dataclass of options."""
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Kinds of sites it takes."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that it reads, of the input that all members share."""
+
+    @property
+    def alone(self) -> str:
+        """The method of sites that share their input with no other."""
+
+    def curve(self, sites: Sequence[Site], stats: Statistics) -> Curve:
+        """All sizes from one decomposition; `Curve.sites` are the members' names, one after the
+        other, costs and errors those of all members together."""
+
+    def factor(
+        self, modules: Sequence[nn.Module], option: Option, stats: Statistics
+    ) -> Sequence[nn.Module]:
+        """The factored modules in the same order; the input modules are untouched. What they share
+        is stored in the first; the others have `bind(first)`."""
+
+
 @runtime_checkable
 class Factored(Protocol):
     """Every module in lowrank.nn."""

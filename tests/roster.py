@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowrank.testing import Law, laws, low_rank_weight
+from lowrank.testing import JOINT_LAWS, Law, laws, low_rank_weight
 
 ROSTER: dict[str, dict[str, Law]] = {
     "svd": laws(),
@@ -15,3 +15,5 @@ ROSTER: dict[str, dict[str, Law]] = {
     "head-aware": laws(),
     "random": laws(planted=None),  # it gives the trained weight up
 }
+
+JOINT_ROSTER = {"basis-sharing": JOINT_LAWS}

@@ -118,7 +118,7 @@ def test_align(model: nn.Module, align: Any) -> None:
         (
             "method",
             "SVD",
-            "(known: asvd, frequency, fwsvd, head-aware, random, snmf, svd, two-sided, whitened)",
+            "(known: asvd, basis-sharing, frequency, fwsvd, head-aware, random, snmf, svd, ",
         ),
         ("policy", "unifrm", "unknown policy 'unifrm'; did you mean 'uniform'?"),
         ("policy", "xyz", "(known: energy, lossaware, spectrum, uniform, welore)"),

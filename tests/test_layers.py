@@ -30,6 +30,7 @@ ORDER = """
     policies
     tables grid
     entry
+    groups
     plan
     report
     ties

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowrank.methods import METHODS
-from lowrank.testing import CASES, DTYPES, check_method
+from lowrank.methods import JOINT, METHODS
+from lowrank.testing import CASES, DTYPES, JOINT_CASES, check_method
 
-from .roster import ROSTER
+from .roster import JOINT_ROSTER, ROSTER
 
 ROWS = [(method, law) for method, laws in ROSTER.items() for law in laws]
 KIND = {name: make(dtype=torch.float64).site.kind for name, make in CASES.items()}
@@ -24,12 +24,22 @@ CROSSED = [(method, law, case) for method, law in ROWS for case in kinds(method)
 
 def test_every_registered_method_has_a_row() -> None:
     assert set(ROSTER) == set(METHODS)
+    assert set(JOINT_ROSTER) == set(JOINT)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize(("method", "law", "case"), CROSSED, ids=["-".join(row) for row in CROSSED])
 def test_law(method: str, law: str, case: str, dtype: torch.dtype) -> None:
     ROSTER[method][law](METHODS[method](), CASES[case](dtype=dtype))
+
+
+@pytest.mark.parametrize("case", JOINT_CASES)
+@pytest.mark.parametrize(
+    ("method", "law"), [(method, law) for method, laws in JOINT_ROSTER.items() for law in laws]
+)
+def test_joint_law(method: str, law: str, case: str) -> None:
+    for dtype in DTYPES:
+        JOINT_ROSTER[method][law](JOINT[method](), JOINT_CASES[case](dtype=dtype))
 
 
 def test_a_seed_changes_what_is_random_and_nothing_else() -> None:

@@ -15,13 +15,13 @@ from ..checks import check_model
 from ..data import Data
 from ..errors import LowrankError
 from ..fisher import FISHER, with_fisher
-from ..methods import method as method_of
 from ..plan import Plan
 from ..report import Report
 from ..selfwritten import described, writes
-from ..types import Method, Policy, Storage, Unit
+from ..types import JointMethod, Method, Policy, Storage, Unit
 from .allocating import Curves
-from .applying import carry_out, matched, method_for
+from .applying import carry_out, matched
+from .building import method_for
 from .efforts import Effort, Recovery
 from .planning import make_plan
 from .request import Of, OnMissing, Prefer, Request, check_beside_plan, targets_of
@@ -34,7 +34,7 @@ def plan(
     model: nn.Module,
     ratio: float | None = None,
     *,
-    method: str | Method | None = None,
+    method: str | Method | JointMethod | None = None,
     policy: str | Policy | None = None,
     rank: int | float | None = None,
     rank_pattern: Mapping[str, int | float] | None = None,
@@ -68,7 +68,7 @@ def apply(
     *,
     data: Source = "default",
     tokenizer: Any = None,
-    method: Method | None = None,
+    method: Method | JointMethod | None = None,
     copy: bool = False,
     progress: bool = True,
 ) -> tuple[nn.Module, Report]:
@@ -103,7 +103,7 @@ def compress(
     model: nn.Module,
     ratio: float | Plan | None = None,
     *,
-    method: str | Method | None = None,
+    method: str | Method | JointMethod | None = None,
     policy: str | Policy | None = None,
     rank: int | float | None = None,
     rank_pattern: Mapping[str, int | float] | None = None,
@@ -128,9 +128,10 @@ def compress(
         model: changed in place and returned; a root that is itself a layer is returned anew.
         ratio: the fraction kept, in (0, 1); or a finished plan, beside which only data, tokenizer,
             copy, progress and a method object are taken.
-        method: "svd", "whitened", "asvd", "snmf", "random", "frequency", "head-aware" (the last two
-            for embeddings) or an object; None: "whitened" with data, given or self-written, else
-            "svd". Embeddings that "whitened" meets are factored by "head-aware".
+        method: "svd", "whitened", "asvd", "snmf", "random", "basis-sharing" (one input basis for
+            layers that read one tensor, "whitened" for the others), "frequency", "head-aware" (the
+            last two for embeddings) or an object; None: "whitened" with data, given or
+            self-written, else "svd". Embeddings that "whitened" meets are factored by "head-aware".
         policy: "uniform", "energy", "welore", "spectrum" or a callable; None: "uniform". It shares
             out a ratio; fixed ranks leave it nothing to do.
         rank: instead of a ratio: an int for all sites, or a float in (0, 1], the share of energy.
@@ -148,7 +149,8 @@ def compress(
             head too; a head that shares the embedding's weight is factored with it, once).
         align: ranks are multiples of it; None rounds down to 8 where that is nearly free; 1: off.
         storage: of factored linear layers: "factors" (None too), r(m + n) numbers at rank r; or
-            "pivoted", the same matrix in r(m + n − r), so that ranks are higher at equal cost.
+            "pivoted", the same matrix in r(m + n − r), so that ranks are higher at equal cost;
+            not where layers share a basis.
         on_missing: for layers that the data did not reach: "dense", "data-free" or "error".
         effort: "fast" (ranks by the loss, pivoted storage, sequential refit in closed form),
             "balanced" (and block refit), "best" (and distillation), or a `Recovery`; it sets what
@@ -189,7 +191,7 @@ def _decide(
     """All checks that need no work come first: a typing error must not cost a calibration."""
     check_model(model)
     wanted = targets_of(model, request)
-    needed = request.method is None or bool(method_of(request.method, request.seed).needs)
+    needed = request.method is None or bool(request.needs())
     hold_out = HOLD_OUT if request.effort is not None or request.policy == "lossaware" else 0.0
     seen = _seen(model, data, tokenizer, needed, request.seed, progress, hold_out)
     if seen is not None and request.needs() & FISHER:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from .. import sites as walk
@@ -25,7 +25,10 @@ def allocate(
     whole: Cost,
     probe: Probe | None = None,
 ) -> Allocation:
-    """One option for every target; `goal` is the dense cost that the ratio refers to."""
+    """One option for every target; `goal` is the dense cost that the ratio refers to.
+
+    A group of sites with one curve is one target here, under the names of all (`stacked`).
+    """
     pinned = _pinned(request, targets, curves)
     sites = [site for site in targets if site.names not in pinned]
     free = [curves[site.name] for site in sites]
@@ -65,6 +68,7 @@ def _pinned(request: Request, sites: Sequence[Site], curves: Curves) -> Choice:
         if key is None:
             continue
         value = patterns[key]
+        _check_one_rank(patterns, site)
         if isinstance(value, int):
             check_rank(site.title, site.shape, value, *request.stored(site))
         option = _fixed(value, request, [site], [curves[site.name]])[site.names]
@@ -76,6 +80,21 @@ def _pinned(request: Request, sites: Sequence[Site], curves: Curves) -> Choice:
             )
         found[site.names] = option
     return found
+
+
+def _check_one_rank(patterns: Mapping[str, int | float], site: Site) -> None:
+    """Members of a group share one basis, so that naming one of them is enough, and two disagree.
+
+    Raises:
+        LowrankError: their first keys give different ranks.
+    """
+    keys = [walk.pattern_value(patterns, [name]) for name in site.names]
+    given = {key: patterns[key] for key in keys if key is not None}
+    if len(site.modules) > 1 and len(set(given.values())) > 1:
+        raise LowrankError(
+            f"rank_pattern gives {listed(site.names, 4)} different ranks ({given}), but they share "
+            "one basis or one weight: give one rank"
+        )
 
 
 def _fixed(

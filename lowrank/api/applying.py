@@ -1,46 +1,31 @@
-"""From a plan to a changed model: build every factored layer, then put all of them in place."""
+"""From a plan to a changed model: every factored layer is built, then all are put in place."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import io, layouts, linalg
+from .. import groups, io, layouts, linalg
 from .. import sites as walk
 from ..calibrate import Calibration
 from ..entry import Entry
 from ..errors import LowrankError, listed
 from ..io.surgery import factored, unchanged_on_error
-from ..methods import METHODS, for_kind, method, stored_as
-from ..nn import LowRankEmbedding, TiedHead
 from ..plan import Plan
 from ..recover.own import hand_over
-from ..report import Measured, Report
-from ..timing import paired_ratio
-from ..types import Cost, Curve, Factored, Method, Site, Statistics
+from ..report import Report
+from ..types import Cost, Factored, Site
 from .allocating import Curves
+from .building import Built, Way, Work, build, error_of, grouped, method_for
 from .efforts import Recovery
 from .planning import statistics_of, versions
 from .recovering import Recovered, recover
 from .request import model_cost
-
-MARGIN = 0.98  # prefer="speed": a factored layer has to need less than this share of dense time
-Work = list[tuple[Site, Entry]]
-
-
-class Built(NamedTuple):
-    """A factored layer, ready to be put in place; `new` None leaves the site dense."""
-
-    site: Site
-    entry: Entry
-    new: nn.Module | None
-    measured: Measured
 
 
 def carry_out(
@@ -48,7 +33,7 @@ def carry_out(
     plan: Plan,
     seen: Calibration | None,
     *,
-    way: Method | None,
+    way: Way,
     curves: Curves | None,
     started: float,
     progress: bool,
@@ -62,8 +47,8 @@ def carry_out(
     """
     work = matched(model, plan)
     before = model_cost(model, [])
-    bar = tqdm(work, "factor", delay=2, disable=not progress, leave=False)
-    built = [_build(site, entry, plan, seen, way, curves) for site, entry in bar]
+    bar = tqdm(grouped(work), "factor", delay=2, disable=not progress, leave=False)
+    built = [item for group in bar for item in build(group, plan, seen, way, curves)]
     came = _recovered(model, plan, built, seen, way, progress)
     if came is not None:
         built = [item._replace(new=came.modules.get(item.site.name)) for item in built]
@@ -99,25 +84,31 @@ def _recovered(
     plan: Plan,
     built: Sequence[Built],
     seen: Calibration | None,
-    way: Method | None,
+    way: Way,
     progress: bool,
 ) -> Recovered | None:
     """What the plan's recovery makes of the layers; None where it asks for none."""
     recovery = Recovery.from_json(plan.settings.get("recovery"))
     if recovery is None:
         return None
+    together = [item.entry.title for item in built if item.entry.group]
+    if together:
+        raise LowrankError(
+            f"recovery refits layers one by one, and the plan gives {listed(together, 4)} one "
+            "basis: take 'recovery' out of its settings"
+        )
     work = [(item.site, item.entry, item.new) for item in built if item.new is not None]
     damp = getattr(way, "damp", linalg.DAMP)
     return recover(model, work, seen, recovery, damp=damp, seed=plan.seed, progress=progress)
 
 
-def _remeasured(item: Built, plan: Plan, seen: Calibration | None, way: Method | None) -> Built:
+def _remeasured(item: Built, plan: Plan, seen: Calibration | None, way: Way) -> Built:
     """Recovered layers serve other inputs: their error on the dense stream is no smaller."""
     if item.new is None or item.measured.measured is None:
         return item
-    used = stored_as(method_for(item.entry, plan, way), item.entry.storage)
+    used = method_for(item.entry, plan, way)
     stats = statistics_of(item.site, seen)
-    error = _measured(item.site, item.measured.norm, item.new, stats, used)
+    error = error_of(item.site, item.measured.norm, item.new, stats, used)
     return item._replace(measured=replace(item.measured, measured=error))
 
 
@@ -127,6 +118,7 @@ def matched(model: nn.Module, plan: Plan) -> Work:
     Raises:
         LowrankError: the plan was made for another model, or a site cannot be factored now.
     """
+    groups.checked(plan.entries)
     sites = walk.find(model)
     by_name = {name: site for site in sites for name in site.names}
     for entry in plan.entries:
@@ -165,102 +157,6 @@ def _check_same(entry: Entry, by_name: dict[str, Site], model: nn.Module) -> Non
 
 def _titles(names: Sequence[str]) -> str:
     return listed(name or "(root)" for name in names)
-
-
-def _build(
-    site: Site,
-    entry: Entry,
-    plan: Plan,
-    seen: Calibration | None,
-    way: Method | None,
-    curves: Curves | None,
-) -> Built:
-    started = time.perf_counter()
-    stats = statistics_of(site, seen)
-    used = stored_as(method_for(entry, plan, way), entry.storage)
-    if used.needs and stats.count == 0:
-        raise LowrankError(
-            f"{site.title}: {entry.method} works from calibration data "
-            f"({', '.join(sorted(used.needs))}): pass data=… that reaches this layer"
-        )
-    with torch.no_grad():
-        new = used.factor(site.module, entry.option(), stats)
-    wanted: type[nn.Module] = LowRankEmbedding if layouts.heads(site.modules) else nn.Module
-    if not isinstance(new, wanted):
-        said = f"must give an nn.Module ({wanted.__name__}), got {type(new).__name__}"
-        raise LowrankError(f"{site.title}: {entry.method} {said}")
-    # A plan made on other statistics, or edited, gets a curve of its own here, in its storage.
-    curve = used.curve(site, stats) if curves is None else curves[site.name]
-    reason = _too_slow(site, new, seen, plan.seed) if plan.settings.get("prefer") == "speed" else ""
-    measured = Measured(
-        name=entry.name,
-        norm=curve.norm,
-        planned=entry.error if entry.norm == curve.norm else None,
-        predicted=_predicted(entry, curve),
-        measured=0.0 if reason else _measured(site, curve.norm, new, stats, used),
-        total=curve.total,
-        seconds=time.perf_counter() - started,
-        reason=reason,
-    )
-    return Built(site, entry, None if reason else new, measured)
-
-
-def method_for(entry: Entry, plan: Plan, way: Method | None) -> Method:
-    """What factors a site: `way` where it is the plan's own method, or the registry's."""
-    if way is not None and entry.method == plan.method:
-        return for_kind(way, entry.kind)
-    if entry.method in METHODS:
-        return for_kind(method(entry.method, plan.seed), entry.kind)
-    raise LowrankError(
-        f"{entry.title}: the plan's method {entry.method!r} is none of {listed(METHODS)}: "
-        "pass the object as method=…"
-    )
-
-
-def _predicted(entry: Entry, curve: Curve) -> float | None:
-    return next((o.error for o in curve.options if o.size == entry.size), None)
-
-
-def _measured(
-    site: Site, norm: str, new: nn.Module, stats: Statistics, way: Method
-) -> float | None:
-    """Error of the stored factors, rounding included, in the norm of the curve.
-
-    A method with a norm of its own has the verb `error(module, weight, stats)`.
-    """
-    own = getattr(way, "error", None)
-    if isinstance(new, Factored) and callable(own):
-        found = own(site.module, new.dense_weight(torch.float64), stats)
-        if found is not None:
-            return float(found)
-    gram = stats.gram if norm == "output" else None
-    known = norm == "weight" or gram is not None or stats.freq is not None
-    if not isinstance(new, Factored) or not known:
-        return None
-    dense = new.dense_weight(torch.float64)
-    if norm == "output" and site.kind == "embedding" and stats.freq is not None:
-        difference = layouts.matrix(site.module).detach().double() - dense.detach()
-        metric = linalg.output_metric(stats.gram, site.shape[1])
-        return linalg.token_error(difference, linalg.token_weights(stats.freq), metric)
-    return linalg.squared_error(layouts.matrix(site.module), dense, gram)
-
-
-def _too_slow(site: Site, new: nn.Module, seen: Calibration | None, seed: int) -> str:
-    """prefer="speed": why the dense layer stays, from paired timings on the caller's shape."""
-    dense = site.module
-    if isinstance(new, LowRankEmbedding):  # its lookups are slower; a head may make up for it
-        dense = next((m for m in site.modules if layouts.kind(m) != "embedding"), dense)
-        if dense is site.module:
-            return "a factored lookup takes a product more than the dense one"
-        new = TiedHead.of(new)
-    shapes = {} if seen is None else seen.seen.shapes
-    shape = next((shapes[name] for name in site.names if name in shapes), None)
-    if shape is None:
-        return "the data does not run it, so that it cannot be timed"
-    generator = torch.Generator().manual_seed(seed)
-    example = torch.randn(shape, generator=generator).to(layouts.matrix(site.module))
-    ratio = paired_ratio(lambda: new(example), lambda: dense(example))
-    return "" if ratio < MARGIN else f"factored it takes {ratio:.2f} of the dense layer's time"
 
 
 def _achieved(plan: Plan, built: Sequence[Built]) -> float:

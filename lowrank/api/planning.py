@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any, cast
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import layouts, linalg
+from .. import linalg
 from .. import sites as walk
 from ..calibrate import Calibration
 from ..data import rebatched
-from ..entry import Entry, break_even
 from ..errors import LowrankError, listed
 from ..eval import kl
-from ..methods import METHODS, SVD, for_kind, method, stored_as
+from ..methods import JOINT, METHODS, SVD, for_kind, joint, method, stored_as
+from ..methods.common import stacked
 from ..plan import Plan
 from ..streams import twin
-from ..types import Allocation, Curve, Method, Option, Probe, Site, Statistics
+from ..types import Allocation, Curve, JointMethod, Method, Option, Probe, Site, Statistics
 from .allocating import Curves, allocate
+from .entering import entry_of
+from .grouping import Group, groups_of, member_option
 from .recovering import recover
 from .request import Request, model_cost
 
@@ -36,28 +39,36 @@ def make_plan(
     *,
     progress: bool,
 ) -> tuple[Plan, Curves]:
-    """The plan, and the curve of every target by its site's name.
+    """The plan, and the curve of every target by its site's name, of a group by its first site's.
 
     Args:
         wanted: every site considered; those without a reason are the targets.
     """
-    way = _method(request, seen)
+    way, shared = _method(request, seen), joint(request.method, request.seed)
     sites = _workable(wanted, way, seen, request)
     targets = [site for site in sites if not site.reason]
-    bar = tqdm(targets, "decompose", delay=2, disable=not progress, leave=False)
-    storage = request.storage or "factors"
-    curves = {site.name: _curve(site, way, seen, storage) for site in bar}
+    groups, storage = groups_of(targets, shared, seen), request.storage or "factors"
+    bar = tqdm(groups, "decompose", delay=2, disable=not progress, leave=False)
+    curves = {group[0].name: _curve(group, way, shared, seen, storage) for group in bar}
     whole = model_cost(model, sites)
     counted = {site.names for site in wanted if not site.reason}
     goal = sum(site.cost.of(request.unit) for site in wanted if not site.reason)
-    probe = _probe(model, targets, way, seen, request, curves)
-    chosen = allocate(request, goal, targets, curves, whole, probe)
+    stacks = [group[0] if len(group) == 1 else stacked(group) for group in groups]
+    together = {stack.names: group for stack, group in zip(stacks, groups, strict=True)}
+    probe = _probe(model, together, way, shared, seen, request)
+    chosen = allocate(request, goal, stacks, curves, whole, probe)
+    made = {
+        site.name: entry_of(site, option, curves[stack.name], request, True, stack)
+        for group, stack in zip(groups, stacks, strict=True)
+        for site, option in zip(group, member_option(group, chosen[stack.names]), strict=True)
+    }
     entries = tuple(
-        _entry(site, chosen.get(site.names), curves.get(site.name), request, site.names in counted)
+        made.get(site.name) or entry_of(site, None, None, request, site.names in counted, site)
         for site in sites
     )
+    own = [g for g in groups if (len(g) > 1 if shared else _is_seen(g[0], way, seen))]
     settings = {
-        "method": _name_of(way, [curves[s.name] for s in targets if _is_seen(s, way, seen)]),
+        "method": _name_of(shared or way, [curves[group[0].name] for group in own]),
         "policy": "fixed" if request.ratio is None else _name(request.policy or "uniform"),
         "align": request.align,
         "storage": storage,
@@ -69,16 +80,18 @@ def make_plan(
         "recovery": None if request.recovery is None else request.recovery.to_json(),
         "versions": versions(),
     }
+    if shared is not None:
+        settings["alone"] = shared.alone
     return Plan(entries, whole, request.asked(), settings), curves
 
 
 def _probe(
     model: nn.Module,
-    targets: Sequence[Site],
+    groups: Mapping[tuple[str, ...], Group],
     way: Method,
+    shared: JointMethod | None,
     seen: Calibration | None,
     request: Request,
-    curves: Curves,
 ) -> Probe | None:
     """Held-out KL of the model with an allocation; None where there is nothing to judge by.
 
@@ -86,20 +99,18 @@ def _probe(
     the model is not touched. Where recovery follows, its closed form does here too: what is better
     before it need not be after.
     """
-    if seen is None or callable(seen.batches) or any(site.name == "" for site in targets):
+    alone = any(group[0].name == "" for group in groups.values())
+    if seen is None or callable(seen.batches) or alone:
         return None
     held = seen.held_out or rebatched(seen.batches)[-2:]
 
     def probe(allocation: Allocation) -> float:
-        work = []
-        for site in targets:
-            option = allocation[site.names]
-            if option.dense:
-                continue
-            used = for_kind(way, site.kind)
-            with torch.no_grad():
-                new = used.factor(site.module, option, statistics_of(site, seen))
-            work.append((site, _entry(site, option, curves[site.name], request, True), new))
+        work = [
+            (site, entry_of(site, allocation[names], None, request, True, site), new)
+            for names, group in groups.items()
+            if not allocation[names].dense
+            for site, new in _tried(group, allocation[names], way, shared, seen)
+        ]
         modules = {site.name: new for site, _, new in work}
         if request.recovery is not None and work:
             closed = replace(request.recovery, block_steps=0, distill_steps=0)
@@ -111,6 +122,19 @@ def _probe(
         return kl(lean, model, held)
 
     return probe
+
+
+def _tried(
+    group: Group, option: Option, way: Method, shared: JointMethod | None, seen: Calibration
+) -> list[tuple[Site, nn.Module]]:
+    """The members of a group with their layers at that option."""
+    stats = statistics_of(group[0], seen)
+    with torch.no_grad():
+        if shared is not None and len(group) > 1:
+            new = list(shared.factor([site.module for site in group], option, stats))
+        else:
+            new = [for_kind(way, group[0].kind).factor(group[0].module, option, stats)]
+    return list(zip(group, new, strict=True))
 
 
 def statistics_of(site: Site, seen: Calibration | None) -> Statistics:
@@ -146,9 +170,13 @@ def versions() -> dict[str, str]:
 
 
 def _method(request: Request, seen: Calibration | None) -> Method:
-    way = method(request.method or ("svd" if seen is None else "whitened"), request.seed)
-    if way.needs and seen is None:
-        needs = ", ".join(sorted(way.needs))
+    """The method of single sites; of a joint method, the one that it names for those alone."""
+    shared = joint(request.method, request.seed)
+    named = request.method if shared is None else shared.alone
+    way = method(cast(Any, named) or ("svd" if seen is None else "whitened"), request.seed)
+    lacking = way.needs if shared is None else way.needs | shared.needs
+    if lacking and seen is None:
+        needs = ", ".join(sorted(lacking))
         raise LowrankError(
             f"method {_name(request.method)} works from calibration data ({needs}): pass data=…"
         )
@@ -196,60 +224,21 @@ def _is_seen(site: Site, way: Method, seen: Calibration | None) -> bool:
     return statistics_of(site, seen).count >= max(seen.min_tokens, 1)
 
 
-def _curve(site: Site, way: Method, seen: Calibration | None, storage: str) -> Curve:
+def _curve(
+    group: Group, way: Method, shared: JointMethod | None, seen: Calibration | None, storage: str
+) -> Curve:
+    site = group[0]
+    if shared is not None and len(group) > 1:
+        return shared.curve(group, statistics_of(site, seen))
     if not _is_seen(site, way, seen):
         return stored_as(SVD(), storage).curve(site, Statistics())  # on_missing="data-free"
     return stored_as(for_kind(way, site.kind), storage).curve(site, statistics_of(site, seen))
 
 
-def _entry(
-    site: Site, option: Option | None, curve: Curve | None, request: Request, target: bool
-) -> Entry:
-    option = option or Option("dense", None, "dense", site.cost, 0.0)
-    return Entry(
-        sites=site.names,
-        shape=site.shape,
-        dense=site.cost,
-        method=option.method,
-        size=option.size,
-        storage=option.storage,
-        cost=option.cost,
-        error=option.error,
-        total=None if curve is None else curve.total,
-        norm="" if curve is None else curve.norm,
-        target=target,
-        rcond=None if curve is None else _rcond(curve),
-        reason=site.reason if curve is None else _why_dense(option, site, curve, request),
-        kind=site.kind,
-        heads=layouts.heads(site.modules),
-    )
-
-
-def _why_dense(option: Option, site: Site, curve: Curve, request: Request) -> str:
-    if not option.dense:
-        return ""
-    largest, rank = break_even(site.shape, *request.stored(site)) - 1, request.rank
-    if len(curve.options) == 1:
-        return "no rank makes a weight of this shape smaller"
-    if isinstance(rank, float):
-        return f"keeping {rank} of its energy takes a rank above {largest}, which is not smaller"
-    if rank is not None and rank > largest:
-        return f"at rank {rank} it would not be smaller; the largest that is: {largest}"
-    if request.align is not None and largest < request.align:
-        return f"no multiple of {request.align} makes it smaller; the largest rank is {largest}"
-    return "not in rank_pattern" if request.ratio is None else "the policy keeps it dense"
-
-
-def _rcond(curve: Curve) -> float | None:
-    if curve.spectrum is None or not len(curve.spectrum):
-        return None
-    most = float(curve.spectrum[0])
-    return float(curve.spectrum[-1]) / most if most > 0 else 0.0
-
-
-def _name_of(way: Method, curves: Sequence[Curve]) -> str:
+def _name_of(way: Method | JointMethod, curves: Sequence[Curve]) -> str:
     """What the options of a method call it."""
-    known = [name for name, kind in METHODS.items() if type(way) is kind]
+    every = (*METHODS.items(), *JOINT.items())
+    known = [name for name, kind in every if type(way) is kind]
     own = [option.method for curve in curves for option in curve.options if not option.dense]
     return (known + own + [_name(way)])[0]
 

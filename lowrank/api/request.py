@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from torch import nn
 
 from .. import layouts
 from .. import sites as walk
 from ..errors import LowrankError, listed, unknown
+from ..methods import joint
 from ..methods import method as method_of
 from ..nn import is_factored
 from ..policies import policy as policy_of
-from ..types import UNITS, Cost, Factored, Method, Policy, Site, Storage, Unit
+from ..types import UNITS, Cost, Factored, JointMethod, Method, Policy, Site, Storage, Unit
 from .efforts import Effort, Recovery
 from .efforts import effort as effort_of
 
@@ -31,7 +32,7 @@ class Request:
     ratio: float | None = None
     rank: int | float | None = None
     rank_pattern: Mapping[str, int | float] | None = None
-    method: str | Method | None = None
+    method: str | Method | JointMethod | None = None
     policy: str | Policy | None = None
     effort: str | Recovery | Effort | None = None
     of: Of = "targets"
@@ -55,14 +56,25 @@ class Request:
         if not _is_int(self.seed):
             raise LowrankError(f"seed must be an integer, got {self.seed!r}")
         object.__setattr__(self, "seed", int(self.seed))
+        shared = joint(self.method, self.seed)
+        if shared is not None:
+            self._check_joint()
         if self.effort is not None:
             self._take(effort_of(self.effort))
-        if self.method is not None:
-            method_of(self.method, self.seed)
+        if self.method is not None and shared is None:
+            method_of(cast(Any, self.method), self.seed)
         if self.policy is not None:
             policy_of(self.policy)
             if self.ratio is None:
                 raise LowrankError("a policy shares out a ratio; with fixed ranks leave it out")
+
+    def _check_joint(self) -> None:
+        """Raises LowrankError for what takes layers one by one beside a method of groups."""
+        said = f"the method {self.method!r:.80} gives several layers one basis: leave it out"
+        if self.storage == "pivoted":
+            raise LowrankError(f"storage='pivoted' pivots one layer's own factors, and {said}")
+        if self.effort is not None:
+            raise LowrankError(f"effort={self.effort!r:.80} refits layers one by one, and {said}")
 
     def _take(self, effort: Effort) -> None:
         """What an effort stands for, wherever nothing else was said."""
@@ -98,7 +110,11 @@ class Request:
 
     def needs(self) -> frozenset[str]:
         """Statistics that the method reads; none where it is left open."""
-        return frozenset() if self.method is None else method_of(self.method, self.seed).needs
+        shared = joint(self.method, self.seed)
+        if shared is not None:
+            return shared.needs | method_of(shared.alone, self.seed).needs
+        named = cast(str | Method | None, self.method)
+        return frozenset() if named is None else method_of(named, self.seed).needs
 
     def stored(self, site: Site) -> tuple[str, int]:
         """The storage of a site's factors, and the bytes of one number: what break-even asks."""

@@ -11,7 +11,7 @@ import torch
 import typer
 
 from ..errors import LowrankError
-from ..methods import METHODS
+from ..methods import JOINT, METHODS
 from ..policies import POLICIES
 from . import inputs, layers
 from .console import on_terminal, say, say_reasons, show, table
@@ -152,7 +152,8 @@ def bench(
 def methods() -> None:
     """List the methods, and the policies that share out the budget."""
     ways, policies = [], []
-    for name, way in METHODS.items():
+    every: dict[str, Any] = {**METHODS, **JOINT}
+    for name, way in every.items():
         needs = "--data" if way().needs else ""
         ways.append({"method": name, "needs": needs, "what it does": _first_line(way)})
     for name, policy in POLICIES.items():

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import LowrankError
-from ..methods import METHODS
+from ..methods import JOINT, METHODS
 from ..plan import Plan
 from ..policies import POLICIES
 
@@ -40,8 +40,8 @@ Method = Annotated[
     str | None,
     _option(
         "--method", metavar="NAME",
-        help=f"{', '.join(METHODS)}; if not given: whitened, or svd where there is no --data and "
-        "the model writes no text.",
+        help=f"{', '.join((*METHODS, *JOINT))}; if not given: whitened, or svd where there is no "
+        "--data and the model writes no text.",
     ),
 ]  # fmt: skip
 Policy = Annotated[
@@ -152,7 +152,8 @@ def used_by(plan: Plan) -> list[str]:
 
 def needs_data(methods: Iterable[str]) -> str:
     """The first of some methods that works from data, or ""."""
-    return next((name for name in methods if name in METHODS and METHODS[name]().needs), "")
+    known: dict[str, Any] = {**METHODS, **JOINT}
+    return next((name for name in methods if name in known and known[name]().needs), "")
 
 
 def _number(text: str) -> int | float:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowrankError, listed
-from ..nn import LowRankEmbedding, TiedHead, build, describe, layout_of, owner_of
+from ..nn import LowRankEmbedding, TiedHead, build, describe, layout_of, table_of
 from .surgery import factored, swap
 
 
@@ -30,12 +30,12 @@ def densify(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     for name, module in modules.items():
         _check_plain(module, name or "(root)")
     distinct = {id(module): module for module in modules.values()}
-    tables = {id(owner): owner for m in distinct.values() if (owner := owner_of(m)) is not None}
-    plain = {key: _dense(m, dtype) for key, m in {**distinct, **tables}.items() if not owner_of(m)}
+    tables = {id(owner): owner for m in distinct.values() if (owner := table_of(m)) is not None}
+    plain = {key: _dense(m, dtype) for key, m in {**distinct, **tables}.items() if not table_of(m)}
     readers = {
         key: _reader(module, plain[id(owner)])
         for key, module in distinct.items()
-        if (owner := owner_of(module)) is not None
+        if (owner := table_of(module)) is not None
     }
     return swap(model, {**plain, **readers})
 
@@ -52,7 +52,7 @@ def _reader(module: nn.Module, table: nn.Module) -> nn.Module:
         dense.bias = bias  # type: ignore[assignment] # the object itself, for others may hold it
         dense.weight = weight
     else:
-        dense = owner_of(module).dense(weight)  # type: ignore[union-attr]
+        dense = table_of(module).dense(weight)  # type: ignore[union-attr]
     return dense.train(module.training)
 
 

@@ -1,8 +1,9 @@
-"""A factored embedding and the head that shares it, towards files and towards transformers.
+"""Factors that several modules share, towards files and towards transformers.
 
-In memory the tie is structural: readers hold the table (nn/tied.py). In a spec it is a name. From
-transformers, which would tie `lm_head.weight` to `embed_tokens.weight`, neither of which exists any
-more, the entries of such pairs are taken out, on the instance. The config keeps saying
+In memory the tie is structural: readers hold the owner, which is the factored embedding of a tied
+head (nn/tied.py) or the first layer of a shared basis (nn/shared_linear.py). In a spec it is a
+name. From transformers, which would tie `lm_head.weight` to `embed_tokens.weight`, neither of which
+exists any more, the entries of such pairs are taken out, on the instance. The config keeps saying
 tie_word_embeddings=True, for that is what the model does, and some architectures read the flag for
 other ends: T5 scales its decoder's output by it.
 """
@@ -15,9 +16,10 @@ from typing import Any
 from torch import nn
 
 from ..errors import LowrankError
-from ..nn import owner_of
+from ..nn import owner_of, table_of
 
 Names = Mapping[str, nn.Module]
+_WHAT = ("a factored embedding", "the `down` of a layer")
 
 
 class _Kept(dict[str, str]):
@@ -28,7 +30,7 @@ def name_owner(name: str, module: nn.Module, modules: Names) -> dict[str, str]:
     """The entry "shared" of a reader's spec; {} for other modules.
 
     Raises:
-        LowrankError: the table that it reads is not in the model.
+        LowrankError: the owner is not in the model.
     """
     owner = owner_of(module)
     if owner is None:
@@ -37,16 +39,16 @@ def name_owner(name: str, module: nn.Module, modules: Names) -> dict[str, str]:
         if candidate is owner:
             return {"shared": there}
     raise LowrankError(
-        f"{name or '(root)'} shares a factored embedding that is not in this model: save the whole "
-        f"model, or merge it first (lowrank.to_dense)"
+        f"{name or '(root)'} shares {_WHAT[table_of(module) is None]} that is not in this model: "
+        f"save the whole model, or merge it first (lowrank.to_dense)"
     )
 
 
 def bind(built: Names, specs: Mapping[str, Mapping[str, Any]], source: str) -> None:
-    """Let the readers among `built` (by name) read the tables that their specs name.
+    """Bind the readers among `built` (by name) to the owners that their specs name.
 
     Raises:
-        LowrankError: there is no such table, or it has other sizes.
+        LowrankError: there is no such owner, or it has other sizes.
     """
     for name, spec in specs.items():
         reader = built[name]
@@ -56,8 +58,10 @@ def bind(built: Names, specs: Mapping[str, Mapping[str, Any]], source: str) -> N
             continue
         owner = spec.get("shared")
         if not isinstance(owner, str) or owner not in built:
+            what = "factored embedding" if "num_embeddings" in spec else "factored layer"
             raise LowrankError(
-                f"{source}: {name} must name the factored embedding that it shares, got {owner!r}"
+                f"{source}: {name} must name the {what} that it shares, got {owner!r}; "
+                f"it is not among the factored modules: save or load the whole model"
             )
         try:
             reader.bind(built[owner])  # type: ignore[operator]
@@ -72,7 +76,7 @@ def is_pair(modules: Names, target: str, source: str) -> bool:
     ends = [modules.get(key.rpartition(".")[0]) for key in (target, source)]
     if None in ends:
         return False
-    owners = [owner_of(end) or end for end in ends if end is not None]
+    owners = [table_of(end) or end for end in ends if end is not None]
     return owners[0] is owners[1]
 
 

@@ -14,6 +14,8 @@ from .ranks import rank_for as rank_for
 from .ranks import stable_rank as stable_rank
 from .refit import refit as refit
 from .refit import regressed as regressed
+from .shared import factor_shared as factor_shared
+from .shared import shared_energies as shared_energies
 from .snmf import semi_nmf as semi_nmf
 from .svd import balance as balance
 from .svd import carried as carried

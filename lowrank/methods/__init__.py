@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from ..errors import LowrankError, unknown
-from ..types import Method
+from ..types import JointMethod, Method
 from .asvd import ASVD as ASVD
+from .basis_sharing import BasisSharing as BasisSharing
 from .frequency import Frequency as Frequency
 from .fwsvd import FWSVD as FWSVD
 from .head_aware import HeadAware as HeadAware
@@ -29,6 +32,11 @@ METHODS: dict[str, type[Method]] = {
     "head-aware": HeadAware,
 }
 
+# Those of several sites that read one tensor; they name the method of sites that are alone.
+JOINT: dict[str, type[JointMethod]] = {
+    "basis-sharing": BasisSharing,
+}
+
 # What a method hands the sites of a kind to that its own statistics do not fit.
 BY_KIND: dict[str, dict[str, str]] = {
     "whitened": {"embedding": "head-aware"},
@@ -39,12 +47,23 @@ BY_KIND: dict[str, dict[str, str]] = {
 def method(named: str | Method, seed: int = 0) -> Method:
     """The method that a name stands for, with the given seed; an object is returned as it is."""
     if isinstance(named, str):
+        if named in JOINT:
+            raise LowrankError(f"method {named!r} factors groups of layers together, not one alone")
         if named not in METHODS:
-            raise unknown("method", named, METHODS)
+            raise unknown("method", named, [*METHODS, *JOINT])
         return METHODS[named](seed=seed)  # type: ignore[call-arg]
+    if joint(named) is not None:
+        raise LowrankError(f"{type(named).__name__} factors groups of layers, not one alone")
     if not (callable(getattr(named, "curve", None)) and callable(getattr(named, "factor", None))):
         raise LowrankError(f"a method has the verbs curve and factor; got {type(named).__name__}")
     return named
+
+
+def joint(named: str | Method | JointMethod | None, seed: int = 0) -> JointMethod | None:
+    """The joint method that a name or an object stands for; None if it is none."""
+    if isinstance(named, str):
+        return JOINT[named](seed=seed) if named in JOINT else None  # type: ignore[call-arg]
+    return cast(JointMethod, named) if hasattr(named, "alone") else None
 
 
 def for_kind(way: Method, kind: str) -> Method:

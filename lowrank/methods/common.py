@@ -68,6 +68,24 @@ def factored_cost(site: Site, rank: int) -> Cost:
     return low_rank_cost(*site.shape, rank, dtype)
 
 
+def stacked(sites: Sequence[Site]) -> Site:
+    """Several sites as one of the shape (Σ out, in), under all their names, the first one's first.
+
+    Its curve, its ranks and its break-even are those of one matrix; its modules are the members'.
+    """
+    cost = Cost(0, 0, 0)
+    for site in sites:
+        cost = cost + site.cost
+    return Site(
+        name=sites[0].name,
+        names=tuple(name for site in sites for name in site.names),
+        kind=sites[0].kind,
+        modules=tuple(module for site in sites for module in site.modules),
+        shape=(sum(site.shape[0] for site in sites), sites[0].shape[1]),
+        cost=cost,
+    )
+
+
 def gram_of(stats: Statistics, in_features: int) -> Tensor:
     """E[x xᵀ] (in, in).
 

@@ -13,13 +13,15 @@ from .pivoted_linear import PivotedLinear as PivotedLinear
 from .pivoted_linear import pivot_layer as pivot_layer
 from .pivoted_linear import pivot_side as pivot_side
 from .pivoted_linear import pivoted_cost as pivoted_cost
+from .shared_linear import SharedLowRankLinear as SharedLowRankLinear
 from .tied import TiedEmbedding as TiedEmbedding
 from .tied import TiedHead as TiedHead
-from .tied import owner_of as owner_of
+from .tied import table_of as table_of
 
 FACTORED: dict[str, type[nn.Module]] = {
     "LowRankLinear": LowRankLinear,
     "PivotedLinear": PivotedLinear,
+    "SharedLowRankLinear": SharedLowRankLinear,
     "LowRankEmbedding": LowRankEmbedding,
     "TiedEmbedding": TiedEmbedding,
     "TiedHead": TiedHead,
@@ -31,6 +33,11 @@ LAYOUTS = ("linear", "conv1d")
 
 def is_factored(module: nn.Module) -> bool:
     return type(module) in FACTORED.values()
+
+
+def owner_of(module: nn.Module) -> nn.Module | None:
+    """The module whose tensors a reader of a table, or of a shared basis, holds; else None."""
+    return module.owner if isinstance(module, SharedLowRankLinear) else table_of(module)
 
 
 def layout_of(module: nn.Module) -> str:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..types import Cost
+from .last_product import LastProduct
 from .lazy import LazyProduct
 
 
 class LowRankLinear(nn.Module):
     """Two real `nn.Linear` children, so that other libraries' tools work without special cases.
 
-    Tensors: `down.weight` (rank, in), `up.weight` (out, rank), `up.bias` (out,).
+    Tensors: `down.weight` (rank, in), `up.weight` (out, rank), `up.bias` (out,). Others may share
+    its `down` (SharedLowRankLinear); it keeps its last product for them then.
     """
+
+    _last: LastProduct | None = None  # only where others share `down`
 
     def __init__(
         self,
@@ -40,10 +45,10 @@ class LowRankLinear(nn.Module):
             rank=down.shape[0],
             bias=bias is not None,
         )
-        layer.down.weight = _own(down)
-        layer.up.weight = _own(up)
+        layer.down.weight = own(down)
+        layer.up.weight = own(up)
         if bias is not None:
-            layer.up.bias = _own(bias)
+            layer.up.bias = own(bias)
         return layer
 
     @classmethod
@@ -73,7 +78,28 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        return self.up(self.down(x))
+        inner = self.down(x)
+        if self._last is not None and not torch.compiler.is_compiling():
+            self._last.keep(x, self.down.weight, inner)
+        return self.up(inner)
+
+    def last_product(self) -> LastProduct:
+        """Where its product is kept for those that share `down`."""
+        if self._last is None:
+            self._last = LastProduct()
+        return self._last
+
+    def shared_product(self, x: Tensor) -> Tensor:
+        """down(x) (..., rank): what this layer computed last, if that was of the very same x."""
+        if self._last is None or torch.compiler.is_compiling():
+            return self.down(x)
+        found = self._last.take(x, self.down.weight)
+        return self.down(x) if found is None else found
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self._last is not None:
+            self._last.clear()  # casts and moves write to `.data`, which counts no version
+        return super()._apply(fn, recurse)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """(out, in), multiplied in `dtype` (None: that of the factors)."""
@@ -101,6 +127,7 @@ def low_rank_cost(out_features: int, in_features: int, rank: int, dtype: torch.d
     return Cost(params=params, bytes=params * dtype.itemsize, macs=params)
 
 
-def _own(tensor: Tensor) -> nn.Parameter:
+def own(tensor: Tensor) -> nn.Parameter:
+    """A contiguous copy on memory of its own."""
     copy = tensor.detach().clone(memory_format=torch.contiguous_format)
     return nn.Parameter(copy, requires_grad=tensor.dtype.is_floating_point)

@@ -139,6 +139,6 @@ class TiedHead(_Reader):
         return Cost(0, 0, self.rank * (self.num_embeddings + self.embedding_dim))
 
 
-def owner_of(module: nn.Module) -> LowRankEmbedding | None:
+def table_of(module: nn.Module) -> LowRankEmbedding | None:
     """The table that a reader shares; None for every other module."""
     return module.owner if isinstance(module, _Reader) else None

@@ -29,6 +29,11 @@ from .errors import check_bound as check_bound
 from .errors import check_curve as check_curve
 from .errors import check_exact as check_exact
 from .errors import check_planted as check_planted
+from .joint import JOINT_LAWS as JOINT_LAWS
+from .joint import check_joint_method as check_joint_method
+from .joint_cases import JOINT_CASES as JOINT_CASES
+from .joint_cases import JointCase as JointCase
+from .joint_cases import joint_case as joint_case
 from .modules import check_cost as check_cost
 from .modules import check_dtype as check_dtype
 from .modules import check_forward as check_forward

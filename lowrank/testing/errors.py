@@ -35,7 +35,9 @@ def check_planted(method: Method, case: Case, *, planted: Planted, tolerance: fl
     if option is None:
         raise AssertionError(f"{case.name}: the curve lacks the planted size {size}")
     new = described(method.factor(module, option, case.stats), case.at(option))
-    error, total = (_error(curve, d, case) ** 0.5 for d in (_difference(case, new), _weight(case)))
+    error, total = (
+        error_of(curve, d, case) ** 0.5 for d in (_difference(case, new), _weight(case))
+    )
     allowed = (tolerance + case.rounding) * total
     text = f"{case.at(option)}: the planted weight is missed by {error:.3g} of {total:.3g}"
     require(error <= allowed, f"{text} (allowed: {allowed:.3g})")
@@ -48,7 +50,7 @@ def check_curve(method: Method, case: Case) -> None:
     last, factored = curve.options[-1], factored_options(curve, case.name)
     zero = last.dense and last.cost == case.site.cost and last.error == 0
     require(zero, f"{case.name}: the last option is not the dense weight with error 0: {last}")
-    total = _error(curve, _weight(case), case)
+    total = error_of(curve, _weight(case), case)
     same = abs(curve.total - total) <= 1e-9 * total
     require(same, f"{case.name}: total is {curve.total}, the zero matrix's error {total}")
     errors = [option.error for option in factored]
@@ -70,7 +72,7 @@ def check_exact(method: Method, case: Case) -> None:
     """Where the curve says `exact`, the stored factors show the error that it predicts."""
     curve = case.curve(method)
     for option, new in case.built(method) if curve.exact else ():
-        measured = _error(curve, _difference(case, new), case)
+        measured = error_of(curve, _difference(case, new), case)
         allowed = (1e-6 + case.rounding) * curve.total
         text = f"{case.at(option)}: predicted {option.error:.6g}, measured {measured:.6g}"
         require(
@@ -89,7 +91,7 @@ def check_bound(method: Method, case: Case) -> None:
         found = int(np.linalg.matrix_rank(numbers(new.dense_weight(torch.float64))))
         require(found <= rank, f"{case.at(option)}: the result has rank {found}")
         optimum, slack = float(values[rank:].sum()), 1e-9 * float(values.sum())
-        measured = _error(curve, _difference(case, new), case)
+        measured = error_of(curve, _difference(case, new), case)
         for what, error in (("predicted", option.error), ("measured", measured)):
             text = f"{case.at(option)}: {what} error {error:.9g} is below the optimum {optimum:.9g}"
             require(error >= optimum - slack, text)
@@ -103,7 +105,7 @@ def _difference(case: Case, new: Factored) -> Matrix:
     return _weight(case) - numbers(new.dense_weight(torch.float64))
 
 
-def _error(curve: Curve, difference: Matrix, case: Case) -> float:
+def error_of(curve: Curve, difference: Matrix, case: Case) -> float:
     """Squared and absolute, in the norm of the curve."""
     return float((_norm(curve, case)(difference, case) ** 2).sum())
 

@@ -22,7 +22,7 @@ def check_cost(method: Method, case: Case) -> None:
         weights = [tensor for name, tensor in state.items() if name not in biases]
         params = sum(tensor.numel() for tensor in weights if tensor.is_floating_point())
         stored = sum(_bytes(tensor) for tensor in weights)
-        saved = _file_bytes(state) - sum(_bytes(state[name]) for name in biases)
+        saved = file_bytes(state) - sum(_bytes(state[name]) for name in biases)
         where, cost = case.at(option), option.cost
         require(cost.params == params, f"{where}: {params} params are stored, it costs {cost}")
         require(cost.bytes == stored, f"{where}: {stored} bytes are stored, it costs {cost}")
@@ -67,9 +67,9 @@ def check_dtype(method: Method, case: Case) -> None:
     weight = layouts.matrix(case.module)
     for option, new in case.built(method):
         for name, tensor in module_of(new).state_dict().items():
-            _check_like(weight, tensor, f"{case.at(option)}: {name}")
+            check_like(weight, tensor, f"{case.at(option)}: {name}")
         with torch.no_grad():
-            _check_like(weight, module_of(new)(case.inputs), f"{case.at(option)}: the output")
+            check_like(weight, module_of(new)(case.inputs), f"{case.at(option)}: the output")
 
 
 def check_rebuilt(method: Method, case: Case) -> None:
@@ -78,13 +78,13 @@ def check_rebuilt(method: Method, case: Case) -> None:
 
     for option, new in case.built(method):
         where, state = case.at(option), module_of(new).state_dict()
-        _check_owned(state, where)
+        check_owned(state, where)
         with torch.no_grad():
             want = module_of(new)(case.inputs)
         read = load(save({name: tensor.cpu() for name, tensor in state.items()}))
         read = {name: tensor.to(want.device) for name, tensor in read.items()}
         for how, tensors in (("its state_dict", state), ("safetensors", read)):
-            module = module_of(_empty(new))
+            module = module_of(empty_like(new))
             filled = [name for name, tensor in module.state_dict().items() if not tensor.is_meta]
             require(not filled, f"{where}: empty() gave memory to {filled}")
             try:
@@ -118,7 +118,7 @@ def check_gradients(method: Method, case: Case) -> None:
         require(not still, f"{case.at(option)}: no gradient reached {still}")
 
 
-def _check_like(weight: Tensor, tensor: Tensor, what: str) -> None:
+def check_like(weight: Tensor, tensor: Tensor, what: str) -> None:
     same = tensor.dtype == weight.dtype or not tensor.is_floating_point()
     text = f"{what} is {tensor.dtype} on {tensor.device}, the layer {weight.dtype}"
     require(same and tensor.device == weight.device, f"{text} on {weight.device}")
@@ -129,7 +129,7 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _file_bytes(state: dict[str, Tensor]) -> int:
+def file_bytes(state: dict[str, Tensor]) -> int:
     """Of the tensors in a safetensors file: what follows its header."""
     from safetensors.torch import save
 
@@ -137,7 +137,7 @@ def _file_bytes(state: dict[str, Tensor]) -> int:
     return len(body) - 8 - int.from_bytes(body[:8], "little")
 
 
-def _check_owned(state: dict[str, Tensor], where: str) -> None:
+def check_owned(state: dict[str, Tensor], where: str) -> None:
     """Every tensor is contiguous and alone on its storage, or safetensors refuses it."""
     memory: set[int] = set()
     for name, tensor in state.items():
@@ -148,6 +148,6 @@ def _check_owned(state: dict[str, Tensor], where: str) -> None:
         memory.add(storage.data_ptr())
 
 
-def _empty(new: Factored) -> Factored:
+def empty_like(new: Factored) -> Factored:
     """Rebuilt from the JSON of its spec."""
     return type(new).empty(**json.loads(json.dumps(new.spec())))

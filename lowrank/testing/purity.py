@@ -14,9 +14,9 @@ from .cases import Case, module_of, require
 
 def check_untouched(method: Method, case: Case) -> None:
     """The layer, its statistics and the global generator are as before, bit for bit."""
-    before = _snapshot(case)
+    before = snapshot(case)
     results = [module_of(new) for _, new in case.built(method)]
-    after = _snapshot(case)
+    after = snapshot(case)
     changed = [what for what in {**before, **after} if before.get(what) != after.get(what)]
     require(not changed, f"{case.name}: the method changed {changed}")
     memory = {tensor.untyped_storage().data_ptr() for tensor in _tensors(case).values()}
@@ -51,7 +51,7 @@ def _tensors(case: Case) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
-def _snapshot(case: Case) -> dict[str, Any]:
+def snapshot(case: Case) -> dict[str, Any]:
     """All that a method could change, as comparable values."""
     found: dict[str, Any] = {"the global generator": torch.get_rng_state().tolist()}
     for name, module in case.module.named_modules():

@@ -86,7 +86,10 @@ def test_only_the_librarys_own_classes_count_as_factored() -> None:
         ("LowRankLinear", "expected a spec with a 'type', got 'LowRankLinear'"),
         ({"in_features": 3}, "expected a spec with a 'type'"),
         ({**SPEC, "type": 3}, "expected a spec with a 'type'"),
-        ({**SPEC, "type": "LowRankLiner"}, "did you mean 'LowRankLinear' or 'LowRankEmbedding'?"),
+        (
+            {**SPEC, "type": "LowRankLiner"},
+            "did you mean 'LowRankLinear' or 'SharedLowRankLinear'?",
+        ),
         ({**SPEC, "layout": "conv2d"}, "did you mean 'conv1d'?"),
         ({**SPEC, "layout": None}, "unknown layout"),
         ({**SPEC, "rank": "2"}, "{'rank': '2'}"),

@@ -1,0 +1,63 @@
+"""Which sites a joint method factors together, and what its options mean for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from .. import layouts
+from ..calibrate import Calibration
+from ..types import Cost, JointMethod, Option, Site
+
+Group = tuple[Site, ...]  # the owner of what is shared first; a site alone is a group of one
+
+
+def groups_of(
+    targets: Sequence[Site], way: JointMethod | None, seen: Calibration | None
+) -> list[Group]:
+    """The targets as groups: those that read one tensor at every call, by whichever comes first.
+
+    The first in call order leads, the others follow in the model's order. Members lie in one block
+    of the model, on one device and have one dtype: what is shared must be at hand wherever it is
+    read. Without a joint method every site is alone.
+    """
+    if way is None or seen is None:
+        return [(site,) for site in targets]
+    reads = {name: i for i, names in enumerate(seen.seen.groups) for name in names}
+    first = {name: place for names in seen.seen.groups for place, name in enumerate(names)}
+    found: dict[object, list[Site]] = {}
+    for site in targets:
+        weight = layouts.matrix(site.module)
+        place = (_block(site.name, seen), site.shape[1], weight.dtype, weight.device)
+        joins = site.kind in way.kinds and site.name in reads
+        key = (reads[site.name], *place) if joins else site.name
+        found.setdefault(key, []).append(site)
+    groups = []
+    for members in found.values():
+        owner = min(members, key=lambda site: first.get(site.name, 0))
+        groups.append((owner, *(site for site in members if site is not owner)))
+    return groups
+
+
+def member_option(group: Group, option: Option) -> list[Option]:
+    """An option of a group, told for each member: the owner bears the cost of what is shared."""
+    if len(group) == 1:
+        return [option]
+    if option.dense:
+        return [replace(option, cost=site.cost) for site in group]
+    rows = sum(site.shape[0] for site in group)
+    costs = [_share(option.cost, site.shape[0], rows + group[0].shape[1]) for site in group[1:]]
+    rest = Cost(*(sum(cost.of(unit) for cost in costs) for unit in ("params", "bytes", "macs")))
+    own = option.cost
+    first = Cost(own.params - rest.params, own.bytes - rest.bytes, own.macs - rest.macs)
+    return [replace(option, cost=cost) for cost in (first, *costs)]
+
+
+def _share(cost: Cost, part: int, whole: int) -> Cost:
+    return Cost(*(getattr(cost, unit) * part // whole for unit in ("params", "bytes", "macs")))
+
+
+def _block(name: str, seen: Calibration) -> str:
+    """The block of a chain that the site lies in, "" for none."""
+    blocks = [block for chain in seen.seen.chains for block in chain]
+    return next((block for block in blocks if name.startswith(f"{block}.")), "")

@@ -1,0 +1,95 @@
+"""Groups of layers that the laws of joint methods are tried on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..types import Factored, JointMethod, Option, Site, Statistics
+from .cases import Case, described, factored_options, linear_case, require
+
+Built = tuple[Option, list[Factored]]
+
+
+@dataclass(frozen=True)
+class JointCase:
+    """Layers that read one input, each with all that a method of one layer would be given.
+
+    Attributes:
+        members: they have the same inputs and statistics; the first one owns what is shared.
+    """
+
+    members: tuple[Case, ...]
+
+    @property
+    def name(self) -> str:
+        return self.members[0].name
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(case.site for case in self.members)
+
+    @property
+    def stats(self) -> Statistics:
+        return self.members[0].stats
+
+    @property
+    def inputs(self) -> Tensor:
+        return self.members[0].inputs
+
+    @property
+    def rounding(self) -> float:
+        return self.members[0].rounding
+
+    def built(self, method: JointMethod) -> Iterator[Built]:
+        """Every option of the method but the dense one, with its modules."""
+        for option in factored_options(method.curve(self.sites, self.stats), self.name):
+            yield option, self.factored(method, option)
+
+    def factored(self, method: JointMethod, option: Option) -> list[Factored]:
+        new = method.factor([case.module for case in self.members], option, self.stats)
+        where = f"{self.name}, size {option.size}"
+        require(len(new) == len(self.members), f"{where}: {len(new)} modules for {self.sites}")
+        return [described(each, where) for each in new]
+
+
+def joint_case(
+    name: str,
+    shapes: Sequence[tuple[int, bool]],
+    in_features: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    tokens: int = 64,
+    dead: int | None = None,
+    scale: float = 1.0,
+) -> JointCase:
+    """Layers of random weights; `shapes` are outputs and whether there is a bias, per member."""
+    members = []
+    for number, (rows, bias) in enumerate(shapes):
+        rng = torch.Generator().manual_seed(30 + number)
+        weight = scale * torch.randn(rows, in_features, generator=rng, dtype=torch.float64)
+        case = linear_case(
+            name, weight, dtype=dtype, device=device, bias=bias, tokens=tokens, dead=dead
+        )
+        names = (f"layer{number}", f"alias{number}") if number == 1 else (f"layer{number}",)
+        members.append(replace(case, site=replace(case.site, name=names[0], names=names)))
+    return JointCase(tuple(members))
+
+
+# What a group is called -> (dtype=, device=) -> a fresh one.
+JOINT_CASES: Mapping[str, Callable[..., JointCase]] = {
+    "three": partial(joint_case, "three", [(8, True), (8, True), (8, True)], 8),
+    "grouped query": partial(
+        joint_case, "grouped query", [(12, False), (4, False), (4, False)], 12
+    ),
+    "pair": partial(joint_case, "pair", [(14, True), (14, False)], 6),
+    "narrow": partial(joint_case, "narrow", [(3, True), (2, True), (4, True)], 16),
+    "few tokens": partial(joint_case, "few tokens", [(8, True), (6, True)], 10, tokens=5),
+    "dead input": partial(joint_case, "dead input", [(8, True), (8, True)], 10, dead=3),
+    "zero": partial(joint_case, "zero", [(6, True), (6, True)], 8, scale=0.0),
+}
