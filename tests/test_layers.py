@@ -41,6 +41,7 @@ ORDER = """
     io
     calibrate
     streams
+    gradients
     fisher
     eval
     recover
