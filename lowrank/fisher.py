@@ -20,7 +20,7 @@ from . import sites as walk
 from .calibrate import Calibration
 from .data import Batch, Forward, forward, logits_of, mask_of, rebatched
 from .errors import LowrankError
-from .gradients import Gradients
+from .gradients import Found, Gradients
 from .linalg.precision import full_precision
 from .observe import quiet
 from .streams import without_cache
@@ -29,8 +29,6 @@ from .types import Site
 FISHER = frozenset({"out_gram", "row_fisher"})  # what methods that need this pass say
 ROWS = 16  # of a backward pass
 POSITIONS = 1024  # whose labels are drawn at once
-
-Found = dict[str, tuple[Tensor, Tensor]]
 
 
 def with_fisher(
@@ -99,7 +97,7 @@ def fisher(
 
     Raises:
         LowrankError: the data is a callable; the model gives no logits, or fewer than two classes,
-            or logits without gradient; or a gradient is NaN or Inf (its site is named).
+            or no gradient to any of the sites; or a gradient is NaN or Inf (its site is named).
     """
     if callable(batches):
         raise LowrankError(
@@ -110,16 +108,23 @@ def fisher(
     gather = Gradients(sites)
     generator = torch.Generator().manual_seed(seed)
     bar = tqdm(rebatched(batches, ROWS), "fisher", delay=2, disable=not progress, leave=False)
+    reached = not sites
     with torch.inference_mode(False), quiet(model), without_cache(model), _frozen(model), gather:
         for batch in bar:
             gather.start(mask_of(batch))
             with torch.enable_grad():
                 loss, sequences = _loss(logits_of(forward(model, _plain(batch))), batch, generator)
             gather.sequences = sequences
-            if loss is not None:
-                loss.backward()  # type: ignore[no-untyped-call]
+            if loss is not None and loss.requires_grad:
+                reached = True
+                loss.backward()
             gather.finish()
-    return gather.found()
+        if not reached:
+            raise LowrankError(
+                f"no gradient leads from a prediction to any of {len(sites)} layers: does the "
+                "model run under no_grad, or did the data not reach them?"
+            )
+        return gather.found()
 
 
 def _loss(logits: Tensor, batch: Batch, generator: torch.Generator) -> tuple[Tensor | None, int]:
@@ -129,11 +134,6 @@ def _loss(logits: Tensor, batch: Batch, generator: torch.Generator) -> tuple[Ten
         raise LowrankError(
             f"the Fisher draws labels from the logits; of shape {tuple(logits.shape)} they hold "
             "fewer than two classes"
-        )
-    if not logits.requires_grad:
-        raise LowrankError(
-            "no gradient leads from the logits to a layer: does the model run under no_grad, or "
-            "did the data reach none of the layers?"
         )
     mask, flat = mask_of(batch), logits.reshape(-1, classes)
     if mask is not None and mask.shape == logits.shape[:-1]:

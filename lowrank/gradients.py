@@ -16,6 +16,8 @@ from .types import Site
 
 ENTRIES = 2**24  # of the weight gradients held at once
 
+Found = dict[str, tuple[Tensor, Tensor]]  # by site: E[g gᵀ] (out, out), the rows' Fisher (out,)
+
 
 class Gradients:
     """Hooks on the outputs of the sites. The graph starts at the first site that is called."""

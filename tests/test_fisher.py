@@ -92,7 +92,7 @@ def close(found: torch.Tensor | None, want: torch.Tensor, rtol: float = 1e-4) ->
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5", "opt", "vit", "mixtral"])
 def test_both_figures_are_what_autograd_says(kind: str) -> None:
-    """Grouped queries, transposed weights, tokens in one line, classes without tokens: all alike."""
+    """Grouped queries, transposed weights, tokens in one line, images: all alike."""
     model, batch = zoo.make(kind), zoo.example(kind)
     seen = with_fisher(model, lowrank.calibrate(model, [batch], progress=False), seed=5)
     labels = drawn(logits_of(forward(model, batch)), 5)
@@ -154,6 +154,31 @@ def test_layers_of_which_the_predictions_know_nothing_have_zeros() -> None:
         == 0
     )
     assert float(seen.statistics["a"].out_gram.norm()) > 0
+
+
+def test_tokens_that_no_sequence_can_be_told_of_count_by_themselves() -> None:
+    """A layer that is given three tokens of two sequences, and none of another batch."""
+
+    def call(self: Any, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.a(x)
+        if len(x) == 1:
+            return hidden
+        more = torch.zeros_like(hidden).flatten(0, 1)
+        more = more.index_put((torch.arange(3),), self.b(hidden.flatten(0, 1)[:3]))
+        return hidden + more.view_as(hidden)
+
+    model = zoo.Custom(call, a=nn.Linear(4, 5), b=nn.Linear(5, 5))
+    batches = [torch.randn(1, 4, 4), torch.randn(2, 4, 4)]
+    sites = [site for site in walk.find(model) if site.name == "b"]
+    found = with_fisher(model, calibration(model, batches), sites, seed=3).statistics["b"]
+    logits = torch.cat([model(batch).flatten(0, 1) for batch in batches])
+    labels = drawn(logits, 3)
+    # What b gives is added to the logits: its gradient is p − onehot(label).
+    g = (logits.detach().double().softmax(-1) - nn.functional.one_hot(labels, 5))[4:7]
+    hidden = model.a(batches[1]).detach().flatten(0, 1)[:3].double()
+    assert found.count == 3
+    close(found.out_gram, g.T @ g / 3)
+    close(found.row_fisher, g.square().T @ hidden.square().sum(1) / 3)  # of three sequences in all
 
 
 def test_inputs_and_outputs_may_be_changed_in_place() -> None:
@@ -347,7 +372,7 @@ def test_what_cannot_be_run_backwards_is_refused() -> None:
     x, layer = torch.randn(8, 6), nn.Linear(6, 4)
     assert "need batches, not a callable" in refused(small(), lambda model: model(x))
     blind = zoo.Custom(lambda self, x: torch.no_grad()(self.a)(x), a=layer)
-    assert refused(blind, x).startswith("no gradient leads from the logits to a layer")
+    assert refused(blind, x).startswith("no gradient leads from a prediction to any of 1 layers")
     assert "hold fewer than two classes" in refused(nn.Linear(6, 1), x)
     assert "expected logits" in refused(zoo.Custom(lambda self, x: {"y": self.a(x)}, a=layer), x)
 
