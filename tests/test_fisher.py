@@ -261,6 +261,31 @@ def test_it_works_inside_the_callers_modes(mode: Any) -> None:
     close(found[name].row_fisher, want[name].row_fisher, 1e-5)
 
 
+def test_padded_positions_count_for_nothing_even_where_others_read_them() -> None:
+    def call(self: Any, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        hidden = self.a(x)
+        return self.b(hidden + hidden.mean(1, keepdim=True))
+
+    model = zoo.Custom(call, a=nn.Linear(4, 5), b=nn.Linear(5, 3))
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    batch = {"x": torch.randn(2, 4, 4), "attention_mask": mask}
+    stats = with_fisher(model, calibration(model, batch), seed=3).statistics["a"]
+    logits = model(**batch)
+    labels = drawn(logits[mask == 1][None], 3)[0]  # of the positions that count
+    zero = torch.zeros(2, 4, 5).requires_grad_()
+    handle = model.a.register_forward_hook(lambda _module, _args, output: output + zero)
+    loss = nn.functional.cross_entropy(model(**batch)[mask == 1], labels, reduction="sum")
+    handle.remove()
+    (g,) = torch.autograd.grad(loss, zero)
+    assert float(g[mask == 0].norm()) > 0
+    kept = g[mask == 1].double()
+    assert stats.count == 5
+    close(stats.out_gram, kept.T @ kept / 5)
+    g = g * mask[..., None]
+    want = sum((one.T @ x).double().square().sum(1) for one, x in zip(g, batch["x"], strict=True))
+    close(stats.row_fisher, want / 2)
+
+
 def test_a_batch_of_padding_alone_counts_for_nothing() -> None:
     model, ids = zoo.make("llama"), zoo.tokens()
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
