@@ -45,12 +45,14 @@ def main() -> None:
     rows = ids[: 287 * 257].view(287, 257)[:, :-1]
     calibration, held_out = list(rows[:172].split(43)), list(rows[172:].split(23))
     dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    seen = lowrank.calibrate(dense, calibration, progress=False)
+    seen = lowrank.with_fisher(dense, lowrank.calibrate(dense, calibration, progress=False))
     found = []
     print(f"{'method':13} {'policy':10} {'keep':>5} {'kept':>7} {'KL':>8} {'seconds':>8}")
     for method, policy in (
         ("svd", "uniform"),
+        ("fwsvd", "uniform"),
         ("whitened", "uniform"),
+        ("two-sided", "uniform"),
         ("whitened", "energy"),
         ("whitened", "welore"),
         ("whitened", "spectrum"),

@@ -1,8 +1,9 @@
-"""Output gradients: the true Fisher of every layer, with labels drawn from the model itself.
+"""The true Fisher at the layers' outputs: gradients for labels that the model itself draws.
 
-One backward pass over the calibration data. The loss of a position is the cross entropy to a label
-drawn from the model's own prediction there, so that E[g gᵀ] is the Fisher information and no labels
-are needed. K-FAC (arXiv 1503.05671) takes the same samples.
+For a model with predictions p(y | x), the curvature of its KL to itself is E_{y ~ p}[∇L ∇Lᵀ], L the
+cross entropy to the drawn label (Martens, arXiv 1412.1193); labels from the data would give the
+"empirical" Fisher, which is another matrix. One backward pass a batch, gathered by hooks:
+G = E[g gᵀ] per token, and for FWSVD (arXiv 2207.00112) the squared weight gradients of a sequence.
 """
 
 from __future__ import annotations
@@ -10,147 +11,173 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from . import sites as walk
-from .calibrate import Calibration, counted_rows
-from .data import Batch, forward, logits_of, mask_of, rebatched
+from .calibrate import Calibration
+from .data import Batch, Forward, forward, logits_of, mask_of, rebatched
 from .errors import LowrankError
-from .linalg import gram_sum
+from .gradients import Found, Gradients
+from .linalg.precision import full_precision
 from .observe import quiet
 from .streams import without_cache
 from .types import Site
 
-ROWS = 16  # of a backward pass
 FISHER = frozenset({"out_gram", "row_fisher"})  # what methods that need this pass say
+ROWS = 16  # of a backward pass
+POSITIONS = 1024  # whose labels are drawn at once
 
 
 def with_fisher(
-    model: nn.Module, seen: Calibration, *, seed: int = 0, progress: bool = False
+    model: nn.Module,
+    seen: Calibration,
+    sites: Sequence[Site] | None = None,
+    *,
+    seed: int = 0,
+    progress: bool = False,
 ) -> Calibration:
-    """The calibration with `out_gram` and `row_fisher` of every linear site that it saw.
+    """The calibration with `out_gram` and `row_fisher` of linear sites that it saw.
+
+    Sites that have them already are passed over; where all have, the calibration is returned as it
+    is. The inputs' `gram` stays one tensor of the sites that share it.
 
     Args:
+        sites: None: every linear layer but the output head, whose `out_gram` would hold as many
+            numbers as the vocabulary squared; `compress` passes its targets.
         seed: of the labels, drawn on the CPU.
 
-    Returns:
-        A new Calibration; the same one where the figures are there already.
+    Raises:
+        LowrankError: as `fisher`.
+    """
+    chosen = walk.select(walk.find(model), model) if sites is None else sites
+    had = seen.statistics
+    wanted = [
+        site
+        for site in chosen
+        if not site.reason and site.kind == "linear" and site.name in had
+        if had[site.name].count and had[site.name].out_gram is None
+    ]
+    found = fisher(model, seen.batches, wanted, seed=seed, progress=progress) if wanted else {}
+    if not found:
+        return seen
+    added = {
+        name: replace(had[name], out_gram=gram, row_fisher=rows)
+        for name, (gram, rows) in found.items()
+    }
+    return replace(seen, statistics={**had, **added})
+
+
+def fisher(
+    model: nn.Module,
+    batches: list[Batch] | Forward,
+    sites: Sequence[Site],
+    *,
+    seed: int = 0,
+    progress: bool = False,
+) -> Found:
+    """G = E[g gᵀ] (out, out) and the rows' Fisher (out,), both float64, by names of linear sites.
+
+    g is the gradient, at one token's output, of the cross entropies *summed* over all predictions;
+    the row's Fisher is Σ_j (∂L/∂W_ij)², L the loss of one sequence (the first axis of the logits),
+    averaged over sequences. Where a layer's tokens are no multiple of the sequences, each counts
+    as one by itself. Labels are drawn at every position of the logits (…, classes) from their own
+    softmax; positions that the attention mask pads are left out. A layer that was never called is
+    missing; one that the logits do not depend on has zeros.
+
+    The model runs in evaluation mode, its parameters frozen: flags, gradients, modes and random
+    states are as before afterwards. `no_grad` and `inference_mode` around the call do no harm,
+    unless the parameters themselves were made in inference mode.
+
+    Args:
+        batches: as `lowrank.data.materialise` gives them; at most `ROWS` rows go at a time.
+        seed: of the labels; drawn on the CPU.
 
     Raises:
-        LowrankError: the data is a callable, the model gives no logits, or a gradient is not
-            finite (its site is named).
+        LowrankError: the data is a callable; the model gives no logits, or fewer than two classes,
+            or no gradient to any of the sites; or a gradient is NaN or Inf (its site is named).
     """
-    if any(stats.out_gram is not None for stats in seen.statistics.values()):
-        return seen
-    if callable(seen.batches):
-        raise LowrankError("output gradients need batches, not a callable: pass tensors or dicts")
-    sites = [
-        site
-        for site in walk.find(model)
-        if site.kind == "linear" and not site.reason and seen.statistics.get(site.name)
-        and seen.statistics[site.name].count
-    ]  # fmt: skip
-    sums = _gather(model, sites, rebatched(seen.batches, ROWS), seed, progress)
-    found = dict(seen.statistics)
-    for site in sites:
-        gram, fisher, sequences = sums[site.name]
-        stats = found[site.name]
-        found[site.name] = replace(
-            stats, out_gram=gram / max(stats.count, 1), row_fisher=fisher / max(sequences, 1)
+    if callable(batches):
+        raise LowrankError(
+            "output gradients need batches, not a callable: pass tensors, dicts or a loader"
         )
-    return replace(seen, statistics=found)
-
-
-Sums = dict[str, tuple[Tensor, Tensor, int]]
-
-
-def _gather(
-    model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch], seed: int, progress: bool
-) -> Sums:
     from tqdm.auto import tqdm
 
+    gather = Gradients(sites)
     generator = torch.Generator().manual_seed(seed)
-    taps = [_Tap(site) for site in sites]
-    with quiet(model), without_cache(model), _differentiable(model), _hooked(taps):
-        for batch in tqdm(batches, "fisher", delay=2, disable=not progress, leave=False):
-            mask = mask_of(batch)
+    bar = tqdm(rebatched(batches, ROWS), "fisher", delay=2, disable=not progress, leave=False)
+    reached = not sites
+    with torch.inference_mode(False), quiet(model), without_cache(model), _frozen(model), gather:
+        for batch in bar:
+            gather.start(mask_of(batch))
             with torch.enable_grad():
-                loss = _sampled_loss(logits_of(forward(model, batch)), mask, generator)
-                outputs = [(tap, out) for tap in taps for _, out in tap.calls]
-                gradients = torch.autograd.grad(
-                    loss, [out for _, out in outputs], allow_unused=True
-                )
-            for (tap, out), gradient in zip(outputs, gradients, strict=True):
-                tap.add(out, gradient, mask)
-            for tap in taps:
-                tap.calls.clear()
-    return {tap.site.name: (tap.gram, tap.rows, tap.sequences) for tap in taps}
+                loss, sequences = _loss(logits_of(forward(model, _plain(batch))), batch, generator)
+            gather.sequences = sequences
+            if loss is not None and loss.requires_grad:
+                reached = True
+                loss.backward()
+            gather.finish()
+        if not reached:
+            raise LowrankError(
+                f"no gradient leads from a prediction to any of {len(sites)} layers: does the "
+                "model run under no_grad, or did the data not reach them?"
+            )
+        return gather.found()
 
 
-class _Tap:
-    """Inputs and outputs of one site in the pass at hand, and its sums."""
-
-    def __init__(self, site: Site) -> None:
-        self.site = site
-        out = site.shape[0]
-        self.gram = torch.zeros(out, out, dtype=torch.float64)
-        self.rows = torch.zeros(out, dtype=torch.float64)
-        self.sequences = 0
-        self.calls: list[tuple[Tensor, Tensor]] = []
-
-    def hook(self, _module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        # A tensor of its own: the next layer may change the output in place.
-        output = output if output.requires_grad else output.detach().requires_grad_()
-        self.calls.append((args[0].detach(), output))
-        return output.view_as(output)
-
-    def add(self, output: Tensor, gradient: Tensor | None, mask: Tensor | None) -> None:
-        x = next(x for x, out in self.calls if out is output)
-        if gradient is None:  # nothing that was predicted depends on it
-            return
-        total = gram_sum(counted_rows(gradient, mask)).cpu()
-        if not bool(torch.isfinite(total.diagonal()).all()):
-            raise LowrankError(f"{self.site.title}: the gradient of its output holds NaN or Inf")
-        self.gram += total
-        # Per sequence, as the Fisher of a weight is: the gradient of one sequence, squared.
-        g, x = (t.float().reshape(len(t), -1, t.shape[-1]) for t in (gradient, x))
-        self.rows += torch.einsum("bto,bti->boi", g, x).double().square().sum((0, 2)).cpu()
-        self.sequences += len(g)
-
-
-def _sampled_loss(logits: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Σ cross entropy to labels drawn from the logits (…, classes) themselves."""
+def _loss(logits: Tensor, batch: Batch, generator: torch.Generator) -> tuple[Tensor | None, int]:
+    """Summed cross entropy to drawn labels, None where all is padding; and the sequences."""
+    classes = logits.shape[-1] if logits.ndim else 1
+    if classes < 2:
+        raise LowrankError(
+            f"the Fisher draws labels from the logits; of shape {tuple(logits.shape)} they hold "
+            "fewer than two classes"
+        )
+    mask, flat = mask_of(batch), logits.reshape(-1, classes)
     if mask is not None and mask.shape == logits.shape[:-1]:
-        logits = logits[mask.to(logits.device)]
-    flat = logits.reshape(-1, logits.shape[-1]).float()
-    labels = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator)
-    return cross_entropy(flat, labels.flatten().to(flat.device), reduction="sum")
+        flat = flat[mask.flatten().to(flat.device)]
+    wide = flat if flat.dtype == torch.float64 else flat.float()
+    sequences = len(logits) if logits.ndim > 1 else 1
+    if not len(wide):
+        return None, sequences
+    with full_precision(wide):
+        loss = cross_entropy(wide, _drawn(wide.detach(), generator), reduction="sum")
+    if not bool(torch.isfinite(loss.detach())):
+        raise LowrankError("the model's logits hold NaN or Inf")
+    return loss, sequences
+
+
+def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One label for each row (positions, classes) from its softmax, (positions,) int64.
+
+    By the inverse of the distribution function, so that every device draws the same labels.
+    """
+    labels = []
+    for rows in logits.split(POSITIONS):
+        reached = rows.double().softmax(-1).cumsum(-1)
+        chance = torch.rand(len(rows), 1, generator=generator, dtype=torch.float64)
+        found = torch.searchsorted(reached, chance.to(rows.device) * reached[:, -1:], right=True)
+        labels.append(found[:, 0].clamp(max=rows.shape[-1] - 1))
+    return torch.cat(labels)
 
 
 @contextmanager
-def _hooked(taps: Sequence[_Tap]) -> Iterator[None]:
-    handles = [m.register_forward_hook(tap.hook) for tap in taps for m in tap.site.modules]
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter is given a gradient; the flags are restored."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for tap in taps:
-            tap.calls.clear()
-
-
-@contextmanager
-def _differentiable(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient inside; flags are put back."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in flags:
+        for parameter in trained:
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _plain(batch: Batch) -> Batch:
+    """Without inference tensors, which no backward pass can keep."""
+    if isinstance(batch, Tensor):
+        return batch.clone() if batch.is_inference() else batch
+    return {name: _plain(v) if isinstance(v, Tensor) else v for name, v in batch.items()}

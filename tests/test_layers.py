@@ -42,6 +42,7 @@ ORDER = """
     io
     calibrate
     streams
+    gradients
     fisher
     eval
     recover

@@ -87,13 +87,15 @@ def apply(
     if not isinstance(plan, Plan):
         raise LowrankError(f"apply carries out a Plan, got {plan!r:.80}; compress takes a ratio")
     check_model(model)
-    ways = [method_for(entry, plan, method) for _, entry in matched(model, plan)]
+    work = matched(model, plan)
+    ways = [method_for(entry, plan, method) for _, entry in work]
     needed = any(used.needs for used in ways) and _wrote(model, plan)
     recovers = plan.settings.get("recovery") is not None
     hold_out = HOLD_OUT if recovers else 0.0
     seen = _seen(model, data, tokenizer, needed, plan.seed, progress, hold_out)
-    if seen is not None and any(used.needs & FISHER for used in ways):
-        seen = with_fisher(model, seen, seed=plan.seed, progress=progress)
+    read = [site for (site, _), used in zip(work, ways, strict=True) if used.needs & FISHER]
+    if seen is not None and read:
+        seen = with_fisher(model, seen, read, seed=plan.seed, progress=progress)
     if copy:
         model = copying.deepcopy(model)
     return carry_out(model, plan, seen, way=method, curves=None, started=started, progress=progress)
@@ -195,7 +197,7 @@ def _decide(
     hold_out = HOLD_OUT if request.effort is not None or request.policy == "lossaware" else 0.0
     seen = _seen(model, data, tokenizer, needed, request.seed, progress, hold_out)
     if seen is not None and request.needs() & FISHER:
-        seen = with_fisher(model, seen, seed=request.seed, progress=progress)
+        seen = with_fisher(model, seen, wanted, seed=request.seed, progress=progress)
     return *make_plan(model, request, wanted, seen, progress=progress), seen
 
 

@@ -53,8 +53,9 @@ def calibration_print(seen: Calibration) -> str:
     found = hashlib.sha256()
     for name, stats in sorted(seen.statistics.items()):
         found.update(f"{name} {stats.count}".encode())
-        if stats.gram is not None:
-            _add(found, name, stats.gram)
+        for tensor in (stats.gram, stats.out_gram, stats.row_fisher):
+            if tensor is not None:
+                _add(found, name, tensor)
     return found.hexdigest()
 
 

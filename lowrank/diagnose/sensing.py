@@ -15,6 +15,7 @@ from ..api.request import Request, targets_of
 from ..calibrate import Calibration, calibrate
 from ..data import LENGTH, Batch, Data, materialise
 from ..errors import LowrankError
+from ..fisher import FISHER, with_fisher
 from ..methods import method as method_of
 from ..types import Method, Site
 from . import cache as disk
@@ -76,6 +77,8 @@ def sensitivity(
         if stored is not None:
             return _restored(*stored)
     seen = None if source is None or not way.needs else calibrate(model, source, progress=progress)
+    if seen is not None and way.needs & FISHER:
+        seen = with_fisher(model, seen, targets, seed=seed, progress=progress)
     found = measure(model, batches, targets, way, seen, wanted, progress)
     if path is not None:
         body = {"made_for": made_for, "sites": found.sites, "method": found.method,

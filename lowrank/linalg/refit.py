@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .precision import full_precision
 from .svd import compute_dtype, factor
+from .two_sided import unrooted
 
 RIDGE = 1e-4  # of the mean diagonal of H'
 
@@ -51,7 +52,8 @@ def refit(
         weight: W (out, in).
         gram: H' = E[x'x'ᵀ] (in, in).
         target: K = (1 − λ)H' + λE[x x'ᵀ] (in, in).
-        root: S (out, out), invertible: the metric of the outputs; None stands for the identity.
+        root: S (out, out) as `output_root` gives it, upper triangular: SᵀS is the metric of the
+            outputs; None stands for the identity.
 
     Returns:
         up (out, rank) and down (rank, in), float64 up to the size that is decomposed in it.
@@ -65,4 +67,4 @@ def refit(
         if root is None:
             return factor(moved, rank, metric, seed=seed)
         up, down = factor(root.to(dtype) @ moved, rank, metric, seed=seed)
-        return torch.linalg.solve(root.to(dtype), up), down
+        return unrooted(root, up), down

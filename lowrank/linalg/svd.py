@@ -4,7 +4,8 @@ The optimum for the norm ‖(W − Ŵ)H^½‖ (H = E[x xᵀ]; H = I is the plain
 where U_r are the leading eigenvectors of W H Wᵀ: nothing is inverted, whatever the rank of H.
 This one form serves plain SVD, SVD-LLM (arXiv 2403.07378), its v2 (arXiv 2503.12340) and
 Swift-SVD, which share their optimum. For out > in a thin QR, W = QR, moves the same problem to the
-smaller side: the eigenvectors of R H Rᵀ, turned by Q. With H = I, Wᵀ is factored instead.
+smaller side: the eigenvectors of R H Rᵀ, turned by Q. With H = I, Wᵀ is factored instead. A
+diagonal H may be given as the vector (in,) of its diagonal.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def energies(weight: Tensor, gram: Tensor | None = None) -> Tensor:
 
     Args:
         weight: W (out, in), any floating dtype.
-        gram: H (in, in), symmetric positive semi-definite; None stands for the identity.
+        gram: H (in, in), symmetric positive semi-definite, or its diagonal (in,); None stands for
+            the identity.
     """
     if gram is None and weight.shape[0] > weight.shape[1]:
         weight = weight.T
@@ -54,7 +56,7 @@ def factor(
     Args:
         weight: W (out, in).
         rank: in [1, min(out, in)].
-        gram: H (in, in) or None for the identity.
+        gram: H (in, in), its diagonal (in,), or None for the identity.
         seed: of the sketch, used only above `RANDOMISED_FROM`.
 
     Returns:
@@ -92,7 +94,7 @@ def carried(weight: Tensor, basis: Tensor, gram: Tensor) -> Tensor:
     """
     with full_precision(weight):
         rows = basis.T @ weight.detach().to(basis.dtype)  # (rank, in)
-        return ((rows @ gram.to(rows)) * rows).double().sum(1).clamp(min=0)
+        return (_times(rows, gram) * rows).double().sum(1).clamp(min=0)
 
 
 def randomised_basis(
@@ -142,13 +144,18 @@ def _reduced(weight: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor | None
     core, turn = weight.detach().to(compute_dtype(min(weight.shape))), None
     if core.shape[0] > core.shape[1]:
         turn, core = torch.linalg.qr(core)
-    return (core @ core.T if gram is None else _symmetric(core @ gram.to(core) @ core.T)), turn
+    return (core @ core.T if gram is None else _symmetric(_times(core, gram) @ core.T)), turn
 
 
 def _apply(matrix: Tensor, metric: Tensor | None, basis: Tensor) -> Tensor:
     """W H Wᵀ · basis."""
     inner = matrix.T @ basis
-    return matrix @ (inner if metric is None else metric @ inner)
+    return matrix @ (inner if metric is None else _times(inner.T, metric).T)
+
+
+def _times(rows: Tensor, gram: Tensor) -> Tensor:
+    """rows · H, of H or its diagonal."""
+    return rows * gram.to(rows) if gram.ndim == 1 else rows @ gram.to(rows)
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

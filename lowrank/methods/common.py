@@ -101,6 +101,36 @@ def gram_of(stats: Statistics, in_features: int) -> Tensor:
     return stats.gram
 
 
+def out_gram_of(stats: Statistics, out_features: int) -> Tensor:
+    """E[g gᵀ] (out, out).
+
+    Raises:
+        LowrankError: it was not gathered, or belongs to a layer of another width.
+    """
+    shape = None if stats.out_gram is None else tuple(stats.out_gram.shape)
+    if stats.out_gram is None or shape != (out_features, out_features):
+        raise LowrankError(
+            f"expected the gradients' gram of {out_features} outputs, got {shape or 'none'}: "
+            "add it by lowrank.with_fisher(model, calibration)"
+        )
+    return stats.out_gram
+
+
+def row_fisher_of(stats: Statistics, rows: int) -> Tensor:
+    """Σ_j E[(∂L/∂W_ij)²] of every row, (out,).
+
+    Raises:
+        LowrankError: it was not gathered, or belongs to a layer of another width.
+    """
+    if stats.row_fisher is None or len(stats.row_fisher) != rows:
+        got = "none" if stats.row_fisher is None else len(stats.row_fisher)
+        raise LowrankError(
+            f"expected the Fisher information of {rows} rows, got {got}: "
+            "add it by lowrank.with_fisher(model, calibration)"
+        )
+    return stats.row_fisher
+
+
 def freq_of(stats: Statistics, rows: int) -> Tensor:
     """How often every row was looked up, (V,).
 

@@ -1,8 +1,10 @@
 """FWSVD: plain SVD with every row weighted by its Fisher information (arXiv 2207.00112).
 
 min ‖D^½ (W − up·down)‖_F with D = diag of the rows' importance: their squared gradients, summed
-over the row. A baseline: it knows nothing of the inputs. Where the authors take the labels of the
-task, ours are drawn from the model (the true Fisher); rows without any gradient keep a floor.
+over the row. A baseline: it knows nothing of the inputs. The authors scale the left factor of the
+SVD of D^½ W back by D^{-½}; that is Ŵ = W V_r V_rᵀ, V the right singular vectors of D^½ W. We take
+this form: nothing is divided, and rows without any gradient need no floor. Where the authors take
+the labels of the task, ours are drawn from the model (the true Fisher).
 """
 
 from __future__ import annotations
@@ -12,11 +14,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .. import layouts, linalg
-from ..errors import LowrankError
 from ..types import Curve, Option, Site, Statistics
-from .common import low_rank_curve, low_rank_layer, rank_of
-
-FLOOR = 1e-6  # of the mean importance
+from .common import low_rank_curve, low_rank_layer, rank_of, row_fisher_of
 
 
 @dataclass(frozen=True)
@@ -28,9 +27,8 @@ class FWSVD:
     needs = frozenset({"row_fisher"})
 
     def curve(self, site: Site, stats: Statistics) -> Curve:
-        root = _root(stats, site.shape[0])
-        weight = layouts.matrix(site.module).detach().double()
-        energy = linalg.energies(root[:, None] * weight)
+        rows = row_fisher_of(stats, site.shape[0])
+        energy = linalg.energies(layouts.matrix(site.module).T, rows)
         return low_rank_curve(
             site,
             "fwsvd",
@@ -41,25 +39,12 @@ class FWSVD:
         )
 
     def factor(self, module: nn.Module, option: Option, stats: Statistics) -> nn.Module:
-        root = _root(stats, layouts.matrix(module).shape[0])
-        weighted = root[:, None] * layouts.matrix(module).detach().double()
-        up, down = linalg.factor(weighted, rank_of(option, module), seed=self.seed)
-        up, down = linalg.balance(up / root.to(up)[:, None], down)
-        return low_rank_layer(module, down, up, option)
+        weight, rank = layouts.matrix(module), rank_of(option, module)
+        rows = row_fisher_of(stats, weight.shape[0])
+        down, up = linalg.factor(weight.T, rank, rows, seed=self.seed)
+        return low_rank_layer(module, down.T, up.T, option)
 
     def error(self, module: nn.Module, weight: Tensor, stats: Statistics) -> float:
         """‖D^½ (W − Ŵ)‖² of any Ŵ (out, in), in the norm of the curve."""
         off = layouts.matrix(module).detach().double() - weight.detach().double()
-        return float((_root(stats, off.shape[0])[:, None] * off).square().sum())
-
-
-def _root(stats: Statistics, rows: int) -> Tensor:
-    """D^½ (out,), float64, every entry positive."""
-    if stats.row_fisher is None or len(stats.row_fisher) != rows:
-        got = "none" if stats.row_fisher is None else len(stats.row_fisher)
-        raise LowrankError(
-            f"expected the Fisher information of {rows} rows, got {got}: calibrate with fisher=True"
-        )
-    fisher = stats.row_fisher.double()
-    mean = float(fisher.mean())
-    return fisher.clamp(min=FLOOR * mean if mean > 0 else 1.0).sqrt()
+        return float((row_fisher_of(stats, len(off)).to(off) * off.square().sum(1)).sum())

@@ -8,14 +8,16 @@ Errors are estimates of twice the KL to the dense model, and so compare across l
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from .. import layouts, linalg
 from ..errors import LowrankError
+from ..linalg.precision import full_precision
 from ..types import Curve, Option, Site, Statistics
-from .common import gram_of, low_rank_curve, low_rank_layer, rank_of
+from .common import gram_of, low_rank_curve, low_rank_layer, out_gram_of, rank_of
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,13 @@ class TwoSided:
     kinds = frozenset({"linear"})
     needs = frozenset({"gram", "out_gram"})
 
+    def __post_init__(self) -> None:
+        if not 0 < self.damp < math.inf:
+            raise LowrankError(f"damp must be a finite number above 0, got {self.damp}")
+
     def curve(self, site: Site, stats: Statistics) -> Curve:
-        weighted = self._weighted(layouts.matrix(site.module), stats)
-        energy = linalg.energies(weighted, gram_of(stats, site.shape[1]))
+        root, gram = self._root(stats, site.shape[0]), gram_of(stats, site.shape[1])
+        energy = linalg.energies(_rooted(root, layouts.matrix(site.module)), gram)
         return low_rank_curve(
             site,
             "two-sided",
@@ -41,35 +47,22 @@ class TwoSided:
 
     def factor(self, module: nn.Module, option: Option, stats: Statistics) -> nn.Module:
         weight, rank = layouts.matrix(module), rank_of(option, module)
-        gram = gram_of(stats, weight.shape[1])
-        up, down = linalg.factor(self._weighted(weight, stats), rank, gram, seed=self.seed)
-        root = linalg.output_root(out_gram_of(stats, weight.shape[0]), self.damp)
+        root, gram = self._root(stats, weight.shape[0]), gram_of(stats, weight.shape[1])
+        up, down = linalg.factor(_rooted(root, weight), rank, gram, seed=self.seed)
         up, down = linalg.balance(linalg.unrooted(root, up), down)
         return low_rank_layer(module, down, up, option)
 
     def error(self, module: nn.Module, weight: Tensor, stats: Statistics) -> float:
         """‖G^½ (W − Ŵ) H^½‖² of any Ŵ (out, in), in the norm of the curve."""
         off = layouts.matrix(module).detach().double() - weight.detach().double()
-        root = linalg.output_root(out_gram_of(stats, off.shape[0]), self.damp)
-        return linalg.squared_error(root @ off, off.new_zeros(()), gram_of(stats, off.shape[1]))
+        root, gram = self._root(stats, off.shape[0]), gram_of(stats, off.shape[1])
+        return linalg.squared_error(_rooted(root, off), off.new_zeros(()), gram)
 
-    def _weighted(self, weight: Tensor, stats: Statistics) -> Tensor:
-        """S W (out, in), float64."""
-        root = linalg.output_root(out_gram_of(stats, weight.shape[0]), self.damp)
-        weighted: Tensor = root @ weight.detach().double()
-        return weighted
+    def _root(self, stats: Statistics, out_features: int) -> Tensor:
+        return linalg.output_root(out_gram_of(stats, out_features), self.damp)
 
 
-def out_gram_of(stats: Statistics, out_features: int) -> Tensor:
-    """E[g gᵀ] (out, out).
-
-    Raises:
-        LowrankError: it was not gathered, or belongs to a layer of another width.
-    """
-    shape = None if stats.out_gram is None else tuple(stats.out_gram.shape)
-    if stats.out_gram is None or shape != (out_features, out_features):
-        raise LowrankError(
-            f"expected the gradients' gram of {out_features} outputs, got {shape or 'none'}: "
-            "calibrate with fisher=True"
-        )
-    return stats.out_gram
+def _rooted(root: Tensor, weight: Tensor) -> Tensor:
+    """S W (out, in), float64."""
+    with full_precision(weight):
+        return root @ weight.detach().to(root)

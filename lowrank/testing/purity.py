@@ -46,9 +46,8 @@ def check_deterministic(method: Method, case: Case) -> None:
 
 def _tensors(case: Case) -> dict[str, Tensor]:
     """All tensors that a method is given, by name."""
-    given = {"gram": case.stats.gram, "mean": case.stats.mean, "freq": case.stats.freq}
-    named = {**case.module.state_dict(keep_vars=True), **given}
-    return {name: tensor for name, tensor in named.items() if tensor is not None}
+    named = {**case.module.state_dict(keep_vars=True), **vars(case.stats)}
+    return {name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}
 
 
 def snapshot(case: Case) -> dict[str, Any]:

@@ -87,6 +87,22 @@ def test_whitening_by_the_identity_is_the_plain_decomposition() -> None:
         torch.testing.assert_close(white[0] @ white[1], plain[0] @ plain[1], atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("rank", [1, 7])
+def test_a_diagonal_may_be_given_as_a_vector(rank: int, shape: tuple[int, int]) -> None:
+    weight = with_spectrum("k^-0.5", shape)
+    diagonal = torch.linspace(0, 3, shape[1], dtype=torch.float64)
+    whole = torch.diag(diagonal)
+    for given in ((linalg.factor, rank), (linalg.output_basis, rank), (linalg.randomised_basis, 3)):
+        found = [given[0](weight, given[1], metric) for metric in (diagonal, whole)]
+        if given[0] is linalg.factor:
+            found = [up @ down for up, down in found]
+        torch.testing.assert_close(*found)
+    basis = linalg.output_basis(weight, min(shape), diagonal)
+    torch.testing.assert_close(*(linalg.energies(weight, metric) for metric in (diagonal, whole)))
+    torch.testing.assert_close(*(linalg.carried(weight, basis, m) for m in (diagonal, whole)))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_every_dtype_is_decomposed_in_float64(dtype: torch.dtype) -> None:
     weight = with_spectrum("k^-0.5", (24, 40)).to(dtype)

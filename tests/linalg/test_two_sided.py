@@ -25,6 +25,11 @@ def tail(matrix: torch.Tensor, rank: int) -> float:
     return float((np.linalg.svd(matrix.numpy(), compute_uv=False)[rank:] ** 2).sum())
 
 
+def symmetric_root(matrix: torch.Tensor) -> np.ndarray:
+    values, vectors = np.linalg.eigh(matrix.numpy())
+    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+
+
 def chol(matrix: torch.Tensor) -> torch.Tensor:
     return torch.linalg.cholesky(matrix)
 
@@ -34,7 +39,8 @@ def test_the_root_squares_to_the_damped_matrix(shape: tuple[int, int]) -> None:
     g = gram(shape[0], 1)
     root = linalg.output_root(g, 0.3)
     want = g + 0.3 * g.diagonal().mean() * torch.eye(len(g), dtype=g.dtype)
-    torch.testing.assert_close(root @ root, want)
+    torch.testing.assert_close(root.T @ root, want)
+    assert torch.equal(root, root.triu())
     up = normal(len(g), 3, seed=9)
     torch.testing.assert_close(root @ linalg.unrooted(root, up), up)
 
@@ -42,6 +48,52 @@ def test_the_root_squares_to_the_damped_matrix(shape: tuple[int, int]) -> None:
 def test_the_zero_matrix_has_an_invertible_root() -> None:
     root = linalg.output_root(torch.zeros(4, 4))
     assert bool(torch.isfinite(torch.linalg.inv(root)).all())
+    assert float(root.norm()) < 1e-14  # and weighs next to nothing
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_a_singular_matrix_has_a_root_without_damping(tokens: int, scale: float) -> None:
+    rows = normal(tokens, 40, seed=tokens) * scale
+    g = rows.T @ rows / tokens
+    root = linalg.output_root(g, 0.0)
+    torch.testing.assert_close(root.T @ root, g, rtol=0, atol=1e-9 * float(g.diagonal().sum()))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("damp", [0.1, 0.3])
+def test_factors_in_both_norms_are_the_optimum(shape: tuple[int, int], damp: float) -> None:
+    """Against NumPy's SVD of the whole problem, with symmetric roots."""
+    out, inner = shape
+    weight, g, h = normal(out, inner, seed=3), gram(out, 4), gram(inner, 5)
+    root = linalg.output_root(g, damp)
+    left, right = (
+        symmetric_root(g + damp * g.diagonal().mean() * torch.eye(out).double()),
+        symmetric_root(h),
+    )
+    scaled = left @ weight.numpy() @ right
+    total = float((scaled**2).sum())
+    energy = linalg.energies(root @ weight, h)
+    values = np.linalg.svd(scaled, compute_uv=False) ** 2
+    np.testing.assert_allclose(energy.numpy(), values, rtol=0, atol=1e-12 * total)
+    for rank in (1, 4, 8):
+        up, down = linalg.factor(root @ weight, rank, h)
+        off = weight - linalg.unrooted(root, up) @ down
+        error = float(((left @ off.numpy() @ right) ** 2).sum())
+        assert abs(error - values[rank:].sum()) <= 1e-12 * total
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_metric_on_the_outputs_alone_is_the_one_sided_problem_of_the_transpose(
+    shape: tuple[int, int],
+) -> None:
+    """Which has no root in it: Ŵᵀ is the whitened factorisation of Wᵀ."""
+    weight, g = normal(*shape, seed=3), gram(shape[0], 4)
+    root = linalg.output_root(g, 0.1)
+    damped = root.T @ root
+    up, down = linalg.factor(root @ weight, 3)
+    other_down, other_up = linalg.factor(weight.T, 3, damped)
+    torch.testing.assert_close(linalg.unrooted(root, up) @ down, (other_down @ other_up).T)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
