@@ -30,7 +30,7 @@ ROWS = 96  # of LENGTH tokens, for real and for written text
 
 
 def main() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # small products gain little from more
     tiny = tiny_lm()
     held_out = held_out_rows(tiny)[::4]
     rows = []
