@@ -70,8 +70,10 @@ def recover(
         raise LowrankError("recovery runs the model on batches: pass data=… that holds them")
     if any(site.name == "" for site, _, _ in work):
         return Recovered({s.name: m for s, _, m in work}, notes=(ROOT,))
-    batches = rebatched([*seen.batches, *seen.held_out], recovery.rows)
-    job = _Job(model, seen, recovery, batches, damp, seed, progress)
+    batches = rebatched(seen.batches, recovery.rows)
+    fitted = len(batches)  # what is held out runs along, and nothing is fitted to it
+    batches += rebatched(seen.held_out, recovery.rows)
+    job = _Job(model, seen, recovery, batches, fitted, damp, seed, progress)
     return job.run(work)
 
 
@@ -86,6 +88,7 @@ class _Job:
     seen: Calibration
     recovery: Recovery
     batches: Sequence[Batch]
+    fitted: int
     damp: float
     seed: int
     progress: bool
@@ -129,6 +132,7 @@ class _Job:
                 self.seen.seen,
                 self.batches,
                 self._fit,
+                counted=self.fitted,
                 after_block=self._refit_block if steps else None,
                 on_block=lambda name: _advance(bar, name),
             )
@@ -171,7 +175,8 @@ class _Job:
         if not factors_in(block):
             return
         how = Training(self.recovery.block_steps, self.recovery.block_rate, seed=self.seed)
-        self.refitted.append(refit_block(lean, index, targets, trained, self.masks, how))
+        came = refit_block(lean, index, targets, trained, self.masks, how, self.fitted)
+        self.refitted.append(came)
 
     def _store(self, site: Site) -> None:
         new = self.student.get_submodule(site.name)
@@ -183,7 +188,7 @@ class _Job:
             return
         trained = [*factors_in(self.student), *own_vectors(self.student, self.vectors)]
         how = Training(self.recovery.distill_steps, self.recovery.distill_rate, seed=self.seed)
-        came = distill(self.model, self.student, self.batches, trained, how)
+        came = distill(self.model, self.student, self.batches, trained, how, self.fitted)
         self.said.append(
             f"distilled: held-out KL {came.before:.4g} -> {came.after:.4g} "
             f"(step {came.best_step} of {how.steps})"

@@ -21,8 +21,8 @@ TINY = 1e-30  # of a G that is zero
 def output_root(out_gram: Tensor, damp: float = DAMP) -> Tensor:
     """S (out, out) float64, upper triangular, with SᵀS = G + damp · mean(diag G) · I.
 
-    Cholesky's factor, for outputs are many: an eigendecomposition would cost thirty times as much,
-    and S V has the singular values that G^½ V has.
+    Cholesky's factor, for outputs are many and an eigendecomposition costs far more products; S V
+    has the singular values that G^½ V has.
 
     Args:
         out_gram: G = E[g gᵀ] (out, out), symmetric positive semi-definite. The zero matrix, and

@@ -26,6 +26,7 @@ def refit_block(
     parameters: Sequence[nn.Parameter],
     masks: Sequence[Tensor | None],
     options: Training,
+    fitted: int | None = None,
 ) -> Trained:
     """Train one block of the compressed chain.
 
@@ -33,6 +34,7 @@ def refit_block(
         targets: the dense block's outputs, one tensor a batch, shaped as the hidden states.
         parameters: what is trained; each is in the block.
         masks: positions that count, one a batch, or None.
+        fitted: see `split`.
     """
     scale = _scale(targets)
 
@@ -45,7 +47,7 @@ def refit_block(
         return each.mean()
 
     with quiet(lean.block(index)):
-        return train(parameters, loss, *split(len(targets)), options)
+        return train(parameters, loss, *split(len(targets), fitted), options)
 
 
 def distill(
@@ -54,10 +56,12 @@ def distill(
     batches: Sequence[Batch],
     parameters: Sequence[nn.Parameter],
     options: Training,
+    fitted: int | None = None,
 ) -> Trained:
     """Train the compressed model to the dense one's predictions: mean KL(dense ‖ compressed).
 
-    The teacher runs along; its predictions are not kept, for a vocabulary is large.
+    The teacher runs along; its predictions are not kept, for a vocabulary is large. `fitted`: see
+    `split`.
     """
 
     def loss(batch: int) -> Tensor:
@@ -67,7 +71,7 @@ def distill(
         return divergence(want, got, mask_of(batches[batch])).mean()
 
     with quiet(teacher), quiet(student), without_cache(teacher), without_cache(student):
-        return train(parameters, loss, *split(len(batches)), options)
+        return train(parameters, loss, *split(len(batches), fitted), options)
 
 
 def _scale(targets: Sequence[Tensor]) -> Tensor:

@@ -55,6 +55,7 @@ def sequential(
     batches: Sequence[Batch],
     fit: Fit,
     *,
+    counted: int | None = None,
     after_block: AfterBlock | None = None,
     on_block: Callable[[str], None] = lambda _: None,
 ) -> None:
@@ -65,6 +66,8 @@ def sequential(
             model, those called before the first chain first.
         sites: of the model, to be replaced; one that was never called is left to the caller.
         fit: makes the new layer of a site from the moments of its input.
+        counted: how many of the batches, the first ones, the moments are taken from; None: all. The
+            others run along, for whoever judges by them.
         after_block: called with the student's chain, the block's index and the dense outputs when
             all sites of a block are replaced; it may train the block.
         on_block: told the name of each block before it is worked on.
@@ -79,12 +82,12 @@ def sequential(
     first = _first_call(seen, inside)
     outer = [group for group in groups if not _within(group[0].name, inside)]
     early = [g for g in outer if seen.order.index(g[0].name) < first]
-    masks = [mask_of(batch) for batch in batches]
+    masks = [mask_of(batch) for batch in batches[:counted]]
 
     def whole(some: Iterable[list[Site]]) -> None:
         for group in some:
             on_block("")
-            runs = [_passes(part, batches) for part in (model, student)]
+            runs = [_passes(part, batches[:counted]) for part in (model, student)]
             _replace(student, group, _moments(model, student, group[0], runs, masks), fit)
 
     whole(early)
@@ -111,7 +114,7 @@ def _chain(
         on_block(name)
         for group in groups:
             if _within(group[0].name, {name}):
-                runs = [_block_runs(chain, index) for chain in (dense, lean)]
+                runs = [_block_runs(chain, index)[: len(masks)] for chain in (dense, lean)]
                 _replace(student, group, _moments(model, student, group[0], runs, masks), fit)
         lean.refresh(student)
         after = dense.outputs(index)

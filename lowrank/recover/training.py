@@ -104,9 +104,17 @@ def train(
     return Trained(before, least, best_step)
 
 
-def split(count: int, share: float = 0.1) -> tuple[list[int], list[int]]:
-    """Numbers of the batches to train on, and of those held out: the last ones."""
+def split(
+    count: int, fitted: int | None = None, share: float = 0.1
+) -> tuple[list[int], list[int]]:
+    """Numbers of the batches to train on, and of those held out: the last ones.
+
+    Args:
+        fitted: how many are for training, where others were held out before; else by `share`.
+    """
     kept = max(round(share * count), 1)
+    if fitted is not None and 0 < fitted < count:
+        kept = count - fitted
     every = list(range(count))
     return (every[:-kept], every[-kept:]) if count > 1 else (every, every)
 
