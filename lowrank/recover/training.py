@@ -104,9 +104,7 @@ def train(
     return Trained(before, least, best_step)
 
 
-def split(
-    count: int, fitted: int | None = None, share: float = 0.1
-) -> tuple[list[int], list[int]]:
+def split(count: int, fitted: int | None = None, share: float = 0.1) -> tuple[list[int], list[int]]:
     """Numbers of the batches to train on, and of those held out: the last ones.
 
     Args:
