@@ -162,11 +162,8 @@ class PivotedLinear(nn.Module):
 def pivot_side(out_features: int, in_features: int) -> Side:
     """The shorter side: its features are what has to be gathered for every token.
 
-    Measured on one core of a CPU at rank min(out, in) / 2, as a share of the dense layer's time,
-    medians of alternating pairs, side "out" against "in". 512 tokens: (4096, 1024) 1.27 and 0.70,
-    (1024, 4096) 0.69 and 1.12, (512, 192) 2.26 and 1.08, (64, 172) 1.56 and 2.59, (2048, 2048) 1.11
-    and 1.07. One token: within 4 % for the long ones, and "out", which reorders once, is faster for
-    the square and the small ones.
+    For long layers the other side costs a good part of what the factors save; benchmarks/speed.py
+    times both.
     """
     return "in" if out_features > in_features else "out"
 
