@@ -1,12 +1,15 @@
 """KL of every effort beside the field's methods: same calibration, same stored parameters.
 
     python benchmarks/quality.py [--model FOLDER --text FILE] [--ratios 0.8 0.6 0.4] [--only NAME …]
+                                 [--seeds 0 1 2 --rows 192] [--steps 0.5] [--title NAME]
 
 Without --model: the model inside the package. Rows of 256 tokens; of a text given, the first 60 %
 calibrate (172 rows of stories260K's own samples: methods of the field were published so), the rest
-is evaluated once. AA-SVD-like: whitened uniform plain factors and block refit with as many steps as
-`best` takes in all, the better of two rates. MPIFA-like: whitened uniform pivoted and sequential
-refit with a quarter of the target from the dense stream. No rank alignment; fp32.
+is evaluated once. With --rows, every seed draws so many of the calibration rows. AA-SVD-like:
+whitened uniform plain factors and block refit with as many steps of as many tokens as `best` takes
+in all, at two rates of which the better counts. MPIFA-like: whitened uniform pivoted and sequential
+refit with a quarter of the target from the dense stream. --steps: share of the gradient steps, of
+ours and of AA-SVD-like alike. No rank alignment; fp32.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +46,7 @@ RIVALS: dict[str, dict[str, Any]] = {
         }
         for steps in [BEST.block_steps + BEST.distill_steps] for rate in (0.003, 0.01)
     },
+    "fast, uniform ranks": {"effort": "fast", "policy": "uniform"},
     "fast": {"effort": "fast"},
     "balanced": {"effort": "balanced"},
     "best": {"effort": "best"},
@@ -73,36 +78,72 @@ def main() -> None:
     parser.add_argument("--text")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.8, 0.6, 0.4])
     parser.add_argument("--only", nargs="+", default=list(RIVALS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--steps", type=float, default=1.0)
+    parser.add_argument("--title")
     args = parser.parse_args()
     torch.set_num_threads(2)
     dense, calibration, held_out = rows_of(args)
-    data = list(calibration.split(16))
-    found = []
-    print(f"{'method':26} {'ratio':>5} {'kept':>7} {'bytes':>10} {'KL':>8} {'ppl':>9} {'s':>6} MiB")
-    for ratio in args.ratios:
-        for name in args.only:
-            started = time.perf_counter()
-            model, report = lowrank.compress(
-                dense, ratio, data=data, align=1, copy=True, progress=False, **RIVALS[name]
-            )
-            seconds = time.perf_counter() - started
-            (_, (ppl, away)) = judge([dense, model], held_out)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-            print(
-                f"{name:26} {ratio:5.1f} {report.achieved:7.4f} {report.bytes_after:10,} "
-                f"{away:8.4f} {ppl:9.2f} {seconds:6.1f} {peak}",
-                flush=True,
-            )
-            found.append(
-                {
-                    "method": name, "ratio": ratio, "kept": report.achieved, "kl": away,
-                    "params": report.params_after, "bytes": report.bytes_after,
-                    "perplexity": ppl, "seconds": seconds, "peak_mib_so_far": peak,
-                    "notes": report.notes,
-                }
-            )  # fmt: skip
-    title = "embedded" if args.model is None else Path(args.model).name
-    keep(f"quality_{title}", found, calibration_rows=len(calibration), held_out=len(held_out))
+    title = args.title or ("embedded" if args.model is None else Path(args.model).name)
+    found: list[dict[str, Any]] = []
+    print(f"{'method':26} {'ratio':>5} seed {'kept':>7} {'bytes':>10} {'KL':>8} {'ppl':>9} s MiB")
+    for seed in args.seeds:
+        data = list(drawn(calibration, args.rows, seed).split(16))
+        for ratio in args.ratios:
+            for name in args.only:
+                options = shortened(RIVALS[name], args.steps)
+                found.append(
+                    {"method": name, "seed": seed}
+                    | measured(dense, ratio, data, seed, options, held_out)
+                )
+                said = "{method:26} {ratio:5.1f} {seed:4} {kept:7.4f} {bytes:10,} {kl:8.4f}"
+                said += " {perplexity:9.2f} {seconds:.1f} {peak_mib_so_far}"
+                print(said.format(**found[-1]), flush=True)
+                keep(
+                    f"quality_{title}", found, held_out=len(held_out), steps_share=args.steps,
+                    calibration_rows=args.rows or len(calibration),
+                )  # fmt: skip
+
+
+def drawn(calibration: torch.Tensor, rows: int | None, seed: int) -> torch.Tensor:
+    """So many of the rows (n, 256), as the seed has it; all of them in order where None."""
+    if rows is None:
+        return calibration
+    order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(seed))
+    return calibration[order[:rows]]
+
+
+def shortened(options: dict[str, Any], share: float) -> dict[str, Any]:
+    """The same with a share of the gradient steps."""
+    effort = options.get("effort")
+    effort = lowrank.EFFORTS[effort] if isinstance(effort, str) else effort
+    if effort is None or share == 1.0:
+        return options
+    recovery = effort if isinstance(effort, Recovery) else effort.recovery
+    steps = {key: round(share * getattr(recovery, key)) for key in ("block_steps", "distill_steps")}
+    shorter = replace(recovery, **steps)
+    same = effort is recovery
+    return options | {"effort": shorter if same else replace(effort, recovery=shorter)}
+
+
+def measured(
+    dense: Any, ratio: float, data: list[torch.Tensor], seed: int, options: dict[str, Any],
+    held_out: list[torch.Tensor],
+) -> dict[str, Any]:  # fmt: skip
+    """Compress, and judge on the held-out rows."""
+    started = time.perf_counter()
+    model, report = lowrank.compress(
+        dense, ratio, data=data, align=1, copy=True, progress=False, seed=seed, **options
+    )
+    seconds = time.perf_counter() - started
+    (_, (ppl, away)) = judge([dense, model], held_out)
+    return {
+        "ratio": ratio, "kept": report.achieved, "kl": away, "perplexity": ppl,
+        "params": report.params_after, "bytes": report.bytes_after, "seconds": seconds,
+        "peak_mib_so_far": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "notes": report.notes,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
