@@ -9,6 +9,8 @@ from .api.by_design import factorize_by_design as factorize_by_design
 from .api.efforts import EFFORTS as EFFORTS
 from .api.efforts import Effort as Effort
 from .api.efforts import Recovery as Recovery
+from .api.sweeping import Sweep as Sweep
+from .api.sweeping import sweep as sweep
 from .bench import Benchmark as Benchmark
 from .bench import benchmark as benchmark
 from .calibrate import Calibration as Calibration
@@ -27,6 +29,8 @@ from .io import load as load
 from .io import save as save
 from .io import to_dense as to_dense
 from .io.register import install as _install
+from .kept import load_calibration as load_calibration
+from .kept import save_calibration as save_calibration
 from .methods import METHODS as METHODS
 from .plan import Plan as Plan
 from .policies import POLICIES as POLICIES

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from .errors import LowrankError
 from .frequencies import Frequencies
 from .linalg import gram_sum
 from .observe import Observation, SameTensor, first_tensor, observe, quiet
-from .types import Site, Statistics
+from .types import Curve, Site, Statistics
 
 SELF = "self"  # as data: the model writes it
 
@@ -34,6 +34,8 @@ class Calibration:
         min_tokens: a site that saw fewer follows `on_missing`.
         source: where the data came from when the model wrote it itself, else "".
         held_out: batches that no statistic saw, kept for judging.
+        spectra: curves made from these statistics, remembered for the next ratio: by method,
+            storage and weight, with the statistics that each was made from.
     """
 
     statistics: dict[str, Statistics]
@@ -43,6 +45,7 @@ class Calibration:
     min_tokens: int = 1
     source: str = ""
     held_out: tuple[Batch, ...] = ()
+    spectra: dict[str, tuple[Statistics, Curve]] = field(default_factory=dict)
 
 
 def calibrate(

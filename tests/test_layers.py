@@ -38,9 +38,11 @@ ORDER = """
     observe
     frequencies
     data
+    digests
     selfwritten
     io
     calibrate
+    kept
     streams
     gradients
     fisher

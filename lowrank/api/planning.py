@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, cast
 
@@ -13,10 +14,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import linalg
+from .. import layouts, linalg
 from .. import sites as walk
 from ..calibrate import Calibration
 from ..data import rebatched
+from ..digests import add_tensor
 from ..errors import LowrankError, listed
 from ..eval import kl
 from ..methods import JOINT, METHODS, SVD, for_kind, joint, method, stored_as
@@ -49,7 +51,7 @@ def make_plan(
     targets = [site for site in sites if not site.reason]
     groups, storage = groups_of(targets, shared, seen), request.storage or "factors"
     bar = tqdm(groups, "decompose", delay=2, disable=not progress, leave=False)
-    curves = {group[0].name: _curve(group, way, shared, seen, storage) for group in bar}
+    curves = {group[0].name: _remembered(group, way, shared, seen, storage) for group in bar}
     whole = model_cost(model, sites)
     counted = {site.names for site in wanted if not site.reason}
     goal = sum(site.cost.of(request.unit) for site in wanted if not site.reason)
@@ -222,6 +224,28 @@ def _is_seen(site: Site, way: Method, seen: Calibration | None) -> bool:
     if seen is None or not way.needs:
         return True
     return statistics_of(site, seen).count >= max(seen.min_tokens, 1)
+
+
+def _remembered(
+    group: Group, way: Method, shared: JointMethod | None, seen: Calibration | None, storage: str
+) -> Curve:
+    """The curve; from the calibration where the same statistics and weights gave it before."""
+    used = way if shared is None else shared
+    if seen is None or not is_dataclass(used):  # another object does not say what it depends on
+        return _curve(group, way, shared, seen, storage)
+    stats = statistics_of(group[0], seen)
+    key = _key(group, f"{type(used).__module__} {used!r} {storage}")
+    found = seen.spectra.get(key)
+    if found is None or found[0] is not stats:
+        found = seen.spectra[key] = stats, _curve(group, way, shared, seen, storage)
+    return found[1]
+
+
+def _key(group: Group, settings: str) -> str:
+    digest = hashlib.sha256(settings.encode())
+    for site in group:
+        add_tensor(digest, repr(site.names), layouts.matrix(site.module))
+    return digest.hexdigest()
 
 
 def _curve(

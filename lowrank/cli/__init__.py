@@ -22,6 +22,7 @@ hub. TEXT is a text file in UTF-8.
 \b
   lowrank inspect PATH                        what is in there, how low its rank is
   lowrank plan PATH --ratio 0.8               what would be done; nothing is changed
+  lowrank sweep PATH --data TEXT              size against loss, for several ratios
   lowrank report plan.json -o plan.html       a plan as a page to look at
   lowrank compress PATH --ratio 0.8 --data TEXT --out out
   lowrank eval out --text TEXT --reference PATH

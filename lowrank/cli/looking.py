@@ -1,4 +1,4 @@
-"""inspect, eval, bench, methods and demo: they write nothing but, where asked, the demo's model."""
+"""inspect, eval, bench, sweep, methods and demo: no model is changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from ..errors import LowrankError
 from ..methods import JOINT, METHODS
 from ..policies import POLICIES
-from . import inputs, layers
+from . import inputs, layers, options
 from .console import on_terminal, say, say_reasons, show, table
 from .inputs import Length, Source
 
@@ -182,10 +182,90 @@ def demo(
     return run(None if out is None else inputs.check_folder(out, force))
 
 
+def sweep(
+    path: Source,
+    ratios: Annotated[
+        str,
+        typer.Option(metavar="SHARES", help="Shares kept, with commas between them."),
+    ] = "0.9,0.8,0.7,0.6,0.5,0.4",
+    method: options.Method = None,
+    policy: options.Policy = None,
+    data: options.Text = None,
+    judge: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TEXT",
+            show_default=False,
+            help="Text on which the predictions are compared; if not given, an eighth of the "
+            "calibration rows, which nothing else sees.",
+        ),
+    ] = None,
+    storage: options.Storage = None,
+    effort: options.Effort = None,
+    target: options.Target = None,
+    exclude: options.Exclude = None,
+    seed: options.Seed = None,
+    length: Length = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            help="Keep statistics and spectra here, and start from them the next time.",
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw size against loss (PNG, SVG).", show_default=False),
+    ] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write figures and plans here.", show_default=False),
+    ] = None,
+    force: inputs.Force = False,
+) -> None:
+    """Size against loss for several ratios; nothing is changed.
+
+    \b
+      lowrank sweep PATH --data TEXT
+      lowrank sweep PATH --ratios 0.9,0.7,0.5 --effort fast --plot front.png
+      lowrank sweep PATH --ratios 0.8,0.6 --cache seen.safetensors
+    """
+    from ..api.sweeping import sweep as run
+
+    shares = [options.number("--ratios", part) for part in ratios.split(",")]
+    given = {"ratio": shares[0], "method": method, "policy": policy, "storage": storage,
+             "effort": effort, "target": target, "exclude": exclude, "seed": seed}  # fmt: skip
+    chosen = options.keywords({**dict.fromkeys(options.CHOICES), **given})
+    del chosen["ratio"]
+    for file in (plot, json):
+        if file is not None and file.exists() and not force:
+            raise LowrankError(f"{file} exists: choose another name, or add --force")
+    text, judged = inputs.read_data(data), None if judge is None else inputs.read_text(judge)
+    model = inputs.load_model(path)
+    rows = inputs.row_length(model, length, option="--length")
+    batches: Any = "default" if text is None else inputs.text_batches(text, path, rows)
+    held = None if judged is None else inputs.text_batches(judged, path, rows)
+    found = run(
+        model, shares, data=batches, judge=held, cache=cache, progress=on_terminal(), **chosen
+    )
+    say(str(found).partition("\n")[0])
+    show(table(found.rows()))
+    if plot is not None:
+        from ..plots import pareto
+
+        pareto(found.triples()).savefig(plot)
+        say(f"wrote {plot}")
+    if json is not None:
+        json.write_text(found.to_json() + "\n", encoding="utf-8")
+        say(f"wrote {json}")
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "inspect": inspect,
     "eval": evaluate,
     "bench": bench,
+    "sweep": sweep,
     "methods": methods,
     "demo": demo,
 }

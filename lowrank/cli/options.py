@@ -120,7 +120,7 @@ def keywords(given: Mapping[str, Any]) -> dict[str, Any]:
         raise LowrankError("say how small: --ratio 0.8, or --rank 32")
     found: dict[str, Any] = {k: given[k] for k in CHOICES if given[k] not in (None, [], ())}
     if "rank" in found:
-        found["rank"] = _number(found["rank"])
+        found["rank"] = number("--rank", found["rank"])
     for name in ("target", "exclude"):
         if name in found:
             patterns = list(found.pop(name))
@@ -156,10 +156,11 @@ def needs_data(methods: Iterable[str]) -> str:
     return next((name for name in methods if name in known and known[name]().needs), "")
 
 
-def _number(text: str) -> int | float:
+def number(option: str, text: str) -> int | float:
+    """Raises LowrankError where the text is none."""
     for kind in (int, float):
         try:
             return kind(text)
         except ValueError:
             continue
-    raise LowrankError(f"--rank must be a number, got {text!r}")
+    raise LowrankError(f"{option} must be a number, got {text!r}")

@@ -8,44 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..calibrate import Calibration
-from ..data import Batch
+from ..digests import add_tensor, check_place, data_print, model_print, write_whole
 from ..errors import LowrankError
+
+__all__ = ["calibration_print", "check_place", "data_print", "model_print", "read", "write"]
 
 FORMAT, VERSION = "lowrank-sensitivity", "1"
 TENSORS = ("kl", "rank", "error")
-
-
-def model_print(model: nn.Module) -> str:
-    """Digest of every tensor that a checkpoint would hold, with names, shapes and dtypes."""
-    found = hashlib.sha256(type(model).__qualname__.encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, Tensor):
-            _add(found, name, tensor)
-    return found.hexdigest()
-
-
-def data_print(batches: Iterable[Batch]) -> str:
-    """Digest of batches."""
-    found = hashlib.sha256()
-    for index, batch in enumerate(batches):
-        items: Mapping[str, Any] = batch if isinstance(batch, Mapping) else {"": batch}
-        for name, value in sorted(items.items()):
-            if isinstance(value, Tensor):
-                _add(found, f"{index} {name}", value)
-            else:
-                found.update(f"{index} {name} {value!r}".encode())
-    return found.hexdigest()
 
 
 def calibration_print(seen: Calibration) -> str:
@@ -55,7 +32,7 @@ def calibration_print(seen: Calibration) -> str:
         found.update(f"{name} {stats.count}".encode())
         for tensor in (stats.gram, stats.out_gram, stats.row_fisher):
             if tensor is not None:
-                _add(found, name, tensor)
+                add_tensor(found, name, tensor)
     return found.hexdigest()
 
 
@@ -105,24 +82,7 @@ def read(
 
 def write(path: Path, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """In one step: a reader sees all of the file or nothing."""
-    from safetensors.torch import save
-
-    about = {"format": FORMAT, "version": VERSION, "body": json.dumps(body)}
-    data = save(dict(tensors), metadata=about)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        try:
-            file.write(data)
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
-
-
-def check_place(path: Path) -> None:
-    """Raises LowrankError where the file could not be written in the end."""
-    if not path.parent.is_dir():
-        raise LowrankError(f"the cache {path} cannot be written: there is no folder {path.parent}")
+    write_whole(path, {"format": FORMAT, "version": VERSION, "body": json.dumps(body)}, tensors)
 
 
 def _broken(path: Path, why: str) -> None:
@@ -137,10 +97,3 @@ def _broken(path: Path, why: str) -> None:
     warnings.warn(
         f"the cache {path} is broken ({' '.join(why.split())}): it is made anew", stacklevel=4
     )
-
-
-def _add(found: Any, name: str, tensor: Tensor) -> None:
-    found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-    flat = tensor.detach().cpu().contiguous().flatten()
-    if flat.numel():
-        found.update(flat.view(torch.uint8).numpy().data)
