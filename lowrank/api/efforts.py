@@ -21,6 +21,8 @@ class Recovery:
         distill_steps: gradient steps of distillation to the dense model's predictions; 0: none.
         block_rate, distill_rate: of AdamW, as a share of each parameter's root mean square.
         rows: of a batch in both.
+        written: rows that a causal language model writes itself, as `data="self"` does, and is
+            distilled on beside the data; other models have the data alone.
     """
 
     dense: float = 0.5
@@ -30,11 +32,19 @@ class Recovery:
     block_rate: float = 0.01
     distill_rate: float = 0.01
     rows: int = 16
+    written: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.dense <= 1:
             raise LowrankError(f"dense of a Recovery must be in [0, 1], got {self.dense!r}")
-        for name in ("block_steps", "distill_steps", "block_rate", "distill_rate", "rows"):
+        for name in (
+            "block_steps",
+            "distill_steps",
+            "block_rate",
+            "distill_rate",
+            "rows",
+            "written",
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
                 raise LowrankError(f"{name} of a Recovery must be a number >= 0, got {value!r}")
@@ -75,7 +85,7 @@ FAST = Effort(Recovery())
 EFFORTS: dict[str, Effort] = {
     "fast": FAST,
     "balanced": replace(FAST, recovery=Recovery(block_steps=120)),
-    "best": replace(FAST, recovery=Recovery(block_steps=120, distill_steps=600)),
+    "best": replace(FAST, recovery=Recovery(block_steps=120, distill_steps=600, written=512)),
 }
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import layouts, linalg
+from .. import layouts, linalg, selfwritten
 from .. import sites as walk
 from ..calibrate import Calibration
 from ..data import Batch, mask_of, rebatched
@@ -188,11 +188,31 @@ class _Job:
             return
         trained = [*factors_in(self.student), *own_vectors(self.student, self.vectors)]
         how = Training(self.recovery.distill_steps, self.recovery.distill_rate, seed=self.seed)
-        came = distill(self.model, self.student, self.batches, trained, how, self.fitted)
+        written = self._written()
+        batches = [*self.batches[: self.fitted], *written, *self.batches[self.fitted :]]
+        fitted = self.fitted + len(written) if self.fitted < len(self.batches) else None
+        came = distill(self.model, self.student, batches, trained, how, fitted)
         self.said.append(
             f"distilled: held-out KL {came.before:.4g} -> {came.after:.4g} "
             f"(step {came.best_step} of {how.steps})"
         )
+
+    def _written(self) -> list[Batch]:
+        """More to distil on, where the model can write it: what is fitted to few rows stays close
+        to the dense model on those alone."""
+        rows, length = self.recovery.written, self._length()
+        if not rows or not length or not selfwritten.writes(self.model):
+            return []
+        seed = self.seed + 1  # not the rows that calibrated, where those were written too
+        text = selfwritten.write(self.model, rows=rows, length=length, seed=seed)
+        self.said.append(f"distilled on {rows} rows more that the model wrote itself")
+        return list(text.split(self.recovery.rows))
+
+    def _length(self) -> int:
+        """Tokens of the longest row of the data; 0 where it holds no token ids."""
+        ids = [b if isinstance(b, Tensor) else b.get("input_ids") for b in self.batches]
+        known = [t for t in ids if isinstance(t, Tensor) and not t.is_floating_point()]
+        return max((t.shape[-1] for t in known if t.ndim == 2), default=0)
 
     def _judge(self, work: Sequence[tuple[Site, Entry, nn.Module]]) -> None:
         """What recovery gave, and back to the plain layers where that was nothing."""
