@@ -31,6 +31,7 @@ from ..types import Site
 from .efforts import Recovery
 
 HELD_OUT = 8  # one row in so many is kept for judging
+NOISE = 1e-6  # of a mean square: what sums of fp32 products may be off; all of a constant's variance
 
 
 @dataclass
@@ -150,6 +151,7 @@ class _Job:
         share = self.recovery.dense
         stats, bias = self.seen.statistics[site.name], layouts.bias(site.module)
         gram, cross = moments.gram, moments.cross
+        least = NOISE * float(gram.diagonal().mean())
         mean = (1 - share) * moments.mean + share * moments.dense_mean
         if bias is not None:  # the bias takes the means, and the factors what varies
             gram = gram - torch.outer(moments.mean, moments.mean)
@@ -159,7 +161,7 @@ class _Job:
             root = linalg.output_root(stats.out_gram, self.damp)
         mixed = (1 - share) * gram + share * cross
         up, down = linalg.balance(
-            *linalg.refit(weight, rank, gram, mixed, root=root, seed=self.seed)
+            *linalg.refit(weight, rank, gram, mixed, root=root, least=least, seed=self.seed)
         )
         new = LowRankLinear.from_factors(down.to(weight), up.to(weight), bias)
         if new.up.bias is not None and bias is not None:
