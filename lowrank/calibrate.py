@@ -238,7 +238,9 @@ class _Sums:
         gram, total = gram_sum(rows), rows.double().sum(0)
         if not bool(torch.isfinite(gram.diagonal()).all()):
             raise LowrankError(
-                f"{self.site.title}: its input holds NaN or Inf, or numbers too large to square"
+                f"{self.site.title}: its input holds NaN or Inf, or numbers too large to square: "
+                "look at the data and at the layers before it; float16 overflows where float32 and "
+                "bfloat16 do not"
             )
         self.gram = gram if self.gram is None else self.gram.add_(gram)
         self.sum = total if self.sum is None else self.sum.add_(total)
