@@ -112,7 +112,8 @@ def divergence(reference: Tensor, logits: Tensor, mask: Tensor | None = None) ->
     p, q = log_softmax(reference.float(), -1), log_softmax(logits.float(), -1)
     # A class that the reference rules out (logit -inf) adds nothing, whatever the model says.
     each = (p.exp() * (p - q)).where(p != -math.inf, 0).sum(-1)  # NaN stays NaN
-    return each if mask is None else each[mask.to(each.device)]
+    # Of a row that is classified as a whole there is one prediction, wherever it is padded.
+    return each if mask is None or mask.shape != each.shape else each[mask.to(each.device)]
 
 
 def _stacked(rows: list[Tensor]) -> list[Tensor]:
