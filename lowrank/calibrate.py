@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import selfwritten
+from . import layouts, patches, selfwritten
 from . import sites as walk
 from .checks import check_model
 from .data import LENGTH, Batch, Data, Forward, forward, mask_of, materialise, parted
@@ -86,7 +86,7 @@ def calibrate(
     free = [site for site in walk.find(model) if not site.reason]
     tables = [site for site in free if site.kind == "embedding"]
     heads = walk.heads(model, tables)
-    sites = [site for site in free if site.kind == "linear"] + list(heads.values())
+    sites = [site for site in free if site.kind in ("linear", "conv")] + list(heads.values())
     first = batches if callable(batches) else batches[:1]
     with Frequencies(tables):  # a bad id gets an error of ours, whichever pass meets it first
         seen = observe(model, sites, lambda: _run(model, first, (), progress=False))
@@ -201,11 +201,14 @@ class _Sums:
 
     @torch.inference_mode(False)  # sums outlive the caller's inference mode
     def add(self, tensor: Tensor, mask: Tensor | None) -> None:
-        if tensor.shape[-1:] != self.site.shape[1:]:
+        if not patches.fits(self.site.module, tensor):
             return  # the layer itself will refuse it, and say it better
         self.last = SameTensor(tensor)
         self.owner_calls += 1
-        rows = counted_rows(tensor.detach(), mask)
+        for rows in counted_rows(self.site.module, tensor.detach(), mask):
+            self._add(rows)
+
+    def _add(self, rows: Tensor) -> None:
         gram, total = gram_sum(rows), rows.double().sum(0)
         if not bool(torch.isfinite(gram.diagonal()).all()):
             raise LowrankError(
@@ -223,12 +226,14 @@ class _Sums:
         return Statistics(self.count, self.gram / self.count, self.sum / self.count)
 
 
-def counted_rows(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """The input vectors (tokens, in) of a tensor (..., in), without those that are padding."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    if mask is None or tensor.shape[:-1] not in (mask.shape, (mask.numel(),)):
-        return rows
-    return rows[mask.flatten().to(rows.device)]
+def counted_rows(module: nn.Module, tensor: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+    """The input vectors (rows, in) of a layer, some at a time, without those that are padding."""
+    padded = mask is not None and tensor.shape[:-1] in (mask.shape, (mask.numel(),))
+    if mask is None or not padded or layouts.kind(module) == "conv":
+        yield from patches.chunks(module, tensor)
+        return
+    for rows in patches.chunks(module, tensor):
+        yield rows[mask.flatten().to(rows.device)]
 
 
 def _run(

@@ -57,7 +57,7 @@ def with_fisher(
     wanted = [
         site
         for site in chosen
-        if not site.reason and site.kind == "linear" and site.name in had
+        if not site.reason and site.kind in ("linear", "conv") and site.name in had
         if had[site.name].count and had[site.name].out_gram is None
     ]
     found = fisher(model, seen.batches, wanted, seed=seed, progress=progress) if wanted else {}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import patches
 from .errors import LowrankError
 from .linalg import gram_sum
 from .linalg.precision import full_precision
@@ -41,7 +42,10 @@ class Gradients:
 
     def found(self) -> Found:
         called = {name: sums for name, sums in self._sums.items() if sums.count}
-        return {name: sums.means(self._all_sequences) for name, sums in called.items()}
+        # A convolution's positions add up to what a token of a linear layer, or a sample, does.
+        tokens = max((s.count for s in called.values() if s.site.kind == "linear"), default=0)
+        whole = tokens or self._all_sequences
+        return {name: sums.means(self._all_sequences, whole) for name, sums in called.items()}
 
     def __enter__(self) -> None:
         for sums in self._sums.values():
@@ -60,6 +64,7 @@ class Gradients:
                 return None
             mask, leaf = self._mask, None
             fits = mask is not None and output.shape[:-1] in (mask.shape, (mask.numel(),))
+            fits = fits and sums.site.kind == "linear"
             keep = mask.flatten().to(output.device) if mask is not None and fits else None
             sums.called(output, keep)
             if not torch.is_grad_enabled():
@@ -91,7 +96,8 @@ class _Sums:
         self._calls = 0
 
     def called(self, output: Tensor, keep: Tensor | None) -> None:
-        self.count += output.shape[:-1].numel() if keep is None else int(keep.sum())
+        outputs = output.numel() // self.site.shape[0]
+        self.count += outputs if keep is None else int(keep.sum())
         self._calls += 1
         if self._gram is None:
             out_features = self.site.shape[0]
@@ -99,7 +105,7 @@ class _Sums:
             self._rows = self._gram.new_zeros(out_features)
 
     def add(self, inputs: Tensor, gradient: Tensor, keep: Tensor | None, sequences: int) -> None:
-        x, g = inputs.reshape(-1, inputs.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        g = patches.output_rows(self.site.module, gradient)
         if keep is not None:
             g = g.masked_fill(~keep[:, None], 0)
         assert self._gram is not None
@@ -109,7 +115,7 @@ class _Sums:
                 f"{self.site.title}: the gradient at its output holds NaN or Inf, or numbers too "
                 "large to square"
             )
-        self._waiting.append((x, g))
+        self._waiting.append((inputs, g))
         if len(self._waiting) == self._calls:  # the weight's gradient is the sum over all calls
             self.fold(sequences)
 
@@ -119,6 +125,10 @@ class _Sums:
         self._waiting, self._calls = [], 0
         if not waiting:
             return
+        if self.site.kind == "conv":
+            self._fold_patches(waiting)
+            return
+        waiting = [(x.reshape(-1, x.shape[-1]), g) for x, g in waiting]
         whole = all(len(g) % sequences == 0 for _, g in waiting)
         cut = (sequences, -1) if whole else (-1, 1)
         joined = int(whole)
@@ -133,7 +143,29 @@ class _Sums:
                 rows = torch.linalg.vector_norm(each, dim=2, dtype=torch.float64)
                 self._rows += rows.square().sum(0)
 
-    def means(self, sequences: int) -> tuple[Tensor, Tensor]:
+    def _fold_patches(self, waiting: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Of a convolution: sample by sample, for patches are many."""
+        assert self._rows is not None
+        module, samples = self.site.module, {len(x) for x, _ in waiting}
+        if len(samples) > 1:  # calls of other sizes have no samples in common
+            for call in waiting:
+                self._fold_patches([call])
+            return
+        for index in range(*samples):
+            each: Tensor | float = 0.0
+            for x, g in waiting:
+                own = g.view(len(x), -1, g.shape[-1])[index]
+                rows = torch.cat(list(patches.chunks(module, x[index : index + 1])))
+                wide = torch.float64 if g.dtype == torch.float64 else torch.float32
+                with full_precision(g):
+                    each = each + own.to(wide).T @ rows.to(wide)
+            assert isinstance(each, Tensor)
+            norms = torch.linalg.vector_norm(each, dim=1, dtype=torch.float64)
+            self._rows += norms.square()
+
+    def means(self, sequences: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Per token of this layer; of a convolution per `tokens`, its positions summed."""
         assert self._gram is not None
         assert self._rows is not None
-        return self._gram / self.count, self._rows / max(sequences, 1)
+        count = tokens if self.site.kind == "conv" else self.count
+        return self._gram / max(count, 1), self._rows / max(sequences, 1)

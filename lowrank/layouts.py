@@ -15,13 +15,17 @@ from torch.nn.utils import parametrize
 from .types import Cost
 
 TABLES = (nn.Embedding, nn.EmbeddingBag)
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def kind(module: nn.Module) -> str | None:
     """ "linear" for nn.Linear and transformers' Conv1D, "embedding" for nn.Embedding and
-    nn.EmbeddingBag, their subclasses included; None for all else."""
+    nn.EmbeddingBag, "conv" for convolutions, their subclasses included; None for all else."""
     if isinstance(module, TABLES):
         return "embedding"
+    if isinstance(module, (*CONVS, *TRANSPOSED)):
+        return "conv"
     return "linear" if isinstance(module, nn.Linear) or layout(module) == "conv1d" else None
 
 
@@ -31,14 +35,25 @@ def layout(module: nn.Module) -> str:
 
 
 def matrix(module: nn.Module) -> Tensor:
-    """The weight as (out, in), of an embedding (V, D): the live tensor or a view of it."""
+    """The weight as (out, in), of an embedding (V, D), of a convolution (O, I/g · K): the live
+    tensor, or a view of it (a copy, where memory is not in the order of the axes)."""
     weight: Tensor = module.weight  # type: ignore[assignment]
+    if weight.ndim > 2 and isinstance(module, CONVS):
+        return weight.flatten(1)
     return weight.T if layout(module) == "conv1d" else weight
 
 
 def bias(module: nn.Module) -> Tensor | None:
     """The bias (out,), or None."""
     return getattr(module, "bias", None)
+
+
+def reading(module: nn.Module) -> tuple[object, ...]:
+    """What, besides the tensor, decides which rows a layer reads: a convolution's geometry."""
+    if not isinstance(module, CONVS):
+        return ()
+    names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return tuple(getattr(module, name) for name in names)
 
 
 def dense_cost(*modules: nn.Module) -> Cost:
@@ -60,7 +75,9 @@ def obstacle(module: nn.Module) -> str:
         return "its weight is parametrized: remove the parametrization first"
     if "weight" not in module._parameters:
         return "its weight is not a plain parameter (weight norm, pruning or the like)"
-    if type(module) not in (nn.Linear, *TABLES) and not _is_conv1d(type(module)):
+    if isinstance(module, TRANSPOSED):
+        return "a transposed convolution is not factored"
+    if type(module) not in (nn.Linear, *TABLES, *CONVS) and not _is_conv1d(type(module)):
         name = type(module).__name__
         return f"{name} is a subclass of {_base(module)} and may compute something else"
     hooks = (module._forward_hooks, module._forward_pre_hooks)
@@ -74,6 +91,10 @@ def obstacle(module: nn.Module) -> str:
         return f"max_norm={module.max_norm} rescales rows as they are read, which factors cannot"
     if getattr(module, "mode", None) == "max":
         return "a bag of mode 'max' is not linear in its rows"
+    groups: int = getattr(module, "groups", 1)
+    if groups != 1:
+        each = int(getattr(module, "in_channels", 0)) // groups
+        return f"its {groups} groups of {each} channels are matrices of their own, too small to pay"
     weight = matrix(module)
     if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
         return f"its weight is stored as {weight.dtype}"
@@ -90,7 +111,8 @@ def is_finite(module: nn.Module) -> bool:
 def _base(module: nn.Module) -> str:
     if layout(module) == "conv1d":
         return "Conv1D"
-    return next(f"nn.{c.__name__}" for c in (nn.Linear, *TABLES) if isinstance(module, c))
+    known = (nn.Linear, *TABLES, *CONVS)
+    return next(f"nn.{c.__name__}" for c in known if isinstance(module, c))
 
 
 def _is_conv1d(cls: type) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import layouts
 from .types import Site
 
 Run = Callable[[], object]
@@ -52,7 +53,7 @@ def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
             handles += [
                 module.register_forward_pre_hook(
                     lambda _m, args, kwargs, name=site.name: reads.note(
-                        name, first_tensor((args, kwargs))
+                        name, first_tensor((args, kwargs)), layouts.reading(_m)
                     ),
                     with_kwargs=True,
                 )
@@ -135,12 +136,15 @@ class _Reads:
     def __init__(self) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._calls: dict[str, list[int]] = {}
+        self._how: dict[str, tuple[object, ...]] = {}
         self._recent: list[tuple[SameTensor, int]] = []
         self._count = 0
 
-    def note(self, name: str, tensor: Tensor | None) -> None:
+    def note(self, name: str, tensor: Tensor | None, how: tuple[object, ...] = ()) -> None:
+        """`how`: what else decides what is read of the tensor."""
         if tensor is None:
             return
+        self._how[name] = how
         self.shapes.setdefault(name, tuple(tensor.shape))
         read = next((n for same, n in reversed(self._recent) if same(tensor)), None)
         if read is None:
@@ -150,9 +154,9 @@ class _Reads:
         self._calls.setdefault(name, []).append(read)
 
     def groups(self) -> tuple[tuple[str, ...], ...]:
-        found: dict[tuple[int, ...], list[str]] = {}
+        found: dict[tuple[object, ...], list[str]] = {}
         for name, reads in self._calls.items():
-            found.setdefault(tuple(reads), []).append(name)
+            found.setdefault((*reads, self._how[name]), []).append(name)
         return tuple(tuple(names) for names in found.values())
 
 

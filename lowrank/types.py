@@ -43,11 +43,12 @@ class Site:
     Attributes:
         name: the first fully qualified name in the model's own order ("" for the root itself).
         names: all names under which the weight is reached; tied weights are one site.
-        kind: "linear" or "embedding" (convolutions and experts follow); an embedding whose weight
+        kind: "linear", "conv" or "embedding" (experts follow); an embedding whose weight
             is the output head's too is one site of kind "embedding", its first module.
         module: the live module; methods read its weight through `lowrank.layouts`.
         modules: every distinct module that holds this weight; `module` is the first.
-        shape: (out, in) of the weight as a matrix; (vocabulary, width) of an embedding.
+        shape: (out, in) of the weight as a matrix; (vocabulary, width) of an embedding; (O, I · K)
+            of a convolution, K numbers under its kernel, which reads patches.
         cost: what the dense weight costs.
         reason: why the site stays dense ("" if it may be factored).
     """
@@ -81,7 +82,9 @@ class Statistics:
         freq: of an embedding: how often each id was looked up, (V,) float64. Its `gram` is that of
             the head's input where a head holds the same weight.
         out_gram: E[g gᵀ] per token, (out, out) float64, g the gradient at the layer's output of the
-            cross entropy to labels drawn from the model; the site's own, while `gram` is shared.
+            cross entropy to labels drawn from the model; the site's own, while `gram` is shared. Of
+            a convolution summed over its positions, per token of the linear layers or per sample:
+            that makes it comparable with theirs.
         row_fisher: (out,) float64: the weight's squared gradient of a sequence, summed over each
             row, the mean over sequences (FWSVD).
     """

@@ -26,6 +26,7 @@ ORDER = """
     timing
     nn
     layouts
+    patches
     methods
     policies
     tables grid

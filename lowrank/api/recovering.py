@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from ..data import Batch, mask_of, rebatched
 from ..entry import Entry
 from ..errors import LowrankError
 from ..eval import NotFinite, judged
-from ..nn import LowRankLinear, PivotedLinear, pivot_layer
+from ..nn import ChannelConv, LowRankLinear, PivotedLinear, pivot_layer
 from ..recover.blocks import distill, refit_block
 from ..recover.own import Pairs, factors_in, own_vectors
 from ..recover.sequential import Moments, sequential
@@ -107,7 +108,9 @@ class _Job:
         self.entries = {site.name: entry for site, entry, _ in work}
         self.built = {site.name: new for site, _, new in work}
         self.masks = [mask_of(batch) for batch in self.batches]
-        refits = [s for s, _, new in work if isinstance(new, LowRankLinear | PivotedLinear)]
+        refits = [
+            s for s, _, new in work if isinstance(new, LowRankLinear | PivotedLinear | ChannelConv)
+        ]
         called = set(self.seen.seen.order)
         refits = [s for s in refits if s.name in called and self._stats(s) and len(s.modules) == 1]
         for site, _, new in work:
@@ -168,7 +171,10 @@ class _Job:
         up, down = linalg.balance(
             *linalg.refit(weight, rank, gram, mixed, root=root, least=least, seed=self.seed)
         )
-        new = LowRankLinear.from_factors(down.to(weight), up.to(weight), bias)
+        if layouts.kind(site.module) == "conv":
+            new: Any = ChannelConv.from_factors(site.module, down.to(weight), up.to(weight))
+        else:
+            new = LowRankLinear.from_factors(down.to(weight), up.to(weight), bias)
         if new.up.bias is not None and bias is not None:
             with torch.no_grad():
                 exact = weight.detach().double() @ mean.to(weight.device)

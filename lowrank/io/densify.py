@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowrankError, listed
-from ..nn import LowRankEmbedding, TiedHead, build, describe, layout_of, table_of
+from ..nn import Geometry, LowRankEmbedding, TiedHead, build, describe, layout_of, table_of
 from .surgery import factored, swap
 
 
@@ -57,13 +57,15 @@ def _reader(module: nn.Module, table: nn.Module) -> nn.Module:
 
 
 def _dense(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """An nn.Linear or an embedding, or transformers' Conv1D where that was replaced."""
+    """An nn.Linear, a convolution or an embedding; transformers' Conv1D where that was there."""
     stored = next(p.dtype for p in module.parameters() if p.dtype.is_floating_point)
     weight = _weight(module, stored).to(dtype or stored)  # (out, in)
     bias: Tensor | None = getattr(module, "bias", None)
     dense: nn.Module
     if isinstance(module, LowRankEmbedding):
         dense = module.dense(nn.Parameter(weight))
+    elif isinstance(geometry := getattr(module, "geometry", None), Geometry):
+        dense = geometry.dense(weight, bias)
     elif layout_of(module) == "conv1d":
         dense = _conv1d(weight, bias)
     else:

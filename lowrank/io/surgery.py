@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import layouts
 from ..errors import LowrankError, listed
-from ..nn import build, describe, is_factored
+from ..nn import Geometry, build, describe, is_factored
 from ..nn.lowrank_embedding import table_options
 from . import ties
 
@@ -143,16 +143,18 @@ def _candidates(there: Mapping[str, nn.Module]) -> list[str]:
     return [name or "(root)" for name in linear or there]
 
 
+NAMES = {"linear": "a linear layer", "embedding": "an embedding", "conv": "a convolution"}
 EMBEDDINGS = frozenset({"LowRankEmbedding", "TiedEmbedding"})
 
 
 def _check_fits(dense: nn.Module, spec: Spec, where: str) -> None:
     """Raises LowrankError unless `dense` is a plain layer of the sizes and layout in `spec`."""
     wanted = "embedding" if spec.get("type") in EMBEDDINGS else "linear"
+    wanted = "conv" if "kernel_size" in spec else wanted
     if layouts.kind(dense) != wanted:
         raise LowrankError(
-            f"{where}: expected {'a linear layer' if wanted == 'linear' else 'an embedding'} "
-            f"to replace by {spec.get('type')!r}, got {type(dense).__name__}"
+            f"{where}: expected {NAMES[wanted]} to replace by {spec.get('type')!r}, "
+            f"got {type(dense).__name__}"
         )
     reason = layouts.obstacle(dense)
     if reason:
@@ -163,6 +165,9 @@ def _check_fits(dense: nn.Module, spec: Spec, where: str) -> None:
             f"{where}: stored for a layer of layout {spec.get('layout', 'linear')!r}, "
             f"but {type(dense).__name__} has layout {layout!r}"
         )
+    if wanted == "conv":
+        _check_geometry(dense, spec, where)
+        return
     rows, columns = layouts.matrix(dense).shape
     stored = (spec.get("out_features"), spec.get("in_features"))
     if "num_embeddings" in spec:
@@ -174,6 +179,16 @@ def _check_fits(dense: nn.Module, spec: Spec, where: str) -> None:
         )
     if spec.get("type") == "LowRankEmbedding":
         _check_options(dense, spec, where)
+
+
+def _check_geometry(dense: nn.Module, spec: Spec, where: str) -> None:
+    there = Geometry.of(dense).spec()
+    stored = {key: spec.get(key) for key in there}
+    if stored != there:
+        raise LowrankError(
+            f"{where}: stored as {stored}, but {type(dense).__name__} is {there}: this is another "
+            "architecture"
+        )
 
 
 def _check_options(dense: nn.Module, spec: Spec, where: str) -> None:

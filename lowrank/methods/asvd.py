@@ -29,7 +29,7 @@ class ASVD:
 
     seed: int = 0
     alpha: float = 0.5
-    kinds = frozenset({"linear"})
+    kinds = frozenset({"linear", "conv"})
     needs = frozenset({"gram"})
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import layouts
 from ..errors import LowrankError
-from ..nn import LowRankEmbedding, LowRankLinear, PivotedLinear
+from ..nn import ChannelConv, LowRankEmbedding, LowRankLinear, PivotedLinear
 from ..nn.lowrank_embedding import lookup_cost
 from ..nn.lowrank_linear import low_rank_cost
 from ..types import Cost, Curve, Option, Site, Statistics
@@ -161,10 +161,12 @@ def rank_of(option: Option, module: nn.Module) -> int:
 
 def low_rank_layer(
     module: nn.Module, down: Tensor, up: Tensor, option: Option
-) -> LowRankLinear | PivotedLinear:
+) -> LowRankLinear | PivotedLinear | ChannelConv:
     """Factors in the compute dtype -> a layer with the dtype, device and bias of `module`, in the
-    storage that the option names."""
+    storage that the option names; of a convolution, one through fewer channels."""
     weight, bias = layouts.matrix(module), layouts.bias(module)
+    if layouts.kind(module) == "conv":
+        return ChannelConv.from_factors(module, down.to(weight), up.to(weight))
     if option.storage == "pivoted":
         return PivotedLinear.from_factors(down, up, bias, dtype=weight.dtype)
     return LowRankLinear.from_factors(down.to(weight), up.to(weight), bias)

@@ -26,7 +26,7 @@ class Random:
     """
 
     seed: int = 0
-    kinds = frozenset({"linear"})
+    kinds = frozenset({"linear", "conv"})
     needs = frozenset[str]()
 
     def curve(self, site: Site, stats: Statistics) -> Curve:

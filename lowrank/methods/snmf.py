@@ -30,7 +30,7 @@ class SemiNMF:
 
     seed: int = 0
     iterations: int = ITERATIONS
-    kinds = frozenset({"linear"})
+    kinds = frozenset({"linear", "conv"})
     needs = frozenset[str]()
 
     def __post_init__(self) -> None:

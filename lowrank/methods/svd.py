@@ -20,7 +20,7 @@ class SVD:
     """Options: `seed` of the sketch that very large matrices use at small ranks."""
 
     seed: int = 0
-    kinds = frozenset({"linear", "embedding"})
+    kinds = frozenset({"linear", "conv", "embedding"})
     needs = frozenset[str]()
 
     def curve(self, site: Site, stats: Statistics) -> Curve:

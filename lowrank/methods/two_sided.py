@@ -26,7 +26,7 @@ class TwoSided:
 
     damp: float = linalg.DAMP
     seed: int = 0
-    kinds = frozenset({"linear"})
+    kinds = frozenset({"linear", "conv"})
     needs = frozenset({"gram", "out_gram"})
 
     def __post_init__(self) -> None:

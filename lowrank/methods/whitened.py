@@ -23,7 +23,7 @@ class Whitened:
     """Options: `seed` of the sketch that very large matrices use at small ranks."""
 
     seed: int = 0
-    kinds = frozenset({"linear"})
+    kinds = frozenset({"linear", "conv"})
     needs = frozenset({"gram"})
 
     def curve(self, site: Site, stats: Statistics) -> Curve:

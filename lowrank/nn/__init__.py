@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import LowrankError, unknown
+from .channel_conv import ChannelConv as ChannelConv
+from .geometry import Geometry as Geometry
 from .lowrank_embedding import LowRankEmbedding as LowRankEmbedding
 from .lowrank_linear import LowRankLinear as LowRankLinear
 from .pivoted_linear import PivotedLinear as PivotedLinear
@@ -22,6 +24,7 @@ FACTORED: dict[str, type[nn.Module]] = {
     "LowRankLinear": LowRankLinear,
     "PivotedLinear": PivotedLinear,
     "SharedLowRankLinear": SharedLowRankLinear,
+    "ChannelConv": ChannelConv,
     "LowRankEmbedding": LowRankEmbedding,
     "TiedEmbedding": TiedEmbedding,
     "TiedHead": TiedHead,
@@ -88,7 +91,7 @@ def build(spec: dict[str, Any], where: str) -> nn.Module:
     wrong = {
         key: value
         for key, value in sizes.items()
-        if not (isinstance(value, str) if key in words else isinstance(value, int) and value >= 0)
+        if not (isinstance(value, str) if key in words else _is_size(value))
     }
     if wrong:
         raise LowrankError(f"{where}: sizes must be integers >= 0, got {wrong}")
@@ -100,3 +103,10 @@ def build(spec: dict[str, Any], where: str) -> nn.Module:
         raise LowrankError(said) from error
     remember_layout(built, layout)
     return built
+
+
+def _is_size(value: Any) -> bool:
+    """An integer >= 0; of a convolution one a dimension, or a kind of padding."""
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(v, int) and v >= 0 for v in value)
+    return value in ("same", "valid") or (isinstance(value, int) and value >= 0)

@@ -30,7 +30,7 @@ class LazyProduct(torch.Tensor):
         return cls.of((up.shape[0], down.shape[1]), up, lambda: up @ down)
 
     @classmethod
-    def of(cls, shape: tuple[int, int], like: Tensor, product: Callable[[], Tensor]) -> Self:
+    def of(cls, shape: tuple[int, ...], like: Tensor, product: Callable[[], Tensor]) -> Self:
         """What `product()` gives: a tensor of that shape, with the dtype and device of `like`."""
         made: Self = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=like.dtype, device=like.device

@@ -7,7 +7,7 @@ their calls, so that each corrects what those before it lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -154,38 +154,51 @@ def _moments(
              (("dense", model), ("lean", student))}  # fmt: skip
     for run_dense, run_lean, mask in zip(*runs, masks, strict=True):
         with quiet(model), quiet(student), without_cache(model), without_cache(student):
-            x = _inputs(there["dense"], run_dense, mask)
-            y = _inputs(there["lean"], run_lean, mask)
-        if x is None or y is None:
-            continue
-        if x.shape != y.shape:
-            raise LowrankError(f"{site.title}: the streams differ in shape: {x.shape}, {y.shape}")
-        found = (gram_sum(y), cross_sum(x, y), y.double().sum(0), x.double().sum(0))
-        if not bool(torch.isfinite(found[0].diagonal()).all()):
-            raise LowrankError(
-                f"{site.title}: its input holds NaN or Inf in the compressed model, and not in the "
-                "dense one: run it in float32 or bfloat16, or leave out the layers before it"
-            )
-        sums = [new if not count else old + new for old, new in zip(sums, found, strict=True)]
-        count += len(y)
+            x = _inputs(there["dense"], run_dense)
+            y = _inputs(there["lean"], run_lean)
+        if [t.shape for t in x] != [t.shape for t in y]:
+            raise LowrankError(f"{site.title}: the streams differ in shape")
+        for dense_rows, rows in _pairs(site.module, x, y, mask):
+            found = _sums(site, dense_rows, rows)
+            sums = [new if not count else old + new for old, new in zip(sums, found, strict=True)]
+            count += len(rows)
     return Moments(count, *(each / count for each in sums)) if count else None
 
 
-def _inputs(module: nn.Module, run: Runs, mask: Tensor | None) -> Tensor | None:
-    """Every input vector (tokens, in) that the module reads in one run."""
+def _pairs(
+    module: nn.Module, dense: Sequence[Tensor], lean: Sequence[Tensor], mask: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The vectors (rows, in) that a layer reads in both streams, some at a time."""
+    for x, y in zip(dense, lean, strict=True):
+        yield from zip(counted_rows(module, x, mask), counted_rows(module, y, mask), strict=True)
+
+
+def _sums(site: Site, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """Of rows (rows, in) of the dense and of the compressed stream."""
+    found = (gram_sum(y), cross_sum(x, y), y.double().sum(0), x.double().sum(0))
+    if not bool(torch.isfinite(found[0].diagonal()).all()):
+        raise LowrankError(
+            f"{site.title}: its input holds NaN or Inf in the compressed model, and not in the "
+            "dense one: run it in float32 or bfloat16, or leave out the layers before it"
+        )
+    return found
+
+
+def _inputs(module: nn.Module, run: Runs) -> list[Tensor]:
+    """Every tensor that the module reads in one run, safe from later changes in place."""
     found: list[Tensor] = []
 
     def hook(_module: nn.Module, args: object, kwargs: object) -> None:
         tensor = first_tensor((args, kwargs))
         if tensor is not None:
-            found.append(counted_rows(tensor, mask))
+            found.append(tensor.clone())
 
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         run()
     finally:
         handle.remove()
-    return torch.cat(found) if found else None
+    return found
 
 
 def _within(name: str, blocks: set[str] | Mapping[str, object]) -> bool:
