@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import selfwritten
 from . import sites as walk
 from .checks import check_model
-from .data import LENGTH, ROWS, Batch, Data, Forward, forward, mask_of, materialise, rebatched
+from .data import LENGTH, Batch, Data, Forward, forward, mask_of, materialise, parted
 from .errors import LowrankError
 from .frequencies import Frequencies
 from .linalg import gram_sum
@@ -82,7 +82,7 @@ def calibrate(
     if isinstance(data, Calibration):
         return data
     batches, source = _batches(model, data, tokenizer, length, seed, progress)
-    batches, held_out = _parted(batches, hold_out)
+    batches, held_out = parted(batches, hold_out)
     free = [site for site in walk.find(model) if not site.reason]
     tables = [site for site in free if site.kind == "embedding"]
     heads = walk.heads(model, tables)
@@ -119,38 +119,6 @@ def calibrate(
         raise LowrankError(f"the calibration data reached none of {len(free)} layers: {hint}")
     seen = Observation(seen.order, groups, seen.chains, seen.shapes)
     return Calibration(statistics, seen, batches, tokens, min_tokens, source, held_out)
-
-
-def _parted(
-    batches: list[Batch] | Forward, share: float
-) -> tuple[list[Batch] | Forward, tuple[Batch, ...]]:
-    """The last rows apart; data of one row, or a callable, is not parted."""
-    if not 0 <= share < 1:
-        raise LowrankError(f"hold_out must be in [0, 1), got {share!r}")
-    if share == 0 or callable(batches):
-        return batches, ()
-    rows = rebatched(batches, 1)
-    kept = round(share * len(rows))
-    if not 0 < kept < len(rows):
-        return batches, ()
-    return _stacked(rows[:-kept]), tuple(_stacked(rows[-kept:]))
-
-
-def _stacked(rows: Sequence[Batch]) -> list[Batch]:
-    """Single rows in batches again, where neighbours are tensors of one shape."""
-    found: list[Batch] = []
-    for row in rows:
-        last = found[-1] if found else None
-        if (
-            isinstance(row, Tensor)
-            and isinstance(last, Tensor)
-            and last.shape[1:] == row.shape[1:]
-            and len(last) < ROWS
-        ):
-            found[-1] = torch.cat([last, row])
-        else:
-            found.append(row)
-    return found
 
 
 def _batches(
@@ -241,7 +209,9 @@ class _Sums:
         gram, total = gram_sum(rows), rows.double().sum(0)
         if not bool(torch.isfinite(gram.diagonal()).all()):
             raise LowrankError(
-                f"{self.site.title}: its input holds NaN or Inf, or numbers too large to square"
+                f"{self.site.title}: its input holds NaN or Inf, or numbers too large to square: "
+                "look at the data and at the layers before it; float16 overflows where float32 and "
+                "bfloat16 do not"
             )
         self.gram = gram if self.gram is None else self.gram.add_(gram)
         self.sum = total if self.sum is None else self.sum.add_(total)

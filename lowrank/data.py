@@ -77,17 +77,70 @@ def text_batches(texts: Iterable[str], tokenizer: Any, length: int) -> list[Batc
 
 
 def rebatched(batches: Sequence[Batch], rows: int = ROWS) -> list[Batch]:
-    """The same rows in batches of at most `rows`; a batch that cannot be cut stays whole."""
+    """The same rows in batches of at most `rows`; a batch that cannot be cut stays whole.
+
+    So does one of vectors alone: it may be a single input without an axis of rows.
+    """
     found: list[Batch] = []
     for batch in batches:
         parts = {"": batch} if isinstance(batch, Tensor) else batch
         lengths = {len(v) for v in parts.values() if isinstance(v, Tensor) and v.ndim}
-        plain = all(isinstance(v, Tensor) and v.ndim for v in parts.values()) and len(lengths) == 1
+        plain = _is_rows(parts) and len(lengths) == 1
         for start in range(0, lengths.pop(), rows) if plain else ():
             cut = {key: value[start : start + rows] for key, value in parts.items()}
             found.append(cut[""] if isinstance(batch, Tensor) else cut)
         found += [] if plain else [batch]
     return found
+
+
+def parted(
+    batches: list[Batch] | Forward, share: float
+) -> tuple[list[Batch] | Forward, tuple[Batch, ...]]:
+    """The last rows apart; data of one row, or a callable, is not parted.
+
+    Raises:
+        LowrankError: `share` is not in [0, 1).
+    """
+    if not 0 <= share < 1:
+        raise LowrankError(f"hold_out must be in [0, 1), got {share!r}")
+    if share == 0 or callable(batches):
+        return batches, ()
+    rows = rebatched(batches, 1)
+    kept = round(share * len(rows))
+    if not 0 < kept < len(rows):
+        return batches, ()
+    return _stacked(rows[:-kept]), tuple(_stacked(rows[-kept:]))
+
+
+def _stacked(rows: Sequence[Batch]) -> list[Batch]:
+    """Single rows in batches again, where neighbours are tensors of one shape, or dicts of them."""
+    runs: list[list[Batch]] = []
+    for row in rows:
+        fits = runs and len(runs[-1]) < ROWS and _form(row) is not None
+        if fits and _form(row) == _form(runs[-1][0]):
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    return [_cat(run) if len(run) > 1 else run[0] for run in runs]
+
+
+def _form(row: Batch) -> object:
+    """What two rows must have in common to be in one batch; None of what is no single row."""
+    parts = {"": row} if isinstance(row, Tensor) else row
+    single = _is_rows(parts) and all(len(v) == 1 for v in parts.values())
+    return {k: (v.shape, v.dtype, v.device) for k, v in parts.items()} if single else None
+
+
+def _is_rows(parts: Mapping[str, Any]) -> bool:
+    every = all(isinstance(v, Tensor) and v.ndim for v in parts.values())
+    return every and any(v.ndim > 1 for v in parts.values())
+
+
+def _cat(rows: Sequence[Batch]) -> Batch:
+    first = rows[0]
+    if isinstance(first, Tensor):
+        return torch.cat([row for row in rows if isinstance(row, Tensor)])
+    return {key: torch.cat([row[key] for row in rows]) for key in first}  # type: ignore[index]
 
 
 def forward(model: nn.Module, batch: Batch) -> Any:

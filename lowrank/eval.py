@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from .calibrate import Calibration
 from .data import LENGTH, ROWS, Batch, Data, forward, logits_of, mask_of, materialise, text_rows
 from .errors import LowrankError
 from .observe import quiet
+
+
+class NotFinite(LowrankError):
+    """NaN or Inf where a choice hangs on a number."""
 
 
 def perplexity(
@@ -81,12 +86,34 @@ def kl(
     return total / count
 
 
+def judged(model: nn.Module, reference: nn.Module, held: Sequence[Batch]) -> float:
+    """`kl` on held-out rows, to choose by: inf where the predictions of `model` are not finite.
+
+    Raises:
+        NotFinite: the reference's predictions hold NaN or Inf.
+        LowrankError: there are no predictions to compare.
+    """
+    found = kl(model, reference, held)
+    if math.isfinite(found):
+        return found
+    with quiet(reference):
+        for batch in held:
+            logits = logits_of(forward(reference, batch))
+            if bool((logits.isnan() | logits.isposinf()).any()):
+                raise NotFinite(
+                    "the dense model's predictions on held-out rows hold NaN or Inf: look for them "
+                    "in the last rows of the data, or run the model in float32 or bfloat16"
+                )
+    return math.inf
+
+
 def divergence(reference: Tensor, logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """KL(reference ‖ model) per position, from logits (…, classes), in float32."""
     p, q = log_softmax(reference.float(), -1), log_softmax(logits.float(), -1)
     # A class that the reference rules out (logit -inf) adds nothing, whatever the model says.
-    each = (p.exp() * (p - q)).where(p > -math.inf, 0).sum(-1)
-    return each if mask is None else each[mask.to(each.device)]
+    each = (p.exp() * (p - q)).where(p != -math.inf, 0).sum(-1)  # NaN stays NaN
+    # Of a row that is classified as a whole there is one prediction, wherever it is padded.
+    return each if mask is None or mask.shape != each.shape else each[mask.to(each.device)]
 
 
 def _stacked(rows: list[Tensor]) -> list[Tensor]:

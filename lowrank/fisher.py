@@ -113,7 +113,8 @@ def fisher(
         for batch in bar:
             gather.start(mask_of(batch))
             with torch.enable_grad():
-                loss, sequences = _loss(logits_of(forward(model, _plain(batch))), batch, generator)
+                logits = _predictions(forward(model, _plain(batch)))
+                loss, sequences = _loss(logits, batch, generator)
             gather.sequences = sequences
             if loss is not None and loss.requires_grad:
                 reached = True
@@ -125,6 +126,16 @@ def fisher(
                 "model run under no_grad, or did the data not reach them?"
             )
         return gather.found()
+
+
+def _predictions(output: object) -> Tensor:
+    try:
+        return logits_of(output)
+    except LowrankError as error:
+        raise LowrankError(
+            f"the Fisher is of the model's predictions: {error}; method='whitened' with "
+            "policy='uniform' does without"
+        ) from None
 
 
 def _loss(logits: Tensor, batch: Batch, generator: torch.Generator) -> tuple[Tensor | None, int]:
@@ -145,7 +156,10 @@ def _loss(logits: Tensor, batch: Batch, generator: torch.Generator) -> tuple[Ten
     with full_precision(wide):
         loss = cross_entropy(wide, _drawn(wide.detach(), generator), reduction="sum")
     if not bool(torch.isfinite(loss.detach())):
-        raise LowrankError("the model's logits hold NaN or Inf")
+        raise LowrankError(
+            "the model's logits hold NaN or Inf: look at its last layers and at the data; float16 "
+            "overflows where float32 and bfloat16 do not"
+        )
     return loss, sequences
 
 

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lowrank import LowrankError
-from lowrank.data import forward, logits_of, mask_of, materialise, text_batches, text_rows
+from lowrank.data import (
+    forward,
+    logits_of,
+    mask_of,
+    materialise,
+    parted,
+    rebatched,
+    text_batches,
+    text_rows,
+)
 from tests.zoo import Custom, Tokenizer, make, said, tokens
 
 X = torch.arange(12.0).reshape(4, 3)
@@ -176,3 +185,30 @@ def test_masks() -> None:
     assert of({"x": X, "attention_mask": None}) is None
     assert of({"x": X}) is None
     assert of(X) is None
+
+
+@pytest.mark.parametrize(
+    ("batches", "sizes"),
+    [
+        ([tokens(20)], [16, 4]),
+        ([tokens(3), tokens(3, 5), tokens(2, 5)], [3, 5]),
+        ([{"input_ids": tokens(20), "labels": torch.arange(20)}], [16, 4]),
+        ([{"x": tokens(2)}, {"x": tokens(2), "y": tokens(2)}], [2, 2]),
+        ([{"x": tokens(2), "flag": True}] * 2, [2, 2]),  # cannot be cut, nor joined
+        ([torch.ones(24)] * 3, [24, 24, 24]),  # inputs without an axis of rows
+        ([torch.ones(1)] * 3, [1, 1, 1]),
+    ],
+    ids=str,
+)
+def test_parted_rows_are_in_batches_again(batches: list[Any], sizes: list[int]) -> None:
+    """Left in single rows, each would be a gradient step. Nothing is lost, none is reordered."""
+    data = [*batches, {"held": tokens(1)}]
+    rows = rebatched(data, 1)
+    kept, held = parted(data, 1 / len(rows))
+    assert [list(batch) for batch in held] == [["held"]]
+    firsts = [b if isinstance(b, Tensor) else next(iter(b.values())) for b in kept]
+    assert [len(first) for first in firsts] == sizes
+    again = rebatched([*kept, *held], 1)
+    assert len(again) == len(rows)
+    for mine, theirs in zip(again, rows, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)

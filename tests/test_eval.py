@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank import LowrankError, kl, perplexity
-from lowrank.eval import divergence
+from lowrank.eval import NotFinite, divergence, judged
 from tests.zoo import Custom, Tokenizer, calibration, example, make, said, tokens, unchanged
 
 
@@ -164,3 +164,27 @@ def test_progress_is_shown_on_request(capsys: pytest.CaptureFixture[str]) -> Non
     kl(model, model, tokens(), progress=True)
     perplexity(model, Tokenizer(), "some text", progress=False)
     assert capsys.readouterr().out == ""
+
+
+def test_predictions_that_are_no_numbers_are_not_equal(pair: tuple[nn.Module, nn.Module]) -> None:
+    good, bad = torch.randn(3, 5), torch.randn(3, 5)
+    bad[1, 2] = math.nan
+    for reference, model in ((bad, good), (good, bad), (bad, bad)):
+        assert divergence(reference, model).isfinite().tolist() == [True, False, True]
+
+
+def test_a_class_for_a_whole_row_has_no_padding() -> None:
+    reference, mask = torch.randn(3, 5), torch.ones(3, 7, dtype=torch.bool)
+    assert divergence(reference, torch.randn(3, 5), mask).shape == (3,)
+
+
+def test_what_is_judged_by() -> None:
+    """Broken predictions are the worst there is; a broken reference judges nothing."""
+    x, nan = [torch.ones(2, 3)], lambda self, x: self.a(x) * math.nan
+    layer = nn.Linear(3, 4)
+    good, bad = Custom(lambda self, x: self.a(x), a=layer), Custom(nan, a=layer)
+    assert judged(good, good, x) == 0
+    assert judged(bad, good, x) == math.inf
+    for model in (good, bad):
+        with pytest.raises(NotFinite, match="the dense model's predictions on held-out rows"):
+            judged(model, bad, x)

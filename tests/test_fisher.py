@@ -405,7 +405,7 @@ def test_what_cannot_be_run_backwards_is_refused() -> None:
 def test_numbers_that_are_not_finite_are_refused() -> None:
     x, layer = torch.randn(8, 6), nn.Linear(6, 4)
     bad = zoo.Custom(lambda self, x: self.a(x) * torch.nan, a=layer)
-    assert refused(bad, x) == "the model's logits hold NaN or Inf"
+    assert refused(bad, x).startswith("the model's logits hold NaN or Inf: look at")
 
     class Bend(torch.autograd.Function):
         @staticmethod

@@ -31,6 +31,14 @@ def llama(**changes: Any) -> Any:
     return tf.LlamaForCausalLM(tf.LlamaConfig(**config))
 
 
+def qwen3() -> Any:
+    """Norms of queries and keys, whose heads are wider than hidden_size / heads."""
+    import transformers as tf
+
+    config = {**SIZE, **FEED, **WORDS, "num_key_value_heads": 2, "head_dim": 12}
+    return tf.Qwen3ForCausalLM(tf.Qwen3Config(**config))
+
+
 def gpt2() -> Any:
     import transformers as tf
 
@@ -43,6 +51,13 @@ def bert() -> Any:
     import transformers as tf
 
     return tf.BertForMaskedLM(tf.BertConfig(**SIZE, **FEED, **WORDS))
+
+
+def classifier() -> Any:
+    import transformers as tf
+
+    config = tf.BertConfig(**SIZE, **FEED, **WORDS, num_labels=5)
+    return tf.BertForSequenceClassification(config)
 
 
 def t5() -> Any:
@@ -87,7 +102,7 @@ def mlp(*sizes: int, bias: bool = True) -> nn.Sequential:
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "llama": llama, "gpt2": gpt2, "bert": bert, "t5": t5, "opt": opt, "vit": vit,
-    "mixtral": mixtral,
+    "mixtral": mixtral, "qwen3": qwen3, "classifier": classifier,
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from ..types import Cost, Factored, Site
 from .allocating import Curves
 from .building import Built, Way, Work, build, error_of, grouped, method_for
 from .efforts import Recovery
+from .noting import notes_of
 from .planning import statistics_of, versions
 from .recovering import Recovered, recover
 from .request import model_cost
@@ -74,7 +75,7 @@ def carry_out(
         tokens=0 if seen is None else seen.tokens,
         seed=plan.seed,
         versions=versions(),
-        notes=(*_notes(built, seen), *(() if came is None else came.notes)),
+        notes=(*notes_of(built, seen), *(() if came is None else came.notes)),
     )
     return root, report
 
@@ -99,7 +100,13 @@ def _recovered(
         )
     work = [(item.site, item.entry, item.new) for item in built if item.new is not None]
     damp = getattr(way, "damp", linalg.DAMP)
-    return recover(model, work, seen, recovery, damp=damp, seed=plan.seed, progress=progress)
+    came = recover(model, work, seen, recovery, damp=damp, seed=plan.seed, progress=progress)
+    if came.broken:
+        raise LowrankError(
+            "the compressed model's predictions on held-out rows hold NaN or Inf, and the dense "
+            "model's do not: run it in float32 or bfloat16"
+        )
+    return came
 
 
 def _remeasured(item: Built, plan: Plan, seen: Calibration | None, way: Way) -> Built:
@@ -185,10 +192,3 @@ def _stored(item: Built) -> Cost:
     params = sum(t.numel() for t in tensors if t.is_floating_point())
     stored = sum(t.numel() * t.dtype.itemsize for t in tensors)
     return Cost(params, stored, item.entry.cost.macs)
-
-
-def _notes(built: Sequence[Built], seen: Calibration | None) -> tuple[str, ...]:
-    slow = sum(item.new is None for item in built)
-    left = f"left dense because factors are not faster: {slow}; more is kept than was planned"
-    source = "" if seen is None else seen.source
-    return tuple(n for holds, n in ((source, f"calibrated on {source}"), (slow, left)) if holds)

@@ -20,7 +20,7 @@ from ..calibrate import Calibration
 from ..data import rebatched
 from ..digests import add_tensor
 from ..errors import LowrankError, listed
-from ..eval import kl
+from ..eval import NotFinite, judged
 from ..methods import JOINT, METHODS, SVD, for_kind, joint, method, stored_as
 from ..methods.common import stacked
 from ..plan import Plan
@@ -97,12 +97,10 @@ def _probe(
 ) -> Probe | None:
     """Held-out KL of the model with an allocation; None where there is nothing to judge by.
 
-    Rows that the statistics were taken from serve where none was held out. All happens in a twin:
-    the model is not touched. Where recovery follows, its closed form does here too: what is better
-    before it need not be after.
+    Rows of the statistics serve where none was held out. All happens in a twin. Where recovery
+    follows, its closed form does here too: what is better before it need not be after.
     """
-    alone = any(group[0].name == "" for group in groups.values())
-    if seen is None or callable(seen.batches) or alone:
+    if seen is None or callable(seen.batches) or any(g[0].name == "" for g in groups.values()):
         return None
     held = seen.held_out or rebatched(seen.batches)[-2:]
 
@@ -121,7 +119,12 @@ def _probe(
         lean = twin(model)
         for site, _, _ in work:
             walk.replace(lean, walk.in_copy(site, lean), modules[site.name])
-        return kl(lean, model, held)
+        try:
+            return judged(lean, model, held)
+        except NotFinite:
+            raise
+        except LowrankError as error:
+            raise LowrankError(f"{error}; policy='uniform' compares nothing") from None
 
     return probe
 

@@ -7,6 +7,7 @@ everything has succeeded, and serves as teacher meanwhile.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -20,7 +21,7 @@ from ..calibrate import Calibration
 from ..data import Batch, mask_of, rebatched
 from ..entry import Entry
 from ..errors import LowrankError
-from ..eval import kl
+from ..eval import NotFinite, judged
 from ..nn import LowRankLinear, PivotedLinear, pivot_layer
 from ..recover.blocks import distill, refit_block
 from ..recover.own import Pairs, factors_in, own_vectors
@@ -31,6 +32,7 @@ from ..types import Site
 from .efforts import Recovery
 
 HELD_OUT = 8  # one row in so many is kept for judging
+NOISE = 1e-6  # of a mean square: what sums of fp32 products may be off by
 
 
 @dataclass
@@ -41,11 +43,14 @@ class Recovered:
         modules: the new layer of every site, by its name.
         vectors: norms and biases that were trained: the model's own, and the trained copy.
         notes: for the report.
+        broken: whether predictions on held-out rows hold NaN or Inf, while the dense model's do
+            not.
     """
 
     modules: dict[str, nn.Module]
     vectors: Pairs = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    broken: bool = False
 
 
 def recover(
@@ -95,6 +100,7 @@ class _Job:
     vectors: Pairs = field(default_factory=dict)
     refitted: list[Trained] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
+    broken: bool = False
 
     def run(self, work: Sequence[tuple[Site, Entry, nn.Module]]) -> Recovered:
         self.student = twin(self.model)
@@ -113,7 +119,7 @@ class _Job:
             self._store(site)
         self._judge(work)
         found = {site.name: self.student.get_submodule(site.name) for site, _, _ in work}
-        return Recovered(found, self.vectors, tuple(self.said))
+        return Recovered(found, self.vectors, tuple(self.said), self.broken)
 
     def _stats(self, site: Site) -> bool:
         return self.seen.statistics[site.name].gram is not None
@@ -150,6 +156,7 @@ class _Job:
         share = self.recovery.dense
         stats, bias = self.seen.statistics[site.name], layouts.bias(site.module)
         gram, cross = moments.gram, moments.cross
+        least = NOISE * float(gram.diagonal().mean())
         mean = (1 - share) * moments.mean + share * moments.dense_mean
         if bias is not None:  # the bias takes the means, and the factors what varies
             gram = gram - torch.outer(moments.mean, moments.mean)
@@ -159,7 +166,7 @@ class _Job:
             root = linalg.output_root(stats.out_gram, self.damp)
         mixed = (1 - share) * gram + share * cross
         up, down = linalg.balance(
-            *linalg.refit(weight, rank, gram, mixed, root=root, seed=self.seed)
+            *linalg.refit(weight, rank, gram, mixed, root=root, least=least, seed=self.seed)
         )
         new = LowRankLinear.from_factors(down.to(weight), up.to(weight), bias)
         if new.up.bias is not None and bias is not None:
@@ -175,7 +182,10 @@ class _Job:
         if not factors_in(block):
             return
         how = Training(self.recovery.block_steps, self.recovery.block_rate, seed=self.seed)
-        came = refit_block(lean, index, targets, trained, self.masks, how, self.fitted)
+        try:
+            came = refit_block(lean, index, targets, trained, self.masks, how, self.fitted)
+        except LowrankError as error:
+            raise LowrankError(f"{lean.names[index]}: {error}") from None
         self.refitted.append(came)
 
     def _store(self, site: Site) -> None:
@@ -221,9 +231,13 @@ class _Job:
         for site, _, new in work:
             walk.replace(plain, walk.in_copy(site, plain), new)
         try:
-            before, after = (kl(part, self.model, held) for part in (plain, self.student))
-        except LowrankError:  # no logits: nothing to compare by
+            before, after = (judged(part, self.model, held) for part in (plain, self.student))
+        except NotFinite:
+            raise
+        except LowrankError as error:
+            self.said.append(f"what recovery gave was not judged: {error}")
             return
+        self.broken = before == after == math.inf
         self.said.append(f"KL on held-out rows: {before:.4g} -> {after:.4g}")
         if not after <= before:
             self.student, self.vectors = plain, {}

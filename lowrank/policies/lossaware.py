@@ -25,6 +25,7 @@ from .uniform import Uniform
 
 COMPARABLE = frozenset({"fisher", "kl"})
 HALVINGS = 200
+MOST = 1e6  # nats; an infinite KL times an error of zero would be no number
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def _scaled(
     if option.dense or option.error <= 0:
         return replace(curve, norm="kl")
     trial: Choice = {c.sites: c.dense for c in single if not set(c.sites) & set(curve.sites)}
-    scale = max(probe({**trial, curve.sites: option}), 0.0) / option.error
+    scale = min(max(probe({**trial, curve.sites: option}), 0.0), MOST) / option.error
     options = tuple(replace(o, error=o.error * scale) for o in curve.options)
     return replace(curve, options=options, norm="kl", total=curve.total * scale)
 

@@ -162,7 +162,10 @@ def _moments(
             raise LowrankError(f"{site.title}: the streams differ in shape: {x.shape}, {y.shape}")
         found = (gram_sum(y), cross_sum(x, y), y.double().sum(0), x.double().sum(0))
         if not bool(torch.isfinite(found[0].diagonal()).all()):
-            raise LowrankError(f"{site.title}: its input holds NaN or Inf in the compressed model")
+            raise LowrankError(
+                f"{site.title}: its input holds NaN or Inf in the compressed model, and not in the "
+                "dense one: run it in float32 or bfloat16, or leave out the layers before it"
+            )
         sums = [new if not count else old + new for old, new in zip(sums, found, strict=True)]
         count += len(y)
     return Moments(count, *(each / count for each in sums)) if count else None

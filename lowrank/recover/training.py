@@ -68,7 +68,10 @@ def train(
     best = [p.detach().clone() for p in parameters]
     before = least = _mean(loss, held_out)
     if not math.isfinite(before):
-        raise LowrankError("recovery cannot start: the loss of the compressed model is not finite")
+        raise LowrankError(
+            "recovery cannot start: the loss of the compressed model is NaN or Inf; run it in "
+            "float32 or bfloat16"
+        )
     best_step = 0
     wanted = [p.requires_grad for p in parameters]
     optimizer = MasterWeights(_groups(parameters, options.rate), torch.optim.AdamW, lr=1.0)
@@ -88,8 +91,9 @@ def train(
                 gradients = torch.autograd.grad(loss(order.pop()), parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
+            length = nn.utils.clip_grad_norm_(parameters, 1.0)
+            if bool(torch.isfinite(length)):  # 16 bits may overflow for once: that step is left out
+                optimizer.step()
             if step % every == 0 or step == options.steps:
                 now = _mean(loss, held_out)
                 if now < least:

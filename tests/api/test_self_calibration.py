@@ -91,7 +91,7 @@ def test_a_method_object_that_needs_data_gets_it() -> None:
 
 def test_given_data_is_not_called_self_written() -> None:
     model = make("llama")
-    _, report = lowrank.compress(model, 0.6, data=tokens(), progress=False)
+    _, report = lowrank.compress(model, 0.6, data=tokens(8, 12), progress=False)
     assert (report.notes, report.plan.settings["data"]) == ((), "")
 
 

@@ -127,8 +127,9 @@ def test_refit_to_the_same_stream_is_the_whitened_factor() -> None:
 
 def test_an_input_that_is_always_zero_keeps_the_weight() -> None:
     zero = torch.zeros(5, 5, dtype=torch.float64)
-    torch.testing.assert_close(linalg.regressed(zero, zero), torch.eye(5, dtype=torch.float64))
-    up, down = linalg.refit(normal(4, 5, seed=1), 2, zero, zero)
+    weight = normal(4, 5, seed=1)
+    assert torch.equal(linalg.regressed(weight, zero, zero), weight)
+    up, down = linalg.refit(weight, 2, zero, zero)
     assert bool(torch.isfinite(up @ down).all())
 
 
@@ -137,3 +138,26 @@ def test_cross_sums() -> None:
     torch.testing.assert_close(
         linalg.cross_sum(x, y), x.double().T @ y.double(), rtol=1e-5, atol=1e-5
     )
+
+
+def test_a_gram_that_rounding_made_indefinite() -> None:
+    """One loud input among wide ones: the negative eigenvalues are not inverted."""
+    weight, v = normal(6, 12, seed=1), torch.full((12,), 0.01, dtype=torch.float64)
+    v[3] = 100
+    off = 1e-4 * float(v[3]) ** 2
+    loud = torch.outer(v, v) - off * torch.eye(12, dtype=torch.float64)
+    assert float(torch.linalg.eigvalsh(loud)[0]) < -10 * 1e-4 * float(loud.diagonal().mean()) / 2
+    torch.testing.assert_close(linalg.regressed(weight, loud, loud), weight)
+    other = linalg.regressed(weight, loud, loud + off * gram(12, 3) / 12)
+    assert float((other - weight).norm()) < float(weight.norm())
+
+
+def test_what_is_all_rounding_keeps_the_weight() -> None:
+    """The variance of a constant: `least` says how large its rounding may be."""
+    weight = normal(6, 8, seed=1)
+    noise = 1e-9 * (normal(8, 8, seed=2) + normal(8, 8, seed=2).T)
+    target = 1e-9 * normal(8, 8, seed=3)
+    found = linalg.regressed(weight, noise, target, least=1e-6)
+    assert float((found - weight).norm()) < 0.05 * float(weight.norm())
+    up, down = linalg.refit(weight, 6, noise, target, least=1e-6)
+    assert float((up @ down - found).norm()) < 0.05 * float(weight.norm())

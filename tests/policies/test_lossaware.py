@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
+from dataclasses import replace
 
 import pytest
 
 from lowrank import LowrankError
 from lowrank.policies import LossAware, Uniform
 from lowrank.policies.lossaware import solve
-from lowrank.types import Budget, Cost, Curve, Option
+from lowrank.types import Allocation, Budget, Cost, Curve, Option
 
 
 def curve(names: tuple[str, ...], errors: list[float], step: int, norm: str = "fisher") -> Curve:
@@ -125,3 +127,24 @@ def test_refusals() -> None:
 def test_without_a_probe_errors_that_do_not_compare_leave_ranks_uniform() -> None:
     curves = [curve(("a",), [9.0, 1.0], 5, "output"), curve(("b",), [0.2, 0.1], 5, "output")]
     assert LossAware()(curves, Budget(20)) == Uniform()(curves, Budget(20))
+
+
+@pytest.mark.parametrize("norm", ["fisher", "output"])
+def test_an_allocation_that_breaks_the_model_is_the_worst(norm: str) -> None:
+    """The probe gives Inf for it."""
+    curves = [curve((name,), [8.0, 4.0, 1.0, 0.5], 10, norm) for name in "ab"]
+    curves[0] = replace(curves[0], options=tuple(
+        replace(o, error=100 * o.error) for o in curves[0].options
+    ))  # fmt: skip
+    uniform = dict(Uniform()(curves, Budget(50)))
+
+    def probe(allocation: Allocation) -> float:
+        broken = allocation[("b",)].cost.params < (20 if norm == "fisher" else 50)
+        return math.inf if broken else 1.0
+
+    found = LossAware()(curves, Budget(50 if norm == "fisher" else 60), probe)
+    if norm == "fisher":
+        assert solve(curves, Budget(50))[0] != uniform
+        assert found == uniform
+    else:  # b alone, at a share of its size, breaks it: it is left dense
+        assert found[("b",)].dense

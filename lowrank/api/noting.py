@@ -1,0 +1,60 @@
+"""What a report says beside its figures: above all, where the data said too little."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..calibrate import Calibration
+from ..data import Batch, rebatched
+from ..errors import listed
+from .building import Built
+from .planning import statistics_of
+
+
+def notes_of(built: Sequence[Built], seen: Calibration | None) -> tuple[str, ...]:
+    """One sentence each."""
+    slow = sum(item.new is None for item in built)
+    left = f"left dense because factors are not faster: {slow}; more is kept than was planned"
+    source = "" if seen is None else seen.source
+    found = [n for holds, n in ((source, f"calibrated on {source}"), (slow, left)) if holds]
+    return tuple(found) if seen is None else (*found, *_on_data(built, seen))
+
+
+def _on_data(built: Sequence[Built], seen: Calibration) -> list[str]:
+    """Inputs that were zero throughout, and those with fewer vectors than directions."""
+    used = [(item.site, statistics_of(item.site, seen)) for item in built if item.new is not None]
+    read = [(site, stats) for site, stats in used if site.kind == "linear" and stats.count]
+    grams = [(s, stats.gram) for s, stats in read if stats.gram is not None]
+    zero = [s.title for s, gram in grams if float(gram.diagonal().sum()) == 0]
+    share = _distinct(seen)
+    few = [s.title for s, stats in read if s.title not in zero and stats.count * share < s.shape[1]]
+    said = []
+    if zero:
+        said.append(
+            f"the data gave {len(zero)} layers nothing but zeros, so that their factors are "
+            f"arbitrary: {listed(zero, 3)}"
+        )
+    if few:
+        said.append(
+            f"the data gave {len(few)} layers fewer different inputs than they have features, so "
+            f"that their factors are poorly determined: {listed(few, 3)}"
+        )
+    return said
+
+
+def _distinct(seen: Calibration) -> float:
+    """The share of the rows that no other row repeats; 1 of a callable's."""
+    if callable(seen.batches):
+        return 1.0
+    rows = rebatched(seen.batches, 1)
+    return len({_key(row) for row in rows}) / max(len(rows), 1)
+
+
+def _key(row: Batch) -> int:
+    """Equal for equal rows."""
+    parts = {"": row} if isinstance(row, Tensor) else row
+    tensors = [v.cpu().flatten() for _, v in sorted(parts.items()) if isinstance(v, Tensor)]
+    return hash(tuple(v.contiguous().view(torch.uint8).numpy().tobytes() for v in tensors))
