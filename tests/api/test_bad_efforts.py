@@ -67,7 +67,7 @@ def test_inputs_of_zeros(word: str) -> None:
 def test_singular_grams(kind: str, what: str, word: str) -> None:
     """Directions that the data does not show are not blown up."""
     model = zoo.make(kind)
-    data = zoo.tokens(1, 1) if what == "one token" else zoo.tokens(1, 6).repeat(8, 1)
+    data = zoo.tokens(1, 1) if what == "one token" else zoo.tokens(1, 6).repeat(24, 1)
     lean, notes = compressed(model, data, word)
     assert any("fewer different inputs than they have features" in note for note in notes)
     fresh = zoo.tokens(4, 9, start=3)
@@ -177,6 +177,16 @@ def test_activations_of_the_compressed_model_alone() -> None:
     trained = {**CLOSED, "effort": Recovery(distill_steps=2)}
     message = zoo.refused(fragile(last=True), 0.6, data=list(x.split(8)), **trained)
     assert message.startswith("recovery cannot start: the loss of the compressed model is NaN")
+
+
+def test_outputs_of_one_compressed_block_alone() -> None:
+    """Nothing inside the block reads what is broken; its own refit meets it first."""
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(fragile(last=True), nn.Linear(12, 12))
+    how = {**CLOSED, "effort": Recovery(block_steps=2)}
+    message = zoo.refused(model, 0.6, data=list(x.split(8)), **how)
+    assert message.startswith("0: recovery cannot start: the loss of the compressed model is NaN")
+    assert message.endswith("run it in float32 or bfloat16")
 
 
 # Models of another build
