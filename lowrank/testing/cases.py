@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .. import layouts
+from .. import layouts, patches
+from ..nn.geometry import CONVS, Geometry
 from ..types import Cost, Curve, Factored, Method, Option, Site, Size, Statistics
 
 Matrix = NDArray[np.float64]
@@ -27,7 +30,8 @@ class Case:
         name: what is special about it, and its dtype: for messages.
         site: with the live module.
         stats: of `inputs`, as a calibration would have gathered them.
-        inputs: what the layer was run on, (tokens, in), in its dtype; ids (tokens,) of a table.
+        inputs: what the layer was run on, (tokens, in), in its dtype; ids (tokens,) of a table;
+            samples (samples, channels, *space) of a convolution.
     """
 
     name: str
@@ -48,7 +52,21 @@ class Case:
         """What a layer of this weight gives for inputs like `inputs`."""
         if self.site.kind == "embedding":
             return nn.functional.embedding(x, weight)
+        if self.site.kind == "conv":
+            dense = Geometry.of(self.module).dense(weight, shift := layouts.bias(self.module))
+            dense.bias = shift  # type: ignore[assignment]
+            found: Tensor = dense(x)
+            return found
         return nn.functional.linear(x, weight, layouts.bias(self.module))
+
+    def batch(self) -> Tensor:
+        """Four of the inputs, with an axis more where a layer takes any number of axes."""
+        some = self.inputs[:4]
+        return some if self.site.kind == "conv" else some.reshape(2, 2, *some.shape[1:])
+
+    def positions(self, output: Tensor) -> int:
+        """Output vectors in an output."""
+        return output.numel() // self.site.shape[0] if self.site.kind == "conv" else len(output)
 
     def at(self, option: Option) -> str:
         """Where a law was broken."""
@@ -108,6 +126,49 @@ def linear_case(
     size = out_features * in_features
     cost = Cost(size, size * dtype.itemsize, size)
     site = Site("layer", ("layer", "alias"), "linear", (module,), (out_features, in_features), cost)
+    return Case(f"{name}, {str(dtype).removeprefix('torch.')}", site, stats, inputs)
+
+
+def conv_case(
+    name: str,
+    weight: Tensor,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    kernel: tuple[int, ...] = (3, 2),
+    space: int = 5,
+    **options: Any,
+) -> Case:
+    """A case around a convolution with the matrix `weight` (O, I · K).
+
+    Args:
+        kernel: one number a dimension.
+        space: extent of the samples in each dimension.
+        options: stride, padding, dilation, padding_mode and bias, as of nn.Conv2d.
+    """
+    channels = weight.shape[1] // math.prod(kernel)
+    make: Any = CONVS[len(kernel)]
+    module = make(channels, len(weight), kernel, **options).to(device, dtype).eval()
+    with torch.no_grad():
+        layouts.matrix(module).copy_(weight)
+        if module.bias is not None:
+            module.bias.copy_(_normal(len(weight), 1, 3)[:, 0])
+    rng = torch.Generator().manual_seed(23)
+    inputs = torch.randn(6, channels, *[space] * len(kernel), generator=rng, dtype=torch.float64)
+    inputs = inputs.to(device, dtype)
+    rows = torch.cat(list(patches.chunks(module, inputs.double())))
+    gradients = _normal(len(rows), len(weight), 21).to(device)
+    stats = Statistics(
+        count=len(rows),
+        gram=rows.T @ rows / len(rows),
+        mean=rows.mean(0),
+        out_gram=gradients.T @ gradients / len(rows),
+        row_fisher=gradients.square().mean(0),
+    )
+    size = weight.numel()
+    cost = Cost(size, size * dtype.itemsize, size)
+    shape = (len(weight), weight.shape[1])
+    site = Site("conv", ("conv", "alias"), "conv", (module,), shape, cost)
     return Case(f"{name}, {str(dtype).removeprefix('torch.')}", site, stats, inputs)
 
 
@@ -221,4 +282,13 @@ CASES: Mapping[str, Callable[..., Case]] = {
     "zero table": partial(embedding_case, "zero table", torch.zeros(12, 10)),
     "tied head": partial(embedding_case, "tied head", _normal(16, 10, 20), head=True),
     "Conv1D": partial(linear_case, "Conv1D", _normal(10, 16, 13), conv1d=True),
+    "conv": partial(conv_case, "conv", _normal(8, 12, 24), padding=1),
+    "strided conv": partial(
+        conv_case, "strided conv", _normal(14, 6, 25), stride=2, dilation=2, bias=False
+    ),
+    "1-d conv": partial(
+        conv_case, "1-d conv", _normal(8, 9, 26), kernel=(3,), padding=2, padding_mode="circular"
+    ),
+    "3-d conv": partial(conv_case, "3-d conv", _normal(6, 16, 27), kernel=(2, 2, 2), space=3),
+    "1x1 conv": partial(conv_case, "1x1 conv", _normal(10, 8, 28), kernel=(1, 1)),
 }

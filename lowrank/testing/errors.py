@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .. import layouts
+from ..nn.geometry import Geometry
 from ..types import Curve, Factored, Method
 from .cases import Case, Matrix, Planted, described, factored_options, numbers, require
 
@@ -119,6 +120,11 @@ def _outputs(difference: Matrix, case: Case) -> Matrix:
     """What the difference does to the inputs themselves, per token; no Gram matrix is formed."""
     if case.site.kind == "embedding":
         return _lookups(difference, case)
+    if case.site.kind == "conv":  # by the convolution itself, which knows nothing of patches
+        conv = Geometry.of(case.module).dense(torch.from_numpy(difference.copy()), None)
+        with torch.no_grad():
+            made = conv(case.inputs.double().cpu()).movedim(1, 0).flatten(1)
+        return numbers(made) / made.shape[1] ** 0.5
     inputs = numbers(case.inputs)
     return np.asarray(difference @ inputs.T / len(inputs) ** 0.5)
 

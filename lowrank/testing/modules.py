@@ -31,11 +31,11 @@ def check_cost(method: Method, case: Case) -> None:
 
 
 def check_macs(method: Method, case: Case) -> None:
-    """An option costs the products that PyTorch counts for one token."""
+    """An option costs the products that PyTorch counts for one token, or one output position."""
     for option, new in case.built(method):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            module_of(new)(case.inputs[:1])
-        counted = counter.get_total_flops() // 2
+            output = module_of(new)(case.inputs[:1])
+        counted = counter.get_total_flops() // 2 // case.positions(output)
         text = f"{case.at(option)}: {counted} products are computed, it costs {option.cost}"
         require(counted == option.cost.macs, text)
 
@@ -43,7 +43,7 @@ def check_macs(method: Method, case: Case) -> None:
 def check_forward(method: Method, case: Case) -> None:
     """module(x) is F.linear(x, dense_weight(), bias), with the bias of the layer it replaces; of
     an embedding, the rows of dense_weight()."""
-    x = case.inputs[:4].reshape(2, 2, *case.inputs.shape[1:])
+    x = case.batch()
     for option, new in case.built(method):
         module, where = module_of(new), case.at(option)
         with torch.no_grad():
@@ -56,7 +56,8 @@ def check_forward(method: Method, case: Case) -> None:
         if x.is_floating_point():  # ids have no zero that gives the bias alone
             same = torch.equal(silent, offset)
             require(same, f"{where}: the bias is not that of the dense layer")
-            scale = scale + weight.double().norm() * x.double().norm(dim=-1).max()
+            far = x.double().flatten(1) if case.site.kind == "conv" else x.double()
+            scale = scale + weight.double().norm() * far.norm(dim=-1).max()
         error = float((got.double() - want.double()).abs().max() / scale.clamp(min=1e-30))
         text = f"{where}: output differs from F.linear(x, dense_weight(), bias) by {error:.3g}"
         require(error <= case.rounding, text)
@@ -101,8 +102,8 @@ def check_gradients(method: Method, case: Case) -> None:
     x, dense = case.inputs, case.module
     x = x.double() if x.is_floating_point() else x
     with torch.no_grad():
-        out_features = dense(case.inputs).shape[-1]
-    target = torch.arange(len(x) * out_features).double().cos().reshape(len(x), -1).to(x.device)
+        shape = dense(case.inputs).shape
+    target = torch.arange(shape.numel()).double().cos().reshape(shape).to(x.device)
     for option, new in case.built(method):
         module = copy.deepcopy(module_of(new)).double()
         for _ in range(2):  # of a zero weight, one factor moves first and so wakes the other
