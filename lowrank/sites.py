@@ -1,8 +1,8 @@
 """The walk: find the weights that may be factored, select by pattern, replace.
 
 Patterns have peft's meaning: a list holds names or their endings, a string is a regular expression
-for the full name (or one name), "all-linear" means every linear layer but the output head, "all"
-every linear layer and embedding, the head included.
+for the full name (or one name), "all-linear" means every linear layer and convolution but the
+output head, "all" embeddings and the head too.
 No architecture is named here: everything is read from the modules themselves.
 """
 

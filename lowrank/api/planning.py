@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .. import layouts, linalg
 from .. import sites as walk
 from ..calibrate import Calibration
-from ..data import rebatched
+from ..data import ROWS, rebatched
 from ..digests import add_tensor
 from ..errors import LowrankError, listed
 from ..eval import NotFinite, judged
@@ -31,6 +31,8 @@ from .entering import entry_of
 from .grouping import Group, groups_of, member_option
 from .recovering import recover
 from .request import Request, model_cost
+
+PROBED = 96  # rows that a candidate's closed-form recovery is fitted to: enough to compare by
 
 
 def make_plan(
@@ -103,6 +105,7 @@ def _probe(
     if seen is None or callable(seen.batches) or any(g[0].name == "" for g in groups.values()):
         return None
     held = seen.held_out or rebatched(seen.batches)[-2:]
+    few = replace(seen, batches=rebatched(seen.batches)[: max(PROBED // ROWS, 1)])
 
     def probe(allocation: Allocation) -> float:
         work = [
@@ -115,7 +118,7 @@ def _probe(
         if request.recovery is not None and work:
             closed = replace(request.recovery, block_steps=0, distill_steps=0)
             damp = getattr(way, "damp", linalg.DAMP)
-            modules = recover(model, work, seen, closed, damp=damp, progress=False).modules
+            modules = recover(model, work, few, closed, damp=damp, progress=False).modules
         lean = twin(model)
         for site, _, _ in work:
             walk.replace(lean, walk.in_copy(site, lean), modules[site.name])

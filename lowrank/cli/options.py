@@ -95,7 +95,7 @@ Target = Annotated[
     _option(
         "--target", metavar="NAME",
         help="Layers to compress, by name or its ending; may be repeated. One alone may be a "
-        "regular expression. If not given: all linear layers but the output head.",
+        "regular expression. If not given: all linear layers and convolutions but the output head.",
     ),
 ]  # fmt: skip
 Exclude = Annotated[

@@ -46,7 +46,9 @@ def test_a_swapped_factor_shows() -> None:
     conv = nn.Conv2d(4, 8, 3, padding=1)
     new, x = whole(conv), torch.randn(2, 4, 6, 6)
     with torch.no_grad():
-        new.down.weight.copy_(new.down.weight.transpose(2, 3).clone())  # rows and columns of the kernel
+        new.down.weight.copy_(
+            new.down.weight.transpose(2, 3).clone()
+        )  # rows and columns of the kernel
     assert float((new(x) - conv(x)).detach().abs().max()) > 1e-2
 
 

@@ -1,0 +1,186 @@
+"""Convolutional networks go through all verbs: plan, compress, efforts, files, back to dense."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lowrank
+from lowrank import LowrankError, Plan, Recovery
+from lowrank.nn import ChannelConv, LowRankLinear
+
+from .nets import Residual, images, small_net
+
+FEW = Recovery(block_steps=3, distill_steps=3)
+
+
+def channel_convs(model: nn.Module) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, ChannelConv)]
+
+
+def test_one_line_without_data_and_with() -> None:
+    net, x = small_net(), images(4, seed=1)
+    weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    for data in (None, [images(24)]):
+        lean, report = lowrank.compress(net, 0.6, data=data, align=1, copy=True, progress=False)
+        assert report.achieved <= 0.6
+        assert len(channel_convs(lean)) >= 6
+        counted = sum(p.numel() for n, p in lean.named_parameters() if not n.endswith("bias"))
+        assert report.params_after == sum(p.numel() for p in lean.parameters())
+        assert counted < sum(p.numel() for p in net.parameters())
+        assert lean(x).shape == (4, 5)
+        assert "whitened" in str(report) if data else "svd" in str(report)
+    assert all(torch.equal(weights[k], v) for k, v in net.state_dict().items())
+
+
+def test_data_make_the_outputs_nearer() -> None:
+    net, x = small_net(), images(64, seed=5)
+    off = {}
+    for method in ("svd", "whitened"):
+        lean, _ = lowrank.compress(
+            net, 0.5, method=method, data=[images(64)], align=1, copy=True, progress=False
+        )
+        off[method] = lowrank.kl(lean, net, [x])
+    assert off["whitened"] < off["svd"]
+
+
+@pytest.mark.parametrize("effort", ["fast", FEW])
+def test_every_stage_serves_convolutions(effort) -> None:
+    net = small_net()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    lean, report = lowrank.compress(
+        net, 0.6, data=[images(96)], effort=effort, copy=True, progress=False
+    )
+    assert report.achieved <= 0.6
+    assert any("refitted in closed form" in note for note in report.notes)
+    if effort is FEW:
+        assert any("4 blocks improved" in note for note in report.notes)
+        assert any(note.startswith("distilled") for note in report.notes)
+    assert channel_convs(lean)
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+def test_the_refit_helps_on_what_it_did_not_see() -> None:
+    net, data, x = small_net(), [images(256)], images(256, seed=9)
+    plain, _ = lowrank.compress(
+        net, 0.4, method="whitened", data=data, align=1, copy=True, progress=False
+    )
+    plan = lowrank.plan(
+        net, 0.4, method="whitened", policy="uniform", storage="factors", data=data, align=1,
+        effort=Recovery(), progress=False,
+    )  # fmt: skip
+    fitted, _ = lowrank.compress(net, plan, data=data, copy=True, progress=False)
+    assert lowrank.kl(fitted, net, [x]) < 0.9 * lowrank.kl(plain, net, [x])
+
+
+def test_files_and_back_to_dense(tmp_path: Path) -> None:
+    net, x = small_net(), images(4, seed=1)
+    lean, _ = lowrank.compress(net, 0.6, data=[images(24)], copy=True, progress=False)
+    lowrank.save(lean, tmp_path)
+    loaded = lowrank.load(tmp_path, small_net(seed=3)).eval()
+    assert channel_convs(loaded) == channel_convs(lean)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), lean(x))
+        dense = lowrank.to_dense(copy.deepcopy(lean))
+        torch.testing.assert_close(dense(x), lean(x), rtol=1e-4, atol=1e-5)
+    assert {n: type(m) for n, m in dense.named_modules()} == {
+        n: type(m) for n, m in net.named_modules()
+    }
+    assert dense.stage2[0].conv1.stride == (2, 2)
+    other = small_net()
+    other.stage2[0].conv1 = nn.Conv2d(8, 12, 3, 1, 1, bias=False)
+    with pytest.raises(LowrankError, match=r"stage2\.0\.conv1: stored as"):
+        lowrank.load(tmp_path, other)
+
+
+def test_plans_are_text() -> None:
+    net = small_net()
+    plan = lowrank.plan(net, 0.5, data=None, progress=False)
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    edited = plan.edit({"stage1.0.conv1": 2})
+    lean, report = lowrank.apply(net, edited, data=None, copy=True, progress=False)
+    assert lean.stage1[0].conv1.rank == 2
+    assert report.params_after < sum(p.numel() for p in net.parameters())
+
+
+def test_one_budget_over_convolutions_and_linears() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(144, 40)
+    )
+    lean, report = lowrank.compress(net, 0.5, policy="spectrum", data=None, progress=False)
+    assert isinstance(lean[0], ChannelConv | nn.Conv2d)
+    assert isinstance(lean[4], LowRankLinear)
+    assert report.achieved <= 0.5
+
+
+def test_what_stays_dense_says_why() -> None:
+    class Odd(nn.Conv2d):
+        pass
+
+    net = nn.ModuleDict({
+        "grouped": nn.Conv2d(8, 8, 3, groups=2),
+        "depthwise": nn.Conv2d(8, 8, 3, groups=8),
+        "transposed": nn.ConvTranspose2d(8, 8, 3),
+        "normed": nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)),
+        "odd": Odd(8, 8, 3),
+        "plain": nn.Conv2d(8, 8, 3),
+    })  # fmt: skip
+    plan = lowrank.plan(net, 0.6, data=None, progress=False)
+    said = {entry.name.partition(".")[0]: entry.reason for entry in plan.entries}
+    assert "2 groups of 4 channels" in said["grouped"]
+    assert "8 groups of 1 channels" in said["depthwise"]
+    assert "transposed" in said["transposed"]
+    assert "parametrized" in said["normed"]
+    assert "subclass of nn.Conv2d" in said["odd"]
+    assert said["plain"] == ""
+
+
+def test_a_convolution_used_twice_is_one_site() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            return self.conv(self.conv(x).relu())
+
+    net, x = Twice(), torch.randn(6, 8, 6, 6)
+    seen = lowrank.calibrate(net, [x], progress=False)
+    assert seen.statistics["conv"].count == 2 * 6 * 36
+    lean, report = lowrank.compress(net, 0.6, data=seen, copy=True, progress=False)
+    assert isinstance(lean.conv, ChannelConv)
+    assert len(report.plan.entries) == 1
+    with torch.no_grad():
+        assert lean(x).shape == x.shape
+
+
+def test_a_rank_above_the_break_even_is_refused() -> None:
+    with pytest.raises(LowrankError, match=r"rank must be in \[1, 8\] for stage1\.0\.conv1"):
+        lowrank.compress(
+            small_net(), rank_pattern={"stage1.0.conv1": 9}, data=None, copy=True, progress=False
+        )
+
+
+def test_half_precision_on_the_cpu() -> None:
+    net = Residual(8, 8).half().eval()
+    x = torch.randn(4, 8, 6, 6).half()
+    lean, _ = lowrank.compress(net, 0.6, data=[x], copy=True, progress=False)
+    assert {p.dtype for p in lean.parameters()} == {torch.float16}
+    with torch.no_grad():
+        assert bool(torch.isfinite(lean(x)).all())
+
+
+def test_channels_last_is_no_obstacle() -> None:
+    net, x = small_net(), images(24)
+    want, _ = lowrank.compress(net, 0.6, data=[x], copy=True, progress=False)
+    moved = small_net().to(memory_format=torch.channels_last)
+    got, _ = lowrank.compress(
+        moved, 0.6, data=[x.to(memory_format=torch.channels_last)], copy=True, progress=False
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(got(x), want(x), rtol=1e-3, atol=1e-4)
