@@ -184,3 +184,17 @@ def test_channels_last_is_no_obstacle() -> None:
     )
     with torch.no_grad():
         torch.testing.assert_close(got(x), want(x), rtol=1e-3, atol=1e-4)
+
+
+def test_looking_at_convolutions() -> None:
+    net = small_net()
+    found = lowrank.inspect(net, [images(8)], progress=False)
+    site = found["stage2.0.conv1"]
+    assert site.shape == (12, 72)
+    assert site.output is not None
+    assert site.factored_ms is not None
+    measured = lowrank.sensitivity(net, [images(8, seed=2)], ratios=[0.5], progress=False)
+    assert len(measured.sites) == 11
+    assert bool((measured.kl[:, 0].nan_to_num() >= 0).all())
+    swept = lowrank.sweep(net, [0.8, 0.5], data=[images(32)], progress=False)
+    assert [p.kl is not None for p in swept.points] == [True, True]

@@ -17,10 +17,10 @@ from ..checks import check_model
 from ..data import LENGTH, Data
 from ..entry import break_even
 from ..io.surgery import factored
-from ..nn import LowRankLinear
+from ..methods.common import low_rank_layer
 from ..tables import aligned
 from ..timing import paired_ms
-from ..types import Factored, Site
+from ..types import Factored, Option, Site
 from .spectrum import EMPTY, Spectrum
 
 
@@ -201,7 +201,8 @@ def _times(site: Site, shape: tuple[int, ...]) -> tuple[float, float | None]:
     out_features, in_features = site.shape
     up, down = (torch.randn(s, generator=generator).to(weight)
                 for s in ((out_features, rank), (rank, in_features)))  # fmt: skip
-    factors = LowRankLinear.from_factors(down, up, layouts.bias(dense))
+    option = Option("random", (rank,), "factors", site.cost, 0.0)
+    factors = low_rank_layer(dense, down, up, option)
     return paired_ms(lambda: dense(example), lambda: factors(example))
 
 
