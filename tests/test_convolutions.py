@@ -198,3 +198,32 @@ def test_looking_at_convolutions() -> None:
     assert bool((measured.kl[:, 0].nan_to_num() >= 0).all())
     swept = lowrank.sweep(net, [0.8, 0.5], data=[images(32)], progress=False)
     assert [p.kl is not None for p in swept.points] == [True, True]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_graphs_say_the_same(tmp_path: Path) -> None:
+    """torch.export and ONNX of a compressed network, also for another number of images."""
+    runtime = pytest.importorskip("onnxruntime", reason="extra: lowrank[onnx]")
+    lean, _ = lowrank.compress(small_net(), 0.6, data=[images(24)], align=1, progress=False)
+    lean.train()
+    for name in ("torch.export", "onnx"):
+        lowrank.export(lean, tmp_path, name, example=images(2))
+    assert lean.training
+    lean.eval()
+    x = images(5, seed=4)
+    with torch.no_grad():
+        want = lean(x)
+        program = torch.export.load(tmp_path / "model.pt2").module()
+        torch.testing.assert_close(program(x), want, rtol=1e-5, atol=1e-5)
+    session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-5, atol=1e-5)
+
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x if float(x.sum()) > 0 else -x
+
+    with pytest.raises(LowrankError, match="Branching cannot be traced"):
+        lowrank.export(Branching(), tmp_path, "torch.export", example=images(2))
