@@ -1,0 +1,136 @@
+"""Tucker-2 of a convolution's weight (O, I, K): fewer channels in and out, the kernel untouched.
+
+W ≈ C ×₁ A ×₂ B with A (O, r_out), B (I, r_in) and a core C (r_out, r_in, K) (Kim et al., arXiv
+1511.06530). By the weight alone: the truncated higher-order SVD, improved by alternation (HOOI; De
+Lathauwer et al. 2000). By the outputs, ‖(W − Ŵ)H^½‖ with the Gram matrix H of the patches: the
+input channels are chosen in the metric of H summed over the kernel, and for these the best core and
+output channels follow in closed form.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .precision import full_precision
+from .svd import energies, factor, tails
+
+RIDGE = 1e-10  # of the mean diagonal of a metric
+Parts = tuple[Tensor, Tensor, Tensor]  # last (O, r_out), core (r_out, r_in, K), first (r_in, I)
+
+
+def hosvd_errors(weight: Tensor) -> Tensor:
+    """Squared error of the truncated higher-order SVD at every (r_out, r_in), (O + 1, I + 1)
+    float64: exact for it, and a bound for what alternation makes of it. At most √2 of the optimum.
+
+    Args:
+        weight: (O, I, K).
+    """
+    with full_precision(weight):
+        whole = weight.detach().double()
+        out, into = _basis(whole, 0), _basis(whole, 1)
+        energy = _core(whole, out, into).square().sum(2)
+    kept = torch.zeros(energy.shape[0] + 1, energy.shape[1] + 1, dtype=torch.float64)
+    kept[1:, 1:] = energy.cumsum(0).cumsum(1).cpu()
+    return (kept[-1, -1] - kept).clamp(min=0)
+
+
+def tucker(weight: Tensor, ranks: tuple[int, int], *, sweeps: int = 20) -> Parts:
+    """The parts of a Tucker-2 decomposition, orthonormal outside, by HOSVD and `sweeps` of HOOI.
+
+    Args:
+        weight: (O, I, K), any floating dtype; computed in float64.
+        ranks: (r_out, r_in).
+    """
+    r_out, r_in = ranks
+    with full_precision(weight):
+        whole = weight.detach().double()
+        out, into = _basis(whole, 0)[:, :r_out], _basis(whole, 1)[:, :r_in]
+        kept = float(_core(whole, out, into).square().sum())
+        for _ in range(sweeps):
+            out = _basis(torch.einsum("oik,ij->ojk", whole, into), 0)[:, :r_out]
+            into = _basis(torch.einsum("oik,op->pik", whole, out), 1)[:, :r_in]
+            now = float(_core(whole, out, into).square().sum())
+            if now <= kept * (1 + 1e-12):
+                break
+            kept = now
+        return out, _core(whole, out, into), into.T
+
+
+def first_of(weight: Tensor, gram: Tensor) -> Tensor:
+    """Input channels in the order of what the outputs lose without them, (min(O·K, I), I) float64:
+    the leading `r_in` rows are `first` at that rank.
+
+    Args:
+        weight: (O, I, K).
+        gram: (I·K, I·K), of patches in the order of the weight's (I, K).
+    """
+    outputs, inputs, taps = weight.shape
+    whole = weight.detach().double()
+    channel = gram.to(whole).view(inputs, taps, inputs, taps).diagonal(dim1=1, dim2=3).sum(2)
+    rows = whole.movedim(2, 1).reshape(outputs * taps, inputs)
+    side = min(rows.shape)
+    return factor(rows, side, channel)[1]
+
+
+def conditioned(weight: Tensor, first: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, float]:
+    """For given input channels: what the kernel should be, in which metric, and what is lost.
+
+    min over Z (O, r_in·K) of ‖(W − Z F)H^½‖², F = first ⊗ 1: Z = W H Fᵀ (F H Fᵀ)⁻¹.
+
+    Returns:
+        Z (O, r_in · K), its metric F H Fᵀ, and the error of Z.
+    """
+    outputs, inputs, taps = weight.shape
+    flat = weight.detach().double().reshape(outputs, inputs * taps)
+    metric = gram.to(flat)
+    spread = torch.kron(first, torch.eye(taps, dtype=first.dtype, device=first.device))
+    cross = metric @ spread.T  # (I·K, r_in·K)
+    inner = spread @ cross
+    kernel = _solved(flat @ cross, (inner + inner.T) / 2)
+    lost = ((flat @ metric) * flat).sum() - ((kernel @ inner) * kernel).sum()
+    return kernel, inner, float(lost.clamp(min=0))
+
+
+def outer_errors(kernel: Tensor, metric: Tensor) -> Tensor:
+    """What truncating the outputs of Z (O, r_in·K) adds, by r_out: (min + 1,) float64."""
+    return tails(energies(kernel, metric))
+
+
+def outer(kernel: Tensor, metric: Tensor, r_out: int, r_in: int) -> tuple[Tensor, Tensor]:
+    """`last` (O, r_out) and `core` (r_out, r_in, K) of Z (O, r_in · K)."""
+    up, down = factor(kernel, r_out, metric)
+    return up, down.view(r_out, r_in, -1)
+
+
+def rebuilt(parts: Parts) -> Tensor:
+    """The weight (O, I, K) that parts stand for."""
+    last, core, first = parts
+    return torch.einsum("op,pjk,ji->oik", last, core, first)
+
+
+def _solved(rows: Tensor, metric: Tensor) -> Tensor:
+    """rows · M⁻¹ for a positive semi-definite M (n, n), with a ridge that grows until it serves."""
+    shift = RIDGE * float(metric.diagonal().mean())
+    if shift <= 0:
+        return rows * 0
+    eye = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+    root, failed = torch.linalg.cholesky_ex(metric + shift * eye)
+    while int(failed) and math.isfinite(shift):
+        shift *= 10
+        root, failed = torch.linalg.cholesky_ex(metric + shift * eye)
+    found: Tensor = torch.cholesky_solve(rows.T, root).T
+    return found
+
+
+def _core(weight: Tensor, out: Tensor, into: Tensor) -> Tensor:
+    return torch.einsum("oik,op,ij->pjk", weight, out, into)
+
+
+def _basis(weight: Tensor, mode: int) -> Tensor:
+    """Orthonormal (n, n): directions of a mode in the order of their energy."""
+    unfolded = weight.movedim(mode, 0).flatten(1)
+    values = torch.linalg.eigh(unfolded @ unfolded.T)
+    return values.eigenvectors.flip(1)
