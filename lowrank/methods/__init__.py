@@ -9,8 +9,11 @@ from ..types import JointMethod, Method
 from .asvd import ASVD as ASVD
 from .basis_sharing import BasisSharing as BasisSharing
 from .frequency import Frequency as Frequency
+from .blast import Blast as Blast
+from .dense_sparse import DenseSparse as DenseSparse
 from .fwsvd import FWSVD as FWSVD
 from .head_aware import HeadAware as HeadAware
+from .lowrank_sparse import LowRankSparse as LowRankSparse
 from .random import Random as Random
 from .snmf import SemiNMF as SemiNMF
 from .storage import Pivoted as Pivoted
@@ -30,6 +33,9 @@ METHODS: dict[str, type[Method]] = {
     "random": Random,
     "frequency": Frequency,
     "head-aware": HeadAware,
+    "dense-sparse": DenseSparse,
+    "lowrank-sparse": LowRankSparse,
+    "blast": Blast,
 }
 
 # Those of several sites that read one tensor; they name the method of sites that are alone.

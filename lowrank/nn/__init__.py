@@ -7,8 +7,14 @@ from typing import Any
 from torch import nn
 
 from ..errors import LowrankError, unknown
+from .blast_linear import BlastLinear as BlastLinear
+from .blast_linear import blast_cost as blast_cost
+from .dense_sparse import DenseSparseLinear as DenseSparseLinear
+from .dense_sparse import dense_sparse_cost as dense_sparse_cost
 from .lowrank_embedding import LowRankEmbedding as LowRankEmbedding
 from .lowrank_linear import LowRankLinear as LowRankLinear
+from .lowrank_sparse import LowRankSparseLinear as LowRankSparseLinear
+from .lowrank_sparse import low_rank_sparse_cost as low_rank_sparse_cost
 from .pivoted_linear import PivotedLinear as PivotedLinear
 from .pivoted_linear import pivot_layer as pivot_layer
 from .pivoted_linear import pivot_side as pivot_side
@@ -25,6 +31,9 @@ FACTORED: dict[str, type[nn.Module]] = {
     "LowRankEmbedding": LowRankEmbedding,
     "TiedEmbedding": TiedEmbedding,
     "TiedHead": TiedHead,
+    "DenseSparseLinear": DenseSparseLinear,
+    "LowRankSparseLinear": LowRankSparseLinear,
+    "BlastLinear": BlastLinear,
 }
 
 
