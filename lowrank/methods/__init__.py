@@ -72,6 +72,13 @@ def joint(named: str | Method | JointMethod | None, seed: int = 0) -> JointMetho
     return cast(JointMethod, named) if hasattr(named, "alone") else None
 
 
+def own_form(named: str | Method | JointMethod | None) -> bool:
+    """Whether the method stores layers in a form of its own, sized by several numbers, not ranks:
+    it has `own_form`."""
+    way = METHODS.get(named) if isinstance(named, str) else named
+    return bool(getattr(way, "own_form", False))
+
+
 def for_kind(way: Method, kind: str) -> Method:
     """The method that factors sites of `kind` when `way` was asked for."""
     for name, others in BY_KIND.items():

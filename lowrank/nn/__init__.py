@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from ..errors import LowrankError, unknown
+from ..types import Cost
 from .blast_linear import BlastLinear as BlastLinear
 from .blast_linear import blast_cost as blast_cost
 from .dense_sparse import DenseSparseLinear as DenseSparseLinear
@@ -36,6 +38,13 @@ FACTORED: dict[str, type[nn.Module]] = {
     "BlastLinear": BlastLinear,
 }
 
+# Forms whose size is several numbers, by the storage that an option names -> the cost of a layer
+# from (out, in, *size, itemsize=).
+OWN_FORMS: dict[str, Callable[..., Cost]] = {
+    "dense-sparse": dense_sparse_cost,
+    "lowrank-sparse": low_rank_sparse_cost,
+    "blast": blast_cost,
+}
 
 LAYOUTS = ("linear", "conv1d")
 
