@@ -12,9 +12,8 @@ from torch import nn
 from .. import layouts
 from .. import sites as walk
 from ..errors import LowrankError, listed, unknown
-from ..methods import joint
+from ..methods import joint, own_form
 from ..methods import method as method_of
-from ..methods import own_form
 from ..nn import is_factored
 from ..policies import policy as policy_of
 from ..types import UNITS, Cost, Factored, JointMethod, Method, Policy, Site, Storage, Unit

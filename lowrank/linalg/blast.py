@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .gram import safe_root
 from .precision import full_precision
 from .svd import compute_dtype
 
@@ -114,10 +115,8 @@ def _swept(cells: Tensor, factors: Blast, step: float) -> Blast:
 
 def _conditioned(normal: Tensor, rest: Tensor, gradient: Tensor) -> Tensor:
     """(normal + δ‖rest‖ I)⁻¹ gradient, of batches of (r, r) and (r, k)."""
-    tiny = torch.finfo(normal.dtype).eps * normal.diagonal(dim1=-2, dim2=-1).amax()
-    shift = DAMP * rest.norm() + tiny.clamp(min=torch.finfo(normal.dtype).tiny ** 0.5)
-    eye = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
-    solved: Tensor = torch.cholesky_solve(gradient, torch.linalg.cholesky(normal + shift * eye))
+    root = safe_root(normal, DAMP * rest.norm())
+    solved: Tensor = torch.cholesky_solve(gradient, root)
     return solved
 
 
@@ -127,10 +126,7 @@ def _fitted(matrix: Tensor, mix: Tensor, right: Tensor, metric: Tensor | None) -
     weighted = across if metric is None else across @ metric
     normal = weighted @ across.mT
     rows = matrix.view(len(mix), -1, matrix.shape[1])
-    side = normal.diagonal(dim1=-2, dim2=-1)
-    ridge = 1e-10 * side.amax(-1, keepdim=True) + torch.finfo(side.dtype).tiny ** 0.5
-    root = torch.linalg.cholesky(normal + torch.diag_embed(ridge.expand_as(side)))
-    solved: Tensor = torch.cholesky_solve((rows @ weighted.mT).mT, root)
+    solved: Tensor = torch.cholesky_solve((rows @ weighted.mT).mT, safe_root(normal))
     return solved.mT
 
 

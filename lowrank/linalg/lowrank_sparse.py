@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .gram import safe_root
 from .precision import full_precision
 from .svd import balance, compute_dtype, output_basis
 
@@ -27,18 +28,18 @@ FLOOR = 1e-10  # of the largest diagonal entry of H: a channel that is below has
 
 
 class LowRankSparse(NamedTuple):
-    """W (out, in) ≈ up · down, plus `columns` at the inputs `index`.
+    """W (out, in) ≈ up · down, plus `columns` at `inputs`.
 
     Attributes:
         up, down: (out, r), (r, in), in the compute dtype.
         columns: (out, c).
-        index: (c,) int64, ascending.
+        inputs: (c,) int64, ascending.
     """
 
     up: Tensor
     down: Tensor
     columns: Tensor
-    index: Tensor
+    inputs: Tensor
 
 
 def low_rank_sparse(
@@ -128,10 +129,7 @@ def _columns(rest: Tensor, index: Tensor, gram: Tensor | None) -> Tensor:
 
 def _solved(inner: Tensor, right: Tensor) -> Tensor:
     """inner⁻¹ · right of a Gram matrix (c, c) that may be singular."""
-    size = inner.diagonal().max().clamp(min=torch.finfo(inner.dtype).tiny ** 0.5)
-    ridge = 8 * len(inner) * torch.finfo(inner.dtype).eps * size
-    root = torch.linalg.cholesky(inner + ridge * torch.eye(len(inner)).to(inner))
-    solved: Tensor = torch.cholesky_solve(right, root)
+    solved: Tensor = torch.cholesky_solve(right, safe_root(inner))
     return solved
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .gram import safe_root
 from .precision import full_precision
 from .svd import compute_dtype, output_basis
 
@@ -27,21 +28,21 @@ ROUNDS = 8  # of a pursuit: so many times it looks at what is left
 
 
 class SparseCode(NamedTuple):
-    """W (out, in) ≈ Σ_t value[:, t] · basis[index[:, t]].
+    """W (out, in) ≈ Σ_t value[:, t] · basis[atoms[:, t]].
 
     Attributes:
         basis: D (r, in), in the compute dtype.
         value: (out, s).
-        index: (out, s) int64, ascending in each row.
+        atoms: (out, s) int64, ascending in each row.
     """
 
     basis: Tensor
     value: Tensor
-    index: Tensor
+    atoms: Tensor
 
     def coefficients(self) -> Tensor:
         """C (out, r)."""
-        return spread(self.value, self.index, len(self.basis))
+        return spread(self.value, self.atoms, len(self.basis))
 
 
 def spread(value: Tensor, index: Tensor, rank: int) -> Tensor:
@@ -111,10 +112,14 @@ def dense_sparse(
     metric = None if gram is None else gram.to(matrix)
     with full_precision(matrix):
         basis = _start(matrix, rank, count, metric, seed)
-        best, least = _coded(matrix, basis, metric, count, 1)  # orthonormal: thresholding
+        code, least = _coded(matrix, basis, metric, count, 1)  # orthonormal: thresholding
+        if count == 1:  # rows are points on lines then, and a bad start stays bad
+            found, error = _coded(matrix, _far_rows(matrix, basis, metric), metric, count, 1)
+            code, least = (found, error) if error < least else (code, least)
+        best = code
         for _ in range(sweeps):
-            code, error = _coded(matrix, basis, metric, count, rounds)
             basis, before = _refreshed(matrix, code, metric), least
+            code, error = _coded(matrix, basis, metric, count, rounds)
             if error < least:
                 best, least = code, error
             if not error < before * (1 - STOP):
@@ -131,8 +136,8 @@ def balanced(code: SparseCode) -> SparseCode:
     up, down = coefficients.norm(dim=0), code.basis.norm(dim=1)
     alive = (up > 0) & (down > 0)
     scale = torch.where(alive, (up / down.where(alive, 1)).sqrt(), 1 / down.where(down > 0, 1))
-    value = code.value / scale.gather(0, code.index.flatten()).view_as(code.value)
-    return SparseCode(code.basis * scale[:, None], value, code.index)
+    value = code.value / scale.gather(0, code.atoms.flatten()).view_as(code.value)
+    return SparseCode(code.basis * scale[:, None], value, code.atoms)
 
 
 def _start(matrix: Tensor, rank: int, count: int, metric: Tensor | None, seed: int) -> Tensor:
@@ -158,6 +163,22 @@ def _start(matrix: Tensor, rank: int, count: int, metric: Tensor | None, seed: i
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(rank - kept, matrix.shape[1], generator=generator, dtype=matrix.dtype)
     return torch.cat([turn @ rows, drawn.to(matrix.device)])
+
+
+def _far_rows(matrix: Tensor, basis: Tensor, metric: Tensor | None) -> Tensor:
+    """`basis` (r, in), its first atoms replaced by rows of W: each the farthest from those before.
+
+    Of rows that lie on r lines, one on each is found.
+    """
+    left, rows = _dot(matrix, matrix, metric), []
+    least = left.diagonal().max() * torch.finfo(left.dtype).eps ** 0.5
+    for _ in range(min(len(basis), len(matrix))):
+        far = int(left.diagonal().argmax())
+        if not left[far, far] > least:
+            break
+        rows.append(far)
+        left = left - torch.outer(left[:, far], left[far]) / left[far, far]
+    return torch.cat([matrix[rows], basis[len(rows) :]])
 
 
 def _coded(
@@ -190,7 +211,7 @@ def _refreshed(matrix: Tensor, code: SparseCode, metric: Tensor | None) -> Tenso
 def _least_squares(matrix: Tensor, coefficients: Tensor) -> Tensor:
     """(CᵀC)⁻¹ Cᵀ W by a Cholesky factor with a relative ridge; zero for atoms without a row."""
     normal = coefficients.T @ coefficients
-    solved: Tensor = torch.cholesky_solve(coefficients.T @ matrix, _root(normal))
+    solved: Tensor = torch.cholesky_solve(coefficients.T @ matrix, safe_root(normal))
     return solved
 
 
@@ -198,17 +219,8 @@ def _on_support(products: Tensor, gram: Tensor, index: Tensor) -> Tensor:
     """Least squares of every row on its own atoms, (rows, s)."""
     parts = gram[index[:, :, None], index[:, None, :]]  # (rows, s, s)
     wanted = products.gather(1, index)[..., None]
-    solved: Tensor = torch.cholesky_solve(wanted, _root(parts))
+    solved: Tensor = torch.cholesky_solve(wanted, safe_root(parts))
     return solved[..., 0]
-
-
-def _root(normal: Tensor) -> Tensor:
-    """The Cholesky factor of (…, k, k) matrices that may be singular."""
-    side = normal.diagonal(dim1=-2, dim2=-1)
-    ridge = side.amax(-1, keepdim=True) * (8 * side.shape[-1] * torch.finfo(normal.dtype).eps)
-    shifted = side + ridge.clamp(min=torch.finfo(normal.dtype).tiny ** 0.5)
-    root: Tensor = torch.linalg.cholesky(normal + torch.diag_embed(shifted - side))
-    return root
 
 
 def _dot(left: Tensor, right: Tensor, metric: Tensor | None) -> Tensor:

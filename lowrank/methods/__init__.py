@@ -8,9 +8,9 @@ from ..errors import LowrankError, unknown
 from ..types import JointMethod, Method
 from .asvd import ASVD as ASVD
 from .basis_sharing import BasisSharing as BasisSharing
-from .frequency import Frequency as Frequency
 from .blast import Blast as Blast
 from .dense_sparse import DenseSparse as DenseSparse
+from .frequency import Frequency as Frequency
 from .fwsvd import FWSVD as FWSVD
 from .head_aware import HeadAware as HeadAware
 from .lowrank_sparse import LowRankSparse as LowRankSparse

@@ -54,7 +54,7 @@ class Blast:
 
         def error(size: Size, share: float) -> float:
             sweeps = math.ceil(share * self.sweeps)
-            factors = linalg.blast(weight, *size, gram, sweeps=sweeps, seed=self.seed)
+            factors = linalg.blast(weight, blocks, size[1], gram, sweeps=sweeps, seed=self.seed)
             whole = factors.product()[: site.shape[0], : site.shape[1]]
             return linalg.squared_error(weight, whole, gram)
 

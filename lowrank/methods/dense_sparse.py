@@ -56,7 +56,8 @@ class DenseSparse:
 
         def error(size: Size, share: float) -> float:
             sweeps = math.ceil(share * self.sweeps)
-            code = linalg.dense_sparse(weight, *size, gram, sweeps=sweeps, seed=self.seed)
+            rank, count = size
+            code = linalg.dense_sparse(weight, rank, count, gram, sweeps=sweeps, seed=self.seed)
             return linalg.squared_error(weight, code.coefficients() @ code.basis, gram)
 
         cost = partial(dense_sparse_cost, *site.shape, itemsize=weight.dtype.itemsize)
@@ -74,7 +75,7 @@ class DenseSparse:
             weight, rank, count, gram_of(stats, weight.shape[1]), sweeps=self.sweeps,
             seed=self.seed,
         )  # fmt: skip
-        parts = code.basis.to(weight), code.value.to(weight), code.index
+        parts = code.basis.to(weight), code.value.to(weight), code.atoms
         return DenseSparseLinear.from_code(*parts, layouts.bias(module))
 
     def _count(self, rank: int) -> int:

@@ -76,9 +76,7 @@ class LowRankSparse:
             seed=self.seed,
         )  # fmt: skip
         down, up, columns = (part.to(weight) for part in (parts.down, parts.up, parts.columns))
-        return LowRankSparseLinear.from_parts(
-            down, up, columns, parts.index, layouts.bias(module)
-        )
+        return LowRankSparseLinear.from_parts(down, up, columns, parts.inputs, layouts.bias(module))
 
 
 def _errors(weight: Tensor, counts: list[int], gram: Tensor, seed: int) -> dict[int, list[float]]:

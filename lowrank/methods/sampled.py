@@ -1,5 +1,4 @@
-"""Curves of forms whose size is two numbers, where one error costs an iteration: a few are computed.
-"""
+"""Curves of forms sized by two numbers. An error costs an iteration there: few are computed."""
 
 from __future__ import annotations
 
@@ -13,8 +12,9 @@ from .. import layouts
 from ..errors import LowrankError
 from ..types import Cost, Curve, Option, Site, Size
 
-ANCHORS = 8  # sizes whose error is computed
-SHARE = 1 / 3  # of the iterations, where they are only some of the sizes
+FEW = 8  # sizes of which all errors are computed
+ANCHORS = 5  # of more, sizes whose error is computed
+SHARE = 0.2  # of the iterations, then
 TINY = 1e-12  # of the total: no logarithm of less
 
 
@@ -28,8 +28,8 @@ def sampled_curve(
 ) -> Curve:
     """The curve of a form stored under its method's name, in the norm of the outputs.
 
-    Up to `ANCHORS` sizes all get their error; of more, so many get that of a third of the
-    iterations, which is a bound, and what lies between is linear in the logarithm of the error.
+    Up to `FEW` sizes all get their error; of more, `ANCHORS` get that of a fifth of the
+    iterations, and what lies between is linear in the logarithm of the error.
 
     Args:
         sizes: cost rising; those that are not smaller than the dense weight end them.
@@ -43,7 +43,7 @@ def sampled_curve(
             break
         costs[size] = cost
     every = list(costs)
-    share = 1.0 if len(every) <= ANCHORS else SHARE
+    share = 1.0 if len(every) <= FEW else SHARE
     known = {place: min(error_of(every[place], share), total) for place in _anchors(len(every))}
     options = [
         Option(method, every[place], method, costs[every[place]], error)
@@ -82,8 +82,8 @@ def sizes_of(option: Option, module: nn.Module, what: str) -> tuple[int, int]:
 
 
 def _anchors(count: int) -> Sequence[int]:
-    """At most `ANCHORS` of so many places, the first and the last among them."""
-    if count <= ANCHORS:
+    """Some of so many places, the first and the last among them."""
+    if count <= FEW:
         return range(count)
     return sorted({round((count - 1) * step / (ANCHORS - 1)) for step in range(ANCHORS)})
 

@@ -1,4 +1,4 @@
-"""A weight in b × b blocks with shared bases, W_ij = B_i diag(d_ij) C_j (BLAST, arXiv 2410.21262)."""
+"""Blocks with shared bases, W_ij = B_i diag(d_ij) C_j (BLAST, arXiv 2410.21262)."""
 
 from __future__ import annotations
 
