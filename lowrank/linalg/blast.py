@@ -5,9 +5,9 @@ plain low rank; block-diagonal, block-low-rank and Monarch matrices are special 
 
 The factors are found in turn by gradient steps that are preconditioned with the factor's own
 normal matrix, damped by the error that is left: what is almost Newton at the end is careful at the
-beginning. Steps shrink to zero; a last least-squares step of B closes. The authors' code knows no
-data. Here columns are scaled by the size of their inputs, and the last step is in the full norm
-of the outputs.
+beginning. Steps shrink to zero; a last least-squares step of B closes. Where plain low rank of the
+same r is nearer, it is taken as it is. The authors' code knows no data. Here columns are scaled by
+the size of their inputs, and the last step is in the full norm of the outputs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .gram import safe_root
 from .precision import full_precision
-from .svd import compute_dtype
+from .svd import compute_dtype, factor
 
 SWEEPS = 300
 DAMP = 0.03  # times the norm of what is left
@@ -91,7 +91,11 @@ def blast(
         right = factors.right / scale.view(blocks, 1, -1)
         metric = None if gram is None else _padded_gram(gram, matrix)
         left = _fitted(matrix, factors.mix, right, metric)
-        return _even(Blast(left, factors.mix, right))
+        found = Blast(left, factors.mix, right)
+        plain = _low_rank(matrix, blocks, rank, metric, seed)
+        if plain is not None and _error(matrix, plain, metric) <= _error(matrix, found, metric):
+            found = plain
+        return _even(found)
 
 
 def _swept(cells: Tensor, factors: Blast, step: float) -> Blast:
@@ -128,6 +132,25 @@ def _fitted(matrix: Tensor, mix: Tensor, right: Tensor, metric: Tensor | None) -
     rows = matrix.view(len(mix), -1, matrix.shape[1])
     solved: Tensor = torch.cholesky_solve((rows @ weighted.mT).mT, safe_root(normal))
     return solved.mT
+
+
+def _low_rank(
+    matrix: Tensor, blocks: int, rank: int, metric: Tensor | None, seed: int
+) -> Blast | None:
+    """The best matrix of that rank in blocks, with every d_ij = 1; None if there is no such rank.
+
+    Gradient steps from there are caught in it, steps from elsewhere can miss it.
+    """
+    if rank > min(matrix.shape):
+        return None
+    up, down = factor(matrix, rank, metric, seed=seed)
+    right = down.view(rank, blocks, -1).transpose(0, 1)
+    return Blast(up.view(blocks, -1, rank), up.new_ones(blocks, blocks, rank), right)
+
+
+def _error(matrix: Tensor, factors: Blast, metric: Tensor | None) -> float:
+    rest = matrix - factors.product()
+    return float(((rest if metric is None else rest @ metric) * rest).sum())
 
 
 def _even(factors: Blast) -> Blast:

@@ -58,7 +58,8 @@ def low_rank_sparse(
         rank: r in [1, min(out, in)].
         count: c in [1, in], channels.
         gram: H (in, in), or None for the identity.
-        rounds: of refinement, at most; 0: the best rank r, and the channels of its tail.
+        rounds: of refinement, at most, from the channels of two tails: that of rank r, and of the
+            power of two below; 0: the best rank r, and the channels of its tail.
         seed: as for `factor`.
     """
     dtype = compute_dtype(min(weight.shape))
@@ -66,17 +67,10 @@ def low_rank_sparse(
     metric = None if gram is None else gram.to(matrix)
     with full_precision(matrix):
         basis = output_basis(matrix, rank, metric, seed=seed)
-        rest = matrix - basis @ (basis.T @ matrix)
-        index = channels(rest, count, metric)
-        least = _error(rest, remaining(metric, index, rest))
-        for _ in range(rounds):
-            turned = output_basis(matrix, rank, remaining(metric, index, matrix), seed=seed)
-            left = matrix - turned @ (turned.T @ matrix)
-            again = channels(left, count, metric)
-            error = _error(left, remaining(metric, again, left))
-            if not error < least:
-                break
-            basis, rest, index, least = turned, left, again, error
+        ranks = {rank, 2 ** (rank.bit_length() - 1)} if rounds else {rank}
+        found = [_refined(matrix, basis, start, count, metric, rounds) for start in sorted(ranks)]
+        _, basis, index = min(found, key=lambda each: each[0])
+        rest = _beyond(matrix, basis)
         index = index.sort().values
         up, down = balance(basis, basis.T @ matrix)
         return LowRankSparse(up, down, _columns(rest, index, metric), index)
@@ -117,6 +111,28 @@ def remaining(gram: Tensor | None, index: Tensor, like: Tensor) -> Tensor:
     left = metric - rows.T @ _solved(rows[:, index], rows)
     left = (left + left.T) / 2
     return left.index_fill(0, index, 0.0).index_fill(1, index, 0.0)
+
+
+def _refined(
+    matrix: Tensor, basis: Tensor, start: int, count: int, metric: Tensor | None, rounds: int
+) -> tuple[float, Tensor, Tensor]:
+    """The error, a basis (out, r) and channels, from those of the tail of rank `start` ≤ r on."""
+    index = channels(_beyond(matrix, basis[:, :start]), count, metric)
+    least = _error(_beyond(matrix, basis), remaining(metric, index, matrix))
+    for _ in range(rounds):
+        turned = output_basis(matrix, basis.shape[1], remaining(metric, index, matrix))
+        rest = _beyond(matrix, turned)
+        again = channels(rest, count, metric)
+        error = _error(rest, remaining(metric, again, matrix))
+        if not error < least:
+            break
+        basis, index, least = turned, again, error
+    return least, basis, index
+
+
+def _beyond(matrix: Tensor, basis: Tensor) -> Tensor:
+    """W − U Uᵀ W."""
+    return matrix - basis @ (basis.T @ matrix)
 
 
 def _columns(rest: Tensor, index: Tensor, gram: Tensor | None) -> Tensor:

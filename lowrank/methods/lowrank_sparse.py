@@ -31,8 +31,8 @@ class LowRankSparse:
     """Options: `shares` of the inputs that may be kept in full, each in (0, 1), at least one
     input; `rounds` of refinement; `seed` as for `SVD`.
 
-    Sizes are (r, c). The curve is an interpolation, not exact: channels are chosen at ranks 1, 2,
-    4, …, before any refinement.
+    Sizes are (r, c). The curve is a bound, not exact: channels are those of the tails of ranks 1,
+    2, 4, …, before any refinement.
     """
 
     seed: int = 0

@@ -165,7 +165,7 @@ class DenseSparseLinear(nn.Module):
 
     def _gathered(self, inner: Tensor) -> Tensor:
         """C · inner as s rows of innerᵀ weighted and summed for each output, in one kernel."""
-        rows = inner.flatten(0, -2).T.contiguous()  # (r, tokens)
+        rows = inner.reshape(-1, self.rank).T.contiguous()  # (r, tokens)
         y = F.embedding_bag(self.index.int(), rows, per_sample_weights=self.value, mode="sum")
         return y.T.reshape(*inner.shape[:-1], self.out_features)
 
