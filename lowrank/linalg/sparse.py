@@ -24,6 +24,7 @@ from .svd import compute_dtype, output_basis
 SWEEPS = 15  # of coefficients and basis in turn
 TURNS = 30  # of the orthonormal start
 STOP = 1e-3  # relative decrease of the error in one sweep, below which no more are made
+CHUNK = 2**24  # numbers of the rows' own Gram matrices at once
 ROUNDS = 8  # of a pursuit: so many times it looks at what is left
 
 
@@ -217,10 +218,13 @@ def _least_squares(matrix: Tensor, coefficients: Tensor) -> Tensor:
 
 def _on_support(products: Tensor, gram: Tensor, index: Tensor) -> Tensor:
     """Least squares of every row on its own atoms, (rows, s)."""
-    parts = gram[index[:, :, None], index[:, None, :]]  # (rows, s, s)
+    found = []
     wanted = products.gather(1, index)[..., None]
-    solved: Tensor = torch.cholesky_solve(wanted, safe_root(parts))
-    return solved[..., 0]
+    step = max(1, CHUNK // index.shape[1] ** 2)
+    for some, right in zip(index.split(step), wanted.split(step), strict=True):
+        parts = gram[some[:, :, None], some[:, None, :]]  # (rows, s, s)
+        found.append(torch.cholesky_solve(right, safe_root(parts))[..., 0])
+    return torch.cat(found)
 
 
 def _dot(left: Tensor, right: Tensor, metric: Tensor | None) -> Tensor:

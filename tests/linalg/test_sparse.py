@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import combinations
 
 import numpy as np
@@ -91,6 +92,21 @@ def test_one_row_at_a_time_gives_the_same() -> None:
             rest = row - solved @ basis[support]
         assert chosen == sorted(support)
         np.testing.assert_allclose(values, solved[np.argsort(support)], atol=1e-8)
+
+
+def test_rows_are_solved_in_parts_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["lowrank.linalg.sparse"]
+    basis = torch.nn.functional.normalize(normal(12, 9), dim=1)
+    products = normal(7, 9, seed=1) @ basis.T
+    whole = linalg.pursuit(products, basis @ basis.T, 4)
+    sizes: list[int] = []
+    real = module.safe_root
+    monkeypatch.setattr(module, "safe_root", lambda m: sizes.append(m.numel()) or real(m))
+    monkeypatch.setattr(module, "CHUNK", 3 * 16)
+    parted = linalg.pursuit(products, basis @ basis.T, 4)
+    assert max(sizes) <= 48
+    assert torch.equal(parted[1], whole[1])
+    torch.testing.assert_close(parted[0], whole[0])
 
 
 def test_two_atoms_cannot_beat_the_best_pair() -> None:
