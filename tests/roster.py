@@ -43,10 +43,15 @@ ROSTER: dict[str, dict[str, Law]] = {
     "random": laws(planted=None),  # it gives the trained weight up
     "dense-sparse": laws(low_rank=False, planted=lines, plain_products=False),  # it gathers too
     "lowrank-sparse": laws(low_rank=False, planted=one_channel),
+    "auto": laws(low_rank=False),
     "blast": laws(low_rank=False, planted=blocks),
 }
 
 JOINT_ROSTER = {"basis-sharing": JOINT_LAWS}
 
 # Options that the laws are run with, where those of the registry take long.
-QUICK: dict[str, dict[str, Any]] = {"blast": {"sweeps": 4}, "dense-sparse": {"sweeps": 2}}
+QUICK: dict[str, dict[str, Any]] = {
+    "blast": {"sweeps": 4},
+    "dense-sparse": {"sweeps": 2},
+    "auto": {"forms": ("factors", "pivoted", "lowrank-sparse")},
+}

@@ -221,7 +221,7 @@ def _on_support(products: Tensor, gram: Tensor, index: Tensor) -> Tensor:
     found = []
     wanted = products.gather(1, index)[..., None]
     step = max(1, CHUNK // index.shape[1] ** 2)
-    for some, right in zip(index.split(step), wanted.split(step), strict=True):
+    for some, right in zip(torch.split(index, step), torch.split(wanted, step), strict=True):
         parts = gram[some[:, :, None], some[:, None, :]]  # (rows, s, s)
         found.append(torch.cholesky_solve(right, safe_root(parts))[..., 0])
     return torch.cat(found)

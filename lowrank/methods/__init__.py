@@ -7,6 +7,7 @@ from typing import cast
 from ..errors import LowrankError, unknown
 from ..types import JointMethod, Method
 from .asvd import ASVD as ASVD
+from .auto import Auto as Auto
 from .basis_sharing import BasisSharing as BasisSharing
 from .blast import Blast as Blast
 from .dense_sparse import DenseSparse as DenseSparse
@@ -36,6 +37,7 @@ METHODS: dict[str, type[Method]] = {
     "dense-sparse": DenseSparse,
     "lowrank-sparse": LowRankSparse,
     "blast": Blast,
+    "auto": Auto,
 }
 
 # Those of several sites that read one tensor; they name the method of sites that are alone.

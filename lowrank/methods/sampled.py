@@ -56,15 +56,18 @@ def pareto(site: Site, options: Iterable[Option]) -> tuple[Option, ...]:
     """Of options of any sizes those that are worth their cost, and the dense one.
 
     They are smaller than the dense weight, and whatever costs more, in parameters and in bytes,
-    has less error.
+    has less error. Of two that disagree, one with fewer parameters and one with fewer bytes, the
+    one of less error stays.
     """
     kept: list[Option] = []
     for option in sorted(options, key=lambda o: (o.cost.params, o.cost.bytes, o.error)):
-        cost, last = option.cost, kept[-1] if kept else None
+        cost = option.cost
         small = cost.params < site.cost.params and cost.bytes < site.cost.bytes
-        dearer = last is None or (cost.params > last.cost.params and cost.bytes > last.cost.bytes)
-        if small and dearer and (last is None or option.error < last.error):
-            kept.append(option)
+        if not small or (kept and not option.error < kept[-1].error):
+            continue
+        while kept and (cost.params <= kept[-1].cost.params or cost.bytes <= kept[-1].cost.bytes):
+            kept.pop()
+        kept.append(option)
     return (*kept, Option("dense", None, "dense", site.cost, 0.0))
 
 

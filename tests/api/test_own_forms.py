@@ -224,3 +224,34 @@ def test_the_input_model_is_untouched_by_copy(way: str) -> None:
     )
     assert new is not model
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_auto_gives_each_layer_its_own_form(tmp_path: Path) -> None:
+    """One layer has rows of few atoms, the other is of low rank; the plan names both methods."""
+    rng = torch.Generator().manual_seed(0)
+    chosen = torch.rand(64, 12, generator=rng).topk(3, 1).indices
+    code = torch.zeros(64, 12).scatter(1, chosen, torch.randn(64, 3, generator=rng))
+    model = nn.Sequential(nn.Linear(32, 64, bias=False), nn.ReLU(), nn.Linear(64, 48, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(code @ torch.randn(12, 32, generator=rng))
+        low = torch.randn(48, 3, generator=rng) @ torch.randn(3, 64, generator=rng)
+        model[2].weight.copy_(low + 0.01 * torch.randn(48, 64, generator=rng))
+    x = torch.randn(300, 32, generator=rng)
+    way = lowrank.METHODS["auto"](forms=("factors", "pivoted", "dense-sparse"))
+    new, report = lowrank.compress(model, 0.4, method=way, data=[x], copy=True, progress=False)
+    first, second = report.plan.entries
+    assert (first.method, first.storage) == ("dense-sparse", "dense-sparse")
+    assert second.method == "whitened"
+    assert type(new[0]) is DenseSparseLinear
+    assert report.plan.settings["method"] == "auto"
+    plan = Plan.from_json(report.plan.to_json())
+    assert plan == report.plan
+    again, second_report = lowrank.apply(model, plan, data=[x], copy=True, progress=False)
+    with torch.no_grad():
+        assert torch.equal(again(x), new(x))
+    assert second_report.achieved == report.achieved
+    for one in report.sites:
+        assert one.predicted == one.planned
+    lowrank.save(new, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(lowrank.load(tmp_path, copy.deepcopy(model))(x), new(x))

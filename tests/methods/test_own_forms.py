@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from lowrank.errors import LowrankError
-from lowrank.methods import Blast, DenseSparse, LowRankSparse, Whitened, own_form
+from lowrank.methods import (
+    Auto,
+    Blast,
+    DenseSparse,
+    LowRankSparse,
+    Whitened,
+    own_form,
+    stored_as,
+)
 from lowrank.nn import BlastLinear, DenseSparseLinear, LowRankSparseLinear
 from lowrank.types import Cost, Option, Statistics
 
@@ -144,6 +152,33 @@ def test_sizes_that_do_not_fit_are_refused(way: Any, size: Any, said: str) -> No
         way.factor(linear(6, 8), option, statistics(inputs(8)))
     with pytest.raises(LowrankError, match="expected the gram of an input of width 8, got none"):
         way.curve(site(linear(6, 8)), Statistics())
+
+
+def test_auto_is_never_farther_than_any_form_by_its_own_curve() -> None:
+    layer, stats = linear(36, 48), statistics(inputs(48))
+    forms = ("factors", "pivoted", "lowrank-sparse")
+    way = Auto(forms=forms)
+    curve, rows = way.curve(site(layer), stats), inputs(48)
+    parts = [LowRankSparse(), Whitened(), stored_as(Whitened(), "pivoted")]
+    for part in parts:
+        for option in part.curve(site(layer), stats).options:
+            bytes_, params = 1.03 * option.cost.bytes, 1.03 * option.cost.params
+            if bytes_ < 0.3 * curve.dense.cost.bytes:
+                continue  # of few ranks the order of the features weighs more than it saves
+            near = [o for o in curve.options if o.cost.bytes <= bytes_ and o.cost.params <= params]
+            assert near[-1].error <= option.error * (1 + 1e-9)
+    used = {option.storage for option in curve.options}
+    assert used >= {"factors", "pivoted", "dense"}
+    for option in curve.options[:-1:9]:
+        new = way.factor(layer, option, stats)
+        assert new.cost() == option.cost
+        assert output_error(layer, new, rows) <= option.error * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("forms", [(), ("pivot",)])
+def test_auto_knows_its_forms(forms: Any) -> None:
+    with pytest.raises(LowrankError, match="unknown form"):
+        Auto(forms=forms)
 
 
 def test_which_methods_have_a_form_of_their_own() -> None:
