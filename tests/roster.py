@@ -43,7 +43,7 @@ ROSTER: dict[str, dict[str, Law]] = {
     "random": laws(planted=None),  # it gives the trained weight up
     "dense-sparse": laws(low_rank=False, planted=lines, plain_products=False),  # it gathers too
     "lowrank-sparse": laws(low_rank=False, planted=one_channel),
-    "auto": laws(low_rank=False),
+    "auto": laws(low_rank=False, planted=None),  # of forms that reproduce it, any may be taken
     "blast": laws(low_rank=False, planted=blocks),
 }
 

@@ -168,7 +168,7 @@ def test_auto_is_never_farther_than_any_form_by_its_own_curve() -> None:
             near = [o for o in curve.options if o.cost.bytes <= bytes_ and o.cost.params <= params]
             assert near[-1].error <= option.error * (1 + 1e-9)
     used = {option.storage for option in curve.options}
-    assert used >= {"factors", "pivoted", "dense"}
+    assert used >= {"lowrank-sparse", "pivoted", "dense"}
     for option in curve.options[:-1:9]:
         new = way.factor(layer, option, stats)
         assert new.cost() == option.cost
