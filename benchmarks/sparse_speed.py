@@ -75,7 +75,7 @@ def forms() -> list[dict[str, Any]]:
         }
         for name, layer in layers.items():
             ratios = [
-                paired_ratio(partial(layer, x), partial(other, x), pairs=9)
+                paired_ratio(partial(layer, x), partial(other, x), pairs=15)
                 for other in (dense, plain)
             ]
             print(f"{name:28} {out}x{inner} {ratios[0]:8.3f} {ratios[1]:10.3f}", flush=True)
@@ -97,7 +97,7 @@ def ways() -> list[dict[str, Any]]:
         for tokens in (1, 16, 128, 512):
             inner = normal(tokens, layer.rank)
             ratio = paired_ratio(
-                partial(layer._gathered, inner), partial(multiplied, layer, inner), pairs=9
+                partial(layer._gathered, inner), partial(multiplied, layer, inner), pairs=15
             )
             load = tokens * layer.count / layer.rank
             mark = "*" if load <= GATHERED else ""

@@ -43,7 +43,7 @@ ROSTER: dict[str, dict[str, Law]] = {
     "random": laws(planted=None),  # it gives the trained weight up
     "dense-sparse": laws(low_rank=False, planted=lines, plain_products=False),  # it gathers too
     "lowrank-sparse": laws(low_rank=False, planted=one_channel),
-    "auto": laws(low_rank=False, planted=None),  # of forms that reproduce it, any may be taken
+    "auto": laws(),  # of the forms in QUICK
     "blast": laws(low_rank=False, planted=blocks),
 }
 
@@ -53,5 +53,5 @@ JOINT_ROSTER = {"basis-sharing": JOINT_LAWS}
 QUICK: dict[str, dict[str, Any]] = {
     "blast": {"sweeps": 4},
     "dense-sparse": {"sweeps": 2},
-    "auto": {"forms": ("factors", "pivoted", "lowrank-sparse")},
+    "auto": {"forms": ("factors", "pivoted")},
 }

@@ -115,11 +115,12 @@ class BlastLinear(nn.Module):
         blocks, _, columns = self.right.shape
         rows = x.reshape(-1, self.in_features)
         rows = F.pad(rows, (0, blocks * columns - self.in_features))
-        inner = torch.bmm(rows.view(-1, blocks, columns).transpose(0, 1), self.right.mT)
-        mix = self.mix.to(inner.dtype)  # autocast: that of the product
-        mixed = torch.einsum("jtr,ijr->itr", inner, mix)
-        y = torch.bmm(mixed, self.left.mT).transpose(0, 1)  # (tokens, b, p)
-        y = y.flatten(1)[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
+        # Tokens stand last, so that each of the r small products of `mix` reads rows as they lie.
+        inner = torch.bmm(self.right, rows.view(-1, blocks, columns).permute(1, 2, 0))  # (b, r, t)
+        mixed = torch.bmm(self.mix.permute(2, 0, 1), inner.transpose(0, 1))  # (r, b, t)
+        y = torch.bmm(self.left, mixed.transpose(0, 1))  # (b, p, t)
+        y = y.flatten(0, 1)[: self.out_features].T.contiguous()
+        y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
