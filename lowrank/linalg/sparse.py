@@ -61,8 +61,8 @@ def pursuit(
         gram: ⟨d_i, d_j⟩ (r, r) of the atoms.
         count: s in [1, r].
         rounds: atoms are chosen in so many rounds, s / rounds of them at once by their product
-            with what is left; None: one at a time, the textbook's pursuit. Eight rounds end as near
-            on trained weights, in a fraction of the time.
+            with what is left; None: one at a time, the textbook's pursuit. Each round costs a solve
+            for every row.
 
     Returns:
         value, index: (rows, s); index ascending, no atom twice.

@@ -25,7 +25,7 @@ from ..types import Curve, Option, Site, Size, Statistics
 from .common import gram_of
 from .sampled import sampled_curve, sizes_of
 
-DENSITY = 0.3  # the best of 0.2 … 0.5 at keep 0.8, 0.5 and 0.3; benchmarks/sparse_quality.py
+DENSITY = 0.3  # benchmarks/sparse_quality.py --density compares
 
 
 @dataclass(frozen=True)
