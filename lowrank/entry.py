@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import LowrankError
-from .nn import pivoted_cost
+from .nn import OWN_FORMS, pivoted_cost
 from .schema import COST, Checks, are_integers, checked, is_cost, is_integer, is_number, is_text
 from .types import Cost, Option, Size
 
@@ -74,11 +74,17 @@ class Entry:
     def with_rank(self, rank: Any, method: str, storage: str = "factors") -> Entry:
         """Factors of that rank; by `method`, in `storage`, where the site was dense.
 
+        A form that is sized by several numbers (`OWN_FORMS`) takes a tuple of them in place of a
+        rank; a method of the same name stores so.
+
         Raises:
             LowrankError: no such rank for this shape, or it would not be smaller.
         """
         if self.storage != "dense":
             method, storage = self.method, self.storage
+        form = method if self.storage == "dense" else storage
+        if form in OWN_FORMS:
+            return self._of_size(rank, method, form)
         if storage != "pivoted" or self.kind != "linear":
             storage = "factors"
         itemsize = self.dense.bytes // max(self.dense.params, 1)
@@ -91,6 +97,24 @@ class Entry:
             cost = replace(cost, macs=rank * self.shape[1] + self.heads * numbers)
         return replace(
             self, method=method, size=(rank,), storage=storage, cost=cost, error=None, reason=""
+        )
+
+    def _of_size(self, size: Any, method: str, form: str) -> Entry:
+        numbers = tuple(size) if isinstance(size, Sequence) and not isinstance(size, str) else ()
+        if len(numbers) != 2 or not all(is_integer(n) and n >= 1 for n in numbers):
+            raise LowrankError(
+                f"{self.title}: a layer stored as {form} is sized by two integers >= 1, as in "
+                f"(64, 16), got {size!r}"
+            )
+        itemsize = self.dense.bytes // max(self.dense.params, 1)
+        cost = OWN_FORMS[form](*self.shape, *numbers, itemsize=itemsize)
+        if cost.params >= self.dense.params or cost.bytes >= self.dense.bytes:
+            raise LowrankError(
+                f"{self.title}: {form} of size {numbers} is not smaller than the dense layer of "
+                f"shape {self.shape}: it stores {cost.bytes} bytes for {self.dense.bytes}"
+            )
+        return replace(
+            self, method=method, size=numbers, storage=form, cost=cost, error=None, reason=""
         )
 
     def sharing(self, rank: int, owner: bool) -> Entry:
@@ -130,7 +154,7 @@ class Entry:
         if size is None:
             same = entry.cost == entry.dense
             return entry if same else entry.left_dense("left dense by hand")
-        if entry.storage not in ("factors", "pivoted", "dense"):
+        if entry.storage not in ("factors", "pivoted", "dense", *OWN_FORMS):
             return entry
         anew = entry.with_rank(size[0] if len(size) == 1 else size, method, storage)
         return entry if anew.cost == entry.cost else anew

@@ -14,7 +14,7 @@ from .entry import Entry
 from .errors import LowrankError, listed
 from .schema import COST, Checks, checked, is_cost, is_integer, is_number, is_text
 from .tables import aligned, rich_table
-from .types import UNITS, Cost, Storage, Unit
+from .types import UNITS, Cost, Size, Storage, Unit
 
 FORMAT = 1
 
@@ -71,8 +71,10 @@ class Plan:
         saved = sum(e.dense.of(unit) - e.cost.of(unit) for e in self.entries)
         return 1 - saved / max(self.model.of(unit), 1)
 
-    def edit(self, ranks: Mapping[str, int | None]) -> Plan:
+    def edit(self, ranks: Mapping[str, int | Size | None]) -> Plan:
         """A new plan with other ranks; None leaves a site dense. Planned errors become unknown.
+
+        Layers of a form that is sized by several numbers take a tuple of them.
 
         Sites that share one basis change together: naming one of them is enough.
 

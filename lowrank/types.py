@@ -12,7 +12,7 @@ from torch import Tensor, nn
 Size = tuple[int, ...]
 Unit = Literal["params", "bytes", "macs"]
 UNITS: tuple[Unit, ...] = ("params", "bytes", "macs")
-Storage = Literal["factors", "pivoted"]  # of low-rank factors of a linear layer
+Storage = Literal["factors", "pivoted"]  # of low-rank factors; other forms are named by methods
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from lowrank.testing import JOINT_LAWS, Law, laws, low_rank_weight
+from lowrank.types import Size
+
+
+def lines(out_features: int, in_features: int, rng: torch.Generator) -> tuple[Tensor, Size]:
+    """Rows on three lines: one coefficient each, on three atoms."""
+    atoms = torch.randn(3, in_features, generator=rng, dtype=torch.float64)
+    scale = torch.randn(out_features, 1, generator=rng, dtype=torch.float64)
+    return scale * atoms[torch.arange(out_features) % 3], (3, 1)
+
+
+def one_channel(out_features: int, in_features: int, rng: torch.Generator) -> tuple[Tensor, Size]:
+    """Rank two, and one input of its own."""
+    weight, _ = low_rank_weight(2)(out_features, in_features, rng)
+    weight[:, 1] += torch.randn(out_features, generator=rng, dtype=torch.float64)
+    return weight, (2, 1)
+
+
+def blocks(out_features: int, in_features: int, rng: torch.Generator) -> tuple[Tensor, Size]:
+    """Low rank is one case of shared-basis blocks."""
+    weight, _ = low_rank_weight(2)(out_features, in_features, rng)
+    return weight, (min(out_features, in_features) // 4, 2)
+
 
 ROSTER: dict[str, dict[str, Law]] = {
     "svd": laws(),
@@ -14,6 +41,17 @@ ROSTER: dict[str, dict[str, Law]] = {
     "frequency": laws(),
     "head-aware": laws(),
     "random": laws(planted=None),  # it gives the trained weight up
+    "dense-sparse": laws(low_rank=False, planted=lines, plain_products=False),  # it gathers too
+    "lowrank-sparse": laws(low_rank=False, planted=one_channel),
+    "auto": laws(),  # of the forms in QUICK
+    "blast": laws(low_rank=False, planted=blocks),
 }
 
 JOINT_ROSTER = {"basis-sharing": JOINT_LAWS}
+
+# Options that the laws are run with, where those of the registry take long.
+QUICK: dict[str, dict[str, Any]] = {
+    "blast": {"sweeps": 4},
+    "dense-sparse": {"sweeps": 2},
+    "auto": {"forms": ("factors", "pivoted")},
+}

@@ -118,7 +118,7 @@ def test_align(model: nn.Module, align: Any) -> None:
         (
             "method",
             "SVD",
-            "(known: asvd, basis-sharing, frequency, fwsvd, head-aware, random, snmf, svd, ",
+            "(known: asvd, auto, basis-sharing, blast, dense-sparse, frequency, fwsvd, ",
         ),
         ("policy", "unifrm", "unknown policy 'unifrm'; did you mean 'uniform'?"),
         ("policy", "xyz", "(known: energy, lossaware, spectrum, uniform, welore)"),

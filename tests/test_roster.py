@@ -8,7 +8,7 @@ import torch
 from lowrank.methods import JOINT, METHODS
 from lowrank.testing import CASES, DTYPES, JOINT_CASES, check_method
 
-from .roster import JOINT_ROSTER, ROSTER
+from .roster import JOINT_ROSTER, QUICK, ROSTER
 
 ROWS = [(method, law) for method, laws in ROSTER.items() for law in laws]
 KIND = {name: make(dtype=torch.float64).site.kind for name, make in CASES.items()}
@@ -30,7 +30,8 @@ def test_every_registered_method_has_a_row() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize(("method", "law", "case"), CROSSED, ids=["-".join(row) for row in CROSSED])
 def test_law(method: str, law: str, case: str, dtype: torch.dtype) -> None:
-    ROSTER[method][law](METHODS[method](), CASES[case](dtype=dtype))
+    way = METHODS[method](**QUICK.get(method, {}))
+    ROSTER[method][law](way, CASES[case](dtype=dtype))
 
 
 @pytest.mark.parametrize("case", JOINT_CASES)
@@ -61,4 +62,5 @@ def test_check_method_runs_all_laws_in_one_call() -> None:
 def test_law_on_a_gpu(method: str, law: str) -> None:
     for case in kinds(method):
         for dtype in DTYPES:
-            ROSTER[method][law](METHODS[method](), CASES[case](dtype=dtype, device="cuda"))
+            way = METHODS[method](**QUICK.get(method, {}))
+            ROSTER[method][law](way, CASES[case](dtype=dtype, device="cuda"))

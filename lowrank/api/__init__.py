@@ -131,9 +131,12 @@ def compress(
         ratio: the fraction kept, in (0, 1); or a finished plan, beside which only data, tokenizer,
             copy, progress and a method object are taken.
         method: "svd", "whitened", "asvd", "snmf", "random", "basis-sharing" (one input basis for
-            layers that read one tensor, "whitened" for the others), "frequency", "head-aware" (the
-            last two for embeddings) or an object; None: "whitened" with data, given or
-            self-written, else "svd". Embeddings that "whitened" meets are factored by "head-aware".
+            layers that read one tensor, "whitened" for the others), "dense-sparse" (a small basis,
+            few coefficients in each row), "lowrank-sparse" (some inputs in full), "blast" (blocks
+            with shared bases), "auto" (the best of these forms for each layer), "frequency",
+            "head-aware" (the last two for embeddings) or an object; None: "whitened" with data,
+            given or self-written, else "svd". Embeddings that "whitened" meets are factored by
+            "head-aware".
         policy: "uniform", "energy", "welore", "spectrum" or a callable; None: "uniform". It shares
             out a ratio; fixed ranks leave it nothing to do.
         rank: instead of a ratio: an int for all sites, or a float in (0, 1], the share of energy.

@@ -9,6 +9,7 @@ from fractions import Fraction
 from .. import sites as walk
 from ..entry import break_even, check_rank
 from ..errors import LowrankError, listed
+from ..methods import own_form
 from ..policies import Energy, policy
 from ..policies.common import Choice, at_most, nearly_free_alignment, only_aligned, smallest
 from ..types import Allocation, Budget, Cost, Curve, Probe, Site
@@ -73,10 +74,11 @@ def _pinned(request: Request, sites: Sequence[Site], curves: Curves) -> Choice:
             check_rank(site.title, site.shape, value, *request.stored(site))
         option = _fixed(value, request, [site], [curves[site.name]])[site.names]
         if option.dense:
+            even = break_even(site.shape, *request.stored(site))
+            takes = "a size" if own_form(request.method) else f"a rank of {even} or more,"
             raise LowrankError(
-                f"rank_pattern {key!r}: keeping {value} of the energy of {site.title} takes a rank "
-                f"of {break_even(site.shape, *request.stored(site))} or more, which is not smaller "
-                "than the dense layer"
+                f"rank_pattern {key!r}: keeping {value} of the energy of {site.title} takes {takes}"
+                " which is not smaller than the dense layer"
             )
         found[site.names] = option
     return found

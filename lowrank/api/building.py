@@ -156,7 +156,8 @@ def method_for(entry: Entry, plan: Plan, way: Way) -> Method | JointMethod:
 
 
 def _predicted(entry: Entry, curve: Curve) -> float | None:
-    return next((o.error for o in curve.options if o.size == entry.size), None)
+    same = (o for o in curve.options if (o.size, o.storage) == (entry.size, entry.storage))
+    return next((o.error for o in same), None)
 
 
 def error_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .. import layouts
 from ..entry import Entry, break_even
+from ..methods import own_form
 from ..types import Curve, Option, Site
 from .request import Request
 
@@ -42,8 +43,12 @@ def _why_dense(option: Option, site: Site, curve: Curve, request: Request) -> st
     if not option.dense:
         return ""
     largest, rank = break_even(site.shape, *request.stored(site)) - 1, request.rank
+    if len(curve.options) == 1 and own_form(request.method):
+        return "no size of this form makes a weight of this shape smaller"
     if len(curve.options) == 1:
         return "no rank makes a weight of this shape smaller"
+    if isinstance(rank, float) and own_form(request.method):
+        return f"keeping {rank} of its energy takes a size that is not smaller"
     if isinstance(rank, float):
         return f"keeping {rank} of its energy takes a rank above {largest}, which is not smaller"
     if rank is not None and rank > largest:

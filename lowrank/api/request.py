@@ -12,7 +12,7 @@ from torch import nn
 from .. import layouts
 from .. import sites as walk
 from ..errors import LowrankError, listed, unknown
-from ..methods import joint
+from ..methods import joint, own_form
 from ..methods import method as method_of
 from ..nn import is_factored
 from ..policies import policy as policy_of
@@ -59,6 +59,8 @@ class Request:
         shared = joint(self.method, self.seed)
         if shared is not None:
             self._check_joint()
+        if own_form(self.method):
+            self._check_own_form()
         if self.effort is not None:
             self._take(effort_of(self.effort))
         if self.method is not None and shared is None:
@@ -76,10 +78,28 @@ class Request:
         if self.effort is not None:
             raise LowrankError(f"effort={self.effort!r:.80} refits layers one by one, and {said}")
 
+    def _check_own_form(self) -> None:
+        """Raises LowrankError for what speaks of ranks beside a method that has none."""
+        said = f"the method {self.method!r:.80} stores layers in a form of its own"
+        ranks = [self.rank, *(self.rank_pattern or {}).values()]
+        if any(isinstance(rank, int) for rank in ranks):
+            raise LowrankError(
+                f"{said}, sized by several numbers, not by a rank: give a ratio, or the share of "
+                "energy to keep; plan.edit changes single sizes"
+            )
+        if self.align not in (None, 1):
+            raise LowrankError(f"align={self.align} rounds ranks, and {said}: leave align out")
+        if self.storage is not None:
+            raise LowrankError(
+                f"storage={self.storage!r} is a form of plain factors, and {said}: leave it out"
+            )
+
     def _take(self, effort: Effort) -> None:
         """What an effort stands for, wherever nothing else was said."""
         open_now = {"method": effort.method, "storage": effort.storage, "policy": effort.policy}
         for name, value in open_now.items():
+            if name == "storage" and own_form(self.method):
+                continue
             if getattr(self, name) is None and (name != "policy" or self.ratio is not None):
                 object.__setattr__(self, name, value)
 

@@ -1,8 +1,15 @@
 """Pure tensor functions: they know nothing of modules."""
 
+from .blast import Blast as Blast
+from .blast import blast as blast
+from .blast import blast_product as blast_product
 from .gram import cross_sum as cross_sum
 from .gram import gram_sum as gram_sum
 from .gram import squared_error as squared_error
+from .lowrank_sparse import LowRankSparse as LowRankSparse
+from .lowrank_sparse import channels as channels
+from .lowrank_sparse import low_rank_sparse as low_rank_sparse
+from .lowrank_sparse import remaining as remaining
 from .pivot import Pivoted as Pivoted
 from .pivot import mixed_from as mixed_from
 from .pivot import pivot_rows as pivot_rows
@@ -17,6 +24,10 @@ from .refit import regressed as regressed
 from .shared import factor_shared as factor_shared
 from .shared import shared_energies as shared_energies
 from .snmf import semi_nmf as semi_nmf
+from .sparse import SparseCode as SparseCode
+from .sparse import dense_sparse as dense_sparse
+from .sparse import pursuit as pursuit
+from .sparse import spread as spread
 from .svd import balance as balance
 from .svd import carried as carried
 from .svd import energies as energies

@@ -38,3 +38,16 @@ def squared_error(weight: Tensor, approximation: Tensor, gram: Tensor | None = N
     if gram is None:
         return float(difference.square().sum())
     return float(((difference @ gram.to(difference)) * difference).sum().clamp(min=0))
+
+
+def safe_root(normal: Tensor, shift: Tensor | float = 0.0) -> Tensor:
+    """The Cholesky factor of (…, k, k) positive semi-definite matrices, singular or zero ones too.
+
+    Args:
+        shift: added to every diagonal, beside what rounding calls for.
+    """
+    side = normal.diagonal(dim1=-2, dim2=-1)
+    ridge = side.amax(-1, keepdim=True) * (8 * side.shape[-1] * torch.finfo(normal.dtype).eps)
+    ridge = ridge.clamp(min=torch.finfo(normal.dtype).tiny ** 0.5) + shift
+    root: Tensor = torch.linalg.cholesky(normal + torch.diag_embed(ridge.expand_as(side)))
+    return root

@@ -7,10 +7,14 @@ from typing import cast
 from ..errors import LowrankError, unknown
 from ..types import JointMethod, Method
 from .asvd import ASVD as ASVD
+from .auto import Auto as Auto
 from .basis_sharing import BasisSharing as BasisSharing
+from .blast import Blast as Blast
+from .dense_sparse import DenseSparse as DenseSparse
 from .frequency import Frequency as Frequency
 from .fwsvd import FWSVD as FWSVD
 from .head_aware import HeadAware as HeadAware
+from .lowrank_sparse import LowRankSparse as LowRankSparse
 from .random import Random as Random
 from .snmf import SemiNMF as SemiNMF
 from .storage import Pivoted as Pivoted
@@ -30,6 +34,10 @@ METHODS: dict[str, type[Method]] = {
     "random": Random,
     "frequency": Frequency,
     "head-aware": HeadAware,
+    "dense-sparse": DenseSparse,
+    "lowrank-sparse": LowRankSparse,
+    "blast": Blast,
+    "auto": Auto,
 }
 
 # Those of several sites that read one tensor; they name the method of sites that are alone.
@@ -64,6 +72,13 @@ def joint(named: str | Method | JointMethod | None, seed: int = 0) -> JointMetho
     if isinstance(named, str):
         return JOINT[named](seed=seed) if named in JOINT else None  # type: ignore[call-arg]
     return cast(JointMethod, named) if hasattr(named, "alone") else None
+
+
+def own_form(named: str | Method | JointMethod | None) -> bool:
+    """Whether the method stores layers in a form of its own, sized by several numbers, not ranks:
+    it has `own_form`."""
+    way = METHODS.get(named) if isinstance(named, str) else named
+    return bool(getattr(way, "own_form", False))
 
 
 def for_kind(way: Method, kind: str) -> Method:

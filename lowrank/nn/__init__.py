@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from ..errors import LowrankError, unknown
+from ..types import Cost
+from .blast_linear import BlastLinear as BlastLinear
+from .blast_linear import blast_cost as blast_cost
 from .channel_conv import ChannelConv as ChannelConv
+from .dense_sparse import DenseSparseLinear as DenseSparseLinear
+from .dense_sparse import dense_sparse_cost as dense_sparse_cost
 from .geometry import Geometry as Geometry
 from .lowrank_embedding import LowRankEmbedding as LowRankEmbedding
 from .lowrank_linear import LowRankLinear as LowRankLinear
+from .lowrank_sparse import LowRankSparseLinear as LowRankSparseLinear
+from .lowrank_sparse import low_rank_sparse_cost as low_rank_sparse_cost
 from .pivoted_linear import PivotedLinear as PivotedLinear
 from .pivoted_linear import pivot_layer as pivot_layer
 from .pivoted_linear import pivot_side as pivot_side
@@ -28,8 +36,18 @@ FACTORED: dict[str, type[nn.Module]] = {
     "LowRankEmbedding": LowRankEmbedding,
     "TiedEmbedding": TiedEmbedding,
     "TiedHead": TiedHead,
+    "DenseSparseLinear": DenseSparseLinear,
+    "LowRankSparseLinear": LowRankSparseLinear,
+    "BlastLinear": BlastLinear,
 }
 
+# Forms whose size is several numbers, by the storage that an option names -> the cost of a layer
+# from (out, in, *size, itemsize=).
+OWN_FORMS: dict[str, Callable[..., Cost]] = {
+    "dense-sparse": dense_sparse_cost,
+    "lowrank-sparse": low_rank_sparse_cost,
+    "blast": blast_cost,
+}
 
 LAYOUTS = ("linear", "conv1d")
 

@@ -1,0 +1,188 @@
+"""y = C · D x with a small dense basis D and s coefficients in every row of C.
+
+DSFormer (arXiv 2312.13211) factors weights so; it shows no times and publishes no format, so that
+format and forward pass are ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import LowrankError
+from ..types import Cost
+from .lazy import LazyProduct
+from .lowrank_linear import own
+
+SMALL = 256  # atoms that a byte can number
+MOST = 32768  # that two bytes can
+GATHERED = 64  # tokens · s / r up to which coefficients are gathered; benchmarks/sparse_speed.py
+
+
+class DenseSparseLinear(nn.Module):
+    """Exactly s of the r atoms in every output.
+
+    Tensors: `basis.weight` (r, in), `value` (out, s), `index` (out, s) in one byte (two above 256
+    atoms): which atoms an output is made of; `bias` (out,).
+    """
+
+    index: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        count: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= count <= rank or rank > MOST:
+            raise LowrankError(
+                f"expected 1 <= count <= rank <= {MOST} for a layer of shape ({out_features}, "
+                f"{in_features}): {count} coefficients a row cannot be on {rank} atoms"
+            )
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.basis = nn.Linear(in_features, rank, bias=False, **place)
+        self.value = nn.Parameter(torch.empty(out_features, count, **place))
+        if not self.value.is_meta:
+            nn.init.normal_(self.value, std=count**-0.5)
+        first = torch.arange(count, dtype=index_dtype(rank), device=device)
+        self.register_buffer("index", first.repeat(out_features, 1))
+        shift = nn.Parameter(torch.zeros(out_features, **place)) if bias else None
+        self.register_parameter("bias", shift)
+
+    @classmethod
+    def from_code(cls, basis: Tensor, value: Tensor, index: Tensor, bias: Tensor | None) -> Self:
+        """A layer that owns contiguous copies.
+
+        Args:
+            basis: (r, in); value: (out, s), of one dtype.
+            index: (out, s), integers in [0, r); no atom twice in a row.
+
+        Raises:
+            LowrankError: the shapes do not fit, or an index names no atom, or one twice.
+        """
+        (rank, in_features), (out_features, count) = basis.shape, value.shape
+        rows = index.long().sort(1).values
+        twice = bool((rows.diff(dim=1) == 0).any())
+        if index.shape != value.shape or twice or not 0 <= rows.min() <= rows.max() < rank:
+            raise LowrankError(
+                f"expected an index of shape {tuple(value.shape)} with different atoms in "
+                f"[0, {rank - 1}] in every row, got shape {tuple(index.shape)} with values in "
+                f"[{int(rows.min())}, {int(rows.max())}]{', some twice' * twice}"
+            )
+        layer = cls.empty(
+            in_features=in_features, out_features=out_features, rank=rank, count=count,
+            bias=bias is not None,
+        )  # fmt: skip
+        layer.basis.weight, layer.value = own(basis), own(value)
+        layer.index = index.to(index_dtype(rank), copy=True).contiguous()
+        if bias is not None:
+            layer.bias = own(bias)
+        return layer
+
+    @classmethod
+    def empty(
+        cls, *, in_features: int, out_features: int, rank: int, count: int, bias: bool
+    ) -> Self:
+        return cls(in_features, out_features, rank, count, bias=bias, device="meta")
+
+    @property
+    def in_features(self) -> int:
+        return self.basis.in_features
+
+    @property
+    def out_features(self) -> int:
+        return len(self.value)
+
+    @property
+    def rank(self) -> int:
+        return self.basis.out_features
+
+    @property
+    def count(self) -> int:
+        return self.value.shape[1]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (out, in), multiplied when it is used: for code that reads `.weight`."""
+        shape = (self.out_features, self.in_features)
+        return LazyProduct.of(shape, self.value, self.dense_weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        inner = self.basis(x)
+        if self._gathers(inner):
+            y = self._gathered(inner)
+            return y if self.bias is None else y + self.bias
+        bias = None if self.bias is None else self.bias.to(inner.dtype)
+        return F.linear(inner, self.coefficients(inner.dtype), bias)
+
+    def coefficients(self, dtype: torch.dtype | None = None) -> Tensor:
+        """C (out, r), with its zeros."""
+        value = self.value.to(dtype or self.value.dtype)
+        return value.new_zeros(len(value), self.rank).scatter(1, self.index.long(), value)
+
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(out, in), multiplied in `dtype` (None: that of the factors)."""
+        dtype = dtype or self.value.dtype
+        return self.coefficients(dtype) @ self.basis.weight.to(dtype)
+
+    def spec(self) -> dict[str, Any]:
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "rank": self.rank,
+            "count": self.count,
+            "bias": self.bias is not None,
+        }
+
+    def cost(self) -> Cost:
+        shape, itemsize = (self.out_features, self.in_features), self.value.dtype.itemsize
+        return dense_sparse_cost(*shape, self.rank, self.count, itemsize=itemsize)
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, rank={self.rank}, count={self.count}"
+
+    def _gathers(self, inner: Tensor) -> bool:
+        """Whether coefficients are summed one by one: on a CPU, few tokens, and no graph."""
+        tokens = inner.numel() // self.rank
+        few = 0 < tokens * self.count <= GATHERED * self.rank
+        plain = type(inner) is Tensor and inner.device.type == "cpu"
+        alike = inner.dtype == self.value.dtype
+        graph = torch.is_grad_enabled() and (inner.requires_grad or self.value.requires_grad)
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        return few and plain and alike and not graph and not traced
+
+    def _gathered(self, inner: Tensor) -> Tensor:
+        """C · inner as s rows of innerᵀ weighted and summed for each output, in one kernel."""
+        rows = inner.reshape(-1, self.rank).T.contiguous()  # (r, tokens)
+        y = F.embedding_bag(self.index.int(), rows, per_sample_weights=self.value, mode="sum")
+        return y.T.reshape(*inner.shape[:-1], self.out_features)
+
+
+def index_dtype(rank: int) -> torch.dtype:
+    """The smallest integers that number so many atoms."""
+    return torch.uint8 if rank <= SMALL else torch.int16
+
+
+def dense_sparse_cost(
+    out_features: int, in_features: int, rank: int, count: int, *, itemsize: int
+) -> Cost:
+    """rank · in + count · out numbers, as many products, and an index for each coefficient.
+
+    Args:
+        itemsize: bytes of one number.
+    """
+    params = rank * in_features + count * out_features
+    indices = count * out_features * index_dtype(rank).itemsize
+    return Cost(params, params * itemsize + indices, params)

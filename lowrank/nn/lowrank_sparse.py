@@ -1,0 +1,172 @@
+"""Low rank, and a few inputs that are read in full: y = up(down(x)) + columns · x[index].
+
+The form of LOST (arXiv 2508.02668) with unit weights on both parts: their γ scales what can be
+scaled once in the factors, and no bias is added where there was none.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LowrankError
+from ..types import Cost
+from .lazy import LazyProduct
+from .lowrank_linear import own
+
+
+class Columns(nn.Module):
+    """Tensors: `weight` (out, c), `index` (c,) int32, ascending: the inputs that it multiplies."""
+
+    index: Tensor
+
+    def __init__(
+        self,
+        out_features: int,
+        count: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(out_features, count, device=device, dtype=dtype))
+        first = torch.arange(count, dtype=torch.int32, device=device)
+        self.register_buffer("index", first)
+
+
+class LowRankSparseLinear(nn.Module):
+    """Two real `nn.Linear` children, and columns for the inputs that the low rank serves worst.
+
+    Tensors: `down.weight` (rank, in), `up.weight` (out, rank), `up.bias` (out,), `sparse.weight`
+    (out, c), `sparse.index` (c,) int32.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        count: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= count <= in_features:
+            raise LowrankError(
+                f"count must be in [1, {in_features}], the inputs of a layer of shape "
+                f"({out_features}, {in_features}), got {count}"
+            )
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.down = nn.Linear(in_features, rank, bias=False, **place)
+        self.up = nn.Linear(rank, out_features, bias=bias, **place)
+        self.sparse = Columns(out_features, count, **place)
+
+    @classmethod
+    def from_parts(
+        cls, down: Tensor, up: Tensor, columns: Tensor, index: Tensor, bias: Tensor | None
+    ) -> Self:
+        """A layer that owns contiguous copies.
+
+        Args:
+            down, up, columns: (rank, in), (out, rank), (out, c), of one dtype.
+            index: (c,) integers, ascending: the inputs that the columns belong to.
+
+        Raises:
+            LowrankError: the index names no input, or is not ascending, or of another length.
+        """
+        (rank, in_features), (out_features, count) = down.shape, columns.shape
+        rising = len(index) == count and bool((index.diff() > 0).all())
+        if not rising or not 0 <= int(index[0]) <= int(index[-1]) < in_features:
+            raise LowrankError(
+                f"expected {count} ascending inputs in [0, {in_features - 1}], "
+                f"got {index.tolist()!r:.80}"
+            )
+        layer = cls.empty(
+            in_features=in_features, out_features=out_features, rank=rank, count=count,
+            bias=bias is not None,
+        )  # fmt: skip
+        layer.down.weight, layer.up.weight = own(down), own(up)
+        layer.sparse.weight = own(columns)
+        layer.sparse.index = index.to(torch.int32, copy=True).contiguous()
+        if bias is not None:
+            layer.up.bias = own(bias)
+        return layer
+
+    @classmethod
+    def empty(
+        cls, *, in_features: int, out_features: int, rank: int, count: int, bias: bool
+    ) -> Self:
+        return cls(in_features, out_features, rank, count, bias=bias, device="meta")
+
+    @property
+    def in_features(self) -> int:
+        return self.down.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.up.out_features
+
+    @property
+    def rank(self) -> int:
+        return self.down.out_features
+
+    @property
+    def count(self) -> int:
+        """Inputs that have a column of their own."""
+        return len(self.sparse.index)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (out, in), multiplied when it is used: for code that reads `.weight`."""
+        shape = (self.out_features, self.in_features)
+        return LazyProduct.of(shape, self.up.weight, self.dense_weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.up.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        low, chosen = self.up(self.down(x)), x.index_select(-1, self.sparse.index)
+        rows = chosen.reshape(-1, self.count), low.reshape(-1, self.out_features)
+        # One product that adds to the low-rank part: a sum of its own would read all of it again.
+        return torch.addmm(rows[1], rows[0], self.sparse.weight.T).view(low.shape)
+
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(out, in), multiplied in `dtype` (None: that of the factors)."""
+        dtype = dtype or self.up.weight.dtype
+        low = self.up.weight.to(dtype) @ self.down.weight.to(dtype)
+        return low.index_add(1, self.sparse.index, self.sparse.weight.to(dtype))
+
+    def spec(self) -> dict[str, Any]:
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "rank": self.rank,
+            "count": self.count,
+            "bias": self.up.bias is not None,
+        }
+
+    def cost(self) -> Cost:
+        shape, itemsize = (self.out_features, self.in_features), self.up.weight.dtype.itemsize
+        return low_rank_sparse_cost(*shape, self.rank, self.count, itemsize=itemsize)
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, rank={self.rank}, count={self.count}"
+
+
+def low_rank_sparse_cost(
+    out_features: int, in_features: int, rank: int, count: int, *, itemsize: int
+) -> Cost:
+    """rank · (out + in) + count · out numbers, as many products, and four bytes for each input.
+
+    Args:
+        itemsize: bytes of one number.
+    """
+    params = rank * (out_features + in_features) + count * out_features
+    return Cost(params, params * itemsize + torch.int32.itemsize * count, params)

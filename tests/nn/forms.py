@@ -1,0 +1,71 @@
+"""The three forms that are sized by several numbers, with NumPy's word for what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lowrank.nn import BlastLinear, DenseSparseLinear, LowRankSparseLinear
+
+
+class Made(NamedTuple):
+    layer: nn.Module
+    weight: np.ndarray  # (out, in), by NumPy
+    bias: np.ndarray | None
+
+
+def drawn(seed: int) -> Callable[..., Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+
+def dense_sparse(out: int, inner: int, *, bias: bool = True, seed: int = 0) -> Made:
+    normal, rng = drawn(seed), np.random.default_rng(seed)
+    rank, count = max(inner // 2, 2), 2
+    basis, value = normal(rank, inner), normal(out, count)
+    index = np.stack([rng.permutation(rank)[:count] for _ in range(out)])
+    shift = normal(out) if bias else None
+    weight = np.zeros((out, inner))
+    for row in range(out):
+        for number in range(count):
+            weight[row] += value[row, number].item() * basis[index[row, number]].numpy()
+    layer = DenseSparseLinear.from_code(basis, value, torch.from_numpy(index), shift)
+    return Made(layer, weight, None if shift is None else shift.numpy())
+
+
+def lowrank_sparse(out: int, inner: int, *, bias: bool = True, seed: int = 0) -> Made:
+    normal, rng = drawn(seed), np.random.default_rng(seed)
+    down, up, columns = normal(2, inner), normal(out, 2), normal(out, 3)
+    index = np.sort(rng.permutation(inner)[:3])
+    shift = normal(out) if bias else None
+    weight = up.numpy() @ down.numpy()
+    weight[:, index] += columns.numpy()
+    layer = LowRankSparseLinear.from_parts(down, up, columns, torch.from_numpy(index), shift)
+    return Made(layer, weight, None if shift is None else shift.numpy())
+
+
+def blast(out: int, inner: int, *, bias: bool = True, seed: int = 0) -> Made:
+    normal, blocks = drawn(seed), 3
+    rows, columns = -(-out // blocks), -(-inner // blocks)
+    left, mix = normal(blocks, rows, 2), normal(blocks, blocks, 2)
+    right = normal(blocks, 2, columns)
+    shift = normal(out) if bias else None
+    weight = np.block(
+        [
+            [left[i].numpy() @ np.diag(mix[i, j].numpy()) @ right[j].numpy() for j in range(blocks)]
+            for i in range(blocks)
+        ]
+    )[:out, :inner]
+    layer = BlastLinear.from_factors(left, mix, right, shift, shape=(out, inner))
+    return Made(layer, weight, None if shift is None else shift.numpy())
+
+
+FORMS: dict[str, Callable[..., Made]] = {
+    "DenseSparseLinear": dense_sparse,
+    "LowRankSparseLinear": lowrank_sparse,
+    "BlastLinear": blast,
+}

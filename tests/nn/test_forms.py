@@ -1,0 +1,158 @@
+"""What dense-sparse, low-rank-sparse and block layers share: the arithmetic, files, other modes."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import nn
+from torch.nn.functional import linear
+
+from lowrank.nn import FACTORED, OWN_FORMS, build, describe, is_factored, remember_layout
+from lowrank.types import Cost, Factored
+
+from .forms import FORMS
+
+SHAPES = [(12, 9), (7, 10), (5, 11), (3, 8)]  # three blocks divide neither side of most
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+
+
+@pytest.fixture(params=FORMS)
+def made(request: Any) -> Any:
+    return FORMS[request.param]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_and_dense_weight_are_numpys(
+    made: Any, shape: tuple[int, int], bias: bool, grad: bool
+) -> None:
+    layer, weight, shift = made(*shape, bias=bias)
+    assert isinstance(layer, Factored)
+    assert is_factored(layer)
+    np.testing.assert_allclose(layer.dense_weight().detach(), weight, atol=1e-12)
+    for lead in ((), (4,), (2, 3), (2, 1, 5), (0,), (70, 3)):
+        x = torch.randn(*lead, shape[1], dtype=torch.float64)
+        want = x.numpy() @ weight.T + (0 if shift is None else shift)
+        with torch.set_grad_enabled(grad):
+            got = layer(x)
+        assert got.shape == (*lead, shape[0])
+        np.testing.assert_allclose(got.detach(), want, atol=1e-11)
+        view = torch.randn(shape[1], 4, dtype=torch.float64).T  # not contiguous
+        np.testing.assert_allclose(layer(view).detach(), layer(view.clone()).detach(), atol=1e-11)
+
+
+def test_gradients_are_those_of_the_dense_layer(made: Any) -> None:
+    layer, weight, _ = made(7, 10)
+    x = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
+    dense = torch.from_numpy(weight).requires_grad_()
+    layer(x).square().sum().backward()
+    got, x.grad = x.grad, None
+    linear(x, dense, layer.bias.detach()).square().sum().backward()
+    torch.testing.assert_close(got, x.grad)
+    through = copy.deepcopy(layer)
+    for parameter in through.parameters():
+        parameter.grad = None
+    (through.dense_weight() * dense.grad).sum().backward()
+    for name, parameter in through.named_parameters():
+        if name.rpartition(".")[2] != "bias":
+            torch.testing.assert_close(parameter.grad, layer.get_parameter(name).grad)
+
+
+def test_gradients_agree_with_differences(made: Any) -> None:
+    layer, *_ = made(5, 6)
+    names = [name for name, _ in layer.named_parameters()]
+    values = [p.detach().clone().requires_grad_() for p in layer.parameters()]
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+
+    def run(x: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, given, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(run, (x, *values))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_spec_and_file_rebuild_it_bit_for_bit(made: Any, dtype: torch.dtype) -> None:
+    layer = made(7, 10).layer.to(dtype)
+    remember_layout(layer, "conv1d")
+    spec = json.loads(json.dumps(describe(layer)))
+    again = build(spec, "here")
+    assert all(tensor.is_meta for tensor in again.state_dict().values())
+    again.load_state_dict(load(save(layer.state_dict())), assign=True)
+    assert describe(again) == spec
+    x = torch.randn(3, 10).to(dtype)
+    with torch.no_grad():
+        assert torch.equal(again(x), layer(x))
+        assert layer(x).dtype == dtype
+    indices = [t.dtype for t in again.state_dict().values() if not t.is_floating_point()]
+    assert {*indices} <= {torch.uint8, torch.int16, torch.int32}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cost_is_what_is_stored(made: Any, dtype: torch.dtype) -> None:
+    layer = made(7, 10).layer.to(dtype)
+    tensors = {k: t for k, t in layer.state_dict().items() if k.rpartition(".")[2] != "bias"}
+    params = sum(t.numel() for t in tensors.values() if t.is_floating_point())
+    stored = sum(t.numel() * t.element_size() for t in tensors.values())
+    assert layer.cost() == Cost(params, stored, params)
+
+
+def test_weight_reads_as_the_dense_one_and_costs_nothing_to_look_at(made: Any) -> None:
+    layer, weight, _ = made(7, 10)
+    assert (layer.weight.shape, layer.weight.dtype) == ((7, 10), torch.float64)
+    np.testing.assert_allclose((layer.weight + 0).detach(), weight, atol=1e-12)
+    assert (layer.in_features, layer.out_features) == (10, 7)
+
+
+def test_other_dtypes_for_the_dense_weight(made: Any) -> None:
+    layer = made(7, 10).layer.bfloat16()
+    assert layer.dense_weight().dtype == torch.bfloat16
+    exact = layer.dense_weight(torch.float64)
+    assert exact.dtype == torch.float64
+    assert torch.equal(exact, copy.deepcopy(layer).double().dense_weight())
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_under_autocast_it_does_as_a_linear_layer(made: Any, grad: bool) -> None:
+    layer, weight, _ = made(7, 10)
+    layer = layer.float()
+    x = torch.randn(4, 10)
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
+        got = layer(x)
+        assert got.dtype == nn.Linear(10, 7)(x).dtype == torch.bfloat16
+    want = linear(x, torch.from_numpy(weight).float(), layer.bias)
+    torch.testing.assert_close(got.float(), want, rtol=0.1, atol=0.3)
+
+
+def test_export_and_copies_compute_the_same(made: Any) -> None:
+    layer = made(7, 10).layer.float().eval()
+    x = torch.randn(4, 10)
+    program = torch.export.export(layer, (x,))
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x), layer(x))
+        assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+def test_a_fresh_layer_computes_something(made: Any) -> None:
+    """By its constructor, for training from scratch."""
+    layer = made(8, 12).layer
+    torch.manual_seed(0)
+    fresh = type(layer)(**layer.spec())
+    assert describe(fresh) == describe(layer)
+    y = fresh(torch.randn(64, 12)).detach()
+    assert 0.05 < float(y.std()) < 20
+
+
+def test_the_registries_agree() -> None:
+    assert {*FORMS} <= {*FACTORED}
+    assert [*OWN_FORMS] == ["dense-sparse", "lowrank-sparse", "blast"]
+    sizes = {"dense-sparse": (5, 2), "lowrank-sparse": (2, 3), "blast": (3, 2)}
+    for (storage, cost), make in zip(OWN_FORMS.items(), FORMS.values(), strict=True):
+        layer = make(7, 10).layer
+        assert layer.cost() == cost(7, 10, *sizes[storage], itemsize=8)

@@ -1,0 +1,126 @@
+"""What each of the forms alone has to keep: names of tensors, indices, sizes that do not exist."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lowrank.nn.dense_sparse as dense_sparse_module
+from lowrank.errors import LowrankError
+from lowrank.nn import BlastLinear, DenseSparseLinear, LowRankSparseLinear, build
+
+from .forms import blast, dense_sparse, lowrank_sparse
+
+
+def shapes(layer: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+
+
+def test_names_and_shapes_of_the_tensors_are_a_contract() -> None:
+    assert shapes(dense_sparse(7, 10).layer) == {
+        "basis.weight": (5, 10), "value": (7, 2), "index": (7, 2), "bias": (7,),
+    }  # fmt: skip
+    assert shapes(lowrank_sparse(7, 10).layer) == {
+        "down.weight": (2, 10), "up.weight": (7, 2), "up.bias": (7,), "sparse.weight": (7, 3),
+        "sparse.index": (3,),
+    }  # fmt: skip
+    assert shapes(blast(7, 10).layer) == {
+        "left": (3, 3, 2), "mix": (3, 3, 2), "right": (3, 2, 4), "bias": (7,),
+    }  # fmt: skip
+    assert lowrank_sparse(7, 10).layer.sparse.index.dtype == torch.int32
+
+
+@pytest.mark.parametrize(
+    ("rank", "dtype"), [(256, torch.uint8), (257, torch.int16), (32768, torch.int16)]
+)
+def test_an_index_is_as_short_as_it_can_be(rank: int, dtype: torch.dtype) -> None:
+    """The last atom is read, so that no index overflows."""
+    value, index = torch.tensor([[2.0]]), torch.tensor([[rank - 1]])
+    basis = torch.zeros(rank, 1)
+    basis[-1] = 3
+    layer = DenseSparseLinear.from_code(basis, value, index, None)
+    assert layer.index.dtype == dtype
+    assert layer.cost().bytes == 4 * (rank + 1) + dtype.itemsize
+    with torch.no_grad():
+        assert layer(torch.ones(1)).tolist() == [6]
+    assert layer(torch.ones(1)).tolist() == [6]
+    assert layer.dense_weight().tolist() == [[6]]
+
+
+def test_few_tokens_are_gathered_and_many_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways give the same; the rule is tokens · s ≤ 64 r, and a graph is never gathered."""
+    layer = dense_sparse(7, 10).layer  # s = 2, r = 5
+    calls: list[int] = []
+    real = torch.nn.functional.embedding_bag
+    monkeypatch.setattr(
+        dense_sparse_module.F, "embedding_bag", lambda *a, **k: calls.append(1) or real(*a, **k)
+    )
+    x = torch.randn(161, 10, dtype=torch.float64)
+    with torch.no_grad():
+        few = layer(x[:160])
+        assert calls == [1]
+        many = layer(x)
+        assert calls == [1]
+    torch.testing.assert_close(few, many[:160])
+    layer(x[:3])
+    assert calls == [1]
+    layer.requires_grad_(False)
+    torch.testing.assert_close(layer(x[:3]), many[:3])
+    assert calls == [1, 1]
+
+
+def test_a_column_belongs_to_its_input() -> None:
+    """By hand; moved by one input, the output is another."""
+    parts = torch.zeros(1, 3), torch.zeros(2, 1), torch.tensor([[5.0], [7.0]])
+    right = LowRankSparseLinear.from_parts(*parts, torch.tensor([1]), None)
+    wrong = LowRankSparseLinear.from_parts(*parts, torch.tensor([2]), None)
+    x = torch.tensor([0.0, 1.0, 0.0])
+    assert right(x).tolist() == [5, 7]
+    assert wrong(x).tolist() == [0, 0]
+    assert right.dense_weight().tolist() == [[0, 5, 0], [0, 7, 0]]
+
+
+def test_codes_that_do_not_fit_are_refused() -> None:
+    basis, value = torch.ones(4, 3), torch.ones(2, 2)
+    for index, said in (
+        ([[0, 1], [2, 4]], r"atoms in \[0, 3\]"),
+        ([[0, 1], [-1, 2]], r"values in \[-1, 2\]"),
+        ([[0, 1], [3, 3]], "some twice"),
+        ([[0, 1]], r"shape \(1, 2\)"),
+    ):
+        with pytest.raises(LowrankError, match=said):
+            DenseSparseLinear.from_code(basis, value, torch.tensor(index), None)
+
+
+@pytest.mark.parametrize("index", [[2, 1], [1, 1], [0, 3], [-1, 1], [1]])
+def test_channels_that_do_not_fit_are_refused(index: list[int]) -> None:
+    parts = torch.ones(1, 3), torch.ones(2, 1), torch.ones(2, 2)
+    with pytest.raises(LowrankError, match=r"expected 2 ascending inputs in \[0, 2\], got"):
+        LowRankSparseLinear.from_parts(*parts, torch.tensor(index), None)
+
+
+def test_factors_of_another_shape_are_refused() -> None:
+    left, mix, right = torch.ones(2, 3, 4), torch.ones(2, 2, 4), torch.ones(2, 4, 3)
+    BlastLinear.from_factors(left, mix, right, None, shape=(6, 5))
+    with pytest.raises(LowrankError, match=r"expected right of shape \(2, 4, 4\)"):
+        BlastLinear.from_factors(left, mix, right, None, shape=(6, 7))
+
+
+NONSENSE = {
+    "more coefficients than atoms": ("DenseSparseLinear", {"rank": 3, "count": 4}, "3 atoms"),
+    "none": ("DenseSparseLinear", {"rank": 3, "count": 0}, "0 coefficients"),
+    "too many atoms": ("DenseSparseLinear", {"rank": 40_000, "count": 1}, "<= 32768"),
+    "more channels than inputs": ("LowRankSparseLinear", {"rank": 2, "count": 9}, r"\[1, 8\]"),
+    "no channel": ("LowRankSparseLinear", {"rank": 2, "count": 0}, "got 0"),
+    "more blocks than rows": ("BlastLinear", {"blocks": 7, "rank": 2}, r"blocks in \[1, 6\]"),
+    "no rank": ("BlastLinear", {"blocks": 2, "rank": 0}, "got 2 and 0"),
+}
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_sizes_that_do_not_exist_are_refused(name: str) -> None:
+    kind, sizes, said = NONSENSE[name]
+    spec = {"type": kind, "in_features": 8, "out_features": 6, "bias": True, **sizes}
+    with pytest.raises(LowrankError, match=said) as caught:
+        build(spec, "model.fc")
+    assert "model.fc" in str(caught.value)
