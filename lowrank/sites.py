@@ -101,6 +101,14 @@ def select(
     return chosen
 
 
+def covers(patterns: Patterns, names: Iterable[str], kind: str) -> bool:
+    """Whether `target_modules` names a site of these names and this kind, heads included."""
+    word = patterns.lower() if isinstance(patterns, str) else ""
+    if word in (ALL_LINEAR, ALL):
+        return word == ALL or kind == "linear"
+    return any(_matches(patterns, name) for name in names)
+
+
 def pattern_value(patterns: Iterable[str], names: Iterable[str]) -> str | None:
     """The first key that names one of `names`: a full name, its ending, or a regular expression."""
     every = list(names)

@@ -17,6 +17,7 @@ from .shared_linear import SharedLowRankLinear as SharedLowRankLinear
 from .tied import TiedEmbedding as TiedEmbedding
 from .tied import TiedHead as TiedHead
 from .tied import table_of as table_of
+from .usv_linear import USVLinear as USVLinear
 
 FACTORED: dict[str, type[nn.Module]] = {
     "LowRankLinear": LowRankLinear,
@@ -25,6 +26,7 @@ FACTORED: dict[str, type[nn.Module]] = {
     "LowRankEmbedding": LowRankEmbedding,
     "TiedEmbedding": TiedEmbedding,
     "TiedHead": TiedHead,
+    "USVLinear": USVLinear,
 }
 
 
