@@ -11,3 +11,4 @@ model = controller.finish()  # plain factored modules
 """
 
 from .common import Attachment as Attachment
+from .dlrt import DLRT as DLRT

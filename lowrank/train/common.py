@@ -7,7 +7,8 @@ backward and `optimizer.step()` and once more after it, and holds one `Attachmen
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace as changed
 from typing import Any
 
 import torch
@@ -106,6 +107,7 @@ class Attachment:
     def put(self, site: Site, new: nn.Module) -> None:
         """Replace the layer of a site and claim what is there now; the optimizer is not touched."""
         walk.replace(self.root, site, new)
+        self.sites = [changed(s, modules=(new,)) if s is site else s for s in self.sites]
         self.claim(site.name, new, site.kind)
 
     def claim(self, name: str, module: nn.Module, kind: str = "linear") -> None:
@@ -165,6 +167,19 @@ class Attachment:
         """Parameters were replaced: DDP has to know."""
         distributed.renew(self.model)
 
+    def check_state(self, state: Mapping[str, Any], sites: Collection[str]) -> None:
+        """Whether a controller's saved state is of this controller and these sites.
+
+        Raises:
+            LowrankError: it is not; what differs is said.
+        """
+        if state.get("controller") != self.who:
+            got = state.get("controller")
+            raise LowrankError(f"this state was saved by {got}, it cannot go on with {self.who}")
+        if set(state["sites"]) != set(sites):
+            differ = sorted(set(state["sites"]) ^ set(sites))
+            raise LowrankError(f"this state was saved with other layers: {listed(differ, 3)}")
+
     def note(self, event: str, site: str, **values: Any) -> None:
         """One line of the history; values are numbers, words, or lists of them."""
         self.history.append({"step": self.step, "site": site, "event": event, **values})
@@ -181,16 +196,18 @@ def unwrapped_model(model: nn.Module) -> nn.Module:
             return model
 
 
-def refuse_not_finite(gradients: dict[str, torch.Tensor | None]) -> None:
+def refuse_not_finite(
+    tensors: Mapping[str, torch.Tensor | None], what: str = "the gradient"
+) -> None:
     """Before anything is computed from them.
 
     Raises:
-        LowrankError: a gradient has NaN or Inf; the first such site is named.
+        LowrankError: a tensor has NaN or Inf; the first such one is named.
     """
-    for name, gradient in gradients.items():
-        if gradient is not None and not bool(torch.isfinite(gradient).all()):
+    for name, tensor in tensors.items():
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise LowrankError(
-                f"the gradient at {name} has numbers that are not finite; nothing was changed: "
+                f"{what} at {name} has numbers that are not finite; nothing was changed: "
                 "skip this batch (zero_grad, no step), or lower the learning rate"
             )
 

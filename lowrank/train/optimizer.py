@@ -120,6 +120,21 @@ def replace(
         inner.state[fresh[0]] = state
 
 
+def insert(optimizer: Any, beside: nn.Parameter, new: Iterable[nn.Parameter]) -> None:
+    """Step on `new` too, right after `beside` and with its options.
+
+    Raises:
+        LowrankError: `beside` is not in the optimizer.
+    """
+    fresh = list(new)
+    for group in unwrapped(optimizer).param_groups:
+        for at, parameter in enumerate(group["params"]):
+            if parameter is beside:
+                group["params"][at + 1 : at + 1] = fresh
+                return
+    raise LowrankError(f"a parameter of shape {tuple(beside.shape)} is not in the optimizer")
+
+
 def carried(state: Mapping[str, Any], old: Tensor, new: Tensor, carry: Carry) -> dict[str, Any]:
     """The optimizer's state of one parameter in new coordinates; the given one is left as it is.
 
