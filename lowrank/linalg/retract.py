@@ -20,7 +20,15 @@ def orthonormal(matrix: Tensor) -> Tensor:
     """Q of the thin QR of (n, r) with diag(R) > 0, which makes it unique: the retraction."""
     with full_precision(matrix):
         q, r = torch.linalg.qr(_wide(matrix))
-        return q * _signs(r.diagonal())
+        fixed: Tensor = q * _signs(r.diagonal())
+        return fixed
+
+
+def tangent(basis: Tensor, gradient: Tensor) -> Tensor:
+    """(I − UUᵀ) G, (n, r), without the (n, n) matrix."""
+    with full_precision(basis):
+        u, g = _wide(basis), _wide(gradient)
+        return g - u @ (u.T @ g)
 
 
 def new_directions(basis: Tensor, gradient: Tensor, most: int | None = None) -> Tensor:

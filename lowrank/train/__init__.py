@@ -11,4 +11,5 @@ model = controller.finish()  # plain factored modules
 """
 
 from .common import Attachment as Attachment
+from .condlr import CondLR as CondLR
 from .dlrt import DLRT as DLRT

@@ -86,8 +86,8 @@ def corner(shape: Sequence[int]) -> Carry:
 
 def replace(
     optimizer: Any,
-    old: nn.Parameter,
-    new: nn.Parameter | Iterable[nn.Parameter],
+    old: Tensor,
+    new: Tensor | Iterable[Tensor],
     carry: Carry | None = None,
 ) -> None:
     """Step on `new` from now on, at the place and with the options that `old` had.
@@ -101,7 +101,7 @@ def replace(
         LowrankError: `old` is not there, or its state cannot be carried; nothing is changed then.
     """
     inner = unwrapped(optimizer)
-    fresh = [new] if isinstance(new, nn.Parameter) else list(new)
+    fresh = [new] if isinstance(new, Tensor) else list(new)
     group = next((g for g in inner.param_groups if any(p is old for p in g["params"])), None)
     if group is None:
         raise LowrankError(
@@ -120,7 +120,7 @@ def replace(
         inner.state[fresh[0]] = state
 
 
-def insert(optimizer: Any, beside: nn.Parameter, new: Iterable[nn.Parameter]) -> None:
+def insert(optimizer: Any, beside: Tensor, new: Iterable[Tensor]) -> None:
     """Step on `new` too, right after `beside` and with its options.
 
     Raises:
@@ -162,7 +162,7 @@ def carried(state: Mapping[str, Any], old: Tensor, new: Tensor, carry: Carry) ->
     return done
 
 
-def linear_state(optimizer: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
+def linear_state(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
     """The live tensors of the parameter's state that are linear in its gradients (momentum)."""
     state = unwrapped(optimizer).state.get(parameter, {})
     return {
