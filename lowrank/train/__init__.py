@@ -10,6 +10,16 @@ for x, y in batches:
 model = controller.finish()  # plain factored modules
 """
 
+from typing import Any
+
 from .common import Attachment as Attachment
 from .condlr import CondLR as CondLR
 from .dlrt import DLRT as DLRT
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LowRankCallback":  # transformers is imported only now
+        from .callback import LowRankCallback
+
+        return LowRankCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

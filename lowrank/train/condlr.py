@@ -121,6 +121,10 @@ class CondLR:
         """The rank of every adapted layer now."""
         return {name: module.rank for name, module in self._modules.items()}
 
+    def rebind(self, optimizer: Any) -> None:
+        """A trainer wrapped the optimizer by itself: see `Attachment.rebind`."""
+        self._at.rebind(optimizer)
+
     @torch.no_grad()
     def before_step(self) -> None:
         """After backward and clipping: project and scale the gradients of U and V.

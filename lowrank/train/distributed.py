@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 import torch
@@ -43,6 +44,18 @@ def refuse_sharded(model: nn.Module, optimizer: object, who: str) -> None:
             f"{who} cannot change ranks under {found[0]}: FSDP and ZeRO hold slices of parameters; "
             "train with DistributedDataParallel or on one device, or compress after training"
         )
+
+
+def wrapper_of(root: nn.Module) -> nn.Module:
+    """The DDP module that holds `root`, for trainers that hand out only what is inside.
+
+    Raises:
+        LowrankError: there is none.
+    """
+    for thing in gc.get_objects():
+        if isinstance(thing, DistributedDataParallel) and thing.module is root:
+            return thing
+    raise LowrankError(f"on {world()} processes the model must be wrapped in DDP, and is not")
 
 
 def agreed(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -95,6 +95,10 @@ class DLRT:
         """The rank of every adapted layer now."""
         return {name: module.rank for name, module in self._modules.items()}
 
+    def rebind(self, optimizer: Any) -> None:
+        """A trainer wrapped the optimizer by itself: see `Attachment.rebind`."""
+        self._at.rebind(optimizer)
+
     @torch.no_grad()
     def before_step(self) -> None:
         """After backward and clipping: where a cycle begins, enlarge the bases.
