@@ -135,7 +135,7 @@ def sensitivity(found: Sensitivity) -> Any:
 
 
 def ranks(history: Sequence[Mapping[str, Any]]) -> Any:
-    """Ranks over the steps of a training, a line for every layer: `plots.ranks(controller.history)`.
+    """Ranks over the steps of a training, a line a layer: `plots.ranks(controller.history)`.
 
     Ranks between two events are held; those of bases that are enlarged for a few steps are left
     out. A layer with several ranks has a line for each. Above ten lines, colour tells their order.
