@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..errors import LowrankError
+from ..types import Controller
 from .distributed import world, wrapper_of
 
 STATE = "lowrank_controller.json"
@@ -26,7 +27,7 @@ class LowRankCallback(TrainerCallback):
         controller: the controller, once it is built.
     """
 
-    def __init__(self, controller: Any) -> None:
+    def __init__(self, controller: Controller | Callable[[nn.Module, Any], Controller]) -> None:
         """
         Args:
             controller: built on the model and the optimizer that the Trainer is given
@@ -35,7 +36,7 @@ class LowRankCallback(TrainerCallback):
         """
         self._build: Callable[[nn.Module, Any], Any] | None = None
         self.controller: Any = None
-        if hasattr(controller, "before_step") and hasattr(controller, "after_step"):
+        if isinstance(controller, Controller):
             self.controller = controller
         elif callable(controller):
             self._build = controller

@@ -5,6 +5,8 @@ gradient would leave them, Û = orth[U | −∂L/∂U], V̂ likewise, S padded b
 changes; S alone is then trained by the user's optimizer; at the end of the cycle the smallest
 singular values of S go, as many as together stay below `tolerance` of all of it. This is the form
 with one gradient per step of arXiv 2505.08022 (Alg. 1); all other parameters are trained as usual.
+In the step in which bases grow, S rests, and a clipping by the norm of all gradients sees those of
+U and V too.
 
 Against the authors' code: V is turned by Q and not by Qᵀ, the whole tail of the singular values
 counts, moments follow every change of basis, factors have their true sizes at all times (no buffers

@@ -12,6 +12,7 @@ from torch import nn
 
 from lowrank import LowrankError
 from lowrank.train import DLRT, Attachment, CondLR, LowRankCallback, distributed
+from lowrank.types import Controller
 from tests.train.loops import Net, batches, run
 
 Make = Callable[..., Any]
@@ -224,6 +225,13 @@ def test_a_state_of_another_run_is_refused(make: Make) -> None:
     with pytest.raises(LowrankError, match="saved with other layers: second"):
         controller.load_state_dict({**state, "sites": {"first": [6, 6]}})
     assert same(before, snapshot(model, optimizer))
+
+
+@BOTH
+def test_controllers_keep_the_contract(make: Make) -> None:
+    model = Net()
+    assert isinstance(make(model, sgd(model)), Controller)
+    assert not isinstance(model, Controller)
 
 
 def test_what_a_callback_cannot_take() -> None:

@@ -332,3 +332,26 @@ def test_a_detached_model_is_trained_on_by_its_optimizer_alone() -> None:
     check_exact(optimizer, model)
     controller.before_step()
     controller.after_step()
+
+
+def test_a_weight_stored_the_other_way_round_is_trained_alike() -> None:
+    """transformers' Conv1D holds (in, out): its momentum is turned, and its class comes back."""
+    from transformers.pytorch_utils import Conv1D
+
+    target = planted(6, 8, 3)
+    model = nn.Sequential(Conv1D(6, 8).double())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (0.5 * (model[0].weight.T - target).square().sum()).backward()
+        optimizer.step()
+    before = optimizer.state[model[0].weight]["momentum_buffer"].numpy().T.copy()  # (out, in)
+    dense = model[0].weight.detach().numpy().T.copy()
+    controller = DLRT(model, optimizer, tolerance=0.0, rank=6, every=2)
+    u, v = (t.detach().numpy() for t in (model[0].u, model[0].v))
+    np.testing.assert_allclose(model[0].dense_weight().detach(), dense, atol=1e-12)
+    after = optimizer.state[model[0].core.weight]["momentum_buffer"]
+    np.testing.assert_allclose(after, u.T @ before @ v, atol=1e-12)
+    model = controller.finish()
+    assert type(model[0]) is Conv1D
+    np.testing.assert_allclose(model[0].weight.detach().numpy().T, dense, atol=1e-12)
