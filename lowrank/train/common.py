@@ -7,7 +7,7 @@ backward and `optimizer.step()` and once more after it, and holds one `Attachmen
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace as changed
 from typing import Any
 
@@ -50,6 +50,7 @@ class Attachment:
         exclude_modules: walk.Patterns | None = None,
         kinds: Collection[str] = LINEAR,
         wide: bool = True,
+        find: Callable[[nn.Module], list[Site]] = walk.find,
     ) -> None:
         """Every check comes here; nothing is changed.
 
@@ -57,6 +58,7 @@ class Attachment:
             who: the controller's name, for errors.
             kinds: kinds of sites that it adapts.
             wide: leave weights alone that are stored in fewer than 32 bits.
+            find: gives the sites of a model.
 
         Raises:
             LowrankError: the model is sharded, already has a controller on such a site, or has
@@ -74,8 +76,8 @@ class Attachment:
                 f"{who} was built before the model was wrapped for {distributed.world()} "
                 "processes: call accelerate.prepare or DistributedDataParallel first"
             )
-        _refuse_claimed(self.root, who, target_modules)
-        every = walk.select(walk.find(self.root), self.root, target_modules, exclude_modules)
+        _refuse_claimed(self.root, who, target_modules, kinds)
+        every = walk.select(find(self.root), self.root, target_modules, exclude_modules)
         reasons = {site.title: self._reason(site, kinds, wide) for site in every}
         self.sites = [site for site in every if not reasons[site.title]]
         if not self.sites:
@@ -225,10 +227,12 @@ def _has_ddp(model: nn.Module) -> bool:
     return True
 
 
-def _refuse_claimed(root: nn.Module, who: str, targets: walk.Patterns) -> None:
+def _refuse_claimed(
+    root: nn.Module, who: str, targets: walk.Patterns, kinds: Collection[str]
+) -> None:
     for name, module in root.named_modules():
         first, kind = _CLAIMED.get(module, ("", ""))
-        if first and walk.covers(targets, [name], kind):
+        if first and kind in kinds and walk.covers(targets, [name]):
             raise LowrankError(
                 f"{name} already has a controller ({first}): {who} may take other layers "
                 "(target_modules), or call finish() or detach() on the first one"
