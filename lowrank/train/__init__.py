@@ -15,6 +15,7 @@ from typing import Any
 from .common import Attachment as Attachment
 from .condlr import CondLR as CondLR
 from .dlrt import DLRT as DLRT
+from .tucker import TuckerDLRT as TuckerDLRT
 
 
 def __getattr__(name: str) -> Any:
