@@ -116,12 +116,12 @@ def train(images: Images, start: Any, tolerance: float | None, seed: int, option
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--full", action="store_true", help="20 epochs, five seeds")
-    parser.add_argument("--tolerances", type=float, nargs="+", default=[0.3, 0.5])
+    parser.add_argument("--tolerances", type=float, nargs="+", default=[0.1, 0.2, 0.3])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--settle", type=int, default=1, help="last epochs at fixed ranks")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--lr", type=float, default=0.005)
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -139,7 +139,7 @@ def main() -> None:
             return model
     else:
         images = digits(side=8)
-        options.epochs, options.lr = 5 * options.epochs, 5 * options.lr
+        options.epochs, options.lr = 5 * options.epochs, 10 * options.lr
 
         def start() -> nn.Module:
             return Net(channels=1, width=8, depth=1)
