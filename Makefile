@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # constraints.txt pins what the checks were run with; torch's pin selects the CPU build.
 INSTALL := $(PIP) install -c constraints.txt
 
-.PHONY: demo test fast check lint types notebooks dist dist-check clean
+.PHONY: demo test fast check lint types mutants notebooks dist dist-check clean
 
 demo: $(VENV)/.base
 	$(BIN)/lowrank demo
@@ -25,6 +25,10 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
+
+# Mistakes put into a copy of the source: the tests have to find each of them.
+mutants: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
 notebooks: $(VENV)/.dev
 	$(BIN)/python notebooks/execute.py

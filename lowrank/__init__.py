@@ -2,6 +2,7 @@
 
 from . import page as page
 from . import plots as plots
+from . import train as train
 from .api import apply as apply
 from .api import compress as compress
 from .api import plan as plan

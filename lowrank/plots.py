@@ -21,6 +21,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vP*"
 SCALE = "viridis"
 INCH_A_SITE = 0.17
+MOST_LINES = 10  # ranks over time that a legend names
 MOST_PANELS = 12  # kinds of layers with a panel of their own
 FRONT = {"ls": "", "marker": "o", "ms": 14, "mfc": "none", "mec": "0.45", "mew": 1.2}
 PER_PANEL = 50  # layers in one column of dots
@@ -131,6 +132,48 @@ def sensitivity(found: Sensitivity) -> Any:
         title=f"Sensitivity: one layer alone reduced by {found.method}",
         xlabel="KL to the dense model, nats per position", log=True,
     )  # fmt: skip
+
+
+def ranks(history: Sequence[Mapping[str, Any]]) -> Any:
+    """Ranks over the steps of a training, a line a layer: `plots.ranks(controller.history)`.
+
+    Ranks between two events are held; those of bases that are enlarged for a few steps are left
+    out. A layer with several ranks has a line for each. Above ten lines, colour tells their order.
+
+    Raises:
+        LowrankError: no event names a rank.
+    """
+    lines: dict[str, list[tuple[int, int]]] = {}
+    for event in history:
+        if "rank" not in event or event["event"] == "augment":
+            continue
+        several = event["rank"] if isinstance(event["rank"], list | tuple) else None
+        for number, rank in enumerate(several or [event["rank"]]):
+            name = f"{event['site']} [{number}]" if several else str(event["site"])
+            lines.setdefault(name, []).append((event["step"], rank))
+    if not lines:
+        raise LowrankError("there is no rank to draw: the history names none")
+    few = len(lines) <= MOST_LINES
+    figure = _figure(7.4, 4.2)
+    axes, colours = figure.subplots(), _scale(0, max(len(lines) - 1, 1))
+    last = max(step for points in lines.values() for step, _ in points)
+    end = last + max(last // 20, 1)  # what the last event brought is to be seen
+    most = max(rank for points in lines.values() for _, rank in points)
+    for number, (name, points) in enumerate(lines.items()):
+        steps, sizes = zip(*points, (end, points[-1][1]), strict=True)
+        colour = COLOURS[number % len(COLOURS)] if few else colours.to_rgba(number)
+        style = {"ls": "--" if few and number >= len(COLOURS) else "-", "lw": 1.6 if few else 0.9}
+        axes.step(steps, sizes, where="post", color=colour, label=name, **style)
+    axes.set(xlabel="optimizer step", ylabel="rank", ylim=(0, 1.06 * most), xlim=(0, end))
+    axes.yaxis.set_major_locator(_whole_numbers())
+    axes.grid(alpha=0.3)
+    if few:
+        figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    else:
+        bar = figure.colorbar(colours, ax=axes, label="layer, in the model's order")
+        bar.locator = _whole_numbers()
+    axes.set_title(f"Ranks of {len(lines)} layers in training")
+    return figure
 
 
 def pareto(

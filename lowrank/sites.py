@@ -101,6 +101,12 @@ def select(
     return chosen
 
 
+def covers(patterns: Patterns, names: Iterable[str]) -> bool:
+    """Whether `target_modules` names one of these; "all-linear" and "all" name everything."""
+    word = patterns.lower() if isinstance(patterns, str) else ""
+    return word in (ALL_LINEAR, ALL) or any(_matches(patterns, name) for name in names)
+
+
 def pattern_value(patterns: Iterable[str], names: Iterable[str]) -> str | None:
     """The first key that names one of `names`: a full name, its ending, or a regular expression."""
     every = list(names)

@@ -218,3 +218,40 @@ class Factored(Protocol):
     @classmethod
     def empty(cls, **spec: Any) -> Self:
         """The module on the meta device: no memory, no initialisation."""
+
+
+@runtime_checkable
+class Controller(Protocol):
+    """A rank-adaptive training method attached to a user's own loop, which it never owns.
+
+    Built on model and optimizer after `accelerate.prepare` or DDP; acts where gradients are
+    synchronised. A parameter that `before_step` resizes has grad None for that step.
+    """
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One dict an event: "step", "site", "event", and what was measured."""
+
+    def before_step(self) -> None:
+        """After backward and clipping: gradients are there."""
+
+    def after_step(self) -> None:
+        """After `optimizer.step()`; does nothing where a gradient scaler skipped that step."""
+
+    def end_epoch(self) -> None:
+        """At the end of an epoch, before the model is evaluated."""
+
+    def finish(self) -> nn.Module:
+        """The model with plain factored modules, ready to save."""
+
+    def detach(self) -> None:
+        """Stop; the model stays as it is and trains on."""
+
+    def rebind(self, optimizer: Any) -> None:
+        """A trainer has wrapped the optimizer that the controller was built on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON: sizes, the place in the cycle, the history."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Before the model's and the optimizer's states are loaded: sets their sizes."""

@@ -66,7 +66,7 @@ RANK = {layer: i for i, line in enumerate(ORDER.split("\n")) for layer in line.s
 HEAVY = {"transformers", "accelerate", "huggingface_hub", "safetensors", "typer", "rich"}
 HEAVY |= {"matplotlib", "onnx"}
 # Files that may import these at module level: they are themselves imported only when needed.
-LAZY = {"io.hf": {"transformers"}, "cli": {"typer", "rich"}}
+LAZY = {"io.hf": {"transformers"}, "cli": {"typer", "rich"}, "train.callback": {"transformers"}}
 TALKATIVE = frozenset({"demo", "cli"})  # layers that may print
 
 # Words that belong to one architecture; a short one counts only where it stands alone.

@@ -135,3 +135,39 @@ def test_without_matplotlib_one_sentence_says_so(
     for draw in (plots.rank_map, plots.errors):
         with pytest.raises(LowrankError, match=r"^plots need matplotlib: pip install"):
             draw(hundred.plan if draw is plots.rank_map else hundred.report)
+
+
+def events(layers: int) -> list[dict[str, Any]]:
+    """Ranks that fall from 20, one event in ten steps, with enlarged bases between."""
+    made = [{"step": 0, "site": "head", "event": "left", "reason": "frozen"}]
+    for number in range(layers):
+        name = f"blocks.{number}.fc"
+        made.append({"step": 0, "site": name, "event": "attach", "rank": 20})
+        for step in range(10, 60, 10):
+            rank = max(20 - step // 10 * (1 + number % 3), 2)
+            made.append({"step": step - 9, "site": name, "event": "augment", "rank": 2 * rank})
+            made.append({"step": step, "site": name, "event": "truncate", "rank": rank})
+    return made
+
+
+@pytest.mark.parametrize("layers", [1, 3, 10, 100])
+def test_ranks_over_time_are_those_of_the_history(layers: int) -> None:
+    figure = plots.ranks(events(layers))
+    legible(figure)
+    drawn = figure.axes[0].get_lines()
+    assert len(drawn) == layers
+    assert list(drawn[0].get_xdata()) == [0, 10, 20, 30, 40, 50, 52]
+    assert list(drawn[0].get_ydata()) == [20, 19, 18, 17, 16, 15, 15]
+    assert (f"blocks.{layers - 1}.fc" in words(figure)) == (layers <= 10)
+    assert any(f"Ranks of {layers} layers" in text for text in words(figure))
+
+
+def test_a_layer_with_two_ranks_has_two_lines() -> None:
+    figure = plots.ranks([{"step": 0, "site": "conv", "event": "attach", "rank": [8, 5]}])
+    assert [line.get_label() for line in figure.axes[0].get_lines()] == ["conv [0]", "conv [1]"]
+    assert [list(line.get_ydata()) for line in figure.axes[0].get_lines()] == [[8, 8], [5, 5]]
+
+
+def test_a_history_without_ranks_has_no_picture() -> None:
+    with pytest.raises(LowrankError, match="the history names none"):
+        plots.ranks([{"step": 0, "site": "a", "event": "left", "reason": "frozen"}])

@@ -27,6 +27,7 @@ from .shared_linear import SharedLowRankLinear as SharedLowRankLinear
 from .tied import TiedEmbedding as TiedEmbedding
 from .tied import TiedHead as TiedHead
 from .tied import table_of as table_of
+from .usv_linear import USVLinear as USVLinear
 
 FACTORED: dict[str, type[nn.Module]] = {
     "LowRankLinear": LowRankLinear,
@@ -39,6 +40,7 @@ FACTORED: dict[str, type[nn.Module]] = {
     "DenseSparseLinear": DenseSparseLinear,
     "LowRankSparseLinear": LowRankSparseLinear,
     "BlastLinear": BlastLinear,
+    "USVLinear": USVLinear,
 }
 
 # Forms whose size is several numbers, by the storage that an option names -> the cost of a layer

@@ -1,0 +1,26 @@
+"""Rank-adaptive training: controllers that plug into any loop.
+
+controller = lowrank.train.DLRT(model, optimizer, tolerance=0.1)
+for x, y in batches:
+    loss(model(x), y).backward()
+    controller.before_step()
+    optimizer.step()
+    controller.after_step()
+    optimizer.zero_grad()
+model = controller.finish()  # plain factored modules
+"""
+
+from typing import Any
+
+from .common import Attachment as Attachment
+from .condlr import CondLR as CondLR
+from .dlrt import DLRT as DLRT
+from .tucker import TuckerDLRT as TuckerDLRT
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LowRankCallback":  # transformers is imported only now
+        from .callback import LowRankCallback
+
+        return LowRankCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

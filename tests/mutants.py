@@ -1,0 +1,149 @@
+"""Mistakes that the tests must find: each is put into a copy of the library, and tests are run.
+
+    make mutants
+
+Each mutant names the tests that guard against it. They pass on the library as it is, and have to
+fail on the copy; one that survives is reported, and the exit code is 1. `test_mutants.py` holds
+that every mutant still fits the source.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` stands exactly once in `file`; with `new` in its place every one of `tests` fails."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTANTS = (
+    Mutant(
+        "Vᵀ of the core's SVD taken for V, as in the authors' code of DLRT",
+        "lowrank/linalg/retract.py",
+        "q_h.mH * signs",
+        "q_h * signs[:, None]",
+        (
+            "tests/linalg/test_retract.py::test_a_truncation_loses_exactly_its_tail",
+            "tests/train/test_dlrt.py::"
+            "test_a_truncation_loses_its_tail_and_no_more_than_the_tolerance",
+        ),
+    ),
+    Mutant(
+        "the smallest singular value left out of the tail, as in the authors' code of DLRT",
+        "lowrank/linalg/retract.py",
+        "squares = values.double().square()",
+        "squares = values.double().square() * (torch.arange(len(values)) < len(values) - 1)",
+        ("tests/linalg/test_retract.py::test_the_smallest_value_counts",),
+    ),
+    Mutant(
+        "moments that stay in the old basis",
+        "lowrank/train/usv.py",
+        "carry = two_sided(left, right)",
+        "carry = lambda x: x.new_zeros(s.shape)",
+        ("tests/train/test_dlrt.py::test_momentum_survives_a_change_of_basis",),
+    ),
+    Mutant(
+        "the momentum of a dense weight turned by the wrong sides",
+        "lowrank/train/usv.py",
+        "basis = two_sided(u.double().T, v.double())",
+        "basis = two_sided(v.double().T, u.double())",
+        (
+            "tests/train/test_dlrt.py::"
+            "test_attached_in_the_middle_of_training_it_goes_on_with_the_momentum",
+        ),
+    ),
+    Mutant(
+        "second moments carried linearly",
+        "lowrank/train/optimizer.py",
+        "moved = carry(wide.clamp(min=0).sqrt()).square()",
+        "moved = carry(wide)",
+        ("tests/train/test_optimizer.py::test_second_moments_follow_by_their_roots",),
+    ),
+    Mutant(
+        "parameters that are gone stay in the optimizer",
+        "lowrank/train/optimizer.py",
+        'group["params"][at : at + 1] = fresh',
+        'group["params"][at:at] = fresh',
+        ("tests/train/test_dlrt.py::test_the_optimizer_holds_exactly_the_live_parameters",),
+    ),
+    Mutant(
+        "no retraction: the bases leave their manifold",
+        "lowrank/train/condlr.py",
+        "new = agreed([retract.orthonormal(basis)])[0]",
+        "new = basis.clone()",
+        ("tests/train/test_condlr.py::test_bases_stay_orthonormal_over_a_thousand_steps",),
+    ),
+    Mutant(
+        "the clamp reaches twice as far as the condition number allows",
+        "lowrank/linalg/retract.py",
+        "reach = mean * (tau - 1) / (tau + 1)",
+        "reach = mean * (tau - 1) / tau",
+        (
+            "tests/linalg/test_retract.py::test_the_clamp_bounds_the_condition",
+            "tests/train/test_condlr.py::test_the_condition_is_bounded_after_every_step",
+        ),
+    ),
+    Mutant(
+        "acting between accumulated batches",
+        "lowrank/train/common.py",
+        "return state is None or bool(state.sync_gradients)",
+        "return True",
+        ("tests/train/test_plugs.py::test_accelerate_trains_the_same_model",),
+    ),
+)
+
+
+def passes(folder: Path, test: str) -> bool:
+    """Whether a test passes in this copy of the repository; False also if it cannot be run."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test]
+    return not subprocess.run(command, cwd=folder, env=environment, capture_output=True).returncode
+
+
+def survivors(mutant: Mutant) -> list[str]:
+    """The tests that pass in spite of the mistake."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in ("lowrank", "tests"):
+            unwanted = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / part, folder / part, ignore=unwanted)
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        path = folder / mutant.file
+        source = path.read_text(encoding="utf-8")
+        assert source.count(mutant.old) == 1, f"{mutant.file} has not one {mutant.old!r}"
+        path.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
+        return [test for test in mutant.tests if passes(folder, test)]
+
+
+def main() -> int:
+    every = sorted({test for mutant in MUTANTS for test in mutant.tests})
+    broken = [test for test in every if not passes(ROOT, test)]
+    if broken:
+        print("fail without any mistake:", *broken, sep="\n  ")
+        return 1
+    lived = 0
+    for mutant in MUTANTS:
+        found = survivors(mutant)
+        lived += bool(found)
+        print(f"{'SURVIVED' if found else 'found':9} {mutant.what}", *found, sep="\n    not by ")
+    print(f"{len(MUTANTS) - lived} of {len(MUTANTS)} mistakes found")
+    return int(lived > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""What the tests of training share: planted problems, small nets, and the loop itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def planted(rows: int = 20, columns: int = 16, rank: int = 4, seed: int = 0) -> Tensor:
+    """A matrix (rows, columns) of this rank with singular values from 4 down to 1, float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def basis(size: int) -> Tensor:
+        full = torch.randn(size, rank, generator=generator, dtype=torch.float64)
+        return torch.linalg.qr(full).Q
+
+    values = torch.linspace(4, 1, rank, dtype=torch.float64)
+    return basis(rows) @ torch.diag(values) @ basis(columns).T
+
+
+def one_layer(target: Tensor, seed: int = 0) -> nn.Module:
+    """A net of one linear layer without bias, with a weight of the target's shape."""
+    torch.manual_seed(seed)
+    rows, columns = target.shape
+    return nn.Sequential(nn.Linear(columns, rows, bias=False, dtype=target.dtype))
+
+
+def fit(
+    model: nn.Module, optimizer: Any, controller: Any, target: Tensor, steps: int
+) -> list[float]:
+    """½‖W − A‖² by the user's own loop; the losses."""
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = 0.5 * (model[0].weight - target).square().sum()  # type: ignore[index]
+        loss.backward()
+        controller.before_step()
+        optimizer.step()
+        controller.after_step()
+        losses.append(loss.item())
+    return losses
+
+
+class Net(nn.Module):
+    """Two layers; gives its loss where targets are given, as transformers' models do."""
+
+    def __init__(self, seed: int = 0, width: int = 16) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first = nn.Linear(12, width)
+        self.second = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        y = self.second(torch.tanh(self.first(x)))
+        return y if labels is None else {"loss": (y - labels).square().mean(), "logits": y}
+
+
+def data(rows: int = 64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    x = torch.randn(rows, 12, generator=generator)
+    teacher = torch.randn(12, 3, generator=generator) @ torch.randn(3, 10, generator=generator)
+    return x, torch.tanh(x @ teacher / 4)
+
+
+def batches(steps: int, size: int = 8) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same batches in the same order every time."""
+    x, y = data()
+    for step in range(steps):
+        at = step * size % len(x)
+        yield x[at : at + size], y[at : at + size]
+
+
+def run(
+    model: nn.Module,
+    optimizer: Any,
+    controller: Any,
+    steps: int,
+    *,
+    start: int = 0,
+    each: Callable[[int], None] | None = None,
+) -> list[float]:
+    """Steps start…steps of the plain loop; the losses."""
+    losses = []
+    for step, (x, y) in enumerate(batches(steps)):
+        if step < start:
+            continue
+        optimizer.zero_grad()
+        loss = model(x, y)["loss"]
+        loss.backward()
+        controller.before_step()
+        optimizer.step()
+        controller.after_step()
+        losses.append(loss.item())
+        if each is not None:
+            each(step)
+    return losses
