@@ -21,7 +21,7 @@ from ..data import ROWS, rebatched
 from ..digests import add_tensor
 from ..errors import LowrankError, listed
 from ..eval import NotFinite, judged
-from ..methods import JOINT, METHODS, SVD, for_kind, joint, method, stored_as
+from ..methods import JOINT, METHODS, SVD, Channels, for_kind, joint, method, stored_as
 from ..methods.common import stacked
 from ..plan import Plan
 from ..streams import twin
@@ -53,7 +53,10 @@ def make_plan(
     targets = [site for site in sites if not site.reason]
     groups, storage = groups_of(targets, shared, seen), request.storage or "factors"
     bar = tqdm(groups, "decompose", delay=2, disable=not progress, leave=False)
-    curves = {group[0].name: _remembered(group, way, shared, seen, storage) for group in bar}
+    curves = {
+        group[0].name: _remembered(group, _ranked(way, group, request), shared, seen, storage)
+        for group in bar
+    }
     whole = model_cost(model, sites)
     counted = {site.names for site in wanted if not site.reason}
     goal = sum(site.cost.of(request.unit) for site in wanted if not site.reason)
@@ -230,6 +233,15 @@ def _is_seen(site: Site, way: Method, seen: Calibration | None) -> bool:
     if seen is None or not way.needs:
         return True
     return statistics_of(site, seen).count >= max(seen.min_tokens, 1)
+
+
+def _ranked(way: Method, group: Group, request: Request) -> Method:
+    """A fixed rank of a convolution is one of channels: options of other sizes are left out."""
+    names = [name for site in group for name in site.names]
+    fixed = walk.pattern_value(request.rank_pattern or {}, names) is not None
+    if group[0].kind != "conv" or not (fixed or request.ratio is None):
+        return way
+    return Channels(way) if "conv" in way.kinds else way
 
 
 def _remembered(

@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ from ..data import Batch, mask_of, rebatched
 from ..entry import Entry
 from ..errors import LowrankError
 from ..eval import NotFinite, judged
-from ..nn import ChannelConv, LowRankLinear, PivotedLinear, pivot_layer
+from ..methods import refitted_layer
+from ..nn import ChannelConv, LowRankLinear, PivotedLinear, TuckerConv, pivot_layer
 from ..recover.blocks import distill, refit_block
 from ..recover.own import Pairs, factors_in, own_vectors
 from ..recover.sequential import Moments, sequential
@@ -33,6 +34,7 @@ from ..types import Site
 from .efforts import Recovery
 
 HELD_OUT = 8  # one row in so many is kept for judging
+REFITTED = LowRankLinear | PivotedLinear | ChannelConv | TuckerConv  # have a closed form
 NOISE = 1e-6  # of a mean square: what sums of fp32 products may be off by
 
 
@@ -108,9 +110,7 @@ class _Job:
         self.entries = {site.name: entry for site, entry, _ in work}
         self.built = {site.name: new for site, _, new in work}
         self.masks = [mask_of(batch) for batch in self.batches]
-        refits = [
-            s for s, _, new in work if isinstance(new, LowRankLinear | PivotedLinear | ChannelConv)
-        ]
+        refits = [s for s, _, new in work if isinstance(new, REFITTED)]
         called = set(self.seen.seen.order)
         refits = [s for s in refits if s.name in called and self._stats(s) and len(s.modules) == 1]
         for site, _, new in work:
@@ -155,7 +155,6 @@ class _Job:
         if not self.recovery.refit:
             return copy.deepcopy(self.built[site.name])
         weight, entry = layouts.matrix(site.module), self.entries[site.name]
-        rank = (entry.size or (1,))[0]
         share = self.recovery.dense
         stats, bias = self.seen.statistics[site.name], layouts.bias(site.module)
         gram, cross = moments.gram, moments.cross
@@ -165,22 +164,18 @@ class _Job:
             gram = gram - torch.outer(moments.mean, moments.mean)
             cross = cross - torch.outer(moments.dense_mean, moments.mean)
         root = None
-        if entry.method == "two-sided" and stats.out_gram is not None:
+        if entry.method in ("two-sided", "two-sided-tucker") and stats.out_gram is not None:
             root = linalg.output_root(stats.out_gram, self.damp)
         mixed = (1 - share) * gram + share * cross
-        up, down = linalg.balance(
-            *linalg.refit(weight, rank, gram, mixed, root=root, least=least, seed=self.seed)
+        new = refitted_layer(
+            site.module, entry.size or (1,), gram, mixed, root=root, least=least, seed=self.seed
         )
-        if layouts.kind(site.module) == "conv":
-            new: Any = ChannelConv.from_factors(site.module, down.to(weight), up.to(weight))
-        else:
-            new = LowRankLinear.from_factors(down.to(weight), up.to(weight), bias)
-        if new.up.bias is not None and bias is not None:
+        if bias is not None:
             with torch.no_grad():
                 exact = weight.detach().double() @ mean.to(weight.device)
-                shift = exact - up.double() @ (down.double() @ moments.mean.to(up.device))
-                new.up.bias.copy_(bias.double() + shift)
-        return new
+                dense = new.dense_weight(torch.float64)
+                new.bias.copy_(bias.double() + exact - dense @ moments.mean.to(dense.device))
+        return cast(nn.Module, new)
 
     def _refit_block(self, lean: Chain, index: int, targets: list[Tensor]) -> None:
         block = self.student.get_submodule(lean.names[index])

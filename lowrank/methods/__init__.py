@@ -16,11 +16,16 @@ from .fwsvd import FWSVD as FWSVD
 from .head_aware import HeadAware as HeadAware
 from .lowrank_sparse import LowRankSparse as LowRankSparse
 from .random import Random as Random
+from .refitting import refitted_layer as refitted_layer
 from .snmf import SemiNMF as SemiNMF
 from .storage import Pivoted as Pivoted
 from .storage import pivoted_curve as pivoted_curve
 from .storage import stored_as as stored_as
 from .svd import SVD as SVD
+from .tucker import Channels as Channels
+from .tucker import Tucker as Tucker
+from .tucker import TwoSidedTucker as TwoSidedTucker
+from .tucker import WhitenedTucker as WhitenedTucker
 from .two_sided import TwoSided as TwoSided
 from .whitened import Whitened as Whitened
 
@@ -32,6 +37,9 @@ METHODS: dict[str, type[Method]] = {
     "fwsvd": FWSVD,
     "snmf": SemiNMF,
     "random": Random,
+    "tucker": Tucker,
+    "whitened-tucker": WhitenedTucker,
+    "two-sided-tucker": TwoSidedTucker,
     "frequency": Frequency,
     "head-aware": HeadAware,
     "dense-sparse": DenseSparse,
@@ -47,8 +55,8 @@ JOINT: dict[str, type[JointMethod]] = {
 
 # What a method hands the sites of a kind to that its own statistics do not fit.
 BY_KIND: dict[str, dict[str, str]] = {
-    "whitened": {"embedding": "head-aware"},
-    "two-sided": {"embedding": "head-aware"},
+    "whitened": {"embedding": "head-aware", "conv": "whitened-tucker"},
+    "two-sided": {"embedding": "head-aware", "conv": "two-sided-tucker"},
 }
 
 

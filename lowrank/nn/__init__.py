@@ -27,6 +27,8 @@ from .shared_linear import SharedLowRankLinear as SharedLowRankLinear
 from .tied import TiedEmbedding as TiedEmbedding
 from .tied import TiedHead as TiedHead
 from .tied import table_of as table_of
+from .tucker_conv import TuckerConv as TuckerConv
+from .tucker_conv import tucker_cost as tucker_cost
 from .usv_linear import USVLinear as USVLinear
 
 FACTORED: dict[str, type[nn.Module]] = {
@@ -34,6 +36,7 @@ FACTORED: dict[str, type[nn.Module]] = {
     "PivotedLinear": PivotedLinear,
     "SharedLowRankLinear": SharedLowRankLinear,
     "ChannelConv": ChannelConv,
+    "TuckerConv": TuckerConv,
     "LowRankEmbedding": LowRankEmbedding,
     "TiedEmbedding": TiedEmbedding,
     "TiedHead": TiedHead,

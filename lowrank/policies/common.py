@@ -50,8 +50,9 @@ def check_reachable(curves: Sequence[Curve], budget: Budget) -> None:
 
 
 def at_most(curve: Curve, rank: int) -> Option | None:
-    """The largest factored option of rank ≤ `rank`; None if there is none."""
-    fitting = [o for o in curve.options if o.size is not None and o.size[0] <= rank]
+    """The largest factored option of rank ≤ `rank`; None if there is none. Sizes of several
+    numbers are no ranks."""
+    fitting = [o for o in curve.options if o.size and len(o.size) == 1 and o.size[0] <= rank]
     return fitting[-1] if fitting else None
 
 
@@ -86,7 +87,9 @@ def only_aligned(curves: Sequence[Curve], align: int) -> list[Curve]:
     return [
         replace(
             curve,
-            options=tuple(o for o in curve.options if o.size is None or o.size[0] % align == 0),
+            options=tuple(
+                o for o in curve.options if o.size is None or all(n % align == 0 for n in o.size)
+            ),
         )
         for curve in curves
     ]

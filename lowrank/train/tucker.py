@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..errors import LowrankError
 from ..linalg import modes, retract
 from ..linalg.ranks import rank_for
+from ..nn import TuckerConv
 from ..nn.tucker_form import CONVS, TuckerForm
 from ..sites import ALL, Patterns
 from ..types import Cost, Site
@@ -180,6 +181,7 @@ class TuckerDLRT(Cycle[TuckerForm]):
         else:
             for weight in weights:
                 weight.requires_grad_(True)
+            self._at.set(name, TuckerConv.of_children(module.first, module.core, module.last))
         self._at.note("finish", name, rank=list(module.rank), storage=storage)
 
     def _sizes(self, module: TuckerForm) -> Sequence[int]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lowrank import LowrankError
-from lowrank.nn.tucker_form import TuckerForm
+from lowrank.nn import TuckerConv
 from lowrank.train import DLRT, TuckerDLRT
 from lowrank.train.optimizer import check_exact
 
@@ -54,7 +54,7 @@ def test_planted_ranks_are_found() -> None:
     want = nn.functional.conv2d(x, kernel(), model[0].bias, padding=1)
     model = controller.finish()
     torch.testing.assert_close(model(x), want, atol=1e-6, rtol=1e-6)
-    assert type(model[0]) is TuckerForm
+    assert type(model[0]) is TuckerConv
     check_exact(optimizer, model)
     assert all(p.requires_grad for p in model.parameters())
 
