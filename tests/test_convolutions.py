@@ -11,7 +11,7 @@ from torch import nn
 
 import lowrank
 from lowrank import LowrankError, Plan, Recovery
-from lowrank.nn import ChannelConv, LowRankLinear
+from lowrank.nn import ChannelConv, LowRankLinear, TuckerConv
 
 from .nets import Residual, images, small_net
 
@@ -19,7 +19,7 @@ FEW = Recovery(block_steps=3, distill_steps=3)
 
 
 def channel_convs(model: nn.Module) -> list[str]:
-    return [name for name, m in model.named_modules() if isinstance(m, ChannelConv)]
+    return [n for n, m in model.named_modules() if isinstance(m, ChannelConv | TuckerConv)]
 
 
 def test_one_line_without_data_and_with() -> None:
@@ -153,7 +153,7 @@ def test_a_convolution_used_twice_is_one_site() -> None:
     seen = lowrank.calibrate(net, [x], progress=False)
     assert seen.statistics["conv"].count == 2 * 6 * 36
     lean, report = lowrank.compress(net, 0.6, data=seen, copy=True, progress=False)
-    assert isinstance(lean.conv, ChannelConv)
+    assert isinstance(lean.conv, ChannelConv | TuckerConv)
     assert len(report.plan.entries) == 1
     with torch.no_grad():
         assert lean(x).shape == x.shape

@@ -1,0 +1,176 @@
+"""Tucker forms: planted ranks, what they are near to, and that data make the outputs nearer."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lowrank
+from lowrank import LowrankError, linalg
+from lowrank.linalg import tucker as numerics
+from lowrank.methods import Tucker, TwoSidedTucker, WhitenedTucker
+from lowrank.nn import ChannelConv, TuckerConv
+from lowrank.testing import Case
+from lowrank.testing.cases import conv_case
+from lowrank.types import Cost, Option
+
+from ..nets import images, small_net
+
+
+def planted(outputs: int, inputs: int, taps: int, ranks: tuple[int, int], seed: int = 0) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    parts = [(outputs, ranks[0]), (ranks[0], ranks[1], taps), (ranks[1], inputs)]
+    return numerics.rebuilt(
+        tuple(torch.randn(s, generator=rng, dtype=torch.float64) for s in parts)  # type: ignore[arg-type]
+    )
+
+
+def case_of(weight: Tensor) -> Case:
+    return conv_case("planted", weight.flatten(1), dtype=torch.float64, kernel=(3, 3), padding=1)
+
+
+@pytest.mark.parametrize("way", [Tucker(), WhitenedTucker(), TwoSidedTucker()])
+def test_planted_ranks_are_found(way) -> None:
+    case = case_of(planted(9, 6, 9, (3, 2)))
+    curve = way.curve(case.site, case.stats)
+    exact = next(o for o in curve.options if o.error < 1e-9 * curve.total)
+    assert exact.size == (3, 2)
+    new = way.factor(case.module, exact, case.stats)
+    assert isinstance(new, TuckerConv)
+    with torch.no_grad():
+        torch.testing.assert_close(new(case.inputs), case.module(case.inputs))
+        new.first.weight.copy_(new.first.weight.flip(0))  # swapped channels show
+        off = (new(case.inputs) - case.module(case.inputs)).abs().max()
+    assert float(off) > 1e-3
+
+
+def test_alternation_is_no_worse_and_near_the_best() -> None:
+    """HOOI ≤ HOSVD ≤ √2 · best; the best by HOOI from many random starts."""
+    rng = torch.Generator().manual_seed(1)
+    weight = torch.randn(7, 6, 4, generator=rng, dtype=torch.float64)
+    table = numerics.hosvd_errors(weight)
+    for ranks in itertools.product((1, 3, 5), (2, 4)):
+
+        def error(parts) -> float:
+            return float((weight - numerics.rebuilt(parts)).square().sum())
+
+        start = numerics.tucker(weight, ranks, sweeps=0)
+        assert error(start) == pytest.approx(float(table[ranks]), rel=1e-9)
+        found = error(numerics.tucker(weight, ranks, sweeps=50))
+        assert found <= error(start) * (1 + 1e-12)
+        best = min([found, *(from_random(weight, ranks, seed) for seed in range(12))])
+        assert error(start) ** 0.5 <= 2**0.5 * best**0.5 + 1e-9
+
+
+def from_random(weight: Tensor, ranks: tuple[int, int], seed: int) -> float:
+    """HOOI in NumPy from random subspaces: squared error."""
+    rng, whole = np.random.default_rng(seed), weight.numpy()
+    into = np.linalg.qr(rng.normal(size=(whole.shape[1], ranks[1])))[0]
+    for _ in range(60):
+        half = np.einsum("oik,ij->ojk", whole, into).reshape(len(whole), -1)
+        out = np.linalg.svd(half)[0][:, : ranks[0]]
+        other = np.einsum("oik,op->ipk", whole, out).reshape(whole.shape[1], -1)
+        into = np.linalg.svd(other)[0][:, : ranks[1]]
+    core = np.einsum("oik,op,ij->pjk", whole, out, into)
+    return float((whole**2).sum() - (core**2).sum())
+
+
+def test_the_outputs_are_nearer_than_by_the_weight_and_by_channels() -> None:
+    """Measured by the convolution itself, on the inputs that the Gram matrix is of."""
+    net, x = small_net(), images(64)
+    seen = lowrank.calibrate(net, [x], progress=False)
+    name = "stage2.1.conv2"
+    site = next(s for s in lowrank.sites.find(net) if s.name == name)
+    stats, conv = seen.statistics[name], net.get_submodule(name)
+    curves = {way: way.curve(site, stats) for way in (Tucker(), WhitenedTucker())}
+    with torch.no_grad():
+        read = (
+            net.stage2[1]
+            .bn1(net.stage2[1].conv1(net.stage2[0](net.stage1(net.stem(x).relu()))))
+            .relu()
+        )
+        want = conv(read)
+    off = {}
+    for way, curve in curves.items():
+        option = [o for o in curve.options if o.cost.params <= 0.5 * site.cost.params][-1]
+        new = way.factor(conv, option, stats)
+        with torch.no_grad():
+            off[type(way).__name__] = float((new(read) - want).square().sum() / stats.count)
+        if isinstance(way, WhitenedTucker):
+            assert off["WhitenedTucker"] == pytest.approx(option.error, rel=1e-3)
+            rank = int(0.5 * site.cost.params) // sum(site.shape)
+            channels = float(
+                linalg.tails(linalg.energies(conv.weight.flatten(1), stats.gram))[rank]
+            )
+            assert option.error < channels
+    assert off["WhitenedTucker"] < off["Tucker"]
+
+
+def test_both_forms_stand_in_one_curve_and_matrices_have_one() -> None:
+    case = case_of(torch.randn(9, 6, 9, dtype=torch.float64))
+    curve = WhitenedTucker().curve(case.site, case.stats)
+    assert {o.storage for o in curve.options} >= {"tucker", "dense"}
+    flat = conv_case("flat", torch.randn(9, 12), dtype=torch.float64, kernel=(1, 1))
+    curve = WhitenedTucker().curve(flat.site, flat.stats)
+    assert {o.storage for o in curve.options} == {"factors", "dense"}
+
+
+def test_ranks_and_fixed_ranks() -> None:
+    case = case_of(torch.randn(9, 6, 9, dtype=torch.float64))
+    bad = Option("tucker", (10, 2), "tucker", Cost(1, 1, 1), 0.0)
+    with pytest.raises(LowrankError, match=r"up to \(9, 6\), got \(10, 2\)"):
+        Tucker().factor(case.module, bad, case.stats)
+    net, data = small_net(), [images(24)]
+    lean, _ = lowrank.compress(
+        net, rank=3, target_modules=["conv2"], data=data, copy=True, progress=False
+    )
+    assert [lean.get_submodule(f"stage1.{i}.conv2").rank for i in (0, 1)] == [3, 3]
+    lean, _ = lowrank.compress(
+        net, 0.6, rank_pattern={"stage1.0.conv1": 4}, data=data, copy=True, progress=False
+    )
+    assert isinstance(lean.stage1[0].conv1, ChannelConv)
+    assert lean.stage1[0].conv1.rank == 4
+    assert any(isinstance(m, TuckerConv) for m in lean.modules())
+
+
+def test_a_zero_weight_and_a_dead_input() -> None:
+    for weight in (torch.zeros(6, 4, 9), torch.randn(6, 4, 9)):
+        case = case_of(weight.double())
+        case.stats.gram[:9] = 0
+        case.stats.gram[:, :9] = 0
+        curve = WhitenedTucker().curve(case.site, case.stats)
+        for option in curve.options[:-1]:
+            new = WhitenedTucker().factor(case.module, option, case.stats)
+            assert all(bool(torch.isfinite(p).all()) for p in new.parameters())
+
+
+def test_the_mutation_of_two_modes_fails() -> None:
+    """The laws above can fail: `core` with its channels exchanged is another convolution."""
+    case = case_of(planted(6, 6, 9, (3, 3)))
+    option = Option("tucker", (3, 3), "tucker", Cost(1, 1, 1), 0.0)
+    new = Tucker().factor(case.module, option, case.stats)
+    with torch.no_grad():
+        good = (new(case.inputs) - case.module(case.inputs)).abs().max()
+        new.core.weight.copy_(new.core.weight.transpose(0, 1).clone())
+        bad = (new(case.inputs) - case.module(case.inputs)).abs().max()
+    assert float(good) < 1e-9 < 1e-3 < float(bad)
+
+
+def test_full_ranks_are_the_convolution() -> None:
+    for stride, padding, mode, bias in itertools.product(
+        (1, 2), (0, 1, 2), ("zeros", "reflect", "circular"), (True, False)
+    ):
+        conv = nn.Conv2d(4, 5, 3, stride, padding, bias=bias, padding_mode=mode)
+        new = TuckerConv.from_parts(conv, *numerics.tucker(conv.weight.flatten(2), (5, 4)))
+        x = torch.randn(2, 4, 7, 6)
+        torch.testing.assert_close(new(x), conv(x), rtol=1e-5, atol=1e-5)
+        again = TuckerConv.empty(**new.spec())
+        again.load_state_dict(new.state_dict(), assign=True)
+        assert torch.equal(again(x), new(x))
+        assert new.cost().params == sum(
+            p.numel() for n, p in new.named_parameters() if "bias" not in n
+        )
