@@ -15,6 +15,7 @@ from typing import Any
 from .common import Attachment as Attachment
 from .condlr import CondLR as CondLR
 from .dlrt import DLRT as DLRT
+from .maestro import Maestro as Maestro
 from .smmf import SMMF as SMMF
 
 
