@@ -14,8 +14,12 @@ from typing import Any
 
 from .common import Attachment as Attachment
 from .condlr import CondLR as CondLR
+from .cuttlefish import Cuttlefish as Cuttlefish
 from .dlrt import DLRT as DLRT
+from .frobenius import FrobeniusDecay as FrobeniusDecay
+from .inrank import InRank as InRank
 from .maestro import Maestro as Maestro
+from .pufferfish import Pufferfish as Pufferfish
 from .smmf import SMMF as SMMF
 
 

@@ -109,6 +109,7 @@ class Attachment:
 
     def put(self, site: Site, new: nn.Module) -> None:
         """Replace the layer of a site and claim what is there now; the optimizer is not touched."""
+        _CLAIMED.pop(site.module, None)
         walk.replace(self.root, site, new)
         self.sites = [changed(s, modules=(new,)) if s is site else s for s in self.sites]
         self.claim(site.name, new, site.kind)

@@ -1,4 +1,4 @@
-"""Sites held as two factors while they are trained: from dense, through changes of rank, to plain."""
+"""Sites held as two factors while they are trained: from dense, through changes of rank."""
 
 from __future__ import annotations
 

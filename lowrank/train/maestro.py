@@ -11,8 +11,8 @@ pulls the tail to zero, and after every epoch components go whose importance
 
 The model's own code is not touched: the cut is a forward pre-hook on `up`, the lasso enters as its
 gradient before the step. Against the authors' code: layers shrink while training (there they are
-masked until the end), and the optimizer's state follows; the gradient of the lasso is zero, not NaN,
-where a tail is zero; the threshold is a share of the layer's own ‖U‖·‖V‖; one draw holds for an
+masked until the end), and the optimizer's state follows; where a tail is zero the gradient of the
+lasso is zero, not NaN; the threshold is a share of the layer's own ‖U‖·‖V‖; one draw holds for an
 optimizer step, so that accumulated batches and recomputed activations see one and the same model.
 """
 

@@ -199,7 +199,7 @@ def test_shrinking_keeps_the_state_of_what_stays() -> None:
     assert torch.equal(state[model.first.up.weight]["exp_avg"], moment[:, :expected])
     torch.testing.assert_close(state[model.first.down.weight]["exp_avg_sq"], second[:expected])
     check_exact(optimizer, model)
-    noted = [event for event in controller.history if event["event"] == "shrink"][0]
+    noted = next(event for event in controller.history if event["event"] == "shrink")
     assert noted["rank"] == expected
     assert noted["importance_dropped"] == pytest.approx(float(found[expected] / found[0]))
 
