@@ -124,7 +124,7 @@ class Attachment:
         old = self.root.get_submodule(name)
         new.train(old.training)
         for module in list(self.root.modules()):  # several names may lead to one module
-            for child, there in list(module.named_children()):
+            for child, there in list(module._modules.items()):
                 if there is old:
                     module.register_module(child, new)
 

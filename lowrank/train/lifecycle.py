@@ -71,8 +71,10 @@ class FactorController:
             return
         found = self._gradients()
         finite = all(g is None or bool(g.isfinite().all()) for g in found.values())
-        if not finite and not self._at.scaled():
-            refuse_not_finite(found)
+        if not finite:
+            self._spoilt()
+            if not self._at.scaled():
+                refuse_not_finite(found)
         self._ready = True
         if finite:  # else the scaler will skip this step
             self._add()
@@ -105,7 +107,7 @@ class FactorController:
         """The model with plain factored layers (dense where not larger); the controller is done."""
         self._last()
         for name, module in self._layers.items():
-            leave(self._at, name, module)
+            self._leave(name, module)
         return self._close()
 
     def detach(self) -> None:
@@ -172,6 +174,9 @@ class FactorController:
     def _add(self) -> None:
         """To the gradients, after backward."""
 
+    def _spoilt(self) -> None:
+        """Gradients of this step are not finite: forget what was taken from them."""
+
     def _stepped(self) -> None:
         """After a step that was made."""
 
@@ -180,6 +185,10 @@ class FactorController:
 
     def _last(self) -> None:
         """Before the layers are left."""
+
+    def _leave(self, name: str, module: nn.Module) -> None:
+        """Put something plain in place of a layer."""
+        leave(self._at, name, module)
 
     def _policy(self) -> dict[str, Any]:
         """JSON: the method's own place."""
