@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.amp.grad_scaler import OptState
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import sites as walk
@@ -162,7 +161,7 @@ class Attachment:
         if scaler is None or not scaler.is_enabled():
             return 1.0
         state = scaler._per_optimizer_states[id(unwrapped(self.optimizer))]
-        return float(scaler.get_scale()) if state["stage"] is OptState.READY else 1.0
+        return float(scaler.get_scale()) if state["stage"].name == "READY" else 1.0
 
     def rebind(self, optimizer: Any) -> None:
         """A trainer wrapped model and optimizer by itself; they are the ones that were given.

@@ -25,7 +25,9 @@ CONTROLLERS: dict[str, Callable[..., Any]] = {
     "maestro, all cut": lambda m, o: Maestro(m, o, lasso=3e-3, threshold=0.05, cut="all", seed=3),
     "loqt": lambda m, o: LoQT(m, o, rank=3, gap=9, growth=1.3),
     "inrank": lambda m, o: InRank(m, o, rank=1, buffer=1, warmup=5, every=5, share=0.8, steps=75),
-    "cuttlefish": lambda m, o: Cuttlefish(m, o, window=2, smooth=3, min_epochs=3, max_epochs=4),
+    "cuttlefish": lambda m, o: Cuttlefish(
+        m, o, max_epochs=4, min_epochs=3, window=2, smooth=3, frobenius_decay=0.1
+    ),
     "pufferfish": lambda m, o: Pufferfish(m, o, epochs=7, frobenius_decay=1e-2),
 }
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
