@@ -158,10 +158,11 @@ class Attachment:
     def loss_scale(self) -> float:
         """What the gradients are multiplied by now: a scaler's factor until they are unscaled."""
         scaler = getattr(self.optimizer, "scaler", None)
-        if scaler is None or not scaler.is_enabled():
+        states = getattr(scaler, "_per_optimizer_states", None)
+        if states is None or not scaler.is_enabled():
             return 1.0
-        state = scaler._per_optimizer_states[id(unwrapped(self.optimizer))]
-        return float(scaler.get_scale()) if state["stage"].name == "READY" else 1.0
+        stage = states[id(unwrapped(self.optimizer))]["stage"]
+        return float(scaler.get_scale()) if stage.name == "READY" else 1.0
 
     def rebind(self, optimizer: Any) -> None:
         """A trainer wrapped model and optimizer by itself; they are the ones that were given.
