@@ -101,12 +101,10 @@ def select(
     return chosen
 
 
-def covers(patterns: Patterns, names: Iterable[str], kind: str) -> bool:
-    """Whether `target_modules` names a site of these names and this kind, heads included."""
+def covers(patterns: Patterns, names: Iterable[str]) -> bool:
+    """Whether `target_modules` names one of these; "all-linear" and "all" name everything."""
     word = patterns.lower() if isinstance(patterns, str) else ""
-    if word in (ALL_LINEAR, ALL):
-        return word == ALL or kind == "linear"
-    return any(_matches(patterns, name) for name in names)
+    return word in (ALL_LINEAR, ALL) or any(_matches(patterns, name) for name in names)
 
 
 def pattern_value(patterns: Iterable[str], names: Iterable[str]) -> str | None:

@@ -26,6 +26,7 @@ from .loqt import LoQT as LoQT
 from .maestro import Maestro as Maestro
 from .pufferfish import Pufferfish as Pufferfish
 from .smmf import SMMF as SMMF
+from .tucker import TuckerDLRT as TuckerDLRT
 
 
 def __getattr__(name: str) -> Any:

@@ -75,7 +75,7 @@ class Attachment:
                 f"{who} was built before the model was wrapped for {distributed.world()} "
                 "processes: call accelerate.prepare or DistributedDataParallel first"
             )
-        _refuse_claimed(self.root, who, target_modules)
+        _refuse_claimed(self.root, who, target_modules, kinds)
         every = walk.select(find(self.root), self.root, target_modules, exclude_modules)
         reasons = {site.title: self._reason(site, kinds, wide) for site in every}
         self.sites = [site for site in every if not reasons[site.title]]
@@ -157,7 +157,7 @@ class Attachment:
 
     def loss_scale(self) -> float:
         """What the gradients are multiplied by now: a scaler's factor until they are unscaled."""
-        scaler = getattr(self.optimizer, "scaler", None)
+        scaler: Any = getattr(self.optimizer, "scaler", None)
         states = getattr(scaler, "_per_optimizer_states", None)
         if states is None or not scaler.is_enabled():
             return 1.0
@@ -245,10 +245,12 @@ def _has_ddp(model: nn.Module) -> bool:
     return True
 
 
-def _refuse_claimed(root: nn.Module, who: str, targets: walk.Patterns) -> None:
+def _refuse_claimed(
+    root: nn.Module, who: str, targets: walk.Patterns, kinds: Collection[str]
+) -> None:
     for name, module in root.named_modules():
         first, kind = _CLAIMED.get(module, ("", ""))
-        if first and walk.covers(targets, [name], kind):
+        if first and kind in kinds and walk.covers(targets, [name]):
             raise LowrankError(
                 f"{name} already has a controller ({first}): {who} may take other layers "
                 "(target_modules), or call finish() or detach() on the first one"

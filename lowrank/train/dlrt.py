@@ -15,10 +15,11 @@ of the largest rank), and a budget can stand beside the tolerance.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import LowrankError
 from ..linalg import retract
@@ -27,9 +28,10 @@ from ..sites import ALL_LINEAR, Patterns
 from . import usv
 from .budget import Spectrum, check_reachable, ranks_for
 from .common import Attachment, refuse_not_finite
+from .cycle import Cycle
 
 
-class DLRT:
+class DLRT(Cycle[USVLinear]):
     """Rank-adaptive training of linear layers, attached to the user's own loop.
 
     Attributes:
@@ -69,7 +71,7 @@ class DLRT:
             LowrankError: an option is out of range, nothing can be adapted, or what `Attachment`
                 refuses; the model and the optimizer are as they were.
         """
-        self.tolerance, self.ratio = _checked(tolerance, ratio, every, min_rank, max_rank)
+        self.tolerance, self.ratio = checked(tolerance, ratio, every, min_rank, max_rank)
         self.every, self.min_rank, self.max_rank = every, min_rank, max_rank
         start = usv.Start(rank, init, seed)
         self._at = Attachment(
@@ -85,121 +87,24 @@ class DLRT:
             site.name: usv.enter(self._at, site, start, number)
             for number, site in enumerate(self._at.sites)
         }
-        self._since = 0  # steps since the bases were enlarged
         self._arm(True)
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        return self._at.history
 
     @property
     def ranks(self) -> dict[str, int]:
         """The rank of every adapted layer now."""
         return {name: module.rank for name, module in self._modules.items()}
 
-    def rebind(self, optimizer: Any) -> None:
-        """A trainer wrapped the optimizer by itself: see `Attachment.rebind`."""
-        self._at.rebind(optimizer)
+    def _bases(self, module: USVLinear) -> list[tuple[str, Tensor]]:
+        return [("up.weight", module.up.weight), ("down.weight", module.down.weight)]
 
-    @torch.no_grad()
-    def before_step(self) -> None:
-        """After backward and clipping: where a cycle begins, enlarge the bases.
+    def _leave(self, name: str, module: USVLinear) -> None:
+        usv.leave(self._at, name, module)
 
-        Raises:
-            LowrankError: a gradient is not finite; nothing was changed.
-        """
-        if not self._at.acting() or not self._armed:
-            return
-        found = usv.gradients(self._modules)
-        if self._at.scaled() and not all(g is None or g.isfinite().all() for g in found.values()):
-            return  # the scaler will skip this step: the cycle begins with the next one
-        refuse_not_finite(found)
-        for name, module in self._modules.items():
-            self._augment(name, module)
-        self._since = 0
-        self._arm(False)
+    def _sizes(self, module: USVLinear) -> Sequence[int]:
+        return tuple(module.s.shape)
 
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """After `optimizer.step()`: where a cycle ends, truncate.
-
-        Raises:
-            LowrankError: `before_step` was not called, or a core is not finite.
-        """
-        if not self._at.stepped():
-            return
-        if self._armed:
-            raise LowrankError(
-                f"{type(self).__name__}.before_step was not called: call it after backward() and "
-                "before optimizer.step(), or the optimizer moves U and V off their manifold"
-            )
-        self._at.step += 1
-        self._since += 1
-        if self._since >= self.every:
-            self._truncate()
-            self._arm(True)
-
-    def end_epoch(self) -> None:
-        """Truncate now, so that the model is evaluated at its true ranks; a cycle begins anew."""
-        if not self._armed:
-            with torch.no_grad():
-                self._truncate()
-            self._arm(True)
-
-    @torch.no_grad()
-    def finish(self) -> nn.Module:
-        """Truncate a last time; the model with plain factored layers (dense where not larger).
-
-        The optimizer then holds the new parameters. The controller is done.
-        """
-        if not self._armed:
-            self._truncate()
-        for name, module in self._modules.items():
-            usv.leave(self._at, name, module)
-        return self._close()
-
-    @torch.no_grad()
-    def detach(self) -> None:
-        """Stop adapting: the layers stay U S Vᵀ, all three trained from now on by the optimizer."""
-        if not self._armed:
-            self._truncate()
-        for module in self._modules.values():
-            module.requires_grad_(True)
-        self._close()
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON. Load it before the model's and the optimizer's states: it sets their sizes."""
-        return {
-            "controller": type(self).__name__,
-            "step": self._at.step,
-            "since": self._since,
-            "armed": self._armed,
-            "sites": {name: list(m.s.shape) for name, m in self._modules.items()},
-            "history": list(self.history),
-        }
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the sizes and the place in the cycle of a checkpoint, before model and optimizer.
-
-        Raises:
-            LowrankError: it is of another controller, or of other sites.
-        """
-        self._at.check_state(state, self._modules)
-        for name, (rank_out, rank_in) in state["sites"].items():
-            usv.blank(self._at, self._modules[name], rank_out, rank_in)
-        self._at.step, self._since = state["step"], state["since"]
-        self.history[:] = state["history"]
-        self._arm(state["armed"])
-
-    def _arm(self, on: bool) -> None:
-        """U and V need gradients only in the step that enlarges them."""
-        self._armed = on
-        for module in self._modules.values():
-            for parameter in (module.up.weight, module.down.weight):
-                parameter.requires_grad_(on)
-                parameter.grad = None
-        self._at.resized()
+    def _blank(self, module: USVLinear, sizes: Sequence[int]) -> None:
+        usv.blank(self._at, module, *sizes)
 
     def _augment(self, name: str, module: USVLinear) -> None:
         u, v = module.up.weight, module.down.weight
@@ -236,15 +141,8 @@ class DLRT:
             measured = usv.measures(module, values[: module.rank])
             self._at.note("truncate", name, **measured, energy_lost=lost)
 
-    def _close(self) -> nn.Module:
-        self._armed = False
-        self._modules = {}
-        self._at.resized()
-        self._at.release()
-        return self._at.root
 
-
-def _checked(
+def checked(
     tolerance: float | None, ratio: float | None, every: int, least: int, most: int | None
 ) -> tuple[float, float | None]:
     if tolerance is not None and not 0 <= tolerance < 1:

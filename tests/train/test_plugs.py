@@ -24,7 +24,7 @@ CONTROLLERS: dict[str, Build] = {
     "Maestro": lambda m, o: Maestro(m, o, lasso=1e-2, threshold=0.1),
     "LoQT": lambda m, o: LoQT(m, o, rank=3, gap=6),
 }
-PORTS = {name: str(29511 + number) for number, name in enumerate(CONTROLLERS)}
+PORTS = {name: 29511 + 2 * number for number, name in enumerate(CONTROLLERS)}
 EVERY = pytest.mark.parametrize("name", CONTROLLERS)
 
 
@@ -291,27 +291,62 @@ main(sys.argv[1])
 """
 
 
+TRAINER = """
+import sys, tempfile, torch
+from pathlib import Path
+import torch.distributed as dist
+from lowrank.train import LowRankCallback
+from lowrank.train.optimizer import check_exact
+from tests.train.loops import Net
+from tests.train.test_plugs import CONTROLLERS, sgd, trainer
+
+model = Net()
+optimizer = sgd(model)
+callback = LowRankCallback(CONTROLLERS[sys.argv[1]])
+with tempfile.TemporaryDirectory() as folder:
+    options = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
+    trainer(model, Path(folder), callback, optimizer, **options).train()
+check_exact(optimizer, model)
+ranks = list(callback.controller.ranks.values())
+numbers = torch.cat([p.detach().flatten() for p in callback.controller.finish().parameters()])
+both = [torch.zeros_like(numbers) for _ in range(2)]
+dist.all_gather(both, numbers)
+assert torch.equal(*both), "the processes ended with different weights"
+if dist.get_rank() == 0:
+    print("RANKS", ranks, flush=True)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def two(source: str, name: str, port: int, folder: Path) -> list[str]:
+    """Run a script in two processes on gloo; what rank 0 printed."""
+    script = folder / "two.py"
+    script.write_text(source)
+    shared = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]),
+    }  # fmt: skip
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(script), name],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate() for process in started]
+    assert [process.returncode for process in started] == [0, 0], said[0][1] + said[1][1]
+    return said[0][0].splitlines()
+
+
 @pytest.mark.slow
 @EVERY
 def test_two_processes_agree(name: str, tmp_path: Path) -> None:
     """DDP on gloo: identical weights and ranks, and what one process with whole batches does."""
-    script = tmp_path / "two.py"
-    script.write_text(TWO)
-    root = str(Path(__file__).parents[2])
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(script), name],
-            env={
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORTS[name], "RANK": str(rank),
-                "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": root,
-            },
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    said = [process.communicate() for process in started]
-    assert [process.returncode for process in started] == [0, 0], said[0][1] + said[1][1]
-    losses, ranks = said[0][0].splitlines()
+    losses, ranks = two(TWO, name, PORTS[name], tmp_path)
     model = Net()
     optimizer = sgd(model)
     build = {
@@ -326,4 +361,13 @@ def test_two_processes_agree(name: str, tmp_path: Path) -> None:
 
     want = run(model, optimizer, controller, STEPS, each=each)
     assert [float(number) for number in losses.split()[1:]] == pytest.approx(want, abs=1e-5)
+    assert ranks == f"RANKS {list(controller.ranks.values())}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["DLRT", "CondLR"])
+def test_trainer_on_two_processes(name: str, tmp_path: Path) -> None:
+    """The controller is built when training begins, on the DDP module that the Trainer made."""
+    ranks = two(TRAINER, name, PORTS[name] + 1, tmp_path)[-1]
+    _, controller = plain(name)
     assert ranks == f"RANKS {list(controller.ranks.values())}"
