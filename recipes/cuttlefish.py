@@ -42,14 +42,14 @@ def net(images: Images) -> nn.Sequential:
     )  # fmt: skip
 
 
-def start(images: Images, way: str, options: argparse.Namespace) -> nn.Module:
+def start(images: Images, way: str, seed: int, options: argparse.Namespace) -> nn.Module:
     """The net as it is trained first: dense, or at a share of the full ranks."""
     model: nn.Module = net(images)
     if way in ("random", "spectral", "spectral + decay"):
         init: Any = "random" if way == "random" else "spectral"
         # r (m + n) of m·n numbers, square layers: a share s of the ranks keeps 2s
         lowrank.factorize_by_design(
-            model, 2 * options.share, init, target_modules=MIDDLE, seed=options.seed, align=1
+            model, 2 * options.share, init, target_modules=MIDDLE, seed=seed, align=1
         )
     return model
 
@@ -73,9 +73,9 @@ def controller_of(way: str, model: nn.Module, optimizer: Any, options: argparse.
     return None
 
 
-def train(images: Images, way: str, options: argparse.Namespace) -> dict[str, Any]:
-    torch.manual_seed(options.seed)
-    model = start(images, way, options)
+def train(images: Images, way: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    model = start(images, way, seed, options)
     ours = way in ("spectral + decay", "Pufferfish", "Cuttlefish")
     inside = [p for n, p in model.named_parameters() if n.partition(".")[0] in MIDDLE]
     known = {id(p) for p in inside}
@@ -134,14 +134,13 @@ def main() -> None:
     print(f"{images.name}: {len(images.x)} images to train, {len(images.test_x)} to test")
     print(f"{'':18}{'accuracy %':>22}{'weights %':>11}  switched after  ranks, seed 0")
     for way in WAYS:
-        found = []
-        for options.seed in range(options.seeds):
-            found.append(train(images, way, options))
+        found = [train(images, way, seed, options) for seed in range(options.seeds)]
         right = [one["accuracy"] for one in found]
         spread = f"{statistics.fmean(right):.2f} ({min(right):.2f}–{max(right):.2f})"
         kept = statistics.fmean(one["kept"] for one in found)
         when = found[0]["switched"] or ""
-        print(f"{way:18}{spread:>22}{kept:11.1f}  {when:<14}  {found[0]['ranks'] or ''}", flush=True)
+        ranks = found[0]["ranks"] or ""
+        print(f"{way:18}{spread:>22}{kept:11.1f}  {when:<14}  {ranks}", flush=True)
     print(PAPERS)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from images import Images, accuracy, digits, mnist, weights
-from torch import Tensor, nn
+from torch import nn
 
 import lowrank
 from lowrank.nn import LowRankLinear

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LowrankError
+from ..linalg.precision import full_precision
 
 
 class SMMF(torch.optim.Optimizer):
@@ -135,12 +136,14 @@ class SMMF(torch.optim.Optimizer):
             first = matrix
         else:
             beta = group["beta"] * group["growth"] ** (step - 1)
-            first = matrix * (1 - beta) if first is None else torch.lerp(matrix, first, beta)
+            first = torch.zeros_like(matrix) if first is None else first.mul_(beta)
+            first.add_(matrix, alpha=1 - beta)
         beta = 1 - step ** group["decay"]
-        square = matrix.square()
-        second = square * (1 - beta) if second is None else torch.lerp(square, second, beta)
-        change = first / (second.sqrt() + group["eps"])
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        second = torch.zeros_like(matrix) if second is None else second.mul_(beta)
+        second.addcmul_(matrix, matrix, value=1 - beta)
+        change = first / second.sqrt().add_(group["eps"])
+        if group["weight_decay"]:
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.sub_(change.reshape(parameter.shape).to(parameter.dtype), alpha=group["lr"])
         state["step"] = step
         state.update(_sums("v", second) | ({} if group["beta"] == 0 else _signed(first)))
@@ -162,8 +165,7 @@ def _moments(state: Mapping[str, Any], count: int) -> tuple[Tensor | None, Tenso
     if "signs" not in state:
         return None, second
     size = torch.outer(state["rows_m"], state["columns_m"])
-    positive = unpacked(state["signs"], count).reshape(size.shape)
-    return torch.where(positive, size, -size), second
+    return size.mul_(unpacked(state["signs"], count).to(size.dtype).view_as(size)), second
 
 
 def _signed(first: Tensor) -> dict[str, Tensor]:
@@ -181,11 +183,13 @@ def _sums(name: str, matrix: Tensor) -> dict[str, Tensor]:
 def packed(bits: Tensor) -> Tensor:
     """Truth values, any shape, as ⌈N/8⌉ bytes."""
     flat = torch.nn.functional.pad(bits.flatten(), (0, -bits.numel() % 8)).view(-1, 8)
-    places = torch.arange(8, device=bits.device, dtype=torch.uint8)
-    return (flat.to(torch.uint8) << places).sum(1, dtype=torch.uint8)
+    places = 2.0 ** torch.arange(8, device=bits.device)
+    with full_precision(bits):
+        return (flat.to(places.dtype) @ places).to(torch.uint8)  # a product is exact, and fast
 
 
 def unpacked(data: Tensor, count: int) -> Tensor:
-    """The first `count` truth values, flat, of what `packed` gave."""
-    places = torch.arange(8, device=data.device, dtype=torch.uint8)
-    return ((data[:, None] >> places) & 1).bool().flatten()[:count]
+    """The first `count` of what `packed` was given, flat, float32: 1 for true, −1 for false."""
+    places = torch.arange(8, device=data.device)
+    signs = ((torch.arange(256, device=data.device)[:, None] >> places) & 1) * 2.0 - 1
+    return signs[data.int()].flatten()[:count]

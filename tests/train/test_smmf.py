@@ -106,7 +106,7 @@ def test_signs_take_one_bit(count: int) -> None:
     data = packed(bits)
     assert data.dtype == torch.uint8
     assert data.numel() == -(-count // 8)
-    assert torch.equal(unpacked(data, count), bits)
+    assert torch.equal(unpacked(data, count), bits * 2.0 - 1)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
