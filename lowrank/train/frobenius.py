@@ -1,0 +1,84 @@
+"""FrobeniusDecay: weight decay on the product of factors (Khodak et al., arXiv 2105.01029).
+
+The penalty λ/2 · ‖UV‖²_F, whose gradients λ U(VVᵀ) and λ (UᵀU)V enter before the step. Decay of the
+factors themselves penalises the nuclear norm of UV instead; the two do not go together. The paper
+finds that it pays together with the spectral initialisation of `lowrank.factorize_by_design`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..errors import LowrankError
+from ..nn import LowRankLinear
+from ..sites import ALL_LINEAR, Patterns
+from ..types import Site
+from .common import Attachment, weights_of
+from .factors import decay
+from .lifecycle import FactorController
+from .optimizer import unwrapped
+
+
+class FrobeniusDecay(FactorController):
+    """λ/2 · ‖W‖² of layers that are LowRankLinear already, in the user's own loop."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        *,
+        strength: float = 1e-4,
+        target_modules: Patterns = ALL_LINEAR,
+        exclude_modules: Patterns | None = None,
+    ) -> None:
+        """
+        Args:
+            model: with factored layers, as `lowrank.factorize_by_design` gives.
+            optimizer: with weight_decay 0 for the factors.
+            strength: λ ≥ 0.
+
+        Raises:
+            LowrankError: λ is negative, no layer is factored, the optimizer decays factors itself,
+                or what `Attachment` refuses.
+        """
+        check_strength(strength)
+        self.strength = strength
+        super().__init__(model, optimizer, target_modules, exclude_modules, find=_factored_sites)
+        refuse_decay(self._at)
+
+    def _add(self) -> None:
+        scale = self._at.loss_scale()
+        for module in self._layers.values():
+            decay(module, self.strength, scale)
+
+
+def check_strength(strength: float) -> None:
+    if not strength >= 0:
+        raise LowrankError(f"the strength of Frobenius decay must be at least 0, got {strength}")
+
+
+def refuse_decay(at: Attachment) -> None:
+    """The optimizer's own decay must not act on the weights that get the penalty.
+
+    Raises:
+        LowrankError: it does, at the layer that is named; all claims are given up.
+    """
+    groups = unwrapped(at.optimizer).param_groups
+    decayed = {id(p) for group in groups if group.get("weight_decay") for p in group["params"]}
+    for site in at.sites:
+        if any(id(weight) in decayed for weight in weights_of(site.module)):
+            at.release()
+            raise LowrankError(
+                f"the optimizer decays the weight of {site.name} by itself: put the layers that "
+                "get Frobenius decay into a parameter group with weight_decay=0"
+            )
+
+
+def _factored_sites(root: nn.Module) -> list[Site]:
+    modules = ((name, m) for name, m in root.named_modules() if isinstance(m, LowRankLinear))
+    return [
+        Site(name, (name,), "linear", (m,), (m.out_features, m.in_features), m.cost())
+        for name, m in modules
+    ]

@@ -1,0 +1,165 @@
+"""InRank: ranks that grow with what training explains (arXiv 2306.11250, "InRank-Efficient").
+
+W = UV starts with a few components and a buffer of further ones. Every `every` steps the singular
+values s of UV are taken; the smallest k whose leading values explain enough of their variance,
+
+    1 − var(s − s_k) / var(s) > share,   s_k = s with zeros after the k-th,
+
+becomes the rank, if it is above the present one, and the buffer is moved behind it. At the end, and
+after `steps`, UV is cut to its rank by an SVD.
+
+Against the authors' code: the rank is decided outside of forward(), factors have their true sizes,
+and the buffer grows without changing UV (its new columns of U are zero; there the untrained end of
+the first initialisation is switched on).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LowrankError
+from ..linalg import svd
+from ..linalg.precision import full_precision
+from ..nn import LowRankLinear
+from ..sites import ALL_LINEAR, Patterns
+from .factors import enter, resize
+from .lifecycle import FactorController
+from .optimizer import unwrapped
+
+
+class InRank(FactorController):
+    """Low-rank training whose ranks only grow, in the user's own loop.
+
+    Attributes:
+        history: one dict an event, with "step", "site", "event", rank, and what was measured.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        *,
+        rank: int = 2,
+        buffer: int = 100,
+        share: float = 0.9,
+        warmup: int = 200,
+        every: int = 25,
+        steps: int | None = None,
+        target_modules: Patterns = ALL_LINEAR,
+        exclude_modules: Patterns | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Replace the chosen layers by factors of rank `rank + buffer`, of the weight's SVD.
+
+        Args:
+            rank: at the start.
+            buffer: components that train beyond the rank; no layer gets more than half of
+                min(out, in) in all, as in the paper.
+            share: of the variance of singular values, in (0, 1).
+            warmup: steps before the first decision.
+            every: steps between decisions.
+            steps: after these the ranks are final and the buffers are cut; None: by `finish`.
+
+        Raises:
+            LowrankError: an option is out of range, nothing can be adapted, or what `Attachment`
+                refuses; the model and the optimizer are as they were.
+        """
+        if not 0 < share < 1:
+            raise LowrankError(f"share of explained variance must be in (0, 1), got {share}")
+        if rank < 1 or buffer < 1 or every < 1 or warmup < 0:
+            got = f"{rank}, {buffer}, {every} and {warmup}"
+            raise LowrankError(f"need rank, buffer, every >= 1 and warmup >= 0, got {got}")
+        if steps is not None and steps < 1:
+            raise LowrankError(f"steps must be at least 1, got {steps}")
+        self.buffer, self.share, self.warmup, self.every = buffer, share, warmup, every
+        self.steps, self.seed = steps, seed
+        super().__init__(model, optimizer, target_modules, exclude_modules)
+        self._explained: dict[str, int] = {}
+        for site in self._at.sites:
+            most = max(min(site.shape) // 2, 1)
+            self._layers[site.name] = enter(self._at, site, min(rank + buffer, most))
+            self._explained[site.name] = min(rank, most)
+        self._at.resized()
+        self._final = False
+
+    @property
+    def explained(self) -> dict[str, int]:
+        """The rank decided so far, by layer; the layer itself is wider by its buffer."""
+        return dict(self._explained)
+
+    def _stepped(self) -> None:
+        step = self._at.step
+        if self._final:
+            return
+        if step > self.warmup and (step - self.warmup) % self.every == 0:
+            for name, module in self._factored().items():
+                self._decide(name, module)
+            self._at.resized()
+        if step == self.steps:
+            self._last()
+            self._at.resized()
+
+    def _decide(self, name: str, module: LowRankLinear) -> None:
+        values = svd.energies(module.dense_weight(torch.float64))[: module.rank].sqrt()
+        found = explaining(values, self.share)
+        old = self._explained[name]
+        self._explained[name] = max(old, min(found, module.rank))
+        most = max(min(module.out_features, module.in_features) // 2, 1)
+        wide = min(self._explained[name] + self.buffer, most)
+        if wide > module.rank:
+            self._grow(name, module, wide)
+        if self._explained[name] != old:
+            self._at.note("grow", name, rank=self._explained[name], width=module.rank)
+
+    def _grow(self, name: str, module: LowRankLinear, width: int) -> None:
+        """More components: rows of V as nn.Linear draws them, columns of U zero."""
+        up, down = module.up.weight, module.down.weight
+        more = width - module.rank
+        number = list(self._layers).index(name)
+        seed = (self.seed * 1_000_003 + self._at.step) * 1_009 + number
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        drawn = torch.rand(more, down.shape[1], generator=generator, dtype=torch.float64) * 2 - 1
+        rows = (drawn / math.sqrt(down.shape[1])).to(down)
+        columns = up.new_zeros(up.shape[0], more)
+        resize(self._at, module, torch.cat([down, rows]), torch.cat([up, columns], 1))
+
+    def _last(self) -> None:
+        if self._final:
+            return
+        self._final = True
+        for name, module in self._factored().items():
+            rank = self._explained[name]
+            if rank < module.rank:
+                with full_precision(module.up.weight):
+                    up, down = svd.factor(module.dense_weight(torch.float64), rank)
+                resize(self._at, module, down, up)
+                self._forget(module)
+            self._at.note("cut", name, rank=rank)
+
+    def _forget(self, module: LowRankLinear) -> None:
+        """The SVD has mixed the components: their moments mean nothing any more."""
+        for weight in (module.up.weight, module.down.weight):
+            unwrapped(self._at.optimizer).state.pop(weight, None)
+
+    def _policy(self) -> dict[str, Any]:
+        return {"explained": self.explained, "final": self._final}
+
+    def _take(self, policy: dict[str, Any]) -> None:
+        self._explained, self._final = dict(policy["explained"]), policy["final"]
+
+
+def explaining(values: Tensor, share: float) -> int:
+    """The smallest k whose leading values leave less than 1 − share of the variance of all."""
+    variance = float(values.var(correction=0))
+    if variance == 0:  # one value, or all alike: none stands out
+        return len(values)
+    for rank in range(1, len(values)):
+        rest = values.clone()
+        rest[:rank] = 0
+        if 1 - float(rest.var(correction=0)) / variance > share:
+            return rank
+    return len(values)

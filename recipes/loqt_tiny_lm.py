@@ -1,0 +1,136 @@
+"""LoQT on a small Llama trained from nothing: quality beside the bytes that training takes.
+
+The architecture of the embedded model is trained on the source of Python's standard library (see
+train_tiny_lm.py): dense, by LoQT (arXiv 2405.16528), and factored by design at the same rank. All
+three see the same batches and use AdamW, each with the best of a few learning rates. Bytes are
+counted from tensors: all parameters and buffers, gradients as they are before a step, at their
+peak, and the optimizer's state; activations are left out.
+
+    python recipes/loqt_tiny_lm.py             # minutes of two cores
+    python recipes/loqt_tiny_lm.py --full      # the authors' rank-to-width ratio, long; hours
+
+The paper trains Llamas of 60 million parameters and more in bfloat16; no table of it is for a model
+of this size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from train_tiny_lm import new_model, sources
+
+import lowrank
+from lowrank.demo import held_out_rows, judge, tiny_lm
+from lowrank.train import LoQT
+
+WAYS = ("dense", "LoQT", "by design")
+
+
+def bytes_of(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+def extra(model: nn.Module) -> list[Tensor | None]:
+    """Full gradients that LoQT gathers in the steps that merge a layer."""
+    return [getattr(module, "gathered", None) for module in model.modules()]
+
+
+def train(
+    way: str, stream: Tensor, end: int, lr: float, options: argparse.Namespace
+) -> dict[str, Any]:
+    torch.manual_seed(options.seed)
+    model: Any = new_model(end)
+    if way == "by design":
+        model, _ = lowrank.factorize_by_design(model, options.ratio, align=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    controller = None
+    if way == "LoQT":
+        controller = LoQT(model, optimizer, rank=options.rank, gap=options.gap)
+    steps = options.steps
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
+    )
+    generator = torch.Generator().manual_seed(options.seed)
+    losses, seconds, peak = [], [], 0
+    for _ in range(steps):
+        starts = torch.randint(len(stream) - options.length, (options.batch,), generator=generator)
+        rows = torch.stack([stream[s : s + options.length + 1] for s in starts])
+        begun = time.perf_counter()
+        logits = model(input_ids=rows[:, :-1]).logits
+        loss = cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        loss.backward()
+        held = [*model.parameters(), *model.buffers(), *extra(model)]
+        held += [p.grad for p in model.parameters()]
+        held += [t for state in optimizer.state.values() for t in state.values()]
+        peak = max(peak, bytes_of(held))
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if controller:
+            controller.before_step()
+        optimizer.step()
+        if controller:
+            controller.after_step()
+        optimizer.zero_grad()
+        schedule.step()
+        seconds.append(time.perf_counter() - begun)
+        losses.append(loss.item())
+    last = [*model.parameters(), *model.buffers()]
+    held_bytes = bytes_of(last)
+    model = controller.finish() if controller else model
+    return {
+        "model": model.eval(), "loss": statistics.fmean(losses[-max(steps // 10, 1) :]),
+        "weight_bytes": held_bytes, "peak_bytes": peak, "step_s": statistics.median(seconds),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--full", action="store_true", help="long runs; hours")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--gap", type=int, default=20)
+    parser.add_argument("--ratio", type=float, default=0.5, help="kept by design: rank 32 of 128")
+    parser.add_argument("--rates", type=float, nargs="+", default=[4e-3, 1e-2])
+    parser.add_argument("--documents", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.full:
+        options.steps, options.batch, options.length, options.gap = 8000, 32, 256, 100
+        options.rates, options.documents = [2e-3, 4e-3, 1e-2, 2e-2], 10**6
+    tiny = tiny_lm()
+    texts = sources()[0]
+    texts = texts[:: max(len(texts) // options.documents, 1)]
+    tokens = [tiny.tokenizer(text, verbose=False)["input_ids"] for text in texts]
+    stream = torch.tensor([token for text in tokens for token in text])
+    rows = held_out_rows(tiny)[::4]
+    read = options.steps * options.batch * options.length
+    print(f"{len(stream):,} tokens of text; {options.steps} steps read {read:,}")
+    heads = ("rate", "loss", "perplexity", "weights, bytes", "peak, bytes", "to dense", "step, ms")
+    print(f"{'':10}" + "".join(f"{head:>15}" for head in heads))
+    dense = 0
+    for way in WAYS:
+        best: dict[str, Any] = {}
+        for lr in options.rates:
+            found = {**train(way, stream, tiny.tokenizer.eos_token_id, lr, options), "lr": lr}
+            best = found if not best or found["loss"] < best["loss"] else best
+        dense = dense or best["peak_bytes"]
+        ((perplexity, _),) = judge([best["model"]], rows)
+        print(
+            f"{way:10}{best['lr']:15g}{best['loss']:15.3f}{perplexity:15.2f}"
+            f"{best['weight_bytes']:15,}{best['peak_bytes']:15,}"
+            f"{best['peak_bytes'] / dense:15.3f}{1000 * best['step_s']:15.0f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

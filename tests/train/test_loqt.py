@@ -1,0 +1,302 @@
+"""LoQT: what is quantised, what is merged and when; at full rank it is the dense training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lowrank import LowrankError
+from lowrank.train import LoQT
+from lowrank.train.optimizer import check_exact
+from lowrank.train.quantised import QuantisedLowRank, fitted, quantised, restored
+from tests.train.loops import Net, batches, run
+
+NAMES = ("first", "second")
+
+
+def sgd(model: nn.Module, momentum: float = 0.0) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+
+
+def orthonormal(rows: int, columns: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(drawn).Q
+
+
+def test_quantisation() -> None:
+    weight = torch.randn(6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight[2] = 0
+    weight[3] *= 1000
+    numbers, scale = quantised(weight)
+    assert numbers.dtype == torch.int8
+    assert scale.shape == (6, 1)
+    error = (restored(numbers, scale) - weight).abs()
+    assert bool((error <= scale / 2 * (1 + 1e-12)).all())  # half a step of the row's own grid
+    assert float(numbers.abs().amax(1)[[0, 1, 3, 4, 5]].min()) == 127
+    assert not numbers[2].any()
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_the_factor_makes_up_for_what_quantisation_loses(left: bool) -> None:
+    """Against numpy, and never worse with more rounds; exact where the basis is complete."""
+    weight = torch.randn(8, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    side = 8 if left else 12
+    basis = orthonormal(side, 3)
+    (numbers, scale, _), error = fitted(weight, basis, left, 0.5, 1)
+    q = (numbers.double() * scale).numpy()
+    p = basis.numpy() @ basis.numpy().T
+    rest = weight.numpy() - q
+    rest -= p @ rest if left else rest @ p
+    assert error == pytest.approx(np.linalg.norm(rest) / np.linalg.norm(weight))
+    assert error < np.linalg.norm(weight.numpy() - q) / np.linalg.norm(weight)
+    more = [fitted(weight, basis, left, 0.5, rounds)[1] for rounds in (1, 2, 5, 20)]
+    assert more == sorted(more, reverse=True)
+    assert fitted(weight, orthonormal(side, side), left, 0.5, 1)[1] < 1e-15
+
+
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12)])
+def test_the_layer_is_its_dense_weight(shape: tuple[int, int]) -> None:
+    """Outputs, gradients of the input, the factor and the bias, and the gradient it collects."""
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    bias = nn.Parameter(torch.randn(shape[0], dtype=torch.float64))
+    layer = QuantisedLowRank(weight, 3, 0.5, bias)
+    layer.put(weight, orthonormal(8, 3), 3)
+    x = torch.randn(2, 5, shape[1], dtype=torch.float64, requires_grad=True)
+    layer.collect(True)
+    y = layer(x)
+    y.square().sum().backward()
+    got = [x.grad, layer.factor.grad, layer.bias.grad]
+    dense = layer.dense_weight().detach().requires_grad_()
+    seen = x.detach().requires_grad_()
+    expected = seen @ dense.T + bias.detach()
+    torch.testing.assert_close(y, expected)
+    expected.square().sum().backward()
+    torch.testing.assert_close(got[0], seen.grad)
+    torch.testing.assert_close(layer.gathered, dense.grad)
+    turned = dense.grad if layer.left else dense.grad.T
+    torch.testing.assert_close(got[1], 0.5 * layer.basis.T @ turned)
+    torch.testing.assert_close(got[2], expected.detach().mul(2).sum((0, 1)))
+    layer(x).square().sum().backward()  # accumulated batches add up
+    torch.testing.assert_close(layer.gathered, 2 * dense.grad)
+    layer.collect(False)
+    layer(x).sum().backward()
+    assert layer.gathered is None
+
+
+def test_neither_pass_keeps_a_dense_weight() -> None:
+    """What autograd saves for the backward pass: one byte a number, and small tensors."""
+    weight = torch.randn(64, 96)
+    layer = QuantisedLowRank(weight, 2, 0.5, None)
+    sizes = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(torch.randn(1, 96, requires_grad=True)).sum()
+    assert max(sizes) == weight.numel()
+
+
+def test_at_full_rank_it_is_gradient_descent() -> None:
+    """T15: PPᵀ = 1, the factor holds all that quantisation loses, and merging changes nothing; a
+    layer sits out the step that merges it."""
+    model, plain = Net().double(), Net().double()
+    optimizer = sgd(model)
+    controller = LoQT(model, optimizer, rank=100, strength=1.0, gap=6, growth=1.0, rounds=1)
+    x, y = next(batches(1))
+    x, y = x.double(), y.double()
+    for step in range(15):
+        out = {"first": step % 6 == 0, "second": step % 6 == 3}
+        optimizer.zero_grad()
+        model(x, y)["loss"].backward()
+        controller.before_step()
+        optimizer.step()
+        controller.after_step()
+        plain.zero_grad()
+        plain(x, y)["loss"].backward()
+        with torch.no_grad():
+            for name, parameter in plain.named_parameters():
+                if not (name.endswith("weight") and out[name.partition(".")[0]]):
+                    parameter -= 0.1 * parameter.grad
+    for name in NAMES:
+        found = model.get_submodule(name).dense_weight().detach()
+        torch.testing.assert_close(found, plain.get_submodule(name).weight, rtol=1e-10, atol=1e-12)
+
+
+def test_layers_take_turns_at_growing_gaps() -> None:
+    model = Net()
+    optimizer = sgd(model)
+    controller = LoQT(model, optimizer, rank=3, gap=10, growth=1.5)
+    gathered = []
+
+    def look(step: int) -> None:
+        gathered.append(sum(model.get_submodule(n).collecting for n in NAMES))
+
+    run(model, optimizer, controller, 60, each=look)
+    merged = [(e["site"], e["step"]) for e in controller.history if e["event"] == "merge"]
+    assert [step for name, step in merged if name == "first"] == [0, 10, 25, 47]  # 10, 15, 22
+    assert [step for name, step in merged if name == "second"] == [5, 15, 30, 52]
+    assert max(gathered) == 1
+    every = [e for e in controller.history if e["event"] == "merge"]
+    assert all(0 <= e["error"] < 0.02 and 0.3 < e["gradient_energy"] <= 1 for e in every)
+
+
+def test_a_merge_takes_the_leading_directions_of_the_gradient() -> None:
+    model = Net(width=16)
+    optimizer = sgd(model, momentum=0.9)
+    controller = LoQT(model, optimizer, rank=3, gap=4, growth=1.0)
+    run(model, optimizer, controller, 4)
+    layer = model.first  # (16, 12): the basis is on the input's side
+    x, y = list(batches(5))[4]
+    optimizer.zero_grad()
+    model(x, y)["loss"].backward()
+    gradient = layer.gathered.double().numpy().copy()
+    before = layer.dense_weight().detach()
+    old, momentum = layer.basis.clone(), optimizer.state[layer.factor]["momentum_buffer"].clone()
+    factor = layer.factor
+    controller.before_step()
+    assert layer.factor is factor
+    assert layer.factor.grad is None
+    assert layer.gathered is None
+    leading = np.linalg.svd(gradient)[2][:3].T
+    both = layer.basis.double().numpy()
+    np.testing.assert_allclose(both @ both.T, leading @ leading.T, atol=1e-5)
+    moved = optimizer.state[layer.factor]["momentum_buffer"]
+    torch.testing.assert_close(moved, layer.basis.T @ old @ momentum)
+    error = float(((layer.dense_weight() - before).norm() / before.norm()).detach())
+    assert error == pytest.approx(controller.history[-1]["error"], rel=1e-3)
+    assert 0 < error < 0.01
+    kept = np.linalg.norm(gradient @ leading) ** 2 / np.linalg.norm(gradient) ** 2
+    assert controller.history[-1]["gradient_energy"] == pytest.approx(kept, rel=1e-4)
+
+
+def test_only_small_factors_have_a_state() -> None:
+    model = Net(width=64)
+    optimizer = torch.optim.Adam(model.parameters())
+    controller = LoQT(model, optimizer, rank=2, gap=5)
+    run(model, optimizer, controller, 12)
+    check_exact(optimizer, model)
+    moments = {name: optimizer.state[p]["exp_avg"].numel() for name, p in model.named_parameters()}
+    assert moments == {
+        "first.factor": 2 * 64, "first.bias": 64, "second.factor": 2 * 64, "second.bias": 10
+    }  # fmt: skip
+    assert model.first.numbers.dtype == torch.int8
+    assert model.first.numbers.shape == (64, 12)
+
+
+def test_momentum_of_the_dense_weight_goes_on() -> None:
+    """Attached in mid-training: B has the moment s·PᵀM, as if it had been there."""
+    model = Net()
+    optimizer = sgd(model, momentum=0.9)
+    x, y = next(batches(1))
+    model(x, y)["loss"].backward()
+    optimizer.step()
+    moments = [
+        optimizer.state[m.weight]["momentum_buffer"].clone() for m in (model.first, model.second)
+    ]
+    LoQT(model, optimizer, rank=3, strength=0.25)
+    for moment, layer in zip(moments, (model.first, model.second), strict=True):
+        turned = moment if layer.left else moment.T
+        found = optimizer.state[layer.factor]["momentum_buffer"]
+        torch.testing.assert_close(found, 0.25 * layer.basis.T @ turned)
+
+
+def test_it_trains_and_ends_dense() -> None:
+    model = Net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    controller = LoQT(model, optimizer, rank=4, gap=20)
+    losses = run(model, optimizer, controller, 150)
+    assert sum(losses[-8:]) < 0.2 * sum(losses[:8])
+    x = torch.randn(7, 12)
+    expected = model(x)
+    model = controller.finish()
+    assert type(model.first) is type(model.second) is nn.Linear
+    torch.testing.assert_close(model(x), expected)
+    check_exact(optimizer, model)
+    losses = [(model(a, b)["loss"].backward(), optimizer.step()) for a, b in batches(2)]
+    LoQT(model, optimizer)  # nothing is claimed any more
+
+
+def test_weights_stored_the_other_way_round() -> None:
+    """transformers' Conv1D holds (in, out), and is what comes back."""
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(10, 6), Conv1D(4, 10))
+    optimizer = sgd(model, momentum=0.9)
+    x = torch.randn(8, 6)
+    model(x).square().mean().backward()
+    optimizer.step()
+    moment = optimizer.state[model[0].weight]["momentum_buffer"].clone()  # (6, 10)
+    dense = model(x)
+    controller = LoQT(model, optimizer, rank=2, gap=2, strength=1.0)
+    torch.testing.assert_close(model(x), dense, rtol=0.02, atol=0.02)
+    layer = model[0]
+    assert not layer.left  # (10, 6)
+    found = optimizer.state[layer.factor]["momentum_buffer"]
+    torch.testing.assert_close(found, layer.basis.T @ moment)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        controller.before_step()
+        optimizer.step()
+        controller.after_step()
+    expected = model(x)
+    model = controller.finish()
+    assert type(model[0]) is Conv1D
+    assert model[0].weight.shape == (6, 10)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_an_unused_layer_waits() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    optimizer = sgd(model)
+    controller = LoQT(model, optimizer, rank=2, gap=2)
+    for name in ("b", "b", "a"):
+        optimizer.zero_grad()
+        model[name](torch.randn(3, 4)).sum().backward()
+        controller.before_step()
+        optimizer.step()
+        controller.after_step()
+    merged = [(e["site"], e["step"]) for e in controller.history if e["event"] == "merge"]
+    assert merged == [("b", 1), ("a", 2)]
+
+
+def test_under_autocast() -> None:
+    model = Net()
+    optimizer = sgd(model)
+    controller = LoQT(model, optimizer, rank=3, gap=2)
+    for x, y in batches(4):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x, y)["loss"]
+        loss.backward()
+        controller.before_step()
+        optimizer.step()
+        controller.after_step()
+    assert model.first.factor.dtype == torch.float32
+    assert bool(model.first.dense_weight().isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank": 0}, "rank, gap and rounds must be >= 1, got 0, 100, 5"),
+        ({"gap": 0}, "must be >= 1, got 128, 0, 5"),
+        ({"rounds": 0}, "must be >= 1"),
+        ({"strength": 0.0}, "need strength > 0 and growth >= 1, got 0.0"),
+        ({"growth": 0.9}, "growth >= 1, got 0.5 and 0.9"),
+        ({"growth": float("nan")}, "growth >= 1"),
+    ],
+)
+def test_an_option_out_of_range(options: dict[str, Any], said: str) -> None:
+    model = Net()
+    with pytest.raises(LowrankError, match=said):
+        LoQT(model, sgd(model), **options)
+    assert type(model.first) is nn.Linear
