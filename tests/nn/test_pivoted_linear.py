@@ -232,6 +232,8 @@ def test_compile_and_export_trace_it_whole(side: str) -> None:
     torch.testing.assert_close(program.module()(x[:3]), module(x[:3]))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the exporter, about its own innards
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_onnx_keeps_the_order_as_an_index(tmp_path: Any) -> None:
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
