@@ -105,6 +105,98 @@ MUTANTS = (
         "return True",
         ("tests/train/test_plugs.py::test_accelerate_trains_the_same_model",),
     ),
+    Mutant(
+        "the cut hides the first components",
+        "lowrank/train/maestro.py",
+        "device=inner.device) < width",
+        "device=inner.device) >= width",
+        (
+            "tests/train/test_maestro.py::test_a_layer_runs_with_its_first_components_alone",
+            "tests/train/test_maestro.py::test_on_a_linear_map_it_is_the_svd",
+        ),
+    ),
+    Mutant(
+        "a lasso on single components, not on tails",
+        "lowrank/train/maestro.py",
+        "norms.where(there, 1).reciprocal(), 0).cumsum(0)",
+        "norms.where(there, 1).reciprocal(), 0)",
+        ("tests/train/test_maestro.py::test_the_gradient_of_the_lasso",),
+    ),
+    Mutant(
+        "widths that come up more than once a round",
+        "lowrank/train/draws.py",
+        "if self.place >= max(map(len, self._orders), default=0):",
+        "if self.place >= 1:",
+        ("tests/train/test_maestro.py::test_every_width_comes_up_once_a_round",),
+    ),
+    Mutant(
+        "a layer that shrinks loses its moments",
+        "lowrank/train/factors.py",
+        "replace(at.optimizer, old, new, corner(new.shape))",
+        "replace(at.optimizer, old, new)",
+        ("tests/train/test_maestro.py::test_shrinking_keeps_the_state_of_what_stays",),
+    ),
+    Mutant(
+        "decay of the factors taken for that of their product",
+        "lowrank/train/factors.py",
+        "pairs = [(up, up @ (down @ down.T)), (down, (up.T @ up) @ down)]",
+        "pairs = [(up, up), (down, down)]",
+        ("tests/train/test_switching.py::test_decay_is_that_of_the_product",),
+    ),
+    Mutant(
+        "stable ranks that are not scaled by those at the start",
+        "lowrank/train/cuttlefish.py",
+        "math.ceil(full / stable_ranks[0] * stable_ranks[-1])",
+        "math.ceil(stable_ranks[-1])",
+        ("tests/train/test_switching.py::test_the_estimate_and_the_movement",),
+    ),
+    Mutant(
+        "new components that change the product",
+        "lowrank/train/inrank.py",
+        "columns = up.new_zeros(up.shape[0], more)",
+        "columns = up.new_ones(up.shape[0], more)",
+        (
+            "tests/train/test_switching.py::test_inrank_loses_nothing_as_it_grows_and_cuts_when_told",
+        ),
+    ),
+    Mutant(
+        "what was trained is forgotten at a merge",
+        "lowrank/train/loqt.py",
+        "layer.put(layer.dense_weight(), basis, self.rounds)",
+        "layer.put(restored(layer.numbers, layer.scale), basis, self.rounds)",
+        ("tests/train/test_loqt.py::test_at_full_rank_it_is_gradient_descent",),
+    ),
+    Mutant(
+        "moments that stay in the old basis of a merge",
+        "lowrank/train/loqt.py",
+        "replace(self._at.optimizer, layer.factor, layer.factor, two_sided(left=turn))",
+        "pass",
+        ("tests/train/test_loqt.py::test_a_merge_takes_the_leading_directions_of_the_gradient",),
+    ),
+    Mutant(
+        "the full gradient of a skipped batch counts",
+        "lowrank/train/loqt.py",
+        "    def _spoilt(self) -> None:\n        self._collect()",
+        "    def _spoilt(self) -> None:\n        pass",
+        ("tests/train/test_factor_controllers.py::test_a_nan_gradient_harms_nothing",),
+    ),
+    Mutant(
+        "signs that are packed the other way round",
+        "lowrank/train/smmf.py",
+        "* 2.0 - 1\n",
+        "* -2.0 + 1\n",
+        (
+            "tests/train/test_smmf.py::test_it_is_the_formula",
+            "tests/train/test_smmf.py::test_signs_take_one_bit",
+        ),
+    ),
+    Mutant(
+        "a loaded state in the dtype of the parameter",
+        "lowrank/train/smmf.py",
+        '            saved = state_dict["state"].get(key, {})',
+        "            saved: dict[str, Any] = {}",
+        ("tests/train/test_smmf.py::test_resumed_it_is_the_unbroken_run",),
+    ),
 )
 
 
