@@ -2,9 +2,8 @@
 
 `tucker` minimises ‖W − Ŵ‖ (HOSVD, then HOOI; Kim et al., arXiv 1511.06530); `whitened-tucker` the
 error of the *outputs*, ‖(W − Ŵ)H^½‖ with the Gram matrix H of the patches; `two-sided-tucker`
-weighs the outputs too, by the gradients of the model's own loss. No other tool whitens a Tucker
-decomposition, as far as we know; on trained weights it leaves a half to a quarter of the output
-error that whitened channels leave at equal parameters (benchmarks/tucker.py).
+weighs the outputs too, by the gradients of the model's own loss. On four layers of a trained
+ResNet-20 it leaves less output error than whitened channels at equal parameters.
 
 A curve holds the options of both forms that no other option beats: sizes (r,) are channels
 (ChannelConv), sizes (r_out, r_in) the three convolutions of TuckerConv. 1×1 convolutions and linear
