@@ -132,5 +132,5 @@ def _core(weight: Tensor, out: Tensor, into: Tensor) -> Tensor:
 def _basis(weight: Tensor, mode: int) -> Tensor:
     """Orthonormal (n, n): directions of a mode in the order of their energy."""
     unfolded = weight.movedim(mode, 0).flatten(1)
-    values = torch.linalg.eigh(unfolded @ unfolded.T)
-    return values.eigenvectors.flip(1)
+    vectors: Tensor = torch.linalg.eigh(unfolded @ unfolded.T).eigenvectors
+    return vectors.flip(1)

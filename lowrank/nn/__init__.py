@@ -32,6 +32,8 @@ from .spatial_conv import spatial_cost as spatial_cost
 from .tied import TiedEmbedding as TiedEmbedding
 from .tied import TiedHead as TiedHead
 from .tied import table_of as table_of
+from .tucker_conv import TuckerConv as TuckerConv
+from .tucker_conv import tucker_cost as tucker_cost
 from .usv_linear import USVLinear as USVLinear
 
 FACTORED: dict[str, type[nn.Module]] = {
@@ -39,6 +41,7 @@ FACTORED: dict[str, type[nn.Module]] = {
     "PivotedLinear": PivotedLinear,
     "SharedLowRankLinear": SharedLowRankLinear,
     "ChannelConv": ChannelConv,
+    "TuckerConv": TuckerConv,
     "SpatialConv": SpatialConv,
     "CPConv": CPConv,
     "LowRankEmbedding": LowRankEmbedding,

@@ -101,7 +101,7 @@ class CPConv(nn.Module):
         first = self.first.weight.to(dtype).flatten(1)  # (g·R, I/g)
         taps = first.new_ones(len(first), 1)
         for child in self.spatial:
-            factor: Tensor = child.weight.to(dtype).flatten(1)  # type: ignore[operator, union-attr]
+            factor: Tensor = child.weight.to(dtype).flatten(1)  # type: ignore[operator]
             taps = torch.einsum("ra,rb->rab", taps, factor).flatten(1)
         inner = torch.einsum("ri,rk->rik", first, taps).flatten(1).unflatten(0, (groups, -1))
         last = self.last.weight.to(dtype).flatten(1).unflatten(0, (groups, -1))  # (g, O/g, R)

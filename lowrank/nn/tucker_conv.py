@@ -1,0 +1,115 @@
+"""A convolution in Tucker-2 form: fewer channels in, the kernel on them, and out again.
+
+y = last(core(first(x))): 1×1 to r_in channels, the kernel from r_in to r_out, 1×1 to all outputs
+(Kim et al., arXiv 1511.06530). In a grouped convolution every group has such a form of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..types import Cost
+from .geometry import Geometry, fill, fill_bias, per_group
+from .lazy import LazyProduct
+
+
+class TuckerConv(nn.Module):
+    """Three real convolutions, of g groups.
+
+    Tensors: `first.weight` (g·r_in, I/g, 1…), `core.weight` (g·r_out, r_in, *kernel), `last.weight`
+    (O, r_out, 1…), `last.bias` (O,). The core has the stride, padding and dilation of the whole:
+    `first` does nothing to positions and adds nothing, so padding before or after it is the same.
+    It has the attributes of an nn.Conv; `ranks` are those of one group.
+    """
+
+    WORDS = ("padding_mode",)
+
+    def __init__(self, geometry: Geometry, ranks: tuple[int, int], *, bias: bool) -> None:
+        """On the meta device; see `from_parts`."""
+        super().__init__()
+        self.geometry, self.ranks = geometry, ranks
+        geometry.label(self)
+        r_out, r_in = (geometry.groups * rank for rank in ranks)
+        self.first = geometry.pointwise(geometry.in_channels, r_in, bias=False)
+        self.core = geometry.spread(r_in, r_out, bias=False)
+        self.last = geometry.pointwise(r_out, geometry.out_channels, bias=bias)
+
+    @classmethod
+    def from_parts(cls, conv: nn.Module, last: Tensor, core: Tensor, first: Tensor) -> Self:
+        """Parts in place of a convolution, in its dtype and on its device; its bias is copied.
+
+        Args:
+            conv: nn.Conv1d, 2d or 3d.
+            last: (O, r_out).
+            core: (g·r_out, r_in, K).
+            first: (g·r_in, I/g).
+
+        Raises:
+            LowrankError: they do not fit the convolution.
+        """
+        geometry, bias, weight = Geometry.of(conv), conv.bias, conv.weight
+        r_out = per_group(core.shape[0], geometry.groups, "rows of `core`")
+        layer = cls(geometry, (r_out, core.shape[1]), bias=bias is not None)
+        for name, part in (("first", first), ("core", core), ("last", last)):
+            fill(getattr(layer, name), part, weight, f"`{name}`")  # type: ignore[arg-type]
+        fill_bias(layer.last, bias)  # type: ignore[arg-type]
+        return layer
+
+    @classmethod
+    def empty(cls, *, r_out: int, r_in: int, bias: bool, **geometry: Any) -> Self:
+        return cls(Geometry.from_spec(geometry), (r_out, r_in), bias=bias)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.last.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (O, I/g, *kernel), multiplied when it is used."""
+        shape = self.geometry.weight_shape
+        return LazyProduct.of(shape, self.last.weight, lambda: self.dense_weight().view(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, I, *space) -> (B, O, *space')."""
+        found: Tensor = self.last(self.core(self.first(x)))
+        return found
+
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(O, I/g · K), multiplied in `dtype` (None: that of the factors)."""
+        dtype = dtype or self.last.weight.dtype
+        groups = (self.geometry.groups, -1)
+        first = self.first.weight.to(dtype).flatten(1).unflatten(0, groups)  # (g, r_in, I/g)
+        core = self.core.weight.to(dtype).flatten(2).unflatten(0, groups)  # (g, r_out, r_in, K)
+        last = self.last.weight.to(dtype).flatten(1).unflatten(0, groups)  # (g, O/g, r_out)
+        mixed = torch.einsum("gpjk,gji->gpik", core, first).flatten(2)
+        return (last @ mixed).flatten(0, 1)
+
+    def spec(self) -> dict[str, Any]:
+        r_out, r_in = self.ranks
+        sizes = {"r_out": r_out, "r_in": r_in, "bias": self.bias is not None}
+        return {**self.geometry.spec(), **sizes}
+
+    def cost(self) -> Cost:
+        return tucker_cost(self.geometry, *self.ranks, itemsize=self.last.weight.dtype.itemsize)
+
+    def extra_repr(self) -> str:
+        return f"ranks={self.ranks}"
+
+
+def tucker_cost(geometry: Geometry, r_out: int, r_in: int, *, itemsize: int) -> Cost:
+    """Products per output position; `first` works at every input position, of which a stride of s
+    leaves s times as many in each dimension.
+
+    Args:
+        r_out, r_in: of one group.
+        itemsize: bytes of one number.
+    """
+    first = r_in * geometry.in_channels
+    core = geometry.groups * r_in * r_out * geometry.kernel_numbers
+    last = r_out * geometry.out_channels
+    params = first + core + last
+    macs = first * geometry.positions_read + core + last
+    return Cost(params, params * itemsize, macs)
