@@ -17,6 +17,8 @@ from torch import Tensor
 from .precision import full_precision
 from .svd import energies, factor, tails
 
+STOP = 1e-5  # of the error
+ROUNDING = 1e-12  # of the weight: where nothing is lost, gains are of this size
 RIDGE = 1e-10  # of the mean diagonal of a metric
 Parts = tuple[Tensor, Tensor, Tensor]  # last (O, r_out), core (r_out, r_in, K), first (r_in, I)
 
@@ -38,7 +40,8 @@ def hosvd_errors(weight: Tensor) -> Tensor:
 
 
 def tucker(weight: Tensor, ranks: tuple[int, int], *, sweeps: int = 20) -> Parts:
-    """The parts of a Tucker-2 decomposition, orthonormal outside, by HOSVD and `sweeps` of HOOI.
+    """The parts of a Tucker-2 decomposition, orthonormal outside, by HOSVD and at most `sweeps` of
+    HOOI; one that gains less than `STOP` of what is lost is the last.
 
     Args:
         weight: (O, I, K), any floating dtype; computed in float64.
@@ -47,15 +50,17 @@ def tucker(weight: Tensor, ranks: tuple[int, int], *, sweeps: int = 20) -> Parts
     r_out, r_in = ranks
     with full_precision(weight):
         whole = weight.detach().double()
-        out, into = _basis(whole, 0)[:, :r_out], _basis(whole, 1)[:, :r_in]
+        turned = whole.transpose(0, 1).contiguous()
+        out, into = _basis(whole, 0)[:, :r_out], _basis(turned, 0)[:, :r_in]
+        total = float(whole.square().sum())
         kept = float(_core(whole, out, into).square().sum())
         for _ in range(sweeps):
-            out = _basis(torch.einsum("oik,ij->ojk", whole, into), 0)[:, :r_out]
-            into = _basis(torch.einsum("oik,op->pik", whole, out), 1)[:, :r_in]
-            now = float(_core(whole, out, into).square().sum())
-            if now <= kept * (1 + 1e-12):
+            out = _basis(_shrunk(turned, into), 0)[:, :r_out]
+            rest = _shrunk(whole, out)
+            into = _basis(rest, 0)[:, :r_in]
+            before, kept = kept, float((into.T @ rest.flatten(1)).square().sum())
+            if kept - before <= max(STOP * (total - kept), ROUNDING * total):
                 break
-            kept = now
         return out, _core(whole, out, into), into.T
 
 
@@ -127,6 +132,12 @@ def _solved(rows: Tensor, metric: Tensor) -> Tensor:
 
 def _core(weight: Tensor, out: Tensor, into: Tensor) -> Tensor:
     return torch.einsum("oik,op,ij->pjk", weight, out, into)
+
+
+def _shrunk(weight: Tensor, basis: Tensor) -> Tensor:
+    """(n, m, K) with its first mode in the basis (n, r), as (m, r, K)."""
+    inner = basis.T @ weight.flatten(1)
+    return inner.view(-1, *weight.shape[1:]).transpose(0, 1)
 
 
 def _basis(weight: Tensor, mode: int) -> Tensor:
