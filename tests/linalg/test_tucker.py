@@ -161,3 +161,24 @@ def test_outputs_that_fit_are_found_in_the_metric_of_the_patches() -> None:
     _, errors = tucker.alternated(weight, started(weight, (2, 3), gram), gram, sweeps=40, steps=20)
     assert lost(weight, tucker.tucker(weight, (2, 3)), gram) > 0.05 * total
     assert errors[-1] < 0.02 * total
+
+
+@pytest.mark.parametrize("name", ["identity", "good", "dead inputs", "few tokens"])
+def test_the_channels_for_a_given_core_are_the_least_squares_ones(name: str) -> None:
+    """After enough steps; by NumPy's lstsq over all numbers of `first` at once."""
+    weight, gram = normal(5, 6, 4, seed=6), grams(24, seed=1)[name]
+    last, core, first = started(weight, (3, 2), gram)
+    scale = root(gram, 24)
+    columns = []
+    for j, i in np.ndindex(2, 6):
+        one = np.zeros((2, 6))
+        one[j, i] = 1
+        part = np.einsum("op,pjk,ji->oik", last.numpy(), core.numpy(), one)
+        columns.append((part.reshape(5, 24) @ scale).ravel())
+    flat = (weight.flatten(1).numpy() @ scale).ravel()
+    design = np.stack(columns, 1)
+    want = ((flat - design @ np.linalg.lstsq(design, flat, rcond=None)[0]) ** 2).sum()
+    found = tucker._nearer(weight, (last, core, first), gram, 200)
+    before, after = (lost(weight, (last, core, f), gram) for f in (first, found))
+    assert after == pytest.approx(want, rel=1e-6, abs=1e-9)
+    assert after < before or name == "few tokens"
