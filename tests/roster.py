@@ -41,9 +41,9 @@ ROSTER: dict[str, dict[str, Law]] = {
     "frequency": laws(),
     "head-aware": laws(),
     # Sizes of two numbers are no ranks of the matrix, and `first` works at the input's positions.
-    "tucker": laws(low_rank=False, plain_products=False, planted=None),
-    "whitened-tucker": laws(low_rank=False, plain_products=False, planted=None),
-    "two-sided-tucker": laws(low_rank=False, plain_products=False, planted=None),
+    "tucker": laws(low_rank=False, plain_products=False),
+    "whitened-tucker": laws(low_rank=False, plain_products=False),
+    "two-sided-tucker": laws(low_rank=False, plain_products=False),
     "random": laws(planted=None),  # it gives the trained weight up
     "dense-sparse": laws(low_rank=False, planted=lines, plain_products=False),  # it gathers too
     "lowrank-sparse": laws(low_rank=False, planted=one_channel),

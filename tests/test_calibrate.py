@@ -49,6 +49,7 @@ def test_gram_and_mean_are_per_token(kind: str) -> None:
     with unchanged(model):
         found = calibration(model, batches)
     names = [name for name, stats in found.statistics.items() if stats.freq is None]
+    names = [n for n in names if isinstance(model.get_submodule(n), nn.Linear) or kind == "gpt2"]
     oracle = inputs_of(model, names, lambda: [forward(model, batch) for batch in batches])
     assert len(names) >= 8
     for name in names:

@@ -101,7 +101,14 @@ def test_kinds() -> None:
     assert all(layouts.kind(layer) == "linear" for layer in linear)
     tables = (nn.Embedding(2, 3), nn.EmbeddingBag(2, 3), type("Own", (nn.Embedding,), {})(2, 3))
     assert all(layouts.kind(layer) == "embedding" for layer in tables)
-    others = (nn.Bilinear(2, 3, 4), nn.Conv1d(2, 3, 1), nn.Identity())
+    convs = (
+        nn.Conv1d(2, 3, 1),
+        nn.Conv2d(2, 3, 1),
+        nn.Conv3d(2, 3, 1),
+        nn.ConvTranspose2d(2, 3, 1),
+    )
+    assert all(layouts.kind(layer) == "conv" for layer in convs)
+    others = (nn.Bilinear(2, 3, 4), nn.BatchNorm2d(3), nn.Identity())
     assert all(layouts.kind(layer) is None for layer in others)
     own = type("Conv1D", (nn.Module,), {})  # of this name, but not of transformers
     assert layouts.kind(own()) is None

@@ -62,7 +62,7 @@ def test_groups_read_one_tensor_and_no_two_groups_do(kind: str) -> None:
     held: dict[str, list[Tensor]] = {}
     handles = []
     for site in find(model):
-        if not site.reason and site.kind == "linear":
+        if not site.reason and site.kind in ("linear", "conv"):
             hook = lambda _m, args, n=site.name: held.setdefault(n, []).append(args[0])  # noqa: E731
             handles.append(site.module.register_forward_pre_hook(hook))
     forward(model, example(kind))

@@ -43,7 +43,9 @@ def test_every_linear_and_conv1d_is_found_once_and_in_order(kind: str) -> None:
     found = [name for site in sites.find(model) for name in site.names]
     assert sorted(n for n in found if n in expected) == sorted(expected)
     tables = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
-    assert sorted(found) == sorted([*expected, *tables])
+    convs = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    assert len(convs) == (kind == "vit")
+    assert sorted(found) == sorted([*expected, *tables, *convs])
     alone = [site.name for site in sites.find(model) if site.kind == "linear"]
     assert alone == [name for name in expected if name in alone]
     assert len(expected) >= 9

@@ -17,7 +17,7 @@ from torch import nn
 
 import lowrank
 from lowrank import EFFORTS, Effort, data
-from lowrank.nn import LowRankLinear, PivotedLinear
+from lowrank.nn import LowRankLinear, PivotedLinear, TuckerConv
 
 from .. import zoo
 
@@ -94,7 +94,7 @@ def test_every_family_at_every_effort(kind: str, word: str) -> None:
     assert any(said) == (word != "fast")
     assert any(n.startswith("distilled") for n in report.notes) == (word == "best")
     assert {type(lean.get_submodule(site.name)) for site in report.sites} <= {
-        PivotedLinear, LowRankLinear,
+        PivotedLinear, LowRankLinear, TuckerConv,
     }  # fmt: skip
     assert [type(p) for p in dense.modules()].count(PivotedLinear) == 0
     kept = [lowrank.kl(each, dense, [batch_of(kind, 20, 9)]) for each in (lean, other(kind))]

@@ -60,7 +60,7 @@ def test_without_a_command_the_help_is_shown() -> None:
         (["--ratio", "0.5", "--rank", "4"], "either ratio or rank"),
         (["--rank", "four"], "--rank must be a number, got 'four'"),
         (["--rank", "0"], "got 0"),
-        (["--ratio", "0.5", "--method", "whitend"], "did you mean 'whitened'?"),
+        (["--ratio", "0.5", "--method", "whitend"], "did you mean 'whitened' or"),
         (["--ratio", "0.5", "--policy", "unifrm"], "did you mean 'uniform'?"),
         (["--ratio", "0.5", "--of", "all"], "(known: model, targets)"),
         (["--ratio", "0.5", "--target", "query"], "'query' matches none of 16 layers"),
