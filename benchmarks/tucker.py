@@ -5,9 +5,9 @@
 By the weight, half of the channels on both sides: shares of ‖W‖² that are lost by the truncated
 HOSVD, by our alternation and by tensorly's `partial_tucker` (if it is installed), and the time of
 theirs over ours, medians of runs in turns. By the outputs: the share of E‖y‖² that is lost at equal
-parameters by whitened channels and by whitened Tucker forms, on the images that the Gram matrices
-are of and on as many others. One thread. The folder holds cifar10/resnet20.safetensors and
-cifar10/cifar10_subset.npz.
+parameters by whitened channels, by whitened Tucker forms, by these after alternation, and by rows
+and columns apart, on the images that the Gram matrices are of and on as many others. One thread.
+The folder holds cifar10/resnet20.safetensors and cifar10/cifar10_subset.npz.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lowrank
-from lowrank import layouts, linalg
+from lowrank import linalg
 from lowrank.linalg import tucker as numerics
 from lowrank.methods import Whitened, WhitenedTucker
 from lowrank.timing import paired_ratio
+from lowrank.types import Site, Statistics
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 from compress_resnet_cifar import ResNet20, normalised
@@ -110,46 +111,66 @@ def by_outputs(net: nn.Module, images: Tensor, others: Tensor) -> list[dict[str,
         lowrank.calibrate(net, list(part.split(50)), progress=False).statistics
         for part in (images, others)
     )
-    ways = {"channels": Whitened(), "tucker": WhitenedTucker()}
     rows = []
     for site in lowrank.sites.find(net):
-        if site.kind != "conv" or site.module.in_channels == 3:  # type: ignore[comparison-overlap]
+        conv: Any = site.module
+        if site.kind != "conv" or conv.in_channels == 3:
             continue
-        stats, weight = seen[site.name], layouts.matrix(site.module).detach()
-        curves = {name: way.curve(site, stats) for name, way in ways.items()}
+        stats, other = seen[site.name], fresh[site.name].gram
+        weight, zero = conv.weight.detach().flatten(1), torch.zeros_like(conv.weight.flatten(1))
         for share in KEEPS:
             row: dict[str, Any] = {"name": site.name, "keep": share}
-            for name, way in ways.items():
-                curve = curves[name]
-                fit = [o for o in curve.options if o.cost.params <= share * site.cost.params]
-                new: Any = way.factor(site.module, fit[-1], stats)
-                row[name] = fit[-1].error / curve.total
-                row[f"{name}, others"] = unseen(weight, new, fresh[site.name].gram)
-                row[f"{name}, size"] = fit[-1].size
+            for form, (size, near) in nearest(site, stats, share).items():
+                lost, fresh_lost = (
+                    linalg.squared_error(weight, near, gram)
+                    / linalg.squared_error(weight, zero, gram)
+                    for gram in (stats.gram, other)
+                )
+                row[form] = {"size": size, "lost": lost, "others": fresh_lost}
             rows.append(row)
     return rows
 
 
-def unseen(weight: Tensor, new: Any, gram: Tensor | None) -> float:
-    zero = linalg.squared_error(weight, 0 * weight, gram)
-    return linalg.squared_error(weight, new.dense_weight(torch.float64), gram) / zero
+def nearest(site: Site, stats: Statistics, share: float) -> dict[str, tuple[Any, Tensor]]:
+    """For each form its size and its dense weight (O, I · K), of at most `share` of the numbers."""
+    conv: Any = site.module
+    gram, weight = stats.gram, conv.weight.detach()
+    assert gram is not None
+    found: dict[str, tuple[Any, Tensor]] = {}
+    for name, way in (("channels", Whitened()), ("Tucker", WhitenedTucker())):
+        options = way.curve(site, stats).options
+        best = [o for o in options if o.cost.params <= share * site.cost.params][-1]
+        new: Any = way.factor(conv, best, stats)
+        found[name] = best.size, new.dense_weight(torch.float64)
+        if best.storage == "tucker":
+            children = (new.last, new.core, new.first)
+            last, core, first = (child.weight.detach().double().flatten(2) for child in children)
+            parts = (last[..., 0], core, first[..., 0])
+            better, _ = numerics.alternated(weight.flatten(2), parts, gram)
+            found["alternated"] = best.size, numerics.rebuilt(better).flatten(1)
+        elif name == "Tucker":
+            found["alternated"] = found[name]
+    outputs, inputs, height, width = weight.shape
+    rank = int(share * weight.numel()) // (outputs * width + inputs * height)
+    up, down = linalg.spatial_factors(weight, rank, gram)
+    found["spatial"] = (rank,), torch.einsum("orb,ria->oiab", up, down).flatten(1)
+    return found
 
 
 def summary(rows: list[dict[str, Any]]) -> None:
-    print(f"\n{'keep':>5} {'channels':>9} {'Tucker':>9} {'ratio':>6} {'others: channels':>17} "
-          f"{'Tucker':>9} {'ratio':>6} {'least':>6} {'most':>6}")  # fmt: skip
+    forms = [form for form in rows[0] if form not in ("name", "keep")]
+    print(f"\n{'keep':>5} {'form':10} {'lost':>8} {'/ channels':>10} {'others':>8} "
+          f"{'/ channels':>10} {'least':>6} {'most':>6}")  # fmt: skip
     for share in KEEPS:
         here = [row for row in rows if row["keep"] == share]
-        line = f"{share:5.2f}"
-        for end, wide in (("", 9), (", others", 17)):
-            one, two = ([row[way + end] for row in here] for way in ("channels", "tucker"))
-            ratios = [b / a for a, b in zip(one, two, strict=True)]
-            middle = statistics.median(ratios)
-            line += (
-                f" {statistics.median(one):{wide}.5f} {statistics.median(two):9.5f} {middle:6.2f}"
-            )
-        print(f"{line} {min(ratios):6.2f} {max(ratios):6.2f}")
-    print("medians over the convolutions; ratios Tucker / channels, the last two on other images")
+        for form in forms:
+            line = f"{share:5.2f} {form:10}"
+            for images in ("lost", "others"):
+                ours = [row[form][images] for row in here]
+                ratios = [row[form][images] / row["channels"][images] for row in here]
+                line += f" {statistics.median(ours):8.5f} {statistics.median(ratios):10.2f}"
+            print(f"{line} {min(ratios):6.2f} {max(ratios):6.2f}")
+    print("medians over the convolutions; least and most of the ratios on other images")
 
 
 def main() -> None:

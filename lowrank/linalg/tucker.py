@@ -131,6 +131,7 @@ def alternated(
     with full_precision(weight):
         whole = weight.detach().double()
         flat, metric = whole.flatten(1), gram.to(whole)
+        parts = (parts[0].detach(), parts[1].detach(), parts[2].detach())
         r_out, r_in = parts[1].shape[:2]
         errors = [squared_error(flat, rebuilt(parts).flatten(1), metric)]
         for _ in range(sweeps):
