@@ -2,7 +2,7 @@
 
 Patterns have peft's meaning: a list holds names or their endings, a string is a regular expression
 for the full name (or one name), "all-linear" means every linear layer and convolution but the
-output head, "all" embeddings and the head too.
+output head and convolutions that read an image, "all" these and embeddings too.
 No architecture is named here: everything is read from the modules themselves.
 """
 
@@ -22,6 +22,7 @@ from .types import Site
 
 ALL_LINEAR = "all-linear"
 ALL = "all"
+STEM = 4  # channels of an image at most
 Patterns = str | Collection[str]
 
 
@@ -91,6 +92,8 @@ def select(
         reason = site.reason
         if everything and site.kind == "embedding":
             reason = reason or "an embedding: name it, or target 'all'"
+        elif everything and site.kind == "conv" and _is_stem(site.module):
+            reason = reason or "it reads the few channels of an image: name it to compress it"
         elif any(id(module) in heads for module in site.modules):
             reason = reason or "the output head: name it in target_modules to compress it"
         elif named and not any(_matches(target_modules, name) for name in site.names):
@@ -105,6 +108,11 @@ def covers(patterns: Patterns, names: Iterable[str]) -> bool:
     """Whether `target_modules` names one of these; "all-linear" and "all" name everything."""
     word = patterns.lower() if isinstance(patterns, str) else ""
     return word in (ALL_LINEAR, ALL) or any(_matches(patterns, name) for name in names)
+
+
+def _is_stem(conv: nn.Module) -> bool:
+    """Whether a convolution reads pixels: few weights, on which everything after it depends."""
+    return int(getattr(conv, "in_channels", 0)) <= STEM
 
 
 def pattern_value(patterns: Iterable[str], names: Iterable[str]) -> str | None:

@@ -150,9 +150,9 @@ def compress(
         unit: "params", "bytes" or "macs".
         prefer: "speed" leaves a layer dense that is not faster at the data's shape.
         target_modules, exclude_modules: as in peft: names or endings, a regular expression, or
-            "all-linear" (every linear layer and convolution but the output head), or "all"
-            (embeddings and the head too; a head that shares the embedding's weight is factored
-            with it, once).
+            "all-linear" (every linear layer and convolution but the output head and convolutions
+            that read an image), or "all" (these and embeddings too; a head that shares the
+            embedding's weight is factored with it, once).
         align: ranks are multiples of it; None rounds down to 8 where that is nearly free; 1: off.
         storage: of factored linear layers: "factors" (None too), r(m + n) numbers at rank r; or
             "pivoted", the same matrix in r(m + n − r), so that ranks are higher at equal cost;

@@ -84,12 +84,13 @@ class Maestro(FactorController):
         self._draws = Draws(cut, seed)
         super().__init__(model, optimizer, target_modules, exclude_modules)
         self._hooks: list[RemovableHandle] = []
-        self._widths: dict[str, int] = {}
+        self._widths: dict[str, Tensor] = {}  # what the hooks read: torch.compile sees no constant
         for site in self._at.sites:
             side = min(site.shape)
             layer = enter(self._at, site, side if rank is None else min(rank, side))
             self._layers[site.name] = layer
-            hook = _cutter(self._widths, site.name)
+            self._widths[site.name] = torch.zeros((), dtype=torch.int64)
+            hook = _cutter(self._widths[site.name])
             self._hooks.append(layer.up.register_forward_pre_hook(hook))
         self._draws.restart(self.ranks)
         self._draw()
@@ -142,8 +143,9 @@ class Maestro(FactorController):
         self._epoch()
 
     def _draw(self) -> None:
-        self._widths.clear()  # the hooks hold this very dict
-        self._widths.update(self._draws.widths())
+        drawn = self._draws.widths()
+        for name, rank in self.ranks.items():
+            self._widths[name].fill_(drawn.get(name, rank))
 
     def _close(self) -> nn.Module:
         for hook in self._hooks:
@@ -159,14 +161,13 @@ class Maestro(FactorController):
         self._draw()
 
 
-def _cutter(widths: dict[str, int], name: str) -> Callable[[nn.Module, Any], Any]:
+def _cutter(width: Tensor) -> Callable[[nn.Module, Any], Any]:
     """A hook that hides from `up` what `down` gave beyond the drawn width, while training."""
 
     def cut(up: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
-        (inner,) = inputs  # (..., rank)
-        width = widths.get(name, inner.shape[-1])
-        if not up.training or width >= inner.shape[-1]:
+        if not up.training:
             return None
+        (inner,) = inputs  # (..., rank)
         kept = torch.arange(inner.shape[-1], device=inner.device) < width
         return (inner * kept.to(inner.dtype),)
 

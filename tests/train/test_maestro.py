@@ -129,9 +129,9 @@ def test_a_layer_runs_with_its_first_components_alone() -> None:
     model = Net()
     controller = Maestro(model, torch.optim.SGD(model.parameters(), lr=0.1))
     x = torch.randn(4, 12)
-    while not all(3 <= width < 9 for width in controller._widths.values()):
+    while not all(3 <= width < 9 for width in controller._draws.widths().values()):
         controller._stepped()
-    (name, width), *more = controller._widths.items()
+    (name, width), *more = controller._draws.widths().items()
     assert not more
     other = {"first": "second", "second": "first"}[name]
     layer = model.get_submodule(name)
@@ -249,3 +249,23 @@ def test_detached_it_trains_on_as_it_is() -> None:
     wider = nn.Sequential(model, nn.Linear(10, 4))
     again = Maestro(wider, torch.optim.SGD(wider.parameters(), lr=0.1))
     assert set(again.ranks) == {"1"}
+
+
+def test_a_drawn_width_does_not_compile_anew() -> None:
+    counted = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        counted.append(len(inputs))
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compiled = torch.compile(model, backend=backend, dynamic=False)
+    losses = run(compiled, optimizer, Maestro(compiled, optimizer, lasso=0.0), 16)
+    torch._dynamo.reset()
+    assert len(counted) == 1
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    same = run(model, optimizer, Maestro(model, optimizer, lasso=0.0), 16)
+    assert losses == pytest.approx(same, abs=1e-6)
