@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from lowrank import LowrankError
-from lowrank.nn import FACTORED, Geometry, build, describe, is_factored
+from lowrank import LowrankError, linalg
+from lowrank.nn import FACTORED, Geometry, TuckerConv, build, channel_cost, describe, is_factored
 from lowrank.types import Factored
 
 from .convs import PLANE, WHOLE, conv
@@ -195,6 +195,41 @@ def test_gradients_reach_every_factor(form: str) -> None:
     for name, parameter in new.named_parameters():
         assert parameter.grad is not None, name
         assert bool(parameter.grad.abs().sum() > 0), name
+
+
+def test_groups_are_matrices_of_their_own() -> None:
+    """A weight whose groups have rank 2 each: kept exactly by 2 channels a group, and not by as
+    many for all groups together, which is what a decomposition that overlooks them would do."""
+    layer = conv(2, 8, 12, 3, groups=2)
+    low = [torch.randn(6, 2, dtype=torch.float64) @ torch.randn(2, 36, dtype=torch.float64)
+           for _ in range(2)]  # fmt: skip
+    with torch.no_grad():
+        layer.weight.copy_(torch.cat(low).view_as(layer.weight))
+    ups, downs = zip(*(linalg.factor(part, 2) for part in low), strict=True)
+    new = FACTORED["ChannelConv"].from_factors(layer, torch.cat(downs), torch.cat(ups))
+    assert (new.rank, new.down.out_channels) == (2, 4)
+    x = drawn(2, 8)
+    torch.testing.assert_close(new(x), layer(x))
+    whole = layer.weight.detach().flatten(1)
+    up, down = linalg.factor(whole, 2)
+    assert float((up @ down - whole).norm() / whole.norm()) > 0.3
+
+
+def test_the_kernel_counts_for_where_a_form_pays() -> None:
+    """64 → 64 channels under 3×3: 36,864 numbers, 640 of them for each channel between."""
+    geometry = Geometry.of(nn.Conv2d(64, 64, 3, device="meta"))
+    dense = 64 * 64 * 9
+    pays = [r for r in range(1, 65) if channel_cost(geometry, r, itemsize=4).params < dense]
+    assert max(pays) == 57
+
+
+def test_children_that_are_there_are_held() -> None:
+    made = WHOLE["tucker"](conv(2, 4, 6, (3, 2), stride=(2, 1), padding=1, groups=2))
+    held = TuckerConv.of_children(made.first, made.core, made.last)
+    assert held.core is made.core
+    assert describe(held) == describe(made)
+    x = drawn(2, 4)
+    assert torch.equal(held(x), made(x))
 
 
 def test_other_layers_are_refused() -> None:
