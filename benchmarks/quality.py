@@ -1,7 +1,7 @@
 """KL of every effort beside the field's methods: same calibration, same stored parameters.
 
     python benchmarks/quality.py [--model FOLDER --text FILE] [--ratios 0.8 0.6 0.4] [--only NAME …]
-                                 [--seeds 0 1 2 --rows 192] [--steps 0.5] [--title NAME]
+                                 [--seeds 0 1 2 --rows 192] [--steps 0.5] [--title NAME] [--threads 1]
 
 Without --model: the model inside the package. Rows of 256 tokens; of a text given, the first 60 %
 calibrate (172 rows of stories260K's own samples: methods of the field were published so), the rest
@@ -82,8 +82,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int)
     parser.add_argument("--steps", type=float, default=1.0)
     parser.add_argument("--title")
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     dense, calibration, held_out = rows_of(args)
     title = args.title or ("embedded" if args.model is None else Path(args.model).name)
     found: list[dict[str, Any]] = []
