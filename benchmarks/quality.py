@@ -1,7 +1,8 @@
 """KL of every effort beside the field's methods: same calibration, same stored parameters.
 
     python benchmarks/quality.py [--model FOLDER --text FILE] [--ratios 0.8 0.6 0.4] [--only NAME …]
-                                 [--seeds 0 1 2 --rows 192] [--steps 0.5] [--title NAME] [--threads 1]
+                                 [--seeds 0 1 2 --rows 192] [--steps 0.5] [--title NAME]
+                                 [--threads 1]
 
 Without --model: the model inside the package. Rows of 256 tokens; of a text given, the first 60 %
 calibrate (172 rows of stories260K's own samples: methods of the field were published so), the rest
