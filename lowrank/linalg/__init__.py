@@ -3,6 +3,10 @@
 from .blast import Blast as Blast
 from .blast import blast as blast
 from .blast import blast_product as blast_product
+from .cp import cp_factors as cp_factors
+from .cp import rebuilt_cp as rebuilt_cp
+from .evbmf import evbmf_rank as evbmf_rank
+from .evbmf import evbmf_ranks as evbmf_ranks
 from .gram import cross_sum as cross_sum
 from .gram import gram_sum as gram_sum
 from .gram import squared_error as squared_error
@@ -28,6 +32,8 @@ from .sparse import SparseCode as SparseCode
 from .sparse import dense_sparse as dense_sparse
 from .sparse import pursuit as pursuit
 from .sparse import spread as spread
+from .spatial import spatial_energies as spatial_energies
+from .spatial import spatial_factors as spatial_factors
 from .svd import balance as balance
 from .svd import carried as carried
 from .svd import energies as energies

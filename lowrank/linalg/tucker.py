@@ -4,7 +4,7 @@ W ≈ C ×₁ A ×₂ B with A (O, r_out), B (I, r_in) and a core C (r_out, r_in
 1511.06530). By the weight alone: the truncated higher-order SVD, improved by alternation (HOOI; De
 Lathauwer et al. 2000). By the outputs, ‖(W − Ŵ)H^½‖ with the Gram matrix H of the patches: the
 input channels are chosen in the metric of H summed over the kernel, and for these the best core and
-output channels follow in closed form.
+output channels follow in closed form; alternation improves both.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ import math
 import torch
 from torch import Tensor
 
+from .gram import squared_error
 from .precision import full_precision
 from .svd import energies, factor, tails
 
+STOP = 1e-5  # of the error
+ROUNDING = 1e-12  # of the weight: where nothing is lost, gains are of this size
 RIDGE = 1e-10  # of the mean diagonal of a metric
 Parts = tuple[Tensor, Tensor, Tensor]  # last (O, r_out), core (r_out, r_in, K), first (r_in, I)
 
@@ -38,7 +41,8 @@ def hosvd_errors(weight: Tensor) -> Tensor:
 
 
 def tucker(weight: Tensor, ranks: tuple[int, int], *, sweeps: int = 20) -> Parts:
-    """The parts of a Tucker-2 decomposition, orthonormal outside, by HOSVD and `sweeps` of HOOI.
+    """The parts of a Tucker-2 decomposition, orthonormal outside, by HOSVD and at most `sweeps` of
+    HOOI; one that gains less than `STOP` of what is lost is the last.
 
     Args:
         weight: (O, I, K), any floating dtype; computed in float64.
@@ -47,15 +51,17 @@ def tucker(weight: Tensor, ranks: tuple[int, int], *, sweeps: int = 20) -> Parts
     r_out, r_in = ranks
     with full_precision(weight):
         whole = weight.detach().double()
-        out, into = _basis(whole, 0)[:, :r_out], _basis(whole, 1)[:, :r_in]
+        turned = whole.transpose(0, 1).contiguous()
+        out, into = _basis(whole, 0)[:, :r_out], _basis(turned, 0)[:, :r_in]
+        total = float(whole.square().sum())
         kept = float(_core(whole, out, into).square().sum())
         for _ in range(sweeps):
-            out = _basis(torch.einsum("oik,ij->ojk", whole, into), 0)[:, :r_out]
-            into = _basis(torch.einsum("oik,op->pik", whole, out), 1)[:, :r_in]
-            now = float(_core(whole, out, into).square().sum())
-            if now <= kept * (1 + 1e-12):
+            out = _basis(_shrunk(turned, into), 0)[:, :r_out]
+            rest = _shrunk(whole, out)
+            into = _basis(rest, 0)[:, :r_in]
+            before, kept = kept, float((into.T @ rest.flatten(1)).square().sum())
+            if kept - before <= max(STOP * (total - kept), ROUNDING * total):
                 break
-            kept = now
         return out, _core(whole, out, into), into.T
 
 
@@ -86,7 +92,7 @@ def conditioned(weight: Tensor, first: Tensor, gram: Tensor) -> tuple[Tensor, Te
     outputs, inputs, taps = weight.shape
     flat = weight.detach().double().reshape(outputs, inputs * taps)
     metric = gram.to(flat)
-    spread = torch.kron(first, torch.eye(taps, dtype=first.dtype, device=first.device))
+    spread = torch.kron(first.contiguous(), torch.eye(taps, dtype=first.dtype, device=first.device))
     cross = metric @ spread.T  # (I·K, r_in·K)
     inner = spread @ cross
     kernel = _solved(flat @ cross, (inner + inner.T) / 2)
@@ -105,10 +111,74 @@ def outer(kernel: Tensor, metric: Tensor, r_out: int, r_in: int) -> tuple[Tensor
     return up, down.view(r_out, r_in, -1)
 
 
+def alternated(
+    weight: Tensor, parts: Parts, gram: Tensor, *, sweeps: int = 10, steps: int = 8
+) -> tuple[Parts, list[float]]:
+    """Parts with a smaller error ‖(W − Ŵ)H^½‖², by turns: the input channels for given others, by
+    conjugate gradients from where they are, then the best core and output channels for these.
+
+    Neither turn can raise the error; a sweep that gains less than 1e-3 of it is the last.
+
+    Args:
+        weight: (O, I, K).
+        parts: to start from: `outer` after `conditioned` gives good ones.
+        gram: H (I·K, I·K), of patches in the order of the weight's (I, K).
+        steps: of conjugate gradients in a sweep.
+
+    Returns:
+        The parts, and the error at the start and after each sweep.
+    """
+    with full_precision(weight):
+        whole = weight.detach().double()
+        flat, metric = whole.flatten(1), gram.to(whole)
+        parts = (parts[0].detach(), parts[1].detach(), parts[2].detach())
+        r_out, r_in = parts[1].shape[:2]
+        errors = [squared_error(flat, rebuilt(parts).flatten(1), metric)]
+        for _ in range(sweeps):
+            first = _nearer(whole, parts, metric, steps)
+            first = torch.linalg.qr(first.T).Q.T
+            kernel, inner, _lost = conditioned(whole, first, metric)
+            tried = (*outer(kernel, inner, r_out, r_in), first)
+            error = squared_error(flat, rebuilt(tried).flatten(1), metric)
+            if not error < errors[-1]:
+                break
+            parts = tried
+            errors.append(error)
+            if errors[-2] - error < 1e-3 * errors[-2]:
+                break
+    return parts, errors
+
+
 def rebuilt(parts: Parts) -> Tensor:
     """The weight (O, I, K) that parts stand for."""
     last, core, first = parts
     return torch.einsum("op,pjk,ji->oik", last, core, first)
+
+
+def _nearer(whole: Tensor, parts: Parts, metric: Tensor, steps: int) -> Tensor:
+    """`first` (r_in, I) after some steps of conjugate gradients on ‖(W − C ∘ F)H^½‖²: nothing is
+    inverted, and every step is nearer."""
+    last, core, first = parts
+    turn, square = torch.linalg.qr(last)
+    spread = torch.einsum("qp,pjk->qjk", square, core)  # what F is followed by, in few outputs
+    target = torch.einsum("oq,oik->qik", turn, whole)
+
+    def pulled(difference: Tensor) -> Tensor:
+        weighed = (difference.flatten(1) @ metric).view_as(difference)
+        return torch.einsum("qjk,qik->ji", spread, weighed)
+
+    rest = pulled(target - torch.einsum("qjk,ji->qik", spread, first))
+    way, size = rest, rest.square().sum()
+    least = 1e-24 * size
+    for _ in range(steps):
+        if size <= least:
+            break
+        bent = pulled(torch.einsum("qjk,ji->qik", spread, way))
+        length = size / (way * bent).sum()
+        first, rest = first + length * way, rest - length * bent
+        before, size = size, rest.square().sum()
+        way = rest + size / before * way
+    return first
 
 
 def _solved(rows: Tensor, metric: Tensor) -> Tensor:
@@ -127,6 +197,12 @@ def _solved(rows: Tensor, metric: Tensor) -> Tensor:
 
 def _core(weight: Tensor, out: Tensor, into: Tensor) -> Tensor:
     return torch.einsum("oik,op,ij->pjk", weight, out, into)
+
+
+def _shrunk(weight: Tensor, basis: Tensor) -> Tensor:
+    """(n, m, K) with its first mode in the basis (n, r), as (m, r, K)."""
+    inner = basis.T @ weight.flatten(1)
+    return inner.view(-1, *weight.shape[1:]).transpose(0, 1)
 
 
 def _basis(weight: Tensor, mode: int) -> Tensor:

@@ -12,6 +12,9 @@ from ..types import Cost
 from .blast_linear import BlastLinear as BlastLinear
 from .blast_linear import blast_cost as blast_cost
 from .channel_conv import ChannelConv as ChannelConv
+from .channel_conv import channel_cost as channel_cost
+from .cp_conv import CPConv as CPConv
+from .cp_conv import cp_cost as cp_cost
 from .dense_sparse import DenseSparseLinear as DenseSparseLinear
 from .dense_sparse import dense_sparse_cost as dense_sparse_cost
 from .geometry import Geometry as Geometry
@@ -24,6 +27,8 @@ from .pivoted_linear import pivot_layer as pivot_layer
 from .pivoted_linear import pivot_side as pivot_side
 from .pivoted_linear import pivoted_cost as pivoted_cost
 from .shared_linear import SharedLowRankLinear as SharedLowRankLinear
+from .spatial_conv import SpatialConv as SpatialConv
+from .spatial_conv import spatial_cost as spatial_cost
 from .tied import TiedEmbedding as TiedEmbedding
 from .tied import TiedHead as TiedHead
 from .tied import table_of as table_of
@@ -37,6 +42,8 @@ FACTORED: dict[str, type[nn.Module]] = {
     "SharedLowRankLinear": SharedLowRankLinear,
     "ChannelConv": ChannelConv,
     "TuckerConv": TuckerConv,
+    "SpatialConv": SpatialConv,
+    "CPConv": CPConv,
     "LowRankEmbedding": LowRankEmbedding,
     "TiedEmbedding": TiedEmbedding,
     "TiedHead": TiedHead,

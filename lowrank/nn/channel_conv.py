@@ -1,66 +1,90 @@
 """A convolution through fewer channels: the kernel to r channels, and a 1×1 convolution on them.
 
 The weight as a matrix W (O, I · K) has rank r: `down` are r filters, `up` mixes them (Denton et
-al., arXiv 1404.0736; Zhang et al., arXiv 1505.06798). A 1×1 convolution is a linear layer, and so
-are both of its factors.
+al., arXiv 1404.0736; Zhang et al., arXiv 1505.06798). The mirror image mixes first and has the
+kernel last: W as (O · K, I) has rank r then. A 1×1 convolution is a linear layer, and so are both
+of its factors. In a grouped convolution every group has r channels of its own.
 """
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import unknown
 from ..types import Cost
-from .geometry import Geometry
+from .geometry import Geometry, fill, fill_bias, per_group
 from .lazy import LazyProduct
-from .lowrank_linear import low_rank_cost, own
+
+Wide = Literal["first", "last"]
 
 
 class ChannelConv(nn.Module):
-    """Two real convolutions: `down.weight` (r, I, *kernel), `up.weight` (O, r, 1…), `up.bias` (O,).
+    """Two real convolutions, y = up(down(x)), of g groups.
 
-    `down` has the stride, padding and dilation of the whole: both work at its output positions.
+    Tensors, where the kernel is `wide="first"`: `down.weight` (g·r, I/g, *kernel), `up.weight`
+    (O, r, 1…); `"last"`: `down.weight` (g·r, I/g, 1…), `up.weight` (O, r, *kernel). `up.bias` (O,).
+    The child with the kernel has the stride, padding and dilation of the whole. It has the
+    attributes of an nn.Conv, and its `rank` r is that of one group.
     """
 
-    WORDS = ("padding_mode",)
+    WORDS = ("padding_mode", "wide")
 
-    def __init__(self, geometry: Geometry, rank: int, *, bias: bool) -> None:
-        """On the meta device; see `from_factors`."""
+    def __init__(self, geometry: Geometry, rank: int, *, bias: bool, wide: Wide = "first") -> None:
+        """On the meta device; see `from_factors`.
+
+        Raises:
+            LowrankError: `wide` is neither "first" nor "last".
+        """
         super().__init__()
-        self.geometry = geometry
-        self.down = geometry.spread(geometry.in_channels, rank, bias=False)
-        self.up = geometry.pointwise(rank, geometry.out_channels, bias=bias)
+        if wide not in get_args(Wide):
+            raise unknown("place of the kernel, wide =", str(wide), get_args(Wide))
+        self.geometry, self.rank, self.wide = geometry, rank, wide
+        geometry.label(self)
+        inner = geometry.groups * rank
+        one, two = geometry.spread, geometry.pointwise
+        if wide == "last":
+            one, two = two, one
+        self.down = one(geometry.in_channels, inner, bias=False)
+        self.up = two(inner, geometry.out_channels, bias=bias)
 
     @classmethod
-    def from_factors(cls, conv: nn.Module, down: Tensor, up: Tensor) -> Self:
-        """`down` (r, I · K) and `up` (O, r) in place of a convolution; its bias is copied."""
-        bias = conv.bias
-        layer = cls(Geometry.of(conv), down.shape[0], bias=bias is not None)
-        layer.down.weight = own(down.reshape(layer._down().shape))
-        layer.up.weight = own(up.reshape(layer._up().shape))
-        if isinstance(bias, Tensor):
-            layer.up.bias = own(bias)
+    def from_factors(
+        cls, conv: nn.Module, down: Tensor, up: Tensor, *, wide: Wide = "first"
+    ) -> Self:
+        """Factors in place of a convolution, in its dtype and on its device; its bias is copied.
+
+        Args:
+            conv: nn.Conv1d, 2d or 3d.
+            down: (g·r, I/g · K); (g·r, I/g) where the kernel is last.
+            up: (O, r); (O, r · K) where the kernel is last.
+
+        Raises:
+            LowrankError: they do not fit the convolution.
+        """
+        geometry, bias, weight = Geometry.of(conv), conv.bias, conv.weight
+        rank = per_group(down.shape[0], geometry.groups, "rows of `down`")
+        layer = cls(geometry, rank, bias=bias is not None, wide=wide)
+        fill(layer.down, down, weight, "`down`")  # type: ignore[arg-type]
+        fill(layer.up, up, weight, "`up`")  # type: ignore[arg-type]
+        fill_bias(layer.up, bias)  # type: ignore[arg-type]
         return layer
 
     @classmethod
-    def empty(cls, *, rank: int, bias: bool, **geometry: Any) -> Self:
-        return cls(Geometry.from_spec(geometry), rank, bias=bias)
-
-    @property
-    def rank(self) -> int:
-        return int(self.up.in_channels)  # type: ignore[arg-type]
+    def empty(cls, *, rank: int, bias: bool, wide: Wide = "first", **geometry: Any) -> Self:
+        return cls(Geometry.from_spec(geometry), rank, bias=bias, wide=wide)
 
     @property
     def bias(self) -> Tensor | None:
-        return self.up.bias  # type: ignore[return-value]
+        return self.up.bias
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight (O, I, *kernel), multiplied when it is used."""
-        shape = (self.geometry.out_channels, self.geometry.in_channels, *self.geometry.kernel_size)
-        return LazyProduct.of(shape, self._up(), lambda: self.dense_weight().view(shape))
+        """The dense weight (O, I/g, *kernel), multiplied when it is used."""
+        shape = self.geometry.weight_shape
+        return LazyProduct.of(shape, self.up.weight, lambda: self.dense_weight().view(shape))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, I, *space) -> (B, O, *space')."""
@@ -68,24 +92,42 @@ class ChannelConv(nn.Module):
         return found
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(O, I · K), multiplied in `dtype` (None: that of the factors)."""
-        up, down = self._up(), self._down()
-        dtype = dtype or up.dtype
-        return up.to(dtype).flatten(1) @ down.to(dtype).flatten(1)
+        """(O, I/g · K), multiplied in `dtype` (None: that of the factors)."""
+        dtype = dtype or self.up.weight.dtype
+        groups, up = self.geometry.groups, self.up.weight.to(dtype).flatten(2)
+        up = up.unflatten(0, (groups, -1))  # (g, O/g, r, K or 1)
+        down = self.down.weight.to(dtype).flatten(2).unflatten(0, (groups, -1))
+        # One of the two has a kernel of one number.
+        dense: Tensor = torch.einsum("gork,gril->goikl", up, down)
+        return dense.reshape(self.geometry.out_channels, -1)
 
     def spec(self) -> dict[str, Any]:
-        return {**self.geometry.spec(), "rank": self.rank, "bias": self.bias is not None}
+        """`wide` is written where it is "last"."""
+        sizes: dict[str, Any] = {"rank": self.rank, "bias": self.bias is not None}
+        placed = {} if self.wide == "first" else {"wide": self.wide}
+        return {**self.geometry.spec(), **sizes, **placed}
 
     def cost(self) -> Cost:
-        """Products per output position of the whole."""
-        up, down = self._up(), self._down()
-        return low_rank_cost(len(up), down[0].numel(), self.rank, up.dtype)
+        itemsize = self.up.weight.dtype.itemsize
+        return channel_cost(self.geometry, self.rank, itemsize=itemsize, wide=self.wide)
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}"
+        return f"rank={self.rank}" + ("" if self.wide == "first" else ", wide=last")
 
-    def _up(self) -> Tensor:
-        return self.up.weight  # type: ignore[return-value]
 
-    def _down(self) -> Tensor:
-        return self.down.weight  # type: ignore[return-value]
+def channel_cost(geometry: Geometry, rank: int, *, itemsize: int, wide: Wide = "first") -> Cost:
+    """Products per output position: with the kernel first both children work at output positions;
+    with the kernel last `down` works at every input position, of which a stride of s leaves s
+    times as many in each dimension.
+
+    Args:
+        rank: of one group.
+        itemsize: bytes of one number.
+    """
+    taps = geometry.kernel_numbers
+    down, up = rank * geometry.in_channels, rank * geometry.out_channels
+    if wide == "first":
+        down *= taps
+        return Cost(down + up, (down + up) * itemsize, down + up)
+    up *= taps
+    return Cost(down + up, (down + up) * itemsize, down * geometry.positions_read + up)

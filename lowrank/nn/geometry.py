@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowrankError
+from .lowrank_linear import own
 
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 MODES = ("zeros", "reflect", "replicate", "circular")
 Ints = tuple[int, ...]
@@ -50,7 +52,13 @@ class Geometry:
 
     @classmethod
     def of(cls, conv: nn.Module) -> Self:
-        """Read from an nn.Conv1d, 2d or 3d."""
+        """Read from an nn.Conv1d, 2d or 3d.
+
+        Raises:
+            LowrankError: it is another layer; a transposed convolution has other rules.
+        """
+        if not isinstance(conv, tuple(CONVS.values())):
+            raise LowrankError(f"expected nn.Conv1d, 2d or 3d, got {type(conv).__name__}")
         values = {field.name: getattr(conv, field.name) for field in fields(cls)}
         return cls(**values)
 
@@ -75,14 +83,43 @@ class Geometry:
         """Input positions for every output position, as strides have it."""
         return torch.Size(self.stride).numel()
 
-    def spread(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
-        """The convolution itself with other channels: kernel, stride, padding, dilation as here."""
-        return self._conv(inputs, outputs, 1, bias)
+    def spread(self, inputs: int, outputs: int, bias: bool) -> Conv:
+        """The convolution itself with other channels: kernel, stride, padding, dilation as here.
 
-    def pointwise(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
-        """A convolution with a kernel of one number: channels are mixed, positions are not."""
-        made: Any = CONVS[len(self.kernel_size)]
-        return made(inputs, outputs, 1, bias=bias, device="meta")
+        Channels are counted over all groups, as those of nn.Conv are.
+        """
+        return self._conv(inputs, outputs, self.groups, bias)
+
+    def pointwise(self, inputs: int, outputs: int, bias: bool) -> Conv:
+        """A convolution with a kernel of one number: channels are mixed, within their group;
+        positions are not."""
+        return self.along((), inputs, outputs, bias=bias)
+
+    def along(
+        self, axes: Sequence[int], inputs: int, outputs: int, *, groups: int = 0, bias: bool = False
+    ) -> Conv:
+        """A convolution along these dimensions, with their kernel, stride, padding and dilation,
+        that leaves the others as they are: one after the other they are as the whole.
+
+        Args:
+            groups: 0 stands for those of the whole.
+        """
+        dims = range(len(self.kernel_size))
+        pads = self.padding if axes else 0
+        if isinstance(pads, tuple):  # "same" pads a kernel of one by nothing
+            pads = tuple(pads[d] if d in axes else 0 for d in dims)
+        made: Any = CONVS[len(dims)]
+        conv: Conv = made(
+            inputs, outputs,
+            tuple(self.kernel_size[d] if d in axes else 1 for d in dims),
+            stride=tuple(self.stride[d] if d in axes else 1 for d in dims),
+            padding=pads,
+            dilation=tuple(self.dilation[d] if d in axes else 1 for d in dims),
+            groups=groups or self.groups,
+            padding_mode=self.padding_mode if axes else "zeros",
+            bias=bias, device="meta",
+        )  # fmt: skip
+        return conv
 
     def dense(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """The plain convolution of the weight (O, I/g · K), its bias still to be filled in."""
@@ -91,10 +128,57 @@ class Geometry:
         whole.weight = nn.Parameter(weight.reshape(shape).contiguous())
         return whole
 
-    def _conv(self, inputs: int, outputs: int, groups: int, bias: bool) -> nn.Module:
+    def _conv(self, inputs: int, outputs: int, groups: int, bias: bool) -> Conv:
         made: Any = CONVS[len(self.kernel_size)]
-        return made(
+        conv: Conv = made(
             inputs, outputs, self.kernel_size, stride=self.stride, padding=self.padding,
             dilation=self.dilation, groups=groups, padding_mode=self.padding_mode, bias=bias,
             device="meta",
         )  # fmt: skip
+        return conv
+
+    def label(self, module: nn.Module) -> None:
+        """What nn.Conv says of itself, on a module that stands in its place."""
+        for field in fields(self):
+            setattr(module, field.name, getattr(self, field.name))
+
+    @property
+    def weight_shape(self) -> Ints:
+        """(O, I/g, *kernel)."""
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+
+def per_group(numbers: int, groups: int, what: str) -> int:
+    """Channels of one group.
+
+    Raises:
+        LowrankError: they are not as many in every group.
+    """
+    if numbers < 1 or numbers % groups:
+        raise LowrankError(
+            f"{what} must be a positive multiple of the {groups} groups, got {numbers}"
+        )
+    return numbers // groups
+
+
+def fill(child: Conv, tensor: Tensor, like: Tensor, what: str) -> None:
+    """Give a child its own contiguous copy of its weight, with the dtype and device of `like`.
+
+    Args:
+        tensor: its numbers in the order of its weight, trailing axes merged or left out.
+
+    Raises:
+        LowrankError: they are of another shape; `what` is named.
+    """
+    shape, got = child.weight.shape, tensor.shape
+    if got[:1] != shape[:1] or tensor.numel() != shape.numel() or (got[2:] and got[1] != shape[1]):
+        raise LowrankError(
+            f"{what} must have shape {tuple(shape)}, trailing axes merged or not, got {tuple(got)}"
+        )
+    child.weight = own(tensor.to(like).reshape(shape))
+
+
+def fill_bias(child: Conv, bias: Tensor | None) -> None:
+    """Give the last child its own copy of the bias of the whole."""
+    if bias is not None:
+        child.bias = own(bias)

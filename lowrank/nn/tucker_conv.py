@@ -1,12 +1,11 @@
 """A convolution in Tucker-2 form: fewer channels in, the kernel on them, and out again.
 
 y = last(core(first(x))): 1×1 to r_in channels, the kernel from r_in to r_out, 1×1 to all outputs
-(Kim et al., arXiv 1511.06530).
+(Kim et al., arXiv 1511.06530). In a grouped convolution every group has such a form of its own.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any, Self
 
@@ -14,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from ..types import Cost
-from .geometry import Geometry
+from .geometry import Geometry, fill, fill_bias, per_group
 from .lazy import LazyProduct
-from .lowrank_linear import own
 
 
 class TuckerConv(nn.Module):
-    """Three real convolutions: `first.weight` (r_in, I, 1…), `core.weight` (r_out, r_in, *kernel),
-    `last.weight` (O, r_out, 1…), `last.bias` (O,).
+    """Three real convolutions, of g groups.
 
-    The core has the stride, padding and dilation of the whole: what `first` does not do to a
-    position, padding it before or after is the same.
+    Tensors: `first.weight` (g·r_in, I/g, 1…), `core.weight` (g·r_out, r_in, *kernel), `last.weight`
+    (O, r_out, 1…), `last.bias` (O,). The core has the stride, padding and dilation of the whole:
+    `first` does nothing to positions and adds nothing, so padding before or after it is the same.
+    It has the attributes of an nn.Conv; `ranks` are those of one group.
     """
 
     WORDS = ("padding_mode",)
@@ -32,24 +31,32 @@ class TuckerConv(nn.Module):
     def __init__(self, geometry: Geometry, ranks: tuple[int, int], *, bias: bool) -> None:
         """On the meta device; see `from_parts`."""
         super().__init__()
-        r_out, r_in = ranks
-        self.geometry = geometry
+        self.geometry, self.ranks = geometry, ranks
+        geometry.label(self)
+        r_out, r_in = (geometry.groups * rank for rank in ranks)
         self.first = geometry.pointwise(geometry.in_channels, r_in, bias=False)
         self.core = geometry.spread(r_in, r_out, bias=False)
         self.last = geometry.pointwise(r_out, geometry.out_channels, bias=bias)
 
     @classmethod
     def from_parts(cls, conv: nn.Module, last: Tensor, core: Tensor, first: Tensor) -> Self:
-        """`last` (O, r_out), `core` (r_out, r_in, K), `first` (r_in, I) in place of a convolution,
-        in its dtype; its bias is copied."""
-        weight, bias = conv.weight, conv.bias
-        layer = cls(Geometry.of(conv), (core.shape[0], core.shape[1]), bias=bias is not None)
-        parts = {"first": first, "core": core, "last": last}
-        for name, part in parts.items():
-            child: Any = getattr(layer, name)
-            child.weight = own(part.to(weight).reshape(child.weight.shape))  # type: ignore[arg-type]
-        if isinstance(bias, Tensor):
-            layer.last.bias = own(bias)
+        """Parts in place of a convolution, in its dtype and on its device; its bias is copied.
+
+        Args:
+            conv: nn.Conv1d, 2d or 3d.
+            last: (O, r_out).
+            core: (g·r_out, r_in, K).
+            first: (g·r_in, I/g).
+
+        Raises:
+            LowrankError: they do not fit the convolution.
+        """
+        geometry, bias, weight = Geometry.of(conv), conv.bias, conv.weight
+        r_out = per_group(core.shape[0], geometry.groups, "rows of `core`")
+        layer = cls(geometry, (r_out, core.shape[1]), bias=bias is not None)
+        for name, part in (("first", first), ("core", core), ("last", last)):
+            fill(getattr(layer, name), part, weight, f"`{name}`")  # type: ignore[arg-type]
+        fill_bias(layer.last, bias)  # type: ignore[arg-type]
         return layer
 
     @classmethod
@@ -58,9 +65,9 @@ class TuckerConv(nn.Module):
         middle = Geometry.of(core)
         ends = {"in_channels": first.in_channels, "out_channels": last.out_channels}
         whole = replace(middle, **ends)  # type: ignore[arg-type]
-        ranks = (middle.out_channels, middle.in_channels)
+        ranks = (middle.out_channels // middle.groups, middle.in_channels // middle.groups)
         layer = cls(whole, ranks, bias=last.bias is not None)
-        layer.first, layer.core, layer.last = first, core, last
+        layer.first, layer.core, layer.last = first, core, last  # type: ignore[assignment]
         return layer
 
     @classmethod
@@ -68,20 +75,14 @@ class TuckerConv(nn.Module):
         return cls(Geometry.from_spec(geometry), (r_out, r_in), bias=bias)
 
     @property
-    def ranks(self) -> tuple[int, int]:
-        """(r_out, r_in)."""
-        core = self._weight("core")
-        return (core.shape[0], core.shape[1])
-
-    @property
     def bias(self) -> Tensor | None:
-        return self.last.bias  # type: ignore[return-value]
+        return self.last.bias
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight (O, I, *kernel), multiplied when it is used."""
-        shape = (self.geometry.out_channels, self.geometry.in_channels, *self.geometry.kernel_size)
-        return LazyProduct.of(shape, self._weight("last"), lambda: self.dense_weight().view(shape))
+        """The dense weight (O, I/g, *kernel), multiplied when it is used."""
+        shape = self.geometry.weight_shape
+        return LazyProduct.of(shape, self.last.weight, lambda: self.dense_weight().view(shape))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, I, *space) -> (B, O, *space')."""
@@ -89,13 +90,14 @@ class TuckerConv(nn.Module):
         return found
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(O, I · K), multiplied in `dtype` (None: that of the factors)."""
-        last, core, first = (self._weight(name) for name in ("last", "core", "first"))
-        dtype = dtype or last.dtype
-        mixed = torch.einsum(
-            "pjk,ji->pik", core.to(dtype).flatten(2), first.to(dtype).flatten(1)
-        ).flatten(1)
-        return last.to(dtype).flatten(1) @ mixed
+        """(O, I/g · K), multiplied in `dtype` (None: that of the factors)."""
+        dtype = dtype or self.last.weight.dtype
+        groups = (self.geometry.groups, -1)
+        first = self.first.weight.to(dtype).flatten(1).unflatten(0, groups)  # (g, r_in, I/g)
+        core = self.core.weight.to(dtype).flatten(2).unflatten(0, groups)  # (g, r_out, r_in, K)
+        last = self.last.weight.to(dtype).flatten(1).unflatten(0, groups)  # (g, O/g, r_out)
+        mixed = torch.einsum("gpjk,gji->gpik", core, first).flatten(2)
+        return (last @ mixed).flatten(0, 1)
 
     def spec(self) -> dict[str, Any]:
         r_out, r_in = self.ranks
@@ -103,22 +105,23 @@ class TuckerConv(nn.Module):
         return {**self.geometry.spec(), **sizes}
 
     def cost(self) -> Cost:
-        return tucker_cost(self.geometry, *self.ranks, itemsize=self._weight("last").itemsize)
+        return tucker_cost(self.geometry, *self.ranks, itemsize=self.last.weight.dtype.itemsize)
 
     def extra_repr(self) -> str:
         return f"ranks={self.ranks}"
 
-    def _weight(self, name: str) -> Tensor:
-        found: Tensor = getattr(self, name).weight
-        return found
-
 
 def tucker_cost(geometry: Geometry, r_out: int, r_in: int, *, itemsize: int) -> Cost:
     """Products per output position; `first` works at every input position, of which a stride of s
-    leaves s times as many in each dimension."""
+    leaves s times as many in each dimension.
+
+    Args:
+        r_out, r_in: of one group.
+        itemsize: bytes of one number.
+    """
     first = r_in * geometry.in_channels
-    core = r_in * r_out * geometry.kernel_numbers
+    core = geometry.groups * r_in * r_out * geometry.kernel_numbers
     last = r_out * geometry.out_channels
     params = first + core + last
-    macs = first * math.prod(geometry.stride) + core + last
+    macs = first * geometry.positions_read + core + last
     return Cost(params, params * itemsize, macs)

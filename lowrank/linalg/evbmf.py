@@ -1,0 +1,89 @@
+"""How many components of a matrix stand above its noise: empirical variational Bayes, analytic.
+
+V (L, M), L ≤ M, is a low-rank matrix and Gaussian noise of unknown variance σ². Its empirical
+variational Bayesian solution keeps the singular values above √(M σ² (1 + τ̄)(1 + α / τ̄)), with α =
+L / M and τ̄ ≈ 2.5129 √α; σ² minimises the free energy, a function of one variable (Nakajima,
+Sugiyama, Babacan and Tomioka, JMLR 14, 2013). Kim et al. (arXiv 1511.06530) take from it the Tucker
+ranks of a convolution. A weight that is no sum of the two may be cut too hard: it is a guide.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import LowrankError
+from .svd import energies
+
+TAU = 2.5129
+GRID = 256  # variances tried at first; the free energy may have several minima
+REFINE = 48  # steps of golden section around the best
+GOLDEN = (5**0.5 - 1) / 2
+
+
+def evbmf_rank(matrix: Tensor, *, least: int = 1) -> int:
+    """Components above the noise, at least `least` and at most the smaller side.
+
+    Args:
+        matrix: (m, n) on either side; the smaller one is found here.
+
+    Raises:
+        LowrankError: it is no matrix, or is not finite.
+    """
+    if matrix.ndim != 2 or 0 in matrix.shape:
+        raise LowrankError(f"expected a matrix, got a tensor of shape {tuple(matrix.shape)}")
+    if not bool(torch.isfinite(matrix).all()):
+        raise LowrankError("the matrix holds numbers that are not finite: no rank can be estimated")
+    short, long = min(matrix.shape), max(matrix.shape)
+    energy = energies(matrix).cpu()
+    floor = energy[0] * short * torch.finfo(torch.float64).eps
+    if float(energy[0]) <= 0:
+        return min(least, short)
+    energy = energy.clamp(min=float(floor))  # of rounding, where there is no noise at all
+    alpha = short / long
+    tau = TAU * alpha**0.5
+    bar = (1 + tau) * (1 + alpha / tau)
+    variance = _variance(energy, long, alpha, bar)
+    above = int((energy > long * variance * bar).sum())
+    return min(max(above, least), short)
+
+
+def evbmf_ranks(weight: Tensor, *, least: int = 1) -> tuple[int, int]:
+    """(r_out, r_in) of a weight (O, I, K), each from its own unfolding."""
+    return (
+        evbmf_rank(weight.flatten(1), least=least),
+        evbmf_rank(weight.transpose(0, 1).flatten(1), least=least),
+    )
+
+
+def _variance(energy: Tensor, long: int, alpha: float, bar: float) -> float:
+    """σ² of the least free energy, between what the bounds of the solution allow."""
+    short = len(energy)
+    # At most so many components can be told from noise: those after them bound σ² from below.
+    most = min(int(-(-short // (1 + alpha))) - 1, short) - 1
+    rest = energy[min(max(most, 0) + 1, short - 1) :]
+    low = max(float(rest[0]) / (long * bar), float(rest.mean()) / long)
+    high = max(float(energy.sum()) / (short * long), low)
+    at = torch.linspace(0, 1, GRID, dtype=torch.float64)
+    tried = low * (high / low) ** at
+    best = int(
+        torch.stack([_free_energy(float(v), energy, long, alpha, bar) for v in tried]).argmin()
+    )
+    left, right = float(tried[max(best - 1, 0)]), float(tried[min(best + 1, GRID - 1)])
+    for _ in range(REFINE):
+        one, two = right - GOLDEN * (right - left), left + GOLDEN * (right - left)
+        lower = _free_energy(one, energy, long, alpha, bar)
+        if lower < _free_energy(two, energy, long, alpha, bar):
+            right = two
+        else:
+            left = one
+    return (left + right) / 2
+
+
+def _free_energy(variance: float, energy: Tensor, long: int, alpha: float, bar: float) -> Tensor:
+    x = energy / (long * variance)
+    kept, noise = x[x > bar], x[x <= bar]
+    shift = kept - (1 + alpha)
+    tau = (shift + (shift.square() - 4 * alpha).clamp(min=0).sqrt()) / 2
+    signal = kept - tau + ((tau + 1) / kept).log() + alpha * (tau / alpha + 1).log()
+    return (noise - noise.log()).sum() + signal.sum()

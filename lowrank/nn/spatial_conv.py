@@ -1,0 +1,117 @@
+"""A 2-dimensional convolution as two, one along each dimension: k×1 to r channels, then 1×k.
+
+Rows and columns of the kernel are separated: the weight (O, I, kh, kw), rearranged to (O · kw, I ·
+kh), has rank r (Jaderberg et al., arXiv 1405.3866; Tai et al., arXiv 1511.06067). In a grouped
+convolution every group has r channels of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LowrankError
+from ..types import Cost
+from .geometry import Geometry, fill, fill_bias, per_group
+from .lazy import LazyProduct
+
+
+class SpatialConv(nn.Module):
+    """Two real convolutions, y = up(down(x)), of g groups.
+
+    Tensors: `down.weight` (g·r, I/g, kh, 1), `up.weight` (O, r, 1, kw), `up.bias` (O,). Each child
+    has the stride, padding and dilation of its own dimension. It has the attributes of an
+    nn.Conv2d, and its `rank` r is that of one group, at most min(O/g · kw, I/g · kh).
+    """
+
+    WORDS = ("padding_mode",)
+
+    def __init__(self, geometry: Geometry, rank: int, *, bias: bool) -> None:
+        """On the meta device; see `from_factors`.
+
+        Raises:
+            LowrankError: the convolution has not two dimensions.
+        """
+        super().__init__()
+        if len(geometry.kernel_size) != 2:
+            raise LowrankError(
+                "only a 2-dimensional convolution splits into rows and columns, got kernel "
+                f"{geometry.kernel_size}: use ChannelConv, TuckerConv or CPConv"
+            )
+        self.geometry, self.rank = geometry, rank
+        geometry.label(self)
+        inner = geometry.groups * rank
+        self.down = geometry.along((0,), geometry.in_channels, inner)
+        self.up = geometry.along((1,), inner, geometry.out_channels, bias=bias)
+
+    @classmethod
+    def from_factors(cls, conv: nn.Module, down: Tensor, up: Tensor) -> Self:
+        """Factors in place of a convolution, in its dtype and on its device; its bias is copied.
+
+        Args:
+            conv: nn.Conv2d.
+            down: (g·r, I/g, kh).
+            up: (O, r, kw).
+
+        Raises:
+            LowrankError: they do not fit the convolution.
+        """
+        geometry, bias, weight = Geometry.of(conv), conv.bias, conv.weight
+        rank = per_group(down.shape[0], geometry.groups, "rows of `down`")
+        layer = cls(geometry, rank, bias=bias is not None)
+        fill(layer.down, down, weight, "`down`")  # type: ignore[arg-type]
+        fill(layer.up, up, weight, "`up`")  # type: ignore[arg-type]
+        fill_bias(layer.up, bias)  # type: ignore[arg-type]
+        return layer
+
+    @classmethod
+    def empty(cls, *, rank: int, bias: bool, **geometry: Any) -> Self:
+        return cls(Geometry.from_spec(geometry), rank, bias=bias)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.up.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (O, I/g, kh, kw), multiplied when it is used."""
+        shape = self.geometry.weight_shape
+        return LazyProduct.of(shape, self.up.weight, lambda: self.dense_weight().view(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, I, height, width) -> (B, O, height', width')."""
+        found: Tensor = self.up(self.down(x))
+        return found
+
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(O, I/g · kh · kw), multiplied in `dtype` (None: that of the factors)."""
+        dtype = dtype or self.up.weight.dtype
+        groups = self.geometry.groups
+        up = self.up.weight.to(dtype).flatten(2).unflatten(0, (groups, -1))  # (g, O/g, r, kw)
+        down = self.down.weight.to(dtype).flatten(2).unflatten(0, (groups, -1))  # (g, r, I/g, kh)
+        dense: Tensor = torch.einsum("gorb,gria->goiab", up, down)
+        return dense.reshape(self.geometry.out_channels, -1)
+
+    def spec(self) -> dict[str, Any]:
+        return {**self.geometry.spec(), "rank": self.rank, "bias": self.bias is not None}
+
+    def cost(self) -> Cost:
+        return spatial_cost(self.geometry, self.rank, itemsize=self.up.weight.dtype.itemsize)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}"
+
+
+def spatial_cost(geometry: Geometry, rank: int, *, itemsize: int) -> Cost:
+    """Products per output position. `down` works where `up` has not strided yet: at s times as many
+    positions, s the stride along the width.
+
+    Args:
+        rank: of one group.
+        itemsize: bytes of one number.
+    """
+    (height, width), (_, stride) = geometry.kernel_size, geometry.stride
+    down, up = rank * geometry.in_channels * height, rank * geometry.out_channels * width
+    return Cost(down + up, (down + up) * itemsize, down * stride + up)
