@@ -42,8 +42,18 @@ ROSTER: dict[str, dict[str, Law]] = {
     "head-aware": laws(),
     # Sizes of two numbers are no ranks of the matrix, and `first` works at the input's positions.
     "tucker": laws(low_rank=False, plain_products=False),
-    "whitened-tucker": laws(low_rank=False, plain_products=False),
-    "two-sided-tucker": laws(low_rank=False, plain_products=False),
+    **{
+        name: laws(low_rank=False, plain_products=False)
+        for name in (
+            "spatial",
+            "cp",
+            "whitened-tucker",
+            "whitened-spatial",
+            "whitened-conv",
+            "two-sided-tucker",
+            "two-sided-conv",
+        )
+    },
     "random": laws(planted=None),  # it gives the trained weight up
     "dense-sparse": laws(low_rank=False, planted=lines, plain_products=False),  # it gathers too
     "lowrank-sparse": laws(low_rank=False, planted=one_channel),

@@ -24,7 +24,7 @@ from ..entry import Entry
 from ..errors import LowrankError
 from ..eval import NotFinite, judged
 from ..methods import refitted_layer
-from ..nn import ChannelConv, LowRankLinear, PivotedLinear, TuckerConv, pivot_layer
+from ..nn import ChannelConv, LowRankLinear, PivotedLinear, SpatialConv, TuckerConv, pivot_layer
 from ..recover.blocks import distill, refit_block
 from ..recover.own import Pairs, factors_in, own_vectors
 from ..recover.sequential import Moments, sequential
@@ -34,7 +34,7 @@ from ..types import Site
 from .efforts import Recovery
 
 HELD_OUT = 8  # one row in so many is kept for judging
-REFITTED = LowRankLinear | PivotedLinear | ChannelConv | TuckerConv  # have a closed form
+REFITTED = LowRankLinear | PivotedLinear | ChannelConv | TuckerConv | SpatialConv  # closed form
 NOISE = 1e-6  # of a mean square: what sums of fp32 products may be off by
 
 
@@ -164,11 +164,18 @@ class _Job:
             gram = gram - torch.outer(moments.mean, moments.mean)
             cross = cross - torch.outer(moments.dense_mean, moments.mean)
         root = None
-        if entry.method in ("two-sided", "two-sided-tucker") and stats.out_gram is not None:
+        if entry.method.startswith("two-sided") and stats.out_gram is not None:
             root = linalg.output_root(stats.out_gram, self.damp)
         mixed = (1 - share) * gram + share * cross
         new = refitted_layer(
-            site.module, entry.size or (1,), gram, mixed, root=root, least=least, seed=self.seed
+            site.module,
+            entry.size or (1,),
+            entry.storage,
+            gram,
+            mixed,
+            root=root,
+            least=least,
+            seed=self.seed,
         )
         if bias is not None:
             with torch.no_grad():

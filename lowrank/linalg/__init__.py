@@ -32,6 +32,7 @@ from .sparse import SparseCode as SparseCode
 from .sparse import dense_sparse as dense_sparse
 from .sparse import pursuit as pursuit
 from .sparse import spread as spread
+from .spatial import spatial_bounds as spatial_bounds
 from .spatial import spatial_energies as spatial_energies
 from .spatial import spatial_factors as spatial_factors
 from .svd import balance as balance

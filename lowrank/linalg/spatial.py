@@ -35,6 +35,28 @@ def spatial_energies(weight: Tensor) -> Tensor:
     return energies(spatial_matrix(weight))
 
 
+def spatial_bounds(weight: Tensor, gram: Tensor, count: int) -> list[tuple[int, float]]:
+    """Of up to `count` ranks, evenly spread, the squared error in the metric of the patches at the
+    first start of `spatial_factors`, which gives no worse.
+
+    Args:
+        weight: (O, I, kh, kw).
+        gram: H, as for `spatial_factors`.
+
+    Raises:
+        LowrankError: the weight has not two spatial dimensions.
+    """
+    spatial_matrix(weight)  # has two spatial dimensions
+    flat = weight.detach().double().flatten(1, 2)  # (O, I·kh, kw)
+    first = first_of(flat, gram)
+    ranks = sorted({max(round(len(first) * i / count), 1) for i in range(1, count + 1)})
+    found = []
+    for rank in ranks:
+        basis = torch.linalg.qr(first[:rank].T).Q.T
+        found.append((rank, float(conditioned(flat, basis, gram)[2])))
+    return found
+
+
 def spatial_factors(
     weight: Tensor, rank: int, gram: Tensor | None = None, *, sweeps: int = 10
 ) -> tuple[Tensor, Tensor]:

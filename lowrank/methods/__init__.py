@@ -10,6 +10,15 @@ from .asvd import ASVD as ASVD
 from .auto import Auto as Auto
 from .basis_sharing import BasisSharing as BasisSharing
 from .blast import Blast as Blast
+from .convolution import CP as CP
+from .convolution import Channels as Channels
+from .convolution import Spatial as Spatial
+from .convolution import Tucker as Tucker
+from .convolution import TwoSidedConv as TwoSidedConv
+from .convolution import TwoSidedTucker as TwoSidedTucker
+from .convolution import WhitenedConv as WhitenedConv
+from .convolution import WhitenedSpatial as WhitenedSpatial
+from .convolution import WhitenedTucker as WhitenedTucker
 from .dense_sparse import DenseSparse as DenseSparse
 from .frequency import Frequency as Frequency
 from .fwsvd import FWSVD as FWSVD
@@ -22,10 +31,6 @@ from .storage import Pivoted as Pivoted
 from .storage import pivoted_curve as pivoted_curve
 from .storage import stored_as as stored_as
 from .svd import SVD as SVD
-from .tucker import Channels as Channels
-from .tucker import Tucker as Tucker
-from .tucker import TwoSidedTucker as TwoSidedTucker
-from .tucker import WhitenedTucker as WhitenedTucker
 from .two_sided import TwoSided as TwoSided
 from .whitened import Whitened as Whitened
 
@@ -38,8 +43,13 @@ METHODS: dict[str, type[Method]] = {
     "snmf": SemiNMF,
     "random": Random,
     "tucker": Tucker,
+    "spatial": Spatial,
+    "cp": CP,
     "whitened-tucker": WhitenedTucker,
+    "whitened-spatial": WhitenedSpatial,
+    "whitened-conv": WhitenedConv,
     "two-sided-tucker": TwoSidedTucker,
+    "two-sided-conv": TwoSidedConv,
     "frequency": Frequency,
     "head-aware": HeadAware,
     "dense-sparse": DenseSparse,
@@ -55,8 +65,8 @@ JOINT: dict[str, type[JointMethod]] = {
 
 # What a method hands the sites of a kind to that its own statistics do not fit.
 BY_KIND: dict[str, dict[str, str]] = {
-    "whitened": {"embedding": "head-aware", "conv": "whitened-tucker"},
-    "two-sided": {"embedding": "head-aware", "conv": "two-sided-tucker"},
+    "whitened": {"embedding": "head-aware", "conv": "whitened-conv"},
+    "two-sided": {"embedding": "head-aware", "conv": "two-sided-conv"},
 }
 
 

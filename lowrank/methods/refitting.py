@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import layouts, linalg
 from ..nn import ChannelConv, LowRankLinear
 from ..types import Size
-from .tucker import fitted
+from .convolution import FORMS, Metric, fitted
 
 
 def refitted_layer(
     module: nn.Module,
     size: Size,
+    storage: str,
     gram: Tensor,
     target: Tensor,
     *,
@@ -24,20 +26,19 @@ def refitted_layer(
 ) -> Any:
     """The best layer of a size for the stream that it reads; see linalg/refit.py.
 
-    Of two numbers, (r_out, r_in), it is a TuckerConv: the weight that the stream asks for,
-    W K H'⁻¹, in Tucker form in the metric H'.
+    In a form of convolutions other than fewer channels it is the weight that the stream asks for,
+    W K H'⁻¹, in this form in the metric H'.
 
     Args:
-        size: (rank,) or (r_out, r_in).
+        size, storage: of the option that was chosen.
         gram, target: H' and K, (in, in).
         root: S (out, out), see `linalg.output_root`.
     """
     weight = layouts.matrix(module)
-    if len(size) == 2:
+    if storage in FORMS:
         moved = linalg.regressed(weight, gram, target, least=least)
-        inputs: int = module.in_channels  # type: ignore[assignment]
-        whole = moved.view(len(moved), inputs, -1)
-        return fitted(module, whole, (size[0], size[1]), gram, root=root)
+        shape: torch.Size = module.weight.shape  # type: ignore[assignment]
+        return fitted(module, moved.view(shape), size, storage, Metric(gram, root), seed)
     factors = linalg.refit(weight, size[0], gram, target, root=root, least=least, seed=seed)
     up, down = linalg.balance(*factors)
     if layouts.kind(module) == "conv":

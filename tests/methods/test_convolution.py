@@ -1,4 +1,4 @@
-"""Tucker forms: planted ranks, what they are near to, and that data make the outputs nearer."""
+"""Forms of convolutions: planted ranks, what they are near to, and what data make nearer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,17 @@ from torch import Tensor, nn
 import lowrank
 from lowrank import LowrankError, linalg
 from lowrank.linalg import tucker as numerics
-from lowrank.methods import Tucker, TwoSidedTucker, WhitenedTucker
-from lowrank.nn import ChannelConv, TuckerConv
+from lowrank.methods import (
+    CP,
+    Spatial,
+    Tucker,
+    TwoSidedConv,
+    TwoSidedTucker,
+    WhitenedConv,
+    WhitenedSpatial,
+    WhitenedTucker,
+)
+from lowrank.nn import ChannelConv, SpatialConv, TuckerConv
 from lowrank.testing import Case
 from lowrank.testing.cases import conv_case
 from lowrank.types import Cost, Option
@@ -101,13 +110,67 @@ def test_the_outputs_are_nearer_than_by_the_weight_and_by_channels() -> None:
         with torch.no_grad():
             off[type(way).__name__] = float((new(read) - want).square().sum() / stats.count)
         if isinstance(way, WhitenedTucker):
-            assert off["WhitenedTucker"] == pytest.approx(option.error, rel=1e-3)
+            lost = linalg.squared_error(
+                conv.weight.flatten(1), new.dense_weight(torch.float64), stats.gram
+            )
+            assert off["WhitenedTucker"] == pytest.approx(lost, rel=1e-3)
+            assert 0.5 * option.error < lost <= option.error * (1 + 1e-6)  # the curve's is a bound
             rank = int(0.5 * site.cost.params) // sum(site.shape)
             channels = float(
                 linalg.tails(linalg.energies(conv.weight.flatten(1), stats.gram))[rank]
             )
             assert option.error < channels
     assert off["WhitenedTucker"] < off["Tucker"]
+
+
+def test_rows_and_columns_apart_are_found() -> None:
+    """A planted weight is found exactly, by the weight and by the outputs."""
+    rng = torch.Generator().manual_seed(3)
+    up, down = (torch.randn(s, generator=rng, dtype=torch.float64) for s in ((9, 2, 3), (2, 6, 3)))
+    case = case_of(torch.einsum("orb,ria->oiab", up, down).flatten(2))
+    for way in (Spatial(), WhitenedSpatial(), WhitenedConv(), TwoSidedConv()):
+        curve = way.curve(case.site, case.stats)
+        exact = next(o for o in curve.options if o.error < 1e-9 * curve.total)
+        assert (exact.storage, exact.size) == ("spatial", (2,)), way
+        new = way.factor(case.module, exact, case.stats)
+        assert isinstance(new, SpatialConv)
+        torch.testing.assert_close(new(case.inputs), case.module(case.inputs))
+        with torch.no_grad():
+            new.up.weight.copy_(new.up.weight.flip(3))  # columns exchanged show
+            off = (new(case.inputs) - case.module(case.inputs)).abs().max()
+        assert float(off) > 1e-3
+
+
+def test_no_form_is_worse_than_its_curve_says() -> None:
+    case = case_of(torch.randn(9, 6, 9, generator=torch.Generator().manual_seed(4)).double())
+    for way in (Tucker(), Spatial(), CP(), WhitenedConv(), TwoSidedConv()):
+        curve, seen = way.curve(case.site, case.stats), set()
+        for option in curve.options[:-1]:
+            new = way.factor(case.module, option, case.stats)
+            weight, dense = case.module.weight.flatten(1), new.dense_weight(torch.float64)
+            own = getattr(way, "error", None)
+            gram = case.stats.gram if curve.norm == "output" else None
+            off = own(case.module, dense, case.stats) if own else None
+            off = linalg.squared_error(weight, dense, gram) if off is None else off
+            assert off <= option.error * (1 + 1e-6) + 1e-9 * curve.total, (way, option)
+            assert new.cost() == option.cost
+            seen.add(option.storage)
+        assert len(seen) > 1 or isinstance(way, Spatial), way
+
+
+def test_what_is_no_form_of_a_kernel_is_refused() -> None:
+    flat = conv_case("flat", torch.randn(9, 12), dtype=torch.float64, kernel=(1, 1))
+    assert {o.storage for o in Spatial().curve(flat.site, flat.stats).options} == {
+        "factors", "dense"
+    }  # fmt: skip
+    option = Option("spatial", (2,), "spatial", Cost(1, 1, 1), 0.0)
+    with pytest.raises(LowrankError, match=r"\(1, 1\) has no spatial form: it is a matrix"):
+        Spatial().factor(flat.module, option, flat.stats)
+    case = case_of(torch.randn(9, 6, 9, dtype=torch.float64))
+    with pytest.raises(LowrankError, match=r"spatial ranks must be \(rank,\) from 1 up to \(18,\)"):
+        Spatial().factor(
+            case.module, Option("spatial", (19,), "spatial", Cost(1, 1, 1), 0.0), case.stats
+        )
 
 
 def test_both_forms_stand_in_one_curve_and_matrices_have_one() -> None:
@@ -134,7 +197,7 @@ def test_ranks_and_fixed_ranks() -> None:
     )
     assert isinstance(lean.stage1[0].conv1, ChannelConv)
     assert lean.stage1[0].conv1.rank == 4
-    assert any(isinstance(m, TuckerConv) for m in lean.modules())
+    assert any(isinstance(m, TuckerConv | SpatialConv) for m in lean.modules())
 
 
 def test_a_zero_weight_and_a_dead_input() -> None:
