@@ -17,6 +17,8 @@ class Recovery:
         dense: λ in [0, 1] of the sequential refit: how much of a layer's target is the dense
             model's own output, the rest being the dense layer on the compressed input.
         refit: whether there is a sequential refit at all.
+        batchnorm: whether running means and variances of batch norms are re-estimated then; kept
+            where held-out rows gain.
         block_steps: gradient steps of each block's refit; 0 leaves it out.
         distill_steps: gradient steps of distillation to the dense model's predictions; 0: none.
         block_rate, distill_rate: of AdamW, as a share of each parameter's root mean square.
@@ -27,6 +29,7 @@ class Recovery:
 
     dense: float = 0.5
     refit: bool = True
+    batchnorm: bool = True
     block_steps: int = 0
     distill_steps: int = 0
     block_rate: float = 0.01

@@ -25,8 +25,9 @@ from ..errors import LowrankError
 from ..eval import NotFinite, judged
 from ..methods import refitted_layer
 from ..nn import ChannelConv, LowRankLinear, PivotedLinear, SpatialConv, TuckerConv, pivot_layer
+from ..recover.batchnorm import batch_norms, bn_recalibrate
 from ..recover.blocks import distill, refit_block
-from ..recover.own import Pairs, factors_in, own_vectors
+from ..recover.own import Pairs, factors_in, own_buffers, own_vectors
 from ..recover.sequential import Moments, sequential
 from ..recover.training import Trained, Training
 from ..streams import Chain, twin
@@ -117,6 +118,7 @@ class _Job:
             if site not in refits:
                 walk.replace(self.student, walk.in_copy(site, self.student), new)
         self._sequential(refits)
+        self._batchnorm()
         self._distill()
         for site in refits:  # training happens on plain factors: they are better conditioned
             self._store(site)
@@ -201,6 +203,21 @@ class _Job:
         if self.entries[site.name].storage == "pivoted" and isinstance(new, LowRankLinear):
             walk.replace(self.student, walk.in_copy(site, self.student), pivot_layer(new))
 
+    def _batchnorm(self) -> None:
+        norms = batch_norms(self.student)
+        if not self.recovery.batchnorm or not norms or callable(self.seen.batches):
+            return
+        own_buffers(norms.values(), ("running_mean", "running_var"), self.vectors)
+        data, held = self.seen.batches, self._held()
+        try:
+            kept = bn_recalibrate(self.student, data, reference=self.model, held_out=held)
+        except NotFinite:
+            raise
+        except LowrankError as error:  # no predictions to judge by
+            self.said.append(f"batch norms were left as they are: {error}")
+            return
+        self.said.append(f"batch norms re-estimated: {'kept' if kept else 'no gain, taken back'}")
+
     def _distill(self) -> None:
         if not self.recovery.distill_steps:
             return
@@ -232,9 +249,12 @@ class _Job:
         known = [t for t in ids if isinstance(t, Tensor) and not t.is_floating_point()]
         return max((t.shape[-1] for t in known if t.ndim == 2), default=0)
 
+    def _held(self) -> Sequence[Batch]:
+        return self.seen.held_out or self.batches[-max(len(self.batches) // HELD_OUT, 1) :]
+
     def _judge(self, work: Sequence[tuple[Site, Entry, nn.Module]]) -> None:
         """What recovery gave, and back to the plain layers where that was nothing."""
-        held = self.seen.held_out or self.batches[-max(len(self.batches) // HELD_OUT, 1) :]
+        held = self._held()
         plain = twin(self.model)
         for site, _, new in work:
             walk.replace(plain, walk.in_copy(site, plain), new)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn import is_factored
 
-Pairs = dict[int, tuple[nn.Parameter, nn.Parameter]]
+Pairs = dict[int, tuple[Tensor, Tensor]]  # the model's own, and the copy in its place
 
 
 def factors_in(module: nn.Module) -> list[nn.Parameter]:
@@ -44,13 +45,24 @@ def own_vectors(module: nn.Module, pairs: Pairs) -> list[nn.Parameter]:
                     fresh = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
                     pairs[id(parameter)] = (parameter, fresh)
                     copies.add(id(fresh))
-                part._parameters[key] = parameter = pairs[id(parameter)][1]
+                parameter = cast(nn.Parameter, pairs[id(parameter)][1])
+                part._parameters[key] = parameter
             found[id(parameter)] = parameter
     return list(found.values())
 
 
+def own_buffers(parts: Iterable[nn.Module], names: Iterable[str], pairs: Pairs) -> None:
+    """Make these buffers copies of their own; added to `pairs` as vectors are."""
+    for part in parts:
+        for name in names:
+            buffer = part._buffers.get(name)
+            if buffer is not None:
+                copy = pairs.setdefault(id(buffer), (buffer, buffer.clone()))[1]
+                part._buffers[name] = copy
+
+
 @torch.no_grad()
-def hand_over(pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
-    """Give the model the values that were trained in the copies."""
+def hand_over(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Give the model the values that the copies came to have."""
     for original, copy in pairs:
         original.copy_(copy)
