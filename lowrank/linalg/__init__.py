@@ -5,6 +5,7 @@ from .blast import blast as blast
 from .blast import blast_product as blast_product
 from .cp import cp_factors as cp_factors
 from .cp import rebuilt_cp as rebuilt_cp
+from .evbmf import evbmf_count as evbmf_count
 from .evbmf import evbmf_rank as evbmf_rank
 from .evbmf import evbmf_ranks as evbmf_ranks
 from .gram import cross_sum as cross_sum

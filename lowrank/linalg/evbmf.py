@@ -34,8 +34,16 @@ def evbmf_rank(matrix: Tensor, *, least: int = 1) -> int:
         raise LowrankError(f"expected a matrix, got a tensor of shape {tuple(matrix.shape)}")
     if not bool(torch.isfinite(matrix).all()):
         raise LowrankError("the matrix holds numbers that are not finite: no rank can be estimated")
-    short, long = min(matrix.shape), max(matrix.shape)
-    energy = energies(matrix).cpu()
+    return evbmf_count(energies(matrix), max(matrix.shape), least=least)
+
+
+def evbmf_count(energy: Tensor, long: int, *, least: int = 1) -> int:
+    """`evbmf_rank` from squared singular values, descending, of a matrix with this longer side.
+
+    Args:
+        energy: (L,), L the shorter side.
+    """
+    short, energy = len(energy), energy.detach().double().cpu()
     floor = energy[0] * short * torch.finfo(torch.float64).eps
     if float(energy[0]) <= 0:
         return min(least, short)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ..errors import LowrankError, unknown
 from ..types import Policy
 from .energy import Energy as Energy
+from .evbmf import EVBMF as EVBMF
 from .lossaware import LossAware as LossAware
 from .spectrum import Spectrum as Spectrum
 from .uniform import Uniform as Uniform
@@ -18,6 +19,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "welore": WeLore,
     "spectrum": Spectrum,
     "lossaware": LossAware,
+    "evbmf": EVBMF,
 }
 
 

@@ -1,0 +1,65 @@
+"""Every site keeps what stands above its noise, or a share of that where the budget is smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import LowrankError, listed
+from ..linalg import evbmf_count
+from ..types import Allocation, Budget, Curve, Option, Probe
+from .common import Choice, disjoint, least_that_fits
+
+GRID = 256  # shares of the estimated ranks that are tried
+
+
+@dataclass(frozen=True)
+class EVBMF:
+    """The rank that empirical variational Bayes gives each site (linalg/evbmf.py; Kim et al., arXiv
+    1511.06530, take it for convolutions): the option that loses no more than so many components.
+
+    Where the budget is larger than these ranks need, what is left is not spent; where it is
+    smaller, all of them keep one share of their rank.
+
+    Attributes:
+        least: no site keeps fewer components.
+    """
+
+    least: int = 1
+
+    def __post_init__(self) -> None:
+        if self.least < 1:
+            raise LowrankError(f"EVBMF keeps at least one component, got least={self.least}")
+
+    def __call__(
+        self, curves: Sequence[Curve], budget: Budget, probe: Probe | None = None
+    ) -> Allocation:
+        """Raises LowrankError where a curve has no spectrum: its method decomposes no matrix."""
+        by_sites = disjoint(curves)
+        bare = [curve.sites[0] for curve in curves if curve.spectrum is None]
+        if bare:
+            raise LowrankError(
+                f"evbmf estimates ranks from singular values, and {listed(bare, 4)} have none: "
+                "take another method or policy"
+            )
+        ranks = {sites: self._rank(curve) for sites, curve in by_sites.items()}
+
+        def choose(dropped: float) -> Choice:
+            return {
+                sites: _within(curve, max(round((1 - dropped) * ranks[sites]), self.least))
+                for sites, curve in by_sites.items()
+            }
+
+        return least_that_fits([i / GRID for i in range(GRID + 1)], choose, budget, "evbmf")
+
+    def _rank(self, curve: Curve) -> int:
+        assert curve.spectrum is not None
+        long = curve.dense.cost.params // len(curve.spectrum)
+        return evbmf_count(curve.spectrum.square(), long, least=self.least)
+
+
+def _within(curve: Curve, rank: int) -> Option:
+    """The smallest option that loses no more than the components after the first `rank`."""
+    assert curve.spectrum is not None
+    lost = float(curve.spectrum[rank:].square().sum()) + 1e-9 * curve.total
+    return next(option for option in curve.options if option.error <= lost)
