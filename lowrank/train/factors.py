@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import layouts
 from ..io.densify import densify
 from ..linalg import svd
-from ..nn import LowRankLinear
+from ..nn import ChannelConv, LowRankLinear
 from ..types import Site
 from .common import Attachment, weights_of
 from .distributed import agreed
@@ -94,9 +94,13 @@ def _put(at: Attachment, site: Site, new: LowRankLinear) -> None:
 
 def decay(module: LowRankLinear | nn.Module, strength: float, scale: float = 1.0) -> None:
     """Add the gradient of strength/2 · ‖W‖²: λU(VVᵀ) and λ(UᵀU)V of W = UV, λW of a dense W."""
-    if isinstance(module, LowRankLinear):
+    if isinstance(module, LowRankLinear | ChannelConv):  # of filters: as matrices
         up, down = module.up.weight, module.down.weight
-        pairs = [(up, up @ (down @ down.T)), (down, (up.T @ up) @ down)]
+        left, right = up.flatten(1), down.flatten(1)
+        pairs = [
+            (up, (left @ (right @ right.T)).view_as(up)),
+            (down, ((left.T @ left) @ right).view_as(down)),
+        ]
     else:
         pairs = [(w, w) for w in weights_of(module)]
     for weight, gradient in pairs:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import LowrankError
-from ..nn import LowRankLinear
+from ..nn import ChannelConv, LowRankLinear
 from ..sites import ALL_LINEAR, Patterns
 from ..types import Site
 from .common import Attachment, weights_of
@@ -22,7 +22,8 @@ from .optimizer import unwrapped
 
 
 class FrobeniusDecay(FactorController):
-    """λ/2 · ‖W‖² of layers that are LowRankLinear already, in the user's own loop."""
+    """λ/2 · ‖W‖² of layers that are factored already, in the user's own loop: of LowRankLinear, and
+    of ChannelConv as `factorize_by_design` makes it of a convolution."""
 
     def __init__(
         self,
@@ -45,13 +46,22 @@ class FrobeniusDecay(FactorController):
         """
         check_strength(strength)
         self.strength = strength
-        super().__init__(model, optimizer, target_modules, exclude_modules, find=_factored_sites)
+        super().__init__(
+            model, optimizer, target_modules, exclude_modules,
+            find=_factored_sites, kinds={"linear", "conv"},
+        )  # fmt: skip
         refuse_decay(self._at)
 
     def _add(self) -> None:
         scale = self._at.loss_scale()
         for module in self._layers.values():
             decay(module, self.strength, scale)
+
+    def _leave(self, name: str, module: nn.Module) -> None:
+        if isinstance(module, ChannelConv):
+            self._at.note("finish", name, rank=module.rank, storage="factors")
+        else:
+            super()._leave(name, module)
 
 
 def check_strength(strength: float) -> None:
@@ -77,8 +87,12 @@ def refuse_decay(at: Attachment) -> None:
 
 
 def _factored_sites(root: nn.Module) -> list[Site]:
-    modules = ((name, m) for name, m in root.named_modules() if isinstance(m, LowRankLinear))
-    return [
-        Site(name, (name,), "linear", (m,), (m.out_features, m.in_features), m.cost())
-        for name, m in modules
-    ]
+    found = []
+    for name, module in root.named_modules():
+        if isinstance(module, LowRankLinear):
+            shape = (module.out_features, module.in_features)
+            found.append(Site(name, (name,), "linear", (module,), shape, module.cost()))
+        elif isinstance(module, ChannelConv) and module.wide == "first" and module.groups == 1:
+            shape = (len(module.up.weight), module.down.weight[0].numel())
+            found.append(Site(name, (name,), "conv", (module,), shape, module.cost()))
+    return found
