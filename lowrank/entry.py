@@ -33,6 +33,8 @@ class Entry:
         group: name of the site that owns the basis which this one shares, "" for none; the owner
             names itself. The cost of `down` is the owner's, `error` and `total` are those of the
             whole group.
+        repeats: where products are the budget: how many positions this layer works at for one of
+            the layer that works at the fewest; `macs` of both costs count all of them.
     """
 
     sites: tuple[str, ...]
@@ -51,6 +53,7 @@ class Entry:
     kind: str = "linear"
     heads: int = 0
     group: str = ""
+    repeats: int = 1
 
     @property
     def name(self) -> str:
@@ -96,8 +99,9 @@ class Entry:
         elif self.kind == "embedding":
             cost = replace(cost, macs=rank * self.shape[1] + self.heads * numbers)
         return replace(
-            self, method=method, size=(rank,), storage=storage, cost=cost, error=None, reason=""
-        )
+            self, method=method, size=(rank,), storage=storage, cost=cost.often(self.repeats),
+            error=None, reason="",
+        )  # fmt: skip
 
     def _of_size(self, size: Any, method: str, form: str) -> Entry:
         numbers = tuple(size) if isinstance(size, Sequence) and not isinstance(size, str) else ()
@@ -114,13 +118,15 @@ class Entry:
                 f"shape {self.shape}: it stores {cost.bytes} bytes for {self.dense.bytes}"
             )
         return replace(
-            self, method=method, size=numbers, storage=form, cost=cost, error=None, reason=""
-        )
+            self, method=method, size=numbers, storage=form, cost=cost.often(self.repeats),
+            error=None, reason="",
+        )  # fmt: skip
 
     def sharing(self, rank: int, owner: bool) -> Entry:
         """Factors of that rank with a basis that others share; the owner stores it."""
         numbers = rank * (self.shape[0] + owner * self.shape[1])
         cost = Cost(numbers, numbers * self.dense.bytes // self.dense.params, numbers)
+        cost = cost.often(self.repeats)
         return replace(self, size=(rank,), storage="shared", cost=cost, error=None, reason="")
 
     def row(self) -> dict[str, str]:
@@ -145,8 +151,8 @@ class Entry:
         Raises:
             LowrankError: a field is missing, unknown or of the wrong type; the site is named.
         """
-        if isinstance(item, dict):  # older plans know no kinds and no groups
-            item = {"kind": "linear", "heads": 0, "group": "", **item}
+        if isinstance(item, dict):  # older plans know less
+            item = {"kind": "linear", "heads": 0, "group": "", "repeats": 1, **item}
         checked(item, _FIELDS, "an entry of the plan")
         size = None if item["size"] is None else tuple(item["size"])
         body = {**item, "sites": tuple(item["sites"]), "shape": tuple(item["shape"]), "size": size}
@@ -229,4 +235,5 @@ _FIELDS: Checks = {
     "kind": _TEXT,
     "heads": (lambda value: is_integer(value) and value >= 0, "an integer >= 0"),
     "group": _TEXT,
+    "repeats": (lambda value: is_integer(value) and value >= 1, "an integer >= 1"),
 }

@@ -32,6 +32,10 @@ class Cost:
     def of(self, unit: Unit) -> int:
         return int(getattr(self, unit))
 
+    def often(self, times: int) -> Cost:
+        """The same stored numbers, multiplied by so many times."""
+        return Cost(self.params, self.bytes, self.macs * times)
+
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.params + other.params, self.bytes + other.bytes, self.macs + other.macs)
 

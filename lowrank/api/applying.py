@@ -186,7 +186,7 @@ def _stored(item: Built) -> Cost:
     if isinstance(item.new, Factored):
         cost = item.new.cost()
         heads = item.entry.heads * cost.params
-        return Cost(cost.params, cost.bytes, cost.macs + heads)
+        return Cost(cost.params, cost.bytes, cost.macs + heads).often(item.entry.repeats)
     held = {id(t): (name, t) for name, t in item.new.state_dict(keep_vars=True).items()}.values()
     tensors = [t for name, t in held if isinstance(t, torch.Tensor) and not name.endswith("bias")]
     params = sum(t.numel() for t in tensors if t.is_floating_point())

@@ -16,8 +16,10 @@ def entry_of(
     request: Request,
     target: bool,
     stack: Site,
+    repeats: int = 1,
 ) -> Entry:
-    """Of one site; `stack` is the group whose curve it is, or the site itself."""
+    """Of one site; `stack` is the group whose curve it is, or the site itself; costs of all count
+    as many positions as `repeats` says."""
     option = option or Option("dense", None, "dense", site.cost, 0.0)
     return Entry(
         sites=site.names,
@@ -36,6 +38,7 @@ def entry_of(
         kind=site.kind,
         heads=layouts.heads(site.modules),
         group="" if stack is site or option.dense else stack.name,
+        repeats=repeats,
     )
 
 

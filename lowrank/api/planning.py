@@ -57,6 +57,10 @@ def make_plan(
         group[0].name: _remembered(group, _ranked(way, group, request), shared, seen, storage)
         for group in bar
     }
+    often = repeats(wanted, seen) if request.unit == "macs" else {}
+    curves = {name: _often(curve, often.get(name, 1)) for name, curve in curves.items()}
+    wanted, sites = _counted(wanted, often), _counted(sites, often)
+    groups = [tuple(_counted(group, often)) for group in groups]
     whole = model_cost(model, sites)
     counted = {site.names for site in wanted if not site.reason}
     goal = sum(site.cost.of(request.unit) for site in wanted if not site.reason)
@@ -65,12 +69,15 @@ def make_plan(
     probe = _probe(model, together, way, shared, seen, request)
     chosen = allocate(request, goal, stacks, curves, whole, probe)
     made = {
-        site.name: entry_of(site, option, curves[stack.name], request, True, stack)
+        site.name: entry_of(
+            site, option, curves[stack.name], request, True, stack, often.get(site.name, 1)
+        )
         for group, stack in zip(groups, stacks, strict=True)
         for site, option in zip(group, member_option(group, chosen[stack.names]), strict=True)
     }
     entries = tuple(
-        made.get(site.name) or entry_of(site, None, None, request, site.names in counted, site)
+        made.get(site.name)
+        or entry_of(site, None, None, request, site.names in counted, site, often.get(site.name, 1))
         for site in sites
     )
     own = [g for g in groups if (len(g) > 1 if shared else _is_seen(g[0], way, seen))]
@@ -90,6 +97,28 @@ def make_plan(
     if shared is not None:
         settings["alone"] = shared.alone
     return Plan(entries, whole, request.asked(), settings), curves
+
+
+def repeats(sites: Sequence[Site], seen: Calibration | None) -> dict[str, int]:
+    """How many positions each layer works at for one of the layer that works at the fewest.
+
+    Layers that the data did not reach are left out, and count once; all do without data.
+    """
+    counts = {site.name: statistics_of(site, seen).count for site in sites}
+    counts = {name: count for name, count in counts.items() if count}
+    least = min(counts.values(), default=1)
+    return {name: max(round(count / least), 1) for name, count in counts.items()}
+
+
+def _counted(sites: Sequence[Site], often: Mapping[str, int]) -> list[Site]:
+    return [replace(site, cost=site.cost.often(often.get(site.name, 1))) for site in sites]
+
+
+def _often(curve: Curve, times: int) -> Curve:
+    if times == 1:
+        return curve
+    options = tuple(replace(o, cost=o.cost.often(times)) for o in curve.options)
+    return replace(curve, options=options)
 
 
 def _probe(

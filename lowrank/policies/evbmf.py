@@ -1,4 +1,4 @@
-"""Every site keeps what stands above its noise, or a share of that where the budget is smaller."""
+"""Ranks in the proportions in which components stand above the noise of each weight."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from ..linalg import evbmf_count
 from ..types import Allocation, Budget, Curve, Option, Probe
 from .common import Choice, disjoint, least_that_fits
 
-GRID = 256  # shares of the estimated ranks that are tried
+GRID = 1024  # multiples of the estimated ranks that are tried, evenly in the logarithm
 
 
 @dataclass(frozen=True)
 class EVBMF:
     """The rank that empirical variational Bayes gives each site (linalg/evbmf.py; Kim et al., arXiv
-    1511.06530, take it for convolutions): the option that loses no more than so many components.
-
-    Where the budget is larger than these ranks need, what is left is not spent; where it is
-    smaller, all of them keep one share of their rank.
+    1511.06530, take it for convolutions), times one factor for all: the largest that fits the
+    budget. A site gets the smallest option that loses no more than so many leading components keep.
 
     Attributes:
         least: no site keeps fewer components.
@@ -43,14 +41,17 @@ class EVBMF:
                 "take another method or policy"
             )
         ranks = {sites: self._rank(curve) for sites, curve in by_sites.items()}
+        most = max(_length(curve) / ranks[s] for s, curve in by_sites.items())
+        step = (most * max(ranks.values())) ** (1 / GRID)
 
-        def choose(dropped: float) -> Choice:
+        def choose(level: float) -> Choice:
+            times = most / step**level
             return {
-                sites: _within(curve, max(round((1 - dropped) * ranks[sites]), self.least))
+                sites: _within(curve, max(round(times * ranks[sites]), self.least))
                 for sites, curve in by_sites.items()
             }
 
-        return least_that_fits([i / GRID for i in range(GRID + 1)], choose, budget, "evbmf")
+        return least_that_fits(list(range(GRID + 1)), choose, budget, "evbmf")
 
     def _rank(self, curve: Curve) -> int:
         assert curve.spectrum is not None
@@ -61,5 +62,11 @@ class EVBMF:
 def _within(curve: Curve, rank: int) -> Option:
     """The smallest option that loses no more than the components after the first `rank`."""
     assert curve.spectrum is not None
+    if rank >= len(curve.spectrum):
+        return curve.dense
     lost = float(curve.spectrum[rank:].square().sum()) + 1e-9 * curve.total
     return next(option for option in curve.options if option.error <= lost)
+
+
+def _length(curve: Curve) -> int:
+    return 0 if curve.spectrum is None else len(curve.spectrum)
