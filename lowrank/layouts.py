@@ -94,7 +94,7 @@ def obstacle(module: nn.Module) -> str:
     groups: int = getattr(module, "groups", 1)
     if groups != 1:
         each = int(getattr(module, "in_channels", 0)) // groups
-        return f"its {groups} groups of {each} channels are matrices of their own, too small to pay"
+        return f"its {groups} groups of {each} channels are matrices of their own: not factored"
     weight = matrix(module)
     if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
         return f"its weight is stored as {weight.dtype}"

@@ -100,12 +100,7 @@ def main() -> None:
     if "LOWRANK_ASSETS" not in os.environ:
         sys.exit("set LOWRANK_ASSETS to the folder that holds cifar10/resnet20.safetensors")
     torch.set_num_threads(2)
-    folder = Path(os.environ["LOWRANK_ASSETS"]) / "cifar10"
-    net = ResNet20().eval()
-    net.load_state_dict(load_file(folder / "resnet20.safetensors"))
-    with np.load(folder / "cifar10_subset.npz") as stored:
-        train, test = normalised(stored["x_train"]), normalised(stored["x_test"])
-        labels = torch.from_numpy(stored["y_test"]).long()
+    net, train, test, labels = loaded(Path(os.environ["LOWRANK_ASSETS"]) / "cifar10")
     said, size = predictions(net, test), sum(p.numel() for p in net.parameters())
     print(f"dense: top-1 {share(said, labels):.2f} %, {size:,} parameters, {macs(net):,} macs")
     data = list(train[: CALIBRATED + HELD].split(50))
@@ -141,6 +136,15 @@ def main() -> None:
     keep_result(
         "resnet20", rows, dense=share(said, labels), dense_macs=macs(net), dense_params=size
     )
+
+
+def loaded(folder: Path) -> tuple[ResNet20, Tensor, Tensor, Tensor]:
+    """The trained net, train images, test images and their classes."""
+    net = ResNet20().eval()
+    net.load_state_dict(load_file(folder / "resnet20.safetensors"))
+    with np.load(folder / "cifar10_subset.npz") as stored:
+        train, test = normalised(stored["x_train"]), normalised(stored["x_test"])
+        return net, train, test, torch.from_numpy(stored["y_test"]).long()
 
 
 @torch.no_grad()

@@ -64,8 +64,8 @@ def bn_recalibrate(
     batches = materialise(data)
     if callable(batches):
         raise LowrankError("bn_recalibrate runs the model on batches: pass data that holds them")
-    norms, dense = batch_norms(model), batch_norms(reference)
-    if not norms.keys() & dense.keys():
+    norms = batch_norms(model)
+    if not norms.keys() & batch_norms(reference).keys():
         raise LowrankError("the two models have no batch norm with running numbers in common")
     held = list(held_out or ())
     if not held:
@@ -73,10 +73,10 @@ def bn_recalibrate(
         batches, held = [batches[i] for i in fitted], [batches[i] for i in kept]
     before = judged(model, reference, held)
     old = {name: _state(part) for name, part in norms.items()}
-    _set(model, _moved(dense, gathered(model, batches), gathered(reference, batches)))
+    put(model, moved(reference, gathered(model, batches), gathered(reference, batches)))
     if judged(model, reference, held) < before:
         return True
-    _set(model, old)
+    put(model, old)
     return False
 
 
@@ -131,9 +131,13 @@ def _by_batch(norms: Iterable[Any]) -> Iterator[None]:
             part.track_running_stats, part.running_mean, part.running_var = track, mean, var
 
 
-def _moved(dense: dict[str, Any], now: State, was: State) -> State:
-    """The dense model's running numbers, by as much as the data shows another mean and variance."""
-    found: State = {}
+def moved(reference: nn.Module, now: State, was: State) -> State:
+    """The running numbers of the dense model, by as much as the data shows others.
+
+    Args:
+        now, was: what `gathered` gives of the compressed and of the dense model.
+    """
+    found, dense = State(), batch_norms(reference)
     for name in now.keys() & was.keys() & dense.keys():
         (mean, variance), (old_mean, old_variance) = now[name], was[name]
         running = _state(dense[name])
@@ -148,7 +152,8 @@ def _state(part: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _set(model: nn.Module, state: State) -> None:
+def put(model: nn.Module, state: State) -> None:
+    """Give batch norms these running means and variances."""
     norms = batch_norms(model)
     for name, (mean, variance) in state.items():
         norms[name].running_mean.copy_(mean)
