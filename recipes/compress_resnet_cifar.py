@@ -41,8 +41,10 @@ CALIBRATED, HELD = 1500, 500
 UNIFORM = {"policy": "uniform"}
 WAYS: dict[str, dict[str, Any]] = {
     "svd, uniform": {"method": "svd", **UNIFORM},
+    "svd, spectrum": {"method": "svd", "policy": "spectrum"},
     "tucker, uniform": {"method": "tucker", **UNIFORM},
     "spatial, uniform": {"method": "spatial", **UNIFORM},
+    "spatial, spectrum": {"method": "spatial", "policy": "spectrum"},
     "whitened channels, uniform": {"method": Channels(Whitened()), **UNIFORM},
     "whitened, uniform": {"method": "whitened", **UNIFORM},
     "whitened, spectrum": {"method": "whitened", "policy": "spectrum"},

@@ -25,6 +25,13 @@ def one_channel(out_features: int, in_features: int, rng: torch.Generator) -> tu
     return weight, (2, 1)
 
 
+def alike(out_features: int, in_features: int, rng: torch.Generator) -> tuple[Tensor, Size]:
+    """Every input and every place under the kernel alike: one component, however they are split."""
+    return torch.randn(out_features, 1, generator=rng, dtype=torch.float64).expand(
+        -1, in_features
+    ).clone(), (1,)
+
+
 def blocks(out_features: int, in_features: int, rng: torch.Generator) -> tuple[Tensor, Size]:
     """Low rank is one case of shared-basis blocks."""
     weight, _ = low_rank_weight(2)(out_features, in_features, rng)
@@ -54,6 +61,7 @@ ROSTER: dict[str, dict[str, Law]] = {
             "two-sided-conv",
         )
     },
+    "cp": laws(low_rank=False, plain_products=False, planted=alike),
     "random": laws(planted=None),  # it gives the trained weight up
     "dense-sparse": laws(low_rank=False, planted=lines, plain_products=False),  # it gathers too
     "lowrank-sparse": laws(low_rank=False, planted=one_channel),

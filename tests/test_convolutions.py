@@ -11,15 +11,18 @@ from torch import nn
 
 import lowrank
 from lowrank import LowrankError, Plan, Recovery
-from lowrank.nn import ChannelConv, LowRankLinear, TuckerConv
+from lowrank.nn import ChannelConv, LowRankLinear, SpatialConv, TuckerConv
 
 from .nets import Residual, images, small_net
 
 FEW = Recovery(block_steps=3, distill_steps=3)
 
 
-def channel_convs(model: nn.Module) -> list[str]:
-    return [n for n, m in model.named_modules() if isinstance(m, ChannelConv | TuckerConv)]
+FORMS = (ChannelConv, TuckerConv, SpatialConv)
+
+
+def factored_convs(model: nn.Module) -> list[str]:
+    return [n for n, m in model.named_modules() if isinstance(m, FORMS)]
 
 
 def test_one_line_without_data_and_with() -> None:
@@ -28,13 +31,22 @@ def test_one_line_without_data_and_with() -> None:
     for data in (None, [images(24)]):
         lean, report = lowrank.compress(net, 0.6, data=data, align=1, copy=True, progress=False)
         assert report.achieved <= 0.6
-        assert len(channel_convs(lean)) >= 6
+        assert len(factored_convs(lean)) >= (6 if data else 4)
         counted = sum(p.numel() for n, p in lean.named_parameters() if not n.endswith("bias"))
         assert report.params_after == sum(p.numel() for p in lean.parameters())
         assert counted < sum(p.numel() for p in net.parameters())
         assert lean(x).shape == (4, 5)
         assert "whitened" in str(report) if data else "svd" in str(report)
     assert all(torch.equal(weights[k], v) for k, v in net.state_dict().items())
+
+
+def test_the_default_policy_is_that_which_serves_convolutions() -> None:
+    net = small_net()
+    plan = lowrank.plan(net, 0.6, data=None, progress=False)
+    assert plan.settings["policy"] == "spectrum"
+    assert lowrank.plan(net, 0.6, data=[images(24)], progress=False).settings["policy"] == "uniform"
+    linear = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Conv2d(1, 1, 3))
+    assert lowrank.plan(linear, 0.6, data=None, progress=False).settings["policy"] == "uniform"
 
 
 def test_data_make_the_outputs_nearer() -> None:
@@ -60,7 +72,7 @@ def test_every_stage_serves_convolutions(effort) -> None:
     if effort is FEW:
         assert any("4 blocks improved" in note for note in report.notes)
         assert any(note.startswith("distilled") for note in report.notes)
-    assert channel_convs(lean)
+    assert factored_convs(lean)
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
 
 
@@ -82,7 +94,7 @@ def test_files_and_back_to_dense(tmp_path: Path) -> None:
     lean, _ = lowrank.compress(net, 0.6, data=[images(24)], copy=True, progress=False)
     lowrank.save(lean, tmp_path)
     loaded = lowrank.load(tmp_path, small_net(seed=3)).eval()
-    assert channel_convs(loaded) == channel_convs(lean)
+    assert factored_convs(loaded) == factored_convs(lean)
     with torch.no_grad():
         assert torch.equal(loaded(x), lean(x))
         dense = lowrank.to_dense(copy.deepcopy(lean))
@@ -153,7 +165,7 @@ def test_a_convolution_used_twice_is_one_site() -> None:
     seen = lowrank.calibrate(net, [x], progress=False)
     assert seen.statistics["conv"].count == 2 * 6 * 36
     lean, report = lowrank.compress(net, 0.6, data=seen, copy=True, progress=False)
-    assert isinstance(lean.conv, ChannelConv | TuckerConv)
+    assert isinstance(lean.conv, FORMS)
     assert len(report.plan.entries) == 1
     with torch.no_grad():
         assert lean(x).shape == x.shape

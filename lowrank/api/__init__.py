@@ -137,8 +137,9 @@ def compress(
             "head-aware" (the last two for embeddings) or an object; None: "whitened" with data,
             given or self-written, else "svd". Embeddings that "whitened" meets are factored by
             "head-aware".
-        policy: "uniform", "energy", "welore", "spectrum" or a callable; None: "uniform". It shares
-            out a ratio; fixed ranks leave it nothing to do.
+        policy: "uniform", "energy", "welore", "spectrum", "evbmf", "lossaware" or a callable; None:
+            "uniform", but "spectrum" for a net of convolutions without data. It shares out a ratio;
+            fixed ranks leave it nothing to do.
         rank: instead of a ratio: an int for all sites, or a float in (0, 1], the share of energy.
         rank_pattern: name or regular expression -> rank; alone, or on top of ratio or rank. Its
             ranks are kept as they are, whatever `align` says.

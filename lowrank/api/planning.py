@@ -51,6 +51,8 @@ def make_plan(
     way, shared = _method(request, seen), joint(request.method, request.seed)
     sites = _workable(wanted, way, seen, request)
     targets = [site for site in sites if not site.reason]
+    if request.policy is None and request.ratio is not None:
+        request = replace(request, policy=_default_policy(targets, seen))
     groups, storage = groups_of(targets, shared, seen), request.storage or "factors"
     bar = tqdm(groups, "decompose", delay=2, disable=not progress, leave=False)
     curves = {
@@ -108,6 +110,14 @@ def repeats(sites: Sequence[Site], seen: Calibration | None) -> dict[str, int]:
     counts = {name: count for name, count in counts.items() if count}
     least = min(counts.values(), default=1)
     return {name: max(round(count / least), 1) for name, count in counts.items()}
+
+
+def _default_policy(targets: Sequence[Site], seen: Calibration | None) -> str:
+    """Uniform, but for convolutions without data: errors of the weights then say where a cut does
+    the least harm (recipes/compress_resnet_cifar.py); those of a language model's do not."""
+    convs = sum(site.cost.params for site in targets if site.kind == "conv")
+    mostly = 2 * convs > sum(site.cost.params for site in targets)
+    return "spectrum" if seen is None and mostly else "uniform"
 
 
 def _counted(sites: Sequence[Site], often: Mapping[str, int]) -> list[Site]:

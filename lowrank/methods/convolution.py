@@ -72,12 +72,10 @@ class Form(Protocol):
 
     def cost(self, geometry: Geometry, size: Size, itemsize: int) -> Cost: ...
 
-    def errors(self, weight: Tensor, metric: Metric, seed: int) -> Errors:
+    def errors(self, weight: Tensor, metric: Metric) -> Errors:
         """Of many sizes: what `build` gives is no worse."""
 
-    def build(
-        self, module: nn.Module, weight: Tensor, size: Size, metric: Metric, seed: int
-    ) -> nn.Module:
+    def build(self, module: nn.Module, weight: Tensor, size: Size, metric: Metric) -> nn.Module:
         """The form nearest to `weight` in the metric, with the geometry and bias of `module`."""
 
 
@@ -91,7 +89,7 @@ class _Tucker:
     def cost(self, geometry: Geometry, size: Size, itemsize: int) -> Cost:
         return tucker_cost(geometry, *size, itemsize=itemsize)
 
-    def errors(self, weight: Tensor, metric: Metric, seed: int) -> Errors:
+    def errors(self, weight: Tensor, metric: Metric) -> Errors:
         whole = metric.turned(weight).flatten(2)
         if metric.gram is None:
             table = numerics.hosvd_errors(whole)
@@ -108,9 +106,7 @@ class _Tucker:
             found += [((r_out, r_in), error) for r_out, error in enumerate(tails) if r_out]
         return found
 
-    def build(
-        self, module: nn.Module, weight: Tensor, size: Size, metric: Metric, seed: int
-    ) -> nn.Module:
+    def build(self, module: nn.Module, weight: Tensor, size: Size, metric: Metric) -> nn.Module:
         whole, (r_out, r_in) = metric.turned(weight).flatten(2), size
         if metric.gram is None:
             parts = numerics.tucker(whole, (r_out, r_in))
@@ -134,7 +130,7 @@ class _Spatial:
     def cost(self, geometry: Geometry, size: Size, itemsize: int) -> Cost:
         return spatial_cost(geometry, *size, itemsize=itemsize)
 
-    def errors(self, weight: Tensor, metric: Metric, seed: int) -> Errors:
+    def errors(self, weight: Tensor, metric: Metric) -> Errors:
         whole = metric.turned(weight)
         if metric.gram is None:
             tails = linalg.tails(linalg.spatial_energies(whole)).tolist()
@@ -142,9 +138,7 @@ class _Spatial:
         bounds = linalg.spatial_bounds(whole, metric.gram, SPATIAL_STEPS)
         return [((rank,), error) for rank, error in bounds]
 
-    def build(
-        self, module: nn.Module, weight: Tensor, size: Size, metric: Metric, seed: int
-    ) -> nn.Module:
+    def build(self, module: nn.Module, weight: Tensor, size: Size, metric: Metric) -> nn.Module:
         up, down = linalg.spatial_factors(
             metric.turned(weight), size[0], metric.gram, sweeps=SWEEPS
         )
@@ -162,25 +156,23 @@ class _CP:
     def cost(self, geometry: Geometry, size: Size, itemsize: int) -> Cost:
         return cp_cost(geometry, *size, itemsize=itemsize)
 
-    def errors(self, weight: Tensor, metric: Metric, seed: int) -> Errors:
+    def errors(self, weight: Tensor, metric: Metric) -> Errors:
         found = Errors()
         even = -(-weight.numel() // sum(weight.shape))
         for rank in steps(even, CP_STEPS):
             try:
-                parts = self._parts(weight, rank, seed)
+                parts = self._parts(weight, rank)
             except LowrankError:  # components that cancel: no option of that rank
                 continue
             found.append(((rank,), float((weight - linalg.rebuilt_cp(parts)).square().sum())))
         return found
 
-    def build(
-        self, module: nn.Module, weight: Tensor, size: Size, metric: Metric, seed: int
-    ) -> nn.Module:
-        last, taps, first = self._parts(weight, size[0], seed)
+    def build(self, module: nn.Module, weight: Tensor, size: Size, metric: Metric) -> nn.Module:
+        last, taps, first = self._parts(weight, size[0])
         return CPConv.from_factors(module, last, taps, first)
 
-    def _parts(self, weight: Tensor, rank: int, seed: int) -> tuple[Tensor, list[Tensor], Tensor]:
-        return linalg.cp_factors(weight, rank, seed=seed, starts=CP_STARTS, sweeps=CP_SWEEPS)
+    def _parts(self, weight: Tensor, rank: int) -> tuple[Tensor, list[Tensor], Tensor]:
+        return linalg.cp_factors(weight, rank, starts=CP_STARTS, sweeps=CP_SWEEPS)
 
 
 FORMS: dict[str, Form] = {"tucker": _Tucker(), "spatial": _Spatial(), "cp": _CP()}
@@ -203,13 +195,13 @@ class Tucker:
         plain = self._channels().curve(site, stats)
         forms = fitting(site.module, self.forms)
         metric = self._metric(site.module, stats) if forms else Metric()
-        return joined(plain, site, self.name, forms, metric, self.seed)
+        return joined(plain, site, self.name, forms, metric)
 
     def factor(self, module: nn.Module, option: Option, stats: Statistics) -> nn.Module:
         if option.storage not in FORMS:
             return self._channels().factor(module, option, stats)
         size, metric = size_of(option, module), self._metric(module, stats)
-        return fitted(module, whole(module), size, option.storage, metric, self.seed)
+        return fitted(module, whole(module), size, option.storage, metric)
 
     def _channels(self) -> Method:
         return SVD(self.seed)
@@ -230,7 +222,7 @@ class Spatial(Tucker):
 class CP(Tucker):
     """By the weight alone, for a few ranks; one whose components cancel is left out.
 
-    Options: `seed`, of the start too.
+    Options: `seed` as for `SVD`; the start of the iteration is always the same.
     """
 
     forms = ("cp",)
@@ -316,27 +308,23 @@ class Channels:
         return self.way.factor(module, option, stats)
 
 
-def fitted(
-    module: nn.Module, weight: Tensor, size: Size, form: str, metric: Metric, seed: int = 0
-) -> nn.Module:
+def fitted(module: nn.Module, weight: Tensor, size: Size, form: str, metric: Metric) -> nn.Module:
     """The layer of a form and a size nearest to a weight in the metric of patches and of outputs.
 
     Args:
         weight: (O, I, *kernel): the module's own, or what it should be for the stream it reads.
     """
-    return FORMS[form].build(module, weight, size, metric, seed)
+    return FORMS[form].build(module, weight, size, metric)
 
 
-def joined(
-    plain: Curve, site: Site, method: str, forms: Sequence[str], metric: Metric, seed: int
-) -> Curve:
+def joined(plain: Curve, site: Site, method: str, forms: Sequence[str], metric: Metric) -> Curve:
     """The options of all forms, those that none beats: cost rising, error falling."""
     if not forms:
         return plain
     geometry, itemsize = Geometry.of(site.module), layouts.matrix(site.module).dtype.itemsize
     options = [o for o in plain.options if not o.dense]
     for form in forms:
-        for size, error in FORMS[form].errors(whole(site.module), metric, seed):
+        for size, error in FORMS[form].errors(whole(site.module), metric):
             cost = FORMS[form].cost(geometry, size, itemsize)
             options.append(Option(method, size, form, cost, min(error, plain.total)))
     return replace(plain, options=pareto(site, options), tails=None, exact=False)

@@ -38,7 +38,7 @@ def refitted_layer(
     if storage in FORMS:
         moved = linalg.regressed(weight, gram, target, least=least)
         shape: torch.Size = module.weight.shape  # type: ignore[assignment]
-        return fitted(module, moved.view(shape), size, storage, Metric(gram, root), seed)
+        return fitted(module, moved.view(shape), size, storage, Metric(gram, root))
     factors = linalg.refit(weight, size[0], gram, target, root=root, least=least, seed=seed)
     up, down = linalg.balance(*factors)
     if layouts.kind(module) == "conv":
