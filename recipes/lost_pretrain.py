@@ -100,14 +100,14 @@ def loss_on(model: Any, rows: list[Tensor]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--full", action="store_true", help="long runs; hours")
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--rank", type=int, default=32, help="a quarter of the width, as there")
     parser.add_argument("--sparsity", type=float, default=0.05)
     parser.add_argument("--gamma", type=float, default=0.5)
     parser.add_argument("--silu", action="store_true", help="SiLU between the factors")
-    parser.add_argument("--rates", type=float, nargs="+", default=[4e-3, 1e-2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--documents", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
@@ -115,7 +115,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.full:
         options.steps, options.batch, options.length = 8000, 32, 256
-        options.rates, options.documents = [2e-3, 4e-3, 1e-2, 2e-2], 10**6
+        options.rates, options.documents = [1e-3, 2e-3, 4e-3, 1e-2], 10**6
     tiny = tiny_lm()
     texts = sources()[0]
     texts = texts[:: max(len(texts) // options.documents, 1)]

@@ -30,6 +30,7 @@ from .lost import lost as lost
 from .maestro import Maestro as Maestro
 from .pufferfish import Pufferfish as Pufferfish
 from .smmf import SMMF as SMMF
+from .stf import STF as STF
 from .tucker import TuckerDLRT as TuckerDLRT
 
 
