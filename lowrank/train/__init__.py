@@ -28,6 +28,7 @@ from .inrank import InRank as InRank
 from .loqt import LoQT as LoQT
 from .lost import lost as lost
 from .maestro import Maestro as Maestro
+from .nm import NM as NM
 from .pufferfish import Pufferfish as Pufferfish
 from .smmf import SMMF as SMMF
 from .stf import STF as STF
