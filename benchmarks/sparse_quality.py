@@ -32,6 +32,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "dense-sparse": {"method": "dense-sparse"},
     "lowrank-sparse": {"method": "lowrank-sparse"},
     "blast": {"method": "blast"},
+    "auto": {"method": "auto"},
 }
 
 

@@ -197,6 +197,82 @@ MUTANTS = (
         "            saved: dict[str, Any] = {}",
         ("tests/train/test_smmf.py::test_resumed_it_is_the_unbroken_run",),
     ),
+    Mutant(
+        "LOST's channels by the shortest columns of the tail",
+        "lowrank/train/lost.py",
+        "longest.argsort(descending=True, stable=True)",
+        "longest.argsort(descending=False, stable=True)",
+        ("tests/train/test_lost.py::test_it_starts_from_the_svd_of_the_true_dense_weight",),
+    ),
+    Mutant(
+        "one γ for both parts",
+        "lowrank/nn/lowrank_sparse.py",
+        "(self.gamma, 1.0 - self.gamma)",
+        "(self.gamma, self.gamma)",
+        (
+            "tests/train/test_lost.py::test_it_starts_from_the_svd_of_the_true_dense_weight",
+            "tests/train/test_lost.py::test_with_silu_it_is_the_formula_and_has_no_dense_weight",
+        ),
+    ),
+    Mutant(
+        "a layer with SiLU between its factors merged as if it were linear",
+        "lowrank/nn/lowrank_sparse.py",
+        'return "" if self.act is None else CURVED',
+        'return ""',
+        ("tests/train/test_lost.py::test_with_silu_it_is_the_formula_and_has_no_dense_weight",),
+    ),
+    Mutant(
+        "gradients of a latent that stop at the mask",
+        "lowrank/train/latent.py",
+        "coefficients = fixed * self.mask + (self.latent - fixed)",
+        "coefficients = self.latent * self.mask",
+        ("tests/train/test_stf.py::test_gradients_pass_straight_through",),
+    ),
+    Mutant(
+        "coefficients chosen without regard to the length of their atoms",
+        "lowrank/train/latent.py",
+        "score = self.latent.abs() * self.basis.weight.norm(dim=1)",
+        "score = self.latent.abs()",
+        ("tests/train/test_stf.py::test_forward_takes_the_s_largest_of_every_row",),
+    ),
+    Mutant(
+        "a support that never changes",
+        "lowrank/train/stf.py",
+        "if self._at.step % self.every == 0:",
+        "if self._at.step % self.every == self.every:",
+        ("tests/train/test_stf.py::test_the_support_follows_the_task_where_a_fixed_one_cannot",),
+    ),
+    Mutant(
+        "moments that are lost when the latent goes",
+        "lowrank/train/stf.py",
+        "replace(self._at.optimizer, module.latent, new.value, carry)",
+        "replace(self._at.optimizer, module.latent, new.value)",
+        ("tests/train/test_stf.py::test_frozen_the_coefficients_keep_their_moments",),
+    ),
+    Mutant(
+        "the smallest of every group kept",
+        "lowrank/linalg/nm.py",
+        "order = size.topk(n, dim=-1).indices",
+        "order = size.topk(n, dim=-1, largest=False).indices",
+        ("tests/linalg/test_nm.py::test_the_n_largest_of_every_group_are_kept",),
+    ),
+    Mutant(
+        "steps on what counts, instead of what is trained",
+        "lowrank/train/nm.py",
+        "            weight.copy_(latent)\n        self._holds = True",
+        "        self._holds = True",
+        (
+            "tests/train/test_nm.py::test_gradients_go_straight_through_to_what_is_trained",
+            "tests/train/test_nm.py::test_what_was_pruned_comes_back_when_it_grows",
+        ),
+    ),
+    Mutant(
+        "weights left dense after a step that was skipped",
+        "lowrank/train/nm.py",
+        "            self._apply(None)  # the step was skipped",
+        "            pass",
+        ("tests/train/test_nm.py::test_a_step_skipped_for_another_layers_sake_changes_nothing",),
+    ),
 )
 
 

@@ -17,8 +17,8 @@ def densify(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     stored in `dtype`, or in the dtype of the factors.
 
     Raises:
-        LowrankError: factors are on the meta device (offloaded, or never loaded), or something
-            was added to them, such as an adapter.
+        LowrankError: factors are on the meta device (offloaded, or never loaded), something was
+            added to them, such as an adapter, or a layer is no linear map.
     """
     modules = factored(model)
     empty = [name or "(root)" for name, module in modules.items() if _is_meta(module)]
@@ -28,6 +28,8 @@ def densify(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
             f"model without offloading"
         )
     for name, module in modules.items():
+        if reason := getattr(module, "not_linear", ""):
+            raise LowrankError(f"{name or '(root)'} cannot be merged: {reason}")
         _check_plain(module, name or "(root)")
     distinct = {id(module): module for module in modules.values()}
     tables = {id(owner): owner for m in distinct.values() if (owner := table_of(m)) is not None}

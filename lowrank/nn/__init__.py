@@ -118,13 +118,17 @@ def build(spec: dict[str, Any], where: str) -> nn.Module:
     # "shared" names a module of a model, of which nothing is known here: io binds what is built.
     sizes = {k: v for k, v in spec.items() if k not in ("type", "layout", "shared")}
     words = getattr(FACTORED[spec["type"]], "WORDS", ())
+    shares = getattr(FACTORED[spec["type"]], "SHARES", ())
+    numbers = {k: v for k, v in sizes.items() if k not in words and k not in shares}
     wrong = {
-        key: value
-        for key, value in sizes.items()
-        if not (isinstance(value, str) if key in words else _is_size(value))
+        **{key: value for key, value in numbers.items() if not _is_size(value)},
+        **{k: sizes[k] for k in words if k in sizes and not isinstance(sizes[k], str)},
     }
     if wrong:
         raise LowrankError(f"{where}: sizes must be integers >= 0, got {wrong}")
+    odd = {k: sizes[k] for k in shares if k in sizes and not _is_share(sizes[k])}
+    if odd:
+        raise LowrankError(f"{where}: shares must be numbers in [0, 1], got {odd}")
     try:
         built: nn.Module = FACTORED[spec["type"]].empty(**sizes)  # type: ignore[attr-defined]
     except (TypeError, RuntimeError, OverflowError, AssertionError, ValueError) as error:
@@ -133,6 +137,10 @@ def build(spec: dict[str, Any], where: str) -> nn.Module:
         raise LowrankError(said) from error
     remember_layout(built, layout)
     return built
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _is_size(value: Any) -> bool:

@@ -1,20 +1,27 @@
 """Low rank, and a few inputs that are read in full: y = up(down(x)) + columns · x[index].
 
-The form of LOST (arXiv 2508.02668) with unit weights on both parts: their γ scales what can be
-scaled once in the factors, and no bias is added where there was none.
+The form of LOST (arXiv 2508.02668), with unit weights on both parts where a trained weight was
+decomposed. Trained from scratch the parts are mixed as there, γ · low rank + (1 − γ) · columns, for
+γ decides how fast each of them learns, and SiLU may stand between the factors; then there is no
+dense weight. γ is a number of the spec, not a tensor that a cast to 16 bits would round, and no
+bias is added where there was none.
 """
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
-from ..errors import LowrankError
+from ..errors import LowrankError, unknown
 from ..types import Cost
 from .lazy import LazyProduct
 from .lowrank_linear import own
+
+Act = Literal["silu"]
+CURVED = "SiLU stands between its factors, so that no matrix does what it does"
 
 
 class Columns(nn.Module):
@@ -41,7 +48,14 @@ class LowRankSparseLinear(nn.Module):
 
     Tensors: `down.weight` (rank, in), `up.weight` (out, rank), `up.bias` (out,), `sparse.weight`
     (out, c), `sparse.index` (c,) int32.
+
+    Attributes:
+        gamma: γ in [0, 1] of γ · low rank + (1 − γ) · columns, or None: their plain sum.
+        act: "silu" between the factors, or None.
     """
+
+    WORDS = frozenset({"act"})  # entries of the spec that are text
+    SHARES = frozenset({"gamma"})  # that are numbers in [0, 1]
 
     def __init__(
         self,
@@ -51,6 +65,8 @@ class LowRankSparseLinear(nn.Module):
         count: int,
         *,
         bias: bool = True,
+        gamma: float | None = None,
+        act: Act | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -60,6 +76,11 @@ class LowRankSparseLinear(nn.Module):
                 f"count must be in [1, {in_features}], the inputs of a layer of shape "
                 f"({out_features}, {in_features}), got {count}"
             )
+        if gamma is not None and not 0 <= gamma <= 1:
+            raise LowrankError(f"gamma must be in [0, 1], or None for a plain sum, got {gamma!r}")
+        if act is not None and act not in get_args(Act):
+            raise unknown("act", str(act), get_args(Act))
+        self.gamma, self.act = gamma, act
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.down = nn.Linear(in_features, rank, bias=False, **place)
         self.up = nn.Linear(rank, out_features, bias=bias, **place)
@@ -67,13 +88,22 @@ class LowRankSparseLinear(nn.Module):
 
     @classmethod
     def from_parts(
-        cls, down: Tensor, up: Tensor, columns: Tensor, index: Tensor, bias: Tensor | None
+        cls,
+        down: Tensor,
+        up: Tensor,
+        columns: Tensor,
+        index: Tensor,
+        bias: Tensor | None,
+        *,
+        gamma: float | None = None,
+        act: Act | None = None,
     ) -> Self:
         """A layer that owns contiguous copies.
 
         Args:
             down, up, columns: (rank, in), (out, rank), (out, c), of one dtype.
             index: (c,) integers, ascending: the inputs that the columns belong to.
+            gamma, act: see the class.
 
         Raises:
             LowrankError: the index names no input, or is not ascending, or of another length.
@@ -87,7 +117,7 @@ class LowRankSparseLinear(nn.Module):
             )
         layer = cls.empty(
             in_features=in_features, out_features=out_features, rank=rank, count=count,
-            bias=bias is not None,
+            bias=bias is not None, gamma=gamma, act=act,
         )  # fmt: skip
         layer.down.weight, layer.up.weight = own(down), own(up)
         layer.sparse.weight = own(columns)
@@ -98,9 +128,18 @@ class LowRankSparseLinear(nn.Module):
 
     @classmethod
     def empty(
-        cls, *, in_features: int, out_features: int, rank: int, count: int, bias: bool
+        cls,
+        *,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        count: int,
+        bias: bool,
+        gamma: float | None = None,
+        act: Act | None = None,
     ) -> Self:
-        return cls(in_features, out_features, rank, count, bias=bias, device="meta")
+        sizes = in_features, out_features, rank, count
+        return cls(*sizes, bias=bias, gamma=gamma, act=act, device="meta")
 
     @property
     def in_features(self) -> int:
@@ -131,16 +170,35 @@ class LowRankSparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        low, chosen = self.up(self.down(x)), x.index_select(-1, self.sparse.index)
+        share, rest = self._shares()
+        inner = self.down(x)
+        inner = inner if self.act is None else silu(inner)
+        low = self.up(inner if share == 1 else share * inner)
+        chosen = x.index_select(-1, self.sparse.index)
         rows = chosen.reshape(-1, self.count), low.reshape(-1, self.out_features)
         # One product that adds to the low-rank part: a sum of its own would read all of it again.
-        return torch.addmm(rows[1], rows[0], self.sparse.weight.T).view(low.shape)
+        return torch.addmm(rows[1], rows[0], self.sparse.weight.T, alpha=rest).view(low.shape)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(out, in), multiplied in `dtype` (None: that of the factors)."""
+        """(out, in), multiplied in `dtype` (None: that of the factors).
+
+        Raises:
+            LowrankError: SiLU stands between the factors.
+        """
+        if self.not_linear:
+            raise LowrankError(f"this layer has no dense weight: {self.not_linear}")
         dtype = dtype or self.up.weight.dtype
-        low = self.up.weight.to(dtype) @ self.down.weight.to(dtype)
-        return low.index_add(1, self.sparse.index, self.sparse.weight.to(dtype))
+        share, rest = self._shares()
+        low = share * self.up.weight.to(dtype) @ self.down.weight.to(dtype)
+        return low.index_add(1, self.sparse.index, self.sparse.weight.to(dtype), alpha=rest)
+
+    @property
+    def not_linear(self) -> str:
+        """Why no dense weight stands for this layer; "" if one does."""
+        return "" if self.act is None else CURVED
+
+    def _shares(self) -> tuple[float, float]:
+        return (1.0, 1.0) if self.gamma is None else (self.gamma, 1.0 - self.gamma)
 
     def spec(self) -> dict[str, Any]:
         return {
@@ -149,7 +207,12 @@ class LowRankSparseLinear(nn.Module):
             "rank": self.rank,
             "count": self.count,
             "bias": self.up.bias is not None,
+            **self._mixed(),
         }
+
+    def _mixed(self) -> dict[str, Any]:
+        both = {"gamma": self.gamma, "act": self.act}
+        return {key: value for key, value in both.items() if value is not None}
 
     def cost(self) -> Cost:
         shape, itemsize = (self.out_features, self.in_features), self.up.weight.dtype.itemsize
@@ -157,7 +220,8 @@ class LowRankSparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{sizes}, rank={self.rank}, count={self.count}"
+        mixed = "".join(f", {key}={value}" for key, value in self._mixed().items())
+        return f"{sizes}, rank={self.rank}, count={self.count}{mixed}"
 
 
 def low_rank_sparse_cost(

@@ -9,6 +9,9 @@ for x, y in batches:
     optimizer.zero_grad()
 model = controller.finish()  # plain factored modules
 
+`lost` needs no controller either: it replaces layers before the first step, and any optimizer
+trains them.
+
 GaLore (arXiv 2403.03507) projects gradients and leaves weights dense. It needs no controller:
 transformers has it, `TrainingArguments(optim="galore_adamw", optim_target_modules="all-linear",
 optim_args="rank=128, update_proj_gap=200, scale=0.25")`, with the package galore_torch installed.
@@ -23,9 +26,12 @@ from .dlrt import DLRT as DLRT
 from .frobenius import FrobeniusDecay as FrobeniusDecay
 from .inrank import InRank as InRank
 from .loqt import LoQT as LoQT
+from .lost import lost as lost
 from .maestro import Maestro as Maestro
+from .nm import NM as NM
 from .pufferfish import Pufferfish as Pufferfish
 from .smmf import SMMF as SMMF
+from .stf import STF as STF
 from .tucker import TuckerDLRT as TuckerDLRT
 
 

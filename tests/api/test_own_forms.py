@@ -210,6 +210,29 @@ def test_a_tied_weight_is_factored_once(way: str) -> None:
     assert torch.equal(model.one.dense_weight(), model.other.dense_weight())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dead_rows_and_a_dead_input_in_16_bits(way: str, dtype: torch.dtype) -> None:
+    """A row of zeros stays one, to rounding; nothing becomes NaN."""
+    model, data = net(), rows()
+    with torch.no_grad():
+        model[0].weight[:4] = 0
+        model[2].weight.zero_()
+    data[:, 3] = 0
+    model = model.to(dtype)
+    small, report = lowrank.compress(
+        model, 0.6, method=quick(way), policy="uniform", data=[data.to(dtype)], copy=True,
+        progress=False,
+    )  # fmt: skip
+    assert isinstance(small[0], FORMS[way])
+    assert {p.dtype for p in small.parameters()} == {dtype}
+    got, scale = small[0].dense_weight(torch.float32).detach(), model[0].weight.detach().abs().max()
+    assert bool(got.isfinite().all())
+    assert float(got[:4].abs().max()) < 0.05 * float(scale)
+    assert float(small[2].weight.detach().abs().max()) == 0
+    assert small(data.to(dtype)).isfinite().all()
+    assert report.achieved <= 0.6
+
+
 def test_prefer_speed_times_them(way: str) -> None:
     _, report = done(way, prefer="speed")
     slow = [site.reason for site in report.sites if site.reason]

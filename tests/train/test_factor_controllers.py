@@ -14,7 +14,16 @@ from torch import nn
 
 import lowrank
 from lowrank import LowrankError
-from lowrank.train import Cuttlefish, FrobeniusDecay, InRank, LoQT, Maestro, Pufferfish
+from lowrank.train import (
+    NM,
+    STF,
+    Cuttlefish,
+    FrobeniusDecay,
+    InRank,
+    LoQT,
+    Maestro,
+    Pufferfish,
+)
 from lowrank.types import Controller
 from tests.train.loops import Net, batches, run
 from tests.train.test_bad_input import same, sgd, snapshot
@@ -28,6 +37,10 @@ CONTROLLERS: dict[str, Callable[..., Any]] = {
     "cuttlefish": lambda m, o: Cuttlefish(
         m, o, max_epochs=4, min_epochs=3, window=2, smooth=3, frobenius_decay=0.1
     ),
+    "nm": lambda m, o: NM(m, o, decay=60, dense=10),
+    "nm, stepwise": lambda m, o: NM(m, o, decay=60, pattern=(1, 4), way="stepwise"),
+    "stf": lambda m, o: STF(m, o, ratio=0.7, decay=1e-3, freeze=73),
+    "stf, weight": lambda m, o: STF(m, o, ratio=0.7, latent="weight", every=5),
     "pufferfish": lambda m, o: Pufferfish(m, o, epochs=7, frobenius_decay=1e-2),
 }
 OPTIMIZERS: dict[str, Callable[..., Any]] = {

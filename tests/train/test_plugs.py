@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from lowrank.train import DLRT, CondLR, LoQT, LowRankCallback, Maestro
+from lowrank.train import DLRT, NM, STF, CondLR, LoQT, LowRankCallback, Maestro
 from tests.train.loops import Net, data, run
 
 STEPS, SIZE = 24, 8
@@ -23,6 +23,8 @@ CONTROLLERS: dict[str, Build] = {
     "CondLR": lambda m, o: CondLR(m, o, tau=2.0, every=4),
     "Maestro": lambda m, o: Maestro(m, o, lasso=1e-2, threshold=0.1),
     "LoQT": lambda m, o: LoQT(m, o, rank=3, gap=6),
+    "STF": lambda m, o: STF(m, o, ratio=0.7, freeze=18),
+    "NM": lambda m, o: NM(m, o, decay=12, dense=4),
 }
 PORTS = {name: 29511 + 2 * number for number, name in enumerate(CONTROLLERS)}
 EVERY = pytest.mark.parametrize("name", CONTROLLERS)
@@ -242,7 +244,7 @@ TWO = """
 import sys, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from lowrank.train import DLRT, CondLR, LoQT, Maestro
+from lowrank.train import DLRT, NM, STF, CondLR, LoQT, Maestro
 from lowrank.train.optimizer import check_exact
 from tests.train.loops import Net, data
 
@@ -254,7 +256,9 @@ def main(name):
     build = {"DLRT": lambda: DLRT(model, optimizer, tolerance=0.3, every=4),
              "CondLR": lambda: CondLR(model, optimizer, tau=2.0, tolerance=0.1, every=4),
              "Maestro": lambda: Maestro(model, optimizer, lasso=1e-2, threshold=0.1),
-             "LoQT": lambda: LoQT(model, optimizer, rank=3, gap=6)}
+             "LoQT": lambda: LoQT(model, optimizer, rank=3, gap=6),
+             "STF": lambda: STF(model, optimizer, ratio=0.7, freeze=18),
+             "NM": lambda: NM(model, optimizer, decay=12, dense=4)}
     controller = build[name]()
     x, y = data()
     losses, ranks = [], []

@@ -1,0 +1,36 @@
+"""N:M sparsity: of each M consecutive entries of a row at most N are kept."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+def nm_mask(weight: Tensor, n: int, m: int) -> Tensor:
+    """Where the n largest of each m consecutive entries of the last dimension are, bool.
+
+    A last group of g < m entries keeps ⌈n g / m⌉.
+
+    Args:
+        weight: (…, in).
+        n, m: 1 ≤ n ≤ m.
+    """
+    inside = weight.shape[-1]
+    size = pad(weight.detach().abs(), (0, -inside % m), value=-1.0)
+    size = size.reshape(*weight.shape[:-1], -1, m)
+    order = size.topk(n, dim=-1).indices  # (…, groups, n), the largest first
+    mask = torch.zeros_like(size, dtype=torch.bool).scatter_(-1, order, True)
+    if inside % m:
+        few = math.ceil(n * (inside % m) / m)
+        last = torch.zeros_like(mask[..., -1, :]).scatter_(-1, order[..., -1, :few], True)
+        mask[..., -1, :] = last
+    return mask.flatten(-2)[..., :inside]
+
+
+def nm_bytes(mask: Tensor, m: int, itemsize: int) -> int:
+    """Of the kept values, and ⌈log2 m⌉ bits for the place of each in its group."""
+    kept = int(mask.sum())
+    return kept * itemsize + math.ceil(kept * math.ceil(math.log2(m)) / 8)

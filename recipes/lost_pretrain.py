@@ -1,0 +1,148 @@
+"""A small Llama trained from nothing: dense, low rank alone, and LOST with two choices of channels.
+
+The architecture of the embedded model is trained on the source of Python's standard library (see
+train_tiny_lm.py), four ways on the same batches: dense; low-rank factors alone, at as many numbers
+as LOST has; LOST (arXiv 2508.02668, `lowrank.train.lost`) with random channels; LOST with the
+channels of the tail. AdamW, the best of a few learning rates for each way (by seed 0), three seeds.
+The loss is that of held-out modules of the library. Optimizer bytes are those of its state.
+
+    python recipes/lost_pretrain.py                # minutes of two cores
+    python recipes/lost_pretrain.py --silu         # SiLU between the factors, in all but dense
+    python recipes/lost_pretrain.py --full         # long runs; hours
+
+The paper trains Llamas of 60 million parameters and more on C4; no table of it is for this size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from train_tiny_lm import new_model, sources
+
+import lowrank
+from lowrank.demo import held_out_rows, judge, tiny_lm
+from lowrank.nn import LowRankSparseLinear
+from lowrank.train import lost
+
+WAYS = ("dense", "low rank", "LOST, random", "LOST")
+
+
+def built(way: str, end: int, seed: int, options: argparse.Namespace) -> nn.Module:
+    torch.manual_seed(seed)
+    model: Any = new_model(end)
+    if way == "dense":
+        return model  # type: ignore[no-any-return]
+    kept = {"gamma": options.gamma, "act": "silu" if options.silu else None}
+    if way != "low rank":
+        channels: Any = "random" if "random" in way else "tail"
+        sizes = options.rank, options.sparsity
+        return lost(model, *sizes, channels=channels, seed=seed, **kept)[0]
+    meant, _ = lost(model, options.rank, options.sparsity, copy=True)
+    layers = {n: m for n, m in meant.named_modules() if isinstance(m, LowRankSparseLinear)}
+    ranks = {n: m.cost().params // (m.in_features + m.out_features) for n, m in layers.items()}
+    if not options.silu:
+        done = lowrank.compress(
+            model, rank_pattern=ranks, method="svd", data=None, align=1, progress=False
+        )
+        return done[0]
+    for name, rank in ranks.items():  # γ = 1 and one channel, which then has no part in it
+        model, _ = lost(model, rank, 1e-9, 1.0, act="silu", target_modules=[name])
+        model.get_submodule(name).sparse.weight.requires_grad_(False)
+    return model  # type: ignore[no-any-return]
+
+
+def train(
+    way: str, stream: Tensor, end: int, lr: float, seed: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    model = built(way, end, seed, options)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    steps, length = options.steps, options.length
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
+    )
+    generator = torch.Generator().manual_seed(seed)
+    begun = time.perf_counter()
+    for _ in range(steps):
+        starts = torch.randint(len(stream) - length, (options.batch,), generator=generator)
+        rows = torch.stack([stream[s : s + length + 1] for s in starts])
+        logits = model(input_ids=rows[:, :-1]).logits
+        loss = cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    seconds = time.perf_counter() - begun
+    state = [t for each in optimizer.state.values() for t in each.values()]
+    return {
+        "model": model.eval(),
+        "lr": lr,
+        "params": sum(p.numel() for p in trained),
+        "state_bytes": sum(t.numel() * t.element_size() for t in state),
+        "tokens_s": steps * options.batch * length / seconds,
+    }
+
+
+def loss_on(model: Any, rows: list[Tensor]) -> float:
+    """Mean cross entropy of the next token, in nats."""
+    ((perplexity, _),) = judge([model], rows)
+    return math.log(perplexity)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--full", action="store_true", help="long runs; hours")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
+    parser.add_argument("--rank", type=int, default=32, help="a quarter of the width, as there")
+    parser.add_argument("--sparsity", type=float, default=0.05)
+    parser.add_argument("--gamma", type=float, default=0.5)
+    parser.add_argument("--silu", action="store_true", help="SiLU between the factors")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--documents", type=int, default=60)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.full:
+        options.steps, options.batch, options.length = 8000, 32, 256
+        options.rates, options.documents = [1e-3, 2e-3, 4e-3, 1e-2], 10**6
+    tiny = tiny_lm()
+    texts = sources()[0]
+    texts = texts[:: max(len(texts) // options.documents, 1)]
+    tokens = [tiny.tokenizer(text, verbose=False)["input_ids"] for text in texts]
+    stream = torch.tensor([token for text in tokens for token in text])
+    rows = held_out_rows(tiny)[::4]
+    read = options.steps * options.batch * options.length
+    print(f"{len(stream):,} tokens of text; {options.steps} steps read {read:,}")
+    heads = ("rate", "loss", "of each seed", "parameters", "state, bytes", "tokens/s")
+    print(f"{'':14}" + "".join(f"{h:>{24 if 'seed' in h else 14}}" for h in heads))
+    for way in WAYS:
+        end = tiny.tokenizer.eos_token_id
+        tried = [train(way, stream, end, lr, 0, options) for lr in options.rates]
+        losses = [loss_on(one["model"], rows) for one in tried]
+        best = min(range(len(tried)), key=lambda i: losses[i])
+        runs, found = [tried[best]], [losses[best]]
+        for seed in range(1, options.seeds):
+            runs.append(train(way, stream, end, options.rates[best], seed, options))
+            found.append(loss_on(runs[-1]["model"], rows))
+        each = " ".join(f"{loss:.3f}" for loss in found)
+        first, speed = runs[0], statistics.median(run["tokens_s"] for run in runs)
+        print(
+            f"{way:14}{first['lr']:14g}{statistics.fmean(found):14.3f}{each:>24}"
+            f"{first['params']:14,}{first['state_bytes']:14,}{speed:14,.0f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
