@@ -75,7 +75,7 @@ def carry_out(
         tokens=0 if seen is None else seen.tokens,
         seed=plan.seed,
         versions=versions(),
-        notes=(*notes_of(built, seen), *(() if came is None else came.notes)),
+        notes=(*notes_of(built, plan, seen), *(() if came is None else came.notes)),
     )
     return root, report
 

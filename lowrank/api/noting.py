@@ -10,17 +10,29 @@ from torch import Tensor
 from ..calibrate import Calibration
 from ..data import Batch, rebatched
 from ..errors import listed
+from ..plan import Plan
 from .building import Built
 from .planning import statistics_of
 
 
-def notes_of(built: Sequence[Built], seen: Calibration | None) -> tuple[str, ...]:
+def notes_of(built: Sequence[Built], plan: Plan, seen: Calibration | None) -> tuple[str, ...]:
     """One sentence each."""
     slow = sum(item.new is None for item in built)
     left = f"left dense because factors are not faster: {slow}; more is kept than was planned"
     source = "" if seen is None else seen.source
-    found = [n for holds, n in ((source, f"calibrated on {source}"), (slow, left)) if holds]
+    forms = plan.settings.get("forms") or {}
+    judged = ", ".join(f"{form} {away:.4g}" for form, away in sorted(forms.items(), key=_second))
+    said = (
+        (source, f"calibrated on {source}"),
+        (slow, left),
+        (forms, f"KL of the forms: {judged}"),
+    )
+    found = [note for holds, note in said if holds]
     return tuple(found) if seen is None else (*found, *_on_data(built, seen))
+
+
+def _second(pair: tuple[str, float]) -> float:
+    return pair[1]
 
 
 def _on_data(built: Sequence[Built], seen: Calibration) -> list[str]:

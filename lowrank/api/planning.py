@@ -6,6 +6,7 @@ import hashlib
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import is_dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, cast
@@ -55,12 +56,21 @@ def make_plan(
         request = replace(request, policy=_default_policy(targets, seen))
     groups, storage = groups_of(targets, shared, seen), request.storage or "factors"
     bar = tqdm(groups, "decompose", delay=2, disable=not progress, leave=False)
-    curves = {
-        group[0].name: _remembered(group, _ranked(way, group, request), shared, seen, storage)
-        for group in bar
-    }
+    apart: dict[str, Curves] = {form: {} for form in _apart(way)}
+    curves: Curves = {}
+    for group in bar:
+        name, ranked = group[0].name, _ranked(way, group, request)
+        if ranked is way and apart:
+            for form, one in _apart(way).items():
+                apart[form][name] = _remembered(group, one, shared, seen, storage)
+            curves[name] = way.joined(group[0], [each[name] for each in apart.values()])  # type: ignore[attr-defined]
+        else:
+            curves[name] = _remembered(group, ranked, shared, seen, storage)
     often = repeats(wanted, seen) if request.unit == "macs" else {}
-    curves = {name: _often(curve, often.get(name, 1)) for name, curve in curves.items()}
+    curves, *single = (
+        {name: _often(curve, often.get(name, 1)) for name, curve in some.items()}
+        for some in (curves, *apart.values())
+    )
     wanted, sites = _counted(wanted, often), _counted(sites, often)
     groups = [tuple(_counted(group, often)) for group in groups]
     whole = model_cost(model, sites)
@@ -70,6 +80,14 @@ def make_plan(
     together = {stack.names: group for stack, group in zip(stacks, groups, strict=True)}
     probe = _probe(model, together, way, shared, seen, request)
     chosen = allocate(request, goal, stacks, curves, whole, probe)
+    compared: dict[str, float] = {}
+    if apart and probe is not None and request.ratio is not None:
+        tried = {"mixed": (chosen, curves)}
+        for form, some in zip(apart, single, strict=True):
+            with suppress(LowrankError):  # a form that cannot get so small
+                tried[form] = allocate(request, goal, stacks, some, whole, probe), some
+        compared = {form: probe(allocation) for form, (allocation, _) in tried.items()}
+        chosen, curves = tried[min(compared, key=compared.__getitem__)]
     made = {
         site.name: entry_of(
             site, option, curves[stack.name], request, True, stack, often.get(site.name, 1)
@@ -96,6 +114,8 @@ def make_plan(
         "recovery": None if request.recovery is None else request.recovery.to_json(),
         "versions": versions(),
     }
+    if compared:
+        settings["forms"] = compared
     if shared is not None:
         settings["alone"] = shared.alone
     return Plan(entries, whole, request.asked(), settings), curves
@@ -118,6 +138,12 @@ def _default_policy(targets: Sequence[Site], seen: Calibration | None) -> str:
     convs = sum(site.cost.params for site in targets if site.kind == "conv")
     mostly = 2 * convs > sum(site.cost.params for site in targets)
     return "spectrum" if seen is None and mostly else "uniform"
+
+
+def _apart(way: Method) -> Mapping[str, Method]:
+    """The forms that a method mixes, each by itself; none of most methods."""
+    apart = getattr(way, "apart", None)
+    return apart() if callable(apart) else {}
 
 
 def _counted(sites: Sequence[Site], often: Mapping[str, int]) -> list[Site]:

@@ -7,7 +7,8 @@ once; what it chose is carried out by the method of that name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -44,10 +45,18 @@ class Auto:
                 raise unknown("form", str(form), FORMS)
 
     def curve(self, site: Site, stats: Statistics) -> Curve:
-        curves = [self._way(form).curve(site, stats) for form in self.forms]
+        return self.joined(site, [self._way(form).curve(site, stats) for form in self.forms])
+
+    def joined(self, site: Site, curves: Sequence[Curve]) -> Curve:
+        """What none of the options of several curves of a site beats."""
         options = [option for curve in curves for option in curve.options if not option.dense]
         total = curves[0].total
         return Curve(site.names, pareto(site, options), total, None, "output", exact=False)
+
+    def apart(self) -> dict[str, Method]:
+        """One method for each form. The least error of outputs need not be the least effect on the
+        predictions: where held-out rows can tell, each form alone is compared with the best mix."""
+        return {form: replace(self, forms=(form,)) for form in self.forms}
 
     def factor(self, module: nn.Module, option: Option, stats: Statistics) -> nn.Module:
         return self._way(option.storage).factor(module, option, stats)

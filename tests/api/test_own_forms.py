@@ -261,7 +261,8 @@ def test_auto_gives_each_layer_its_own_form(tmp_path: Path) -> None:
         model[2].weight.copy_(low + 0.01 * torch.randn(48, 64, generator=rng))
     x = torch.randn(300, 32, generator=rng)
     way = lowrank.METHODS["auto"](forms=("factors", "pivoted", "dense-sparse"))
-    new, report = lowrank.compress(model, 0.4, method=way, data=[x], copy=True, progress=False)
+    run = {"data": lambda m: m(x), "copy": True, "progress": False}  # no rows to compare forms by
+    new, report = lowrank.compress(model, 0.4, method=way, **run)
     first, second = report.plan.entries
     assert (first.method, first.storage) == ("dense-sparse", "dense-sparse")
     assert second.method == "whitened"
@@ -269,7 +270,7 @@ def test_auto_gives_each_layer_its_own_form(tmp_path: Path) -> None:
     assert report.plan.settings["method"] == "auto"
     plan = Plan.from_json(report.plan.to_json())
     assert plan == report.plan
-    again, second_report = lowrank.apply(model, plan, data=[x], copy=True, progress=False)
+    again, second_report = lowrank.apply(model, plan, **run)
     with torch.no_grad():
         assert torch.equal(again(x), new(x))
     assert second_report.achieved == report.achieved
@@ -278,3 +279,36 @@ def test_auto_gives_each_layer_its_own_form(tmp_path: Path) -> None:
     lowrank.save(new, tmp_path)
     with torch.no_grad():
         assert torch.equal(lowrank.load(tmp_path, copy.deepcopy(model))(x), new(x))
+
+
+def test_auto_is_never_worse_than_one_form_alone_on_held_out_rows() -> None:
+    """The mix and each form alone are judged by the KL; what is kept is the least of them."""
+    rng = torch.Generator().manual_seed(1)
+    model = nn.Sequential(
+        nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 7)
+    )
+    data = [torch.randn(64, 32, generator=rng) for _ in range(6)]
+    seen = lowrank.calibrate(model, data, hold_out=1 / 3, progress=False)
+    forms = ("factors", "pivoted", "dense-sparse")
+    way = lowrank.METHODS["auto"](forms=forms)
+    for policy in ("uniform", "spectrum"):
+        options = {"policy": policy, "align": 1, "copy": True, "progress": False}
+        new, report = lowrank.compress(model, 0.4, method=way, data=seen, **options)
+        judged = report.plan.settings["forms"]
+        assert set(judged) == {"mixed", *forms}
+        away = lowrank.kl(new, model, seen.held_out)
+        assert away == pytest.approx(min(judged.values()), rel=1e-5)
+        for form in forms:
+            one = lowrank.METHODS["auto"](forms=(form,))
+            alone, _ = lowrank.compress(model, 0.4, method=one, data=seen, **options)
+            assert away <= lowrank.kl(alone, model, seen.held_out) * (1 + 1e-5)
+        assert any("KL of the forms" in note for note in report.notes)
+
+
+def test_auto_compares_nothing_where_there_is_nothing_to_judge_by() -> None:
+    model = net()
+    plan = lowrank.plan(
+        model, 0.6, method=lowrank.METHODS["auto"](forms=("factors", "pivoted")),
+        data=lambda m: m(rows()), progress=False,
+    )  # fmt: skip
+    assert "forms" not in plan.settings
