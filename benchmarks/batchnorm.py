@@ -34,8 +34,9 @@ WAYS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.5, 0.3])
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     net, train, test, labels = loaded(Path(os.environ["LOWRANK_ASSETS"]) / "cifar10")
     data = list(train[: CALIBRATED + HELD].split(50))
     seen = lowrank.calibrate(net, data, hold_out=HELD / (CALIBRATED + HELD), progress=False)

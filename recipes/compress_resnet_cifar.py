@@ -1,7 +1,7 @@
 """ResNet-20 on CIFAR-10, compressed after training: by weights, by outputs, refitted, trained.
 
     LOWRANK_ASSETS=… python recipes/compress_resnet_cifar.py [--keep 0.9 0.7 0.5 0.3]
-                                            [--ways NAME …] [--train 0.5 0.3] [--export]
+                                            [--ways NAME …] [--train 0.5 0.3] [--export] [--threads 1]
 
 Budget: parameters of all convolutions but the first. Calibration on 1500 train images without
 labels; 500 more are held out, and whatever is chosen is chosen by the KL to the dense net there.
@@ -98,10 +98,11 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=[*WAYS, *TRAINED])
     parser.add_argument("--train", type=float, nargs="*", default=[0.5, 0.3])
     parser.add_argument("--export", action="store_true")
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     if "LOWRANK_ASSETS" not in os.environ:
         sys.exit("set LOWRANK_ASSETS to the folder that holds cifar10/resnet20.safetensors")
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     net, train, test, labels = loaded(Path(os.environ["LOWRANK_ASSETS"]) / "cifar10")
     said, size = predictions(net, test), sum(p.numel() for p in net.parameters())
     print(f"dense: top-1 {share(said, labels):.2f} %, {size:,} parameters, {macs(net):,} macs")
@@ -109,7 +110,7 @@ def main() -> None:
     started = time.perf_counter()
     seen = lowrank.calibrate(net, data, hold_out=HELD / (CALIBRATED + HELD), progress=False)
     seen = lowrank.with_fisher(net, seen)
-    print(f"statistics: {time.perf_counter() - started:.1f} s")
+    print(f"statistics: {time.perf_counter() - started:.1f} s", flush=True)
     print(
         f"{'way':27} {'keep':>4} {'kept':>6} {'params':>8} {'macs':>11} {'top-1':>6} {'agree':>6} "
         f"{'speed':>6} {'s':>6}"
