@@ -1,7 +1,7 @@
 """ResNet-20 on CIFAR-10, compressed after training: by weights, by outputs, refitted, trained.
 
     LOWRANK_ASSETS=… python recipes/compress_resnet_cifar.py [--keep 0.9 0.7 0.5 0.3]
-                                            [--ways NAME …] [--train 0.5 0.3] [--export] [--threads 1]
+                                  [--ways NAME …] [--train 0.5 0.3] [--export] [--threads 1]
 
 Budget: parameters of all convolutions but the first. Calibration on 1500 train images without
 labels; 500 more are held out, and whatever is chosen is chosen by the KL to the dense net there.
