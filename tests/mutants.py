@@ -273,6 +273,40 @@ MUTANTS = (
         "            pass",
         ("tests/train/test_nm.py::test_a_step_skipped_for_another_layers_sake_changes_nothing",),
     ),
+    Mutant(
+        "rows and columns of a kernel exchanged",
+        "lowrank/linalg/spatial.py",
+        "weight.permute(0, 3, 1, 2)",
+        "weight.permute(0, 2, 1, 3)",
+        ("tests/methods/test_convolution.py::test_rows_and_columns_apart_are_found",),
+    ),
+    Mutant(
+        "a running mean that does not shrink as the spread does",
+        "lowrank/recover/batchnorm.py",
+        "(running[0] - old_mean) * ratio.sqrt()",
+        "(running[0] - old_mean)",
+        ("tests/recover/test_batchnorm.py::test_a_layer_that_lost_its_scale_gets_it_back",),
+    ),
+    Mutant(
+        "a convolution that counts at one position in a budget of products",
+        "lowrank/api/planning.py",
+        "max(round(count / least), 1)",
+        "1",
+        (
+            "tests/api/test_macs.py::test_the_ratio_is_that_of_the_products_that_are_made[uniform]",
+            "tests/api/test_macs.py::test_plans_keep_it_and_edits_count_so",
+        ),
+    ),
+    Mutant(
+        "the mix of forms kept without a look at the predictions",
+        "lowrank/api/planning.py",
+        "tried[min(compared, key=compared.__getitem__)]",
+        'tried["mixed"]',
+        (
+            "tests/api/test_own_forms.py::"
+            "test_auto_is_never_worse_than_one_form_alone_on_held_out_rows",
+        ),
+    ),
 )
 
 
