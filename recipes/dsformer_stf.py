@@ -209,7 +209,7 @@ def main() -> None:
     for seed in range(options.seeds):
         torch.manual_seed(seed)
         model = Classifier(len(parts), options.width)
-        dense.append(fit(model, train, options.dense_steps, 1e-3, seed, options.batch))
+        dense.append(fit(model, train, options.dense_steps, 3e-3, seed, options.batch))
     before = " ".join(f"{accuracy(model, test):.2f}" for model in dense)
     print(f"accuracy of the dense nets before fine-tuning, %: {before}")
     heads = ("rate", "bytes", "share", "accuracy %", "of each seed", "s")

@@ -1,9 +1,10 @@
-"""A small Llama trained from nothing: dense, low rank alone, and LOST with two choices of channels.
+"""A small Llama trained from nothing: dense, low rank, and LOST with two choices of channels.
 
 The architecture of the embedded model is trained on the source of Python's standard library (see
-train_tiny_lm.py), four ways on the same batches: dense; low-rank factors alone, at as many numbers
-as LOST has; LOST (arXiv 2508.02668, `lowrank.train.lost`) with random channels; LOST with the
-channels of the tail. AdamW, the best of a few learning rates for each way (by seed 0), three seeds.
+train_tiny_lm.py), five ways on the same batches: dense; low-rank factors alone, at as many numbers
+as LOST has; the same with their product scaled by LOST's γ, for γ alone does much in short runs;
+LOST (arXiv 2508.02668, `lowrank.train.lost`) with random channels; LOST with the channels of the
+tail. AdamW, the best of a few learning rates for each way (by seed 0), three seeds.
 The loss is that of held-out modules of the library. Optimizer bytes are those of its state.
 
     python recipes/lost_pretrain.py                # minutes of two cores
@@ -31,7 +32,7 @@ from lowrank.demo import held_out_rows, judge, tiny_lm
 from lowrank.nn import LowRankSparseLinear
 from lowrank.train import lost
 
-WAYS = ("dense", "low rank", "LOST, random", "LOST")
+WAYS = ("dense", "low rank", "low rank, γ", "LOST, random", "LOST")
 
 
 def built(way: str, end: int, seed: int, options: argparse.Namespace) -> nn.Module:
@@ -40,21 +41,22 @@ def built(way: str, end: int, seed: int, options: argparse.Namespace) -> nn.Modu
     if way == "dense":
         return model  # type: ignore[no-any-return]
     kept = {"gamma": options.gamma, "act": "silu" if options.silu else None}
-    if way != "low rank":
+    if way.startswith("LOST"):
         channels: Any = "random" if "random" in way else "tail"
         sizes = options.rank, options.sparsity
         return lost(model, *sizes, channels=channels, seed=seed, **kept)[0]
     meant, _ = lost(model, options.rank, options.sparsity, copy=True)
     layers = {n: m for n, m in meant.named_modules() if isinstance(m, LowRankSparseLinear)}
     ranks = {n: m.cost().params // (m.in_features + m.out_features) for n, m in layers.items()}
-    if not options.silu:
+    if way == "low rank" and not options.silu:
         done = lowrank.compress(
             model, rank_pattern=ranks, method="svd", data=None, align=1, progress=False
         )
         return done[0]
-    for name, rank in ranks.items():  # γ = 1 and one channel, which then has no part in it
-        model, _ = lost(model, rank, 1e-9, 1.0, act="silu", target_modules=[name])
-        model.get_submodule(name).sparse.weight.requires_grad_(False)
+    kept["gamma"] = 1.0 if way == "low rank" else options.gamma
+    for name, rank in ranks.items():  # one channel, which has no part in it
+        model, _ = lost(model, rank, 1e-9, target_modules=[name], **kept)
+        nn.init.zeros_(model.get_submodule(name).sparse.weight).requires_grad_(False)
     return model  # type: ignore[no-any-return]
 
 
