@@ -1,6 +1,7 @@
 """Output error and held-out KL of every stored form at equal file bytes, values in 16 bits.
 
     python benchmarks/sparse_quality.py [--ratios 0.8 0.5 0.3] [--density 0.2 0.3 0.5]
+                                        [--models embedded]
 
 The embedded model, and stories260K where LOWRANK_ASSETS is set: all layers but the head to the same
 share of their bytes (indices counted), uniformly, no alignment, no recovery. Statistics are those
@@ -97,6 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.8, 0.5, 0.3])
     parser.add_argument("--density", type=float, nargs="+", default=[])
+    parser.add_argument("--models", nargs="+", default=["embedded", "stories260K"])
     args = parser.parse_args()
     torch.set_num_threads(1)
     models = {"embedded": embedded}
@@ -105,6 +107,7 @@ def main() -> None:
         models["stories260K"] = lambda: stories(Path(assets))
     else:
         print("LOWRANK_ASSETS is unset: the embedded model alone")
+    models = {title: load for title, load in models.items() if title in args.models}
     found = [row for title, load in models.items() for row in compared(title, *load(), args)]
     keep("sparse_quality", found, held_out_rows=ROWS)
 
