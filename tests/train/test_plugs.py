@@ -215,7 +215,13 @@ def test_a_skipped_step_is_no_step(name: str) -> None:
     assert losses[0] == losses[1] == losses[2]
 
 
-def test_ranks_change_under_compile_only_at_events() -> None:
+@pytest.mark.parametrize("name", ["DLRT", "CondLR"])
+def test_ranks_change_under_compile_only_at_events(name: str) -> None:
+    """A graph is compiled anew in the step after a change of rank, and in no other one."""
+    build: dict[str, Build] = {
+        "DLRT": lambda m, o: DLRT(m, o, tolerance=0.3, every=6),
+        "CondLR": lambda m, o: CondLR(m, o, tau=2.0, tolerance=0.4, every=6),
+    }
     counted = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -226,16 +232,24 @@ def test_ranks_change_under_compile_only_at_events() -> None:
     model = Net()
     optimizer = sgd(model)
     compiled = torch.compile(model, backend=backend, dynamic=False)
-    controller = DLRT(compiled, optimizer, tolerance=0.3, every=6)
-    sizes: list[int] = []
-    losses = run(compiled, optimizer, controller, 24, each=lambda _: sizes.append(len(counted)))
+    controller = build[name](compiled, optimizer)
+    seen: list[tuple[int, list[int]]] = []
+    losses = run(
+        compiled, optimizer, controller, 24,
+        each=lambda _: seen.append((len(counted), list(controller.ranks.values()))),
+    )  # fmt: skip
     torch._dynamo.reset()
     model = Net()
     optimizer = sgd(model)
-    same = DLRT(model, optimizer, tolerance=0.3, every=6)
-    assert losses == pytest.approx(run(model, optimizer, same, 24), abs=1e-6)
-    changes = [i for i in range(1, 24) if sizes[i] != sizes[i - 1]]
-    assert set(changes) <= {1, 6, 7, 12, 13, 18, 19}  # the steps after an event
+    assert losses == pytest.approx(run(model, optimizer, build[name](model, optimizer), 24), 1e-5)
+    # What a step changes after its forward pass is compiled in the next one.
+    compiled_at = {i for i in range(1, 24) if seen[i][0] != seen[i - 1][0]}
+    changed = {i + 1 for i in range(1, 24) if seen[i][1] != seen[i - 1][1]} | {1}
+    grown = {n["step"] + 1 for n in controller.history if n["event"] == "augment"}
+    cut = {n["step"] for n in controller.history if n["event"] in ("truncate", "bound")}
+    assert changed - {1} <= grown | cut <= {0, 1, 6, 7, 12, 13, 18, 19, 24}
+    assert compiled_at <= grown | cut
+    assert compiled_at - {1}  # sizes that were there before are not compiled again
 
 
 TWO = """

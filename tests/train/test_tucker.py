@@ -46,6 +46,7 @@ def attached(**options: Any) -> tuple[Any, Any, Any]:
 
 
 def test_planted_ranks_are_found() -> None:
+    """T3: both of them, and the kernel itself."""
     model, optimizer, controller = attached(tolerance=0.05, every=2, rank=8, min_rank=1)
     assert controller.ranks == {"0": (8, 8)}
     assert fit(model, optimizer, controller, kernel(), 150) < 1e-12
