@@ -82,6 +82,20 @@ MUTANTS = (
         ("tests/train/test_dlrt.py::test_the_optimizer_holds_exactly_the_live_parameters",),
     ),
     Mutant(
+        "a tolerance that every mode of a kernel uses up alone",
+        "lowrank/train/tucker.py",
+        "self.tolerance / math.sqrt(2), limit",
+        "self.tolerance * 2, limit",
+        ("tests/train/test_tucker.py::test_a_truncation_stays_within_the_tolerance_of_the_whole",),
+    ),
+    Mutant(
+        "kernels a tenth above their budget",
+        "lowrank/train/tucker.py",
+        "else self.ratio * self._whole",
+        "else 1.1 * self.ratio * self._whole",
+        ("tests/train/test_tucker.py::test_a_budget_is_kept_and_used",),
+    ),
+    Mutant(
         "no retraction: the bases leave their manifold",
         "lowrank/train/condlr.py",
         "new = agreed([retract.orthonormal(basis)])[0]",

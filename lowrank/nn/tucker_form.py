@@ -73,6 +73,12 @@ class TuckerForm(nn.Module):
         return (self.core.out_channels, self.core.in_channels)
 
     @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """(out, in, k, …) of the dense weight."""
+        window = self.core.weight.shape[2:]
+        return (self.last.out_channels, self.first.in_channels, *window)
+
+    @property
     def bias(self) -> Tensor | None:
         return self.last.bias
 

@@ -12,6 +12,10 @@ model = controller.finish()  # plain factored modules
 `lost` needs no controller either: it replaces layers before the first step, and any optimizer
 trains them.
 
+Under torch.compile a change of rank compiles the graph anew, and no other step does. After eight
+such changes torch goes on without compiling: compile the finished model, or raise
+`torch._dynamo.config.recompile_limit`.
+
 GaLore (arXiv 2403.03507) projects gradients and leaves weights dense. It needs no controller:
 transformers has it, `TrainingArguments(optim="galore_adamw", optim_target_modules="all-linear",
 optim_args="rank=128, update_proj_gap=200, scale=0.25")`, with the package galore_torch installed.

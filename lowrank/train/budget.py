@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -27,15 +27,31 @@ def stored(shape: Shape, rank: int) -> int:
     return min(rank * sum(shape), math.prod(shape))
 
 
-def check_reachable(shapes: Sequence[Shape], ratio: float, least: int) -> None:
-    """Raises LowrankError where even the smallest ranks are above the budget."""
-    whole = sum(map(math.prod, shapes))
-    smallest = sum(stored(shape, min(least, *shape)) for shape in shapes) / whole
-    if smallest > ratio:
+def check_reachable(smallest: int, whole: int, ratio: float, least: int) -> None:
+    """Raises LowrankError where even the smallest ranks are above the budget.
+
+    Args:
+        smallest: numbers that all sites take at rank `least`; whole: what they take dense.
+    """
+    if smallest > ratio * whole:
         raise LowrankError(
             f"ratio {ratio} cannot be reached: at min_rank {least} the chosen layers keep "
-            f"{smallest:.4f}; lower min_rank, or choose other layers"
+            f"{smallest / whole:.4f}; lower min_rank, or choose other layers"
         )
+
+
+def least_tolerance(size: Callable[[float], int], tolerance: float, limit: float) -> float:
+    """The smallest tolerance, from the given one up to 1, at which `size` is within the limit.
+
+    By bisection: `size` must not grow with its argument, and be within the limit at 1.
+    """
+    if size(tolerance) <= limit:
+        return tolerance
+    low, high = tolerance, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if size(middle) <= limit else (middle, high)
+    return high
 
 
 def ranks_for(
@@ -47,26 +63,21 @@ def ranks_for(
 ) -> list[int]:
     """One rank a site: the tail that is cut stays within the tolerance, all within the budget.
 
-    The tolerance is raised to the smallest one that meets the budget, by bisection; one number for
-    all sites, as all tails are relative.
+    The tolerance is raised to the smallest one that meets the budget; one number for all sites, as
+    all tails are relative.
     """
 
     def at(theta: float) -> list[int]:
-        return [_clamped(tail_rank(s.values, theta), s, least, most) for s in spectra]
+        return [rank_at(s.values, theta, least, most) for s in spectra]
 
     def size(theta: float) -> int:
         return sum(stored(s.shape, r) for s, r in zip(spectra, at(theta), strict=True))
 
     limit = math.inf if ratio is None else ratio * sum(math.prod(s.shape) for s in spectra)
-    if size(tolerance) <= limit:
-        return at(tolerance)
-    low, high = tolerance, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (low, middle) if size(middle) <= limit else (middle, high)
-    return at(high)
+    return at(least_tolerance(size, tolerance, limit))
 
 
-def _clamped(rank: int, spectrum: Spectrum, least: int, most: int | None) -> int:
-    rank = min(rank, len(spectrum.values) if most is None else most)
-    return min(max(rank, least), len(spectrum.values))
+def rank_at(values: Tensor, tolerance: float, least: int, most: int | None) -> int:
+    """Of singular values (k,), descending: a tail within the tolerance, a rank within limits."""
+    rank = min(tail_rank(values, tolerance), len(values) if most is None else most)
+    return min(max(rank, least), len(values))

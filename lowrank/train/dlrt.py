@@ -15,6 +15,7 @@ of the largest rank), and a budget can stand beside the tolerance.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..linalg import retract
 from ..nn import USVLinear
 from ..sites import ALL_LINEAR, Patterns
 from . import usv
-from .budget import Spectrum, check_reachable, ranks_for
+from .budget import Spectrum, check_reachable, ranks_for, stored
 from .common import Attachment, refuse_not_finite
 from .cycle import Cycle
 
@@ -82,7 +83,9 @@ class DLRT(Cycle[USVLinear]):
             exclude_modules=exclude_modules,
         )
         if ratio is not None:
-            check_reachable([site.shape for site in self._at.sites], ratio, min_rank)
+            shapes = [site.shape for site in self._at.sites]
+            smallest = sum(stored(shape, min(min_rank, *shape)) for shape in shapes)
+            check_reachable(smallest, sum(map(math.prod, shapes)), ratio, min_rank)
         self._modules: dict[str, USVLinear] = {
             site.name: usv.enter(self._at, site, start, number)
             for number, site in enumerate(self._at.sites)

@@ -3,7 +3,8 @@
 A kernel is C = S ×₀ U₀ ×₁ U₁: 1×1, k×k and 1×1 convolutions whose outer two are orthonormal. The
 cycle is that of DLRT, one basis per mode, Û_i = orth[U_i | −∂L/∂U_i]; then S alone is trained; then
 every mode is cut by the singular values of its unfolding of S. A tolerance θ is for the whole
-kernel, θ/√2 for each of two modes.
+kernel, θ/√2 for each of two modes; where a budget stands beside it, θ is raised for all kernels
+alike until their three convolutions are within it.
 
 This is the form with one gradient that the authors use for convolutions in arXiv 2505.08022.
 Against their code: the bias is added once, moments follow along all modes, the tolerance is shared
@@ -14,7 +15,8 @@ dense, with the reason in the history.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from ..nn import TuckerConv
 from ..nn.tucker_form import CONVS, TuckerForm
 from ..sites import ALL, Patterns
 from ..types import Cost, Site
+from .budget import check_reachable, least_tolerance, rank_at
 from .common import Attachment, refuse_not_finite
 from .cycle import Cycle
 from .distributed import agreed
@@ -34,6 +37,7 @@ from .dlrt import checked
 from .optimizer import along, insert, replace
 
 KIND = "conv"
+Ranks = tuple[int, int]  # of the outputs, of the inputs
 
 
 def conv_sites(model: nn.Module) -> list[Site]:
@@ -59,7 +63,8 @@ class TuckerDLRT(Cycle[TuckerForm]):
         model: nn.Module,
         optimizer: Any,
         *,
-        tolerance: float = 0.1,
+        tolerance: float | None = None,
+        ratio: float | None = None,
         every: int = 10,
         rank: int | float | None = None,
         min_rank: int = 3,
@@ -70,7 +75,9 @@ class TuckerDLRT(Cycle[TuckerForm]):
         """Put the chosen convolutions into Tucker form, in the model and in the optimizer.
 
         Args:
-            tolerance: relative, in [0, 1): what a truncation may lose of ‖S‖.
+            tolerance: relative, in [0, 1): what a truncation may lose of ‖S‖; 0.1 by default.
+            ratio: keep at most this share of the numbers of the chosen weights, in (0, 1); beside
+                a tolerance the stricter one decides.
             every: steps of a cycle, at least 2: one that enlarges the bases, the others train S.
             rank: of both modes at the start: int, float for a share of energy, None for half.
             min_rank, max_rank: of each mode; no truncation goes beyond these.
@@ -78,7 +85,7 @@ class TuckerDLRT(Cycle[TuckerForm]):
         Raises:
             LowrankError: as for DLRT; the model and the optimizer are as they were.
         """
-        self.tolerance, _ = checked(tolerance, None, every, min_rank, max_rank)
+        self.tolerance, self.ratio = checked(tolerance, ratio, every, min_rank, max_rank)
         self.every, self.min_rank, self.max_rank = every, min_rank, max_rank
         if (isinstance(rank, float) and not 0 < rank <= 1) or (isinstance(rank, int) and rank < 1):
             raise LowrankError(f"rank must be an int >= 1 or a share in (0, 1], got {rank!r}")
@@ -91,6 +98,11 @@ class TuckerDLRT(Cycle[TuckerForm]):
             kinds={KIND},
             find=conv_sites,
         )
+        kernels: list[Tensor] = [site.module.weight for site in self._at.sites]  # type: ignore[misc]
+        self._whole = sum(kernel.numel() for kernel in kernels)
+        if ratio is not None:
+            smallest = sum(stored(kernel.shape, (min_rank, min_rank)) for kernel in kernels)
+            check_reachable(smallest, self._whole, ratio, min_rank)
         self._modules = {site.name: self._enter(site, rank) for site in self._at.sites}
         self._arm(True)
 
@@ -138,11 +150,15 @@ class TuckerDLRT(Cycle[TuckerForm]):
     def _truncate(self) -> None:
         cores = {f"{n}.core.weight": m.core.weight for n, m in self._modules.items()}
         refuse_not_finite(cores, "the weight")
+        cuts = {
+            name: [modes.mode_svd(m.core.weight.detach(), mode) for mode in (0, 1)]
+            for name, m in self._modules.items()
+        }
+        ranks = self._ranks({name: [values.cpu() for _, values in cuts[name]] for name in cuts})
         for name, module in self._modules.items():
             core, bases = module.core.weight.detach(), (module.u0, module.u1)
-            cuts = [modes.mode_svd(core, mode) for mode in (0, 1)]
-            ranks = [self._rank(values) for _, values in cuts]
-            fresh, small, maps = modes.truncated(bases, core, [p for p, _ in cuts], ranks)
+            vectors = [p for p, _ in cuts[name]]
+            fresh, small, maps = modes.truncated(bases, core, vectors, ranks[name])
             whole, kept = float(core.double().square().sum()), float(small.double().square().sum())
             self._change(module, fresh, small, maps)
             worst = max(map(retract.loss_of_orthonormality, (module.u0, module.u1)))
@@ -150,10 +166,19 @@ class TuckerDLRT(Cycle[TuckerForm]):
             measured = {"orthonormality": worst, "energy_lost": lost}
             self._at.note("truncate", name, rank=list(module.rank), **measured)
 
-    def _rank(self, values: Tensor) -> int:
-        rank = retract.tail_rank(values, self.tolerance / math.sqrt(2))
-        rank = min(rank, len(values) if self.max_rank is None else self.max_rank)
-        return min(max(rank, self.min_rank), len(values))
+    def _ranks(self, values: Mapping[str, Sequence[Tensor]]) -> dict[str, Ranks]:
+        """Of singular values (k,) of both modes of every core."""
+
+        def at(theta: float) -> dict[str, Ranks]:
+            rank = partial(rank_at, tolerance=theta, least=self.min_rank, most=self.max_rank)
+            return {name: (rank(both[0]), rank(both[1])) for name, both in values.items()}
+
+        def size(theta: float) -> int:
+            found = at(theta)
+            return sum(stored(m.kernel_shape, found[name]) for name, m in self._modules.items())
+
+        limit = math.inf if self.ratio is None else self.ratio * self._whole
+        return at(least_tolerance(size, self.tolerance / math.sqrt(2), limit))
 
     def _change(
         self, module: TuckerForm, bases: Sequence[Tensor], core: Tensor, maps: Sequence[Tensor]
@@ -169,9 +194,7 @@ class TuckerDLRT(Cycle[TuckerForm]):
     def _leave(self, name: str, module: TuckerForm) -> None:
         """The three convolutions, or the plain one where they are not smaller."""
         weights = [module.core.weight, module.last.weight, module.first.weight]
-        rows, columns = module.u0.shape[0], module.u1.shape[0]
-        size = rows * columns * math.prod(module.core.weight.shape[2:])
-        storage = "factors" if module.cost().params < size else "dense"
+        storage = "factors" if module.cost().params < math.prod(module.kernel_shape) else "dense"
         if storage == "dense":
             new: Any = module.dense()
             replace(self._at.optimizer, weights[0], new.weight)
@@ -193,6 +216,14 @@ class TuckerDLRT(Cycle[TuckerForm]):
         bases = [like.new_zeros(len(u), r) for u, r in ((module.u0, a), (module.u1, b))]
         maps = [like.new_zeros(new, was) for new, was in zip(sizes, old, strict=True)]
         self._change(module, bases, like.new_zeros(a, b, *like.shape[2:]), maps)
+
+
+def stored(kernel: Sequence[int], ranks: Ranks) -> int:
+    """Numbers that a kernel (out, in, k, …) takes at these ranks, each at most its mode's size:
+    those of three convolutions, or of the dense one where that is less."""
+    (out, into, *window), whole = kernel, math.prod(kernel)
+    a, b = min(ranks[0], out), min(ranks[1], into)
+    return min(out * a + into * b + a * b * math.prod(window), whole)
 
 
 def _start(rank: int | float | None, kernel: Tensor, mode: int) -> int:

@@ -25,6 +25,7 @@ def noisy(shape: tuple[int, int], rank: int, ratio: float, seed: int = 0) -> tor
 def test_a_planted_rank_is_found_either_way_round(
     shape: tuple[int, int], rank: int, scale: float
 ) -> None:
+    """T13."""
     for seed in range(3):
         weight = scale * noisy(shape, rank, 5.0, seed)
         assert linalg.evbmf_rank(weight) == rank

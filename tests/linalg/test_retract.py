@@ -90,6 +90,7 @@ def test_the_right_factor_is_q_not_its_transpose(shape: tuple[int, int]) -> None
 
 
 def test_a_truncation_loses_exactly_its_tail() -> None:
+    """T2."""
     u, v, core = basis(12, 6), basis(9, 6, seed=1), gaussian(6, 6, seed=2)
     p, values, q = retract.core_svd(core)
     before = (u @ core @ v.T).numpy()

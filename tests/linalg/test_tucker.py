@@ -70,6 +70,7 @@ def test_the_table_is_the_projections_error_at_every_size(shape: tuple[int, int,
 def test_hooi_is_below_hosvd_and_that_below_root_two_of_the_best(
     shape: tuple[int, int, int], ranks: tuple[int, int]
 ) -> None:
+    """T8."""
     weight = normal(*shape, seed=sum(ranks))
     hosvd, parts = projected(weight, ranks), tucker.tucker(weight, ranks, sweeps=200)
     hooi = lost(weight, parts)

@@ -52,6 +52,7 @@ def drawn(dims: int, inputs: int, *, batch: int = 2) -> torch.Tensor:
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_full_rank_is_the_convolution(form: str, dims: int) -> None:
+    """T7: stride, padding and its modes, dilation, groups, with and without bias."""
     if form in PLANE and dims != 2:
         with pytest.raises(LowrankError, match="only a 2-dimensional convolution"):
             FACTORED["SpatialConv"](Geometry.of(conv(dims)), 2, bias=True)

@@ -58,6 +58,27 @@ class Net(nn.Module):
         return y if labels is None else {"loss": (y - labels).square().mean(), "logits": y}
 
 
+class ConvNet(nn.Module):
+    """The same map of 12 numbers, seen as 2×2 pixels of three channels, with two convolutions."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.last = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        y = torch.tanh(self.second(torch.tanh(self.first(x.view(-1, 3, 2, 2)))))
+        y = self.last(y.flatten(1))
+        return y if labels is None else {"loss": (y - labels).square().mean(), "logits": y}
+
+
+def net_for(controller: str, seed: int = 0) -> nn.Module:
+    """A small net that the controller of this name can adapt."""
+    return ConvNet(seed) if controller == "TuckerDLRT" else Net(seed)
+
+
 def data(rows: int = 64) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(9)
     x = torch.randn(rows, 12, generator=generator)

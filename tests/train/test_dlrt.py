@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import lowrank
+from lowrank.linalg import retract
 from lowrank.nn import LowRankLinear, USVLinear
 from lowrank.train import DLRT
 from lowrank.train.optimizer import check_exact
@@ -93,6 +94,19 @@ def test_a_truncation_loses_its_tail_and_no_more_than_the_tolerance() -> None:
     assert noted["event"] == "truncate"
     assert noted["energy_lost"] == pytest.approx(lost**2 / (values**2).sum(), abs=1e-12)
     assert noted["condition"] == pytest.approx(values[0] / values[rank - 1])
+
+
+def test_a_transposed_factor_of_the_svd_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T16: with Vᵀ for V, as in the authors' code, bases stay orthonormal, the weight does not."""
+    right = retract.core_svd
+
+    def wrong(core: torch.Tensor) -> Any:
+        p, values, q = right(core)
+        return p, values, q.T
+
+    monkeypatch.setattr(retract, "core_svd", wrong)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        test_a_truncation_loses_its_tail_and_no_more_than_the_tolerance()
 
 
 def test_at_full_rank_it_is_gradient_descent() -> None:

@@ -129,6 +129,53 @@ def test_at_full_rank_it_is_gradient_descent() -> None:
         torch.testing.assert_close(found, plain.get_submodule(name).weight, rtol=1e-10, atol=1e-12)
 
 
+def test_between_merges_adam_runs_in_the_rotated_basis() -> None:
+    """T15: with P square, W = PB moves as R = PᵀW does under Adam, which is not how W would."""
+    model, plain = Net().double(), Net().double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+    controller = LoQT(model, optimizer, rank=100, strength=1.0, gap=1000, rounds=1)
+    x, y = next(batches(1))
+    x, y = x.double(), y.double()
+    model(x, y)["loss"].backward()
+    controller.before_step()
+    controller.after_step()  # the first merge, without moving anything
+    layers = {name: model.get_submodule(name) for name in NAMES}
+    bases = {name: layer.basis.clone() for name, layer in layers.items()}
+    numbers = {f"{n}.weight": m.dense_weight().detach().clone() for n, m in layers.items()}
+    numbers |= {f"{n}.bias": m.bias.detach().clone() for n, m in layers.items()}
+    free = {n: p.clone() for n, p in numbers.items() if n.endswith("bias")}
+    for name, layer in layers.items():
+        weight = numbers[f"{name}.weight"]
+        free[name] = bases[name].T @ (weight if layer.left else weight.T)
+    free = {name: p.requires_grad_() for name, p in free.items()}
+    rotated = torch.optim.AdamW(free.values(), lr=0.01, weight_decay=0.0)
+    plain.load_state_dict(numbers)
+    other = torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.0)
+
+    def weights() -> dict[str, torch.Tensor]:
+        turned = {name: bases[name] @ free[name] for name in NAMES}
+        return {f"{n}.weight": w if layers[n].left else w.T for n, w in turned.items()}
+
+    for _ in range(8):
+        for each in (optimizer, rotated, other):
+            each.zero_grad()
+        model(x, y)["loss"].backward()
+        controller.before_step()
+        optimizer.step()
+        controller.after_step()
+        biases = {name: p for name, p in free.items() if name.endswith("bias")}
+        torch.func.functional_call(plain, {**weights(), **biases}, (x, y))["loss"].backward()
+        rotated.step()
+        plain.zero_grad()
+        plain(x, y)["loss"].backward()
+        other.step()
+    for name, want in weights().items():
+        layer = layers[name.partition(".")[0]]
+        found = layer.dense_weight().detach()
+        torch.testing.assert_close(found, want.detach(), rtol=1e-8, atol=1e-10)
+        assert float((found - plain.get_parameter(name)).detach().abs().max()) > 1e-3
+
+
 def test_layers_take_turns_at_growing_gaps() -> None:
     model = Net()
     optimizer = sgd(model)

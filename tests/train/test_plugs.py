@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from lowrank.train import DLRT, NM, STF, CondLR, LoQT, LowRankCallback, Maestro
-from tests.train.loops import Net, data, run
+from lowrank.train import DLRT, NM, STF, CondLR, LoQT, LowRankCallback, Maestro, TuckerDLRT
+from tests.train.loops import data, net_for, run
 
 STEPS, SIZE = 24, 8
 Build = Callable[[Any, Any], Any]
@@ -25,6 +25,7 @@ CONTROLLERS: dict[str, Build] = {
     "LoQT": lambda m, o: LoQT(m, o, rank=3, gap=6),
     "STF": lambda m, o: STF(m, o, ratio=0.7, freeze=18),
     "NM": lambda m, o: NM(m, o, decay=12, dense=4),
+    "TuckerDLRT": lambda m, o: TuckerDLRT(m, o, ratio=0.6, min_rank=1, every=4),
 }
 PORTS = {name: 29511 + 2 * number for number, name in enumerate(CONTROLLERS)}
 EVERY = pytest.mark.parametrize("name", CONTROLLERS)
@@ -45,7 +46,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 def plain(name: str) -> tuple[list[float], Any]:
     """Three epochs of eight batches."""
-    model = Net()
+    model = net_for(name)
     optimizer = sgd(model)
     controller = CONTROLLERS[name](model, optimizer)
 
@@ -89,7 +90,7 @@ def trainer(model: nn.Module, folder: Path, callback: Any, optimizer: Any, **opt
 @EVERY
 @pytest.mark.parametrize("late", [False, True])
 def test_trainer_trains_the_same_model(name: str, late: bool, tmp_path: Path) -> None:
-    model = Net()
+    model = net_for(name)
     optimizer = sgd(model)
     build = CONTROLLERS[name]
     callback = LowRankCallback(build if late else build(model, optimizer))
@@ -106,12 +107,12 @@ def test_trainer_trains_the_same_model(name: str, late: bool, tmp_path: Path) ->
 def test_trainer_resumes_at_a_checkpoint(name: str, tmp_path: Path) -> None:
     build = CONTROLLERS[name]
     want, _ = plain(name)
-    model = Net()
+    model = net_for(name)
     optimizer = sgd(model)
     callback = LowRankCallback(build(model, optimizer))
     saving = {"save_strategy": "steps", "save_steps": 10}
     trainer(model, tmp_path, callback, optimizer, **saving).train()
-    model = Net(seed=3)
+    model = net_for(name, seed=3)
     optimizer = sgd(model)
     callback = LowRankCallback(build(model, optimizer))
     callback.resume(tmp_path / "checkpoint-10")
@@ -128,7 +129,7 @@ def test_accelerate_trains_the_same_model(name: str, parts: int) -> None:
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=parts)
-    raw = Net()
+    raw = net_for(name)
     model, optimizer = accelerator.prepare(raw, sgd(raw))
     controller = CONTROLLERS[name](model, optimizer)
     schedule = accelerator.prepare(torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0))
@@ -159,7 +160,7 @@ def test_accelerate_trains_the_same_model(name: str, parts: int) -> None:
 
 @EVERY
 def test_autocast_leaves_the_factors_in_fp32(name: str) -> None:
-    model = Net()
+    model = net_for(name)
     optimizer = sgd(model)
     controller = CONTROLLERS[name](model, optimizer)
     x, y = data()
@@ -200,7 +201,7 @@ class Scaled:
 def test_a_skipped_step_is_no_step(name: str) -> None:
     losses = []
     for bad in (None, 0, 3):
-        model = Net()
+        model = net_for(name)
         optimizer = Scaled(sgd(model))
         controller = CONTROLLERS[name](model, optimizer)
         got = []
@@ -217,7 +218,14 @@ def test_a_skipped_step_is_no_step(name: str) -> None:
     assert losses[0] == losses[1] == losses[2]
 
 
-def test_ranks_change_under_compile_only_at_events() -> None:
+@pytest.mark.parametrize("name", ["DLRT", "CondLR", "TuckerDLRT"])
+def test_ranks_change_under_compile_only_at_events(name: str) -> None:
+    """A graph is compiled anew in the step after a change of rank, and in no other one."""
+    build: dict[str, Build] = {
+        "DLRT": lambda m, o: DLRT(m, o, tolerance=0.3, every=6),
+        "CondLR": lambda m, o: CondLR(m, o, tau=2.0, tolerance=0.4, every=6),
+        "TuckerDLRT": lambda m, o: TuckerDLRT(m, o, ratio=0.6, min_rank=1, every=6),
+    }
     counted = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -225,19 +233,27 @@ def test_ranks_change_under_compile_only_at_events() -> None:
         return graph.forward
 
     torch._dynamo.reset()
-    model = Net()
+    model = net_for(name)
     optimizer = sgd(model)
     compiled = torch.compile(model, backend=backend, dynamic=False)
-    controller = DLRT(compiled, optimizer, tolerance=0.3, every=6)
-    sizes: list[int] = []
-    losses = run(compiled, optimizer, controller, 24, each=lambda _: sizes.append(len(counted)))
+    controller = build[name](compiled, optimizer)
+    seen: list[tuple[int, list[int]]] = []
+    losses = run(
+        compiled, optimizer, controller, 24,
+        each=lambda _: seen.append((len(counted), list(controller.ranks.values()))),
+    )  # fmt: skip
     torch._dynamo.reset()
-    model = Net()
+    model = net_for(name)
     optimizer = sgd(model)
-    same = DLRT(model, optimizer, tolerance=0.3, every=6)
-    assert losses == pytest.approx(run(model, optimizer, same, 24), abs=1e-6)
-    changes = [i for i in range(1, 24) if sizes[i] != sizes[i - 1]]
-    assert set(changes) <= {1, 6, 7, 12, 13, 18, 19}  # the steps after an event
+    assert losses == pytest.approx(run(model, optimizer, build[name](model, optimizer), 24), 1e-5)
+    # What a step changes after its forward pass is compiled in the next one.
+    compiled_at = {i for i in range(1, 24) if seen[i][0] != seen[i - 1][0]}
+    changed = {i + 1 for i in range(1, 24) if seen[i][1] != seen[i - 1][1]} | {1}
+    grown = {n["step"] + 1 for n in controller.history if n["event"] == "augment"}
+    cut = {n["step"] for n in controller.history if n["event"] in ("truncate", "bound")}
+    assert changed - {1} <= grown | cut <= {0, 1, 6, 7, 12, 13, 18, 19, 24}
+    assert compiled_at <= grown | cut
+    assert compiled_at - {1}  # sizes that were there before are not compiled again
 
 
 TWO = """
@@ -245,13 +261,14 @@ import sys, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from lowrank.train import DLRT, NM, STF, CondLR, LoQT, Maestro
+from lowrank.train import DLRT, CondLR, LoQT, Maestro, TuckerDLRT
 from lowrank.train.optimizer import check_exact
-from tests.train.loops import Net, data
+from tests.train.loops import data, net_for
 
 def main(name):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    model = DistributedDataParallel(Net(seed=rank))  # DDP takes rank 0's numbers
+    model = DistributedDataParallel(net_for(name, seed=rank))  # DDP takes rank 0's numbers
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     build = {"DLRT": lambda: DLRT(model, optimizer, tolerance=0.3, every=4),
              "CondLR": lambda: CondLR(model, optimizer, tau=2.0, tolerance=0.1, every=4),
@@ -259,6 +276,7 @@ def main(name):
              "LoQT": lambda: LoQT(model, optimizer, rank=3, gap=6),
              "STF": lambda: STF(model, optimizer, ratio=0.7, freeze=18),
              "NM": lambda: NM(model, optimizer, decay=12, dense=4)}
+             "TuckerDLRT": lambda: TuckerDLRT(model, optimizer, ratio=0.6, min_rank=1, every=4)}
     controller = build[name]()
     x, y = data()
     losses, ranks = [], []
@@ -301,10 +319,10 @@ from pathlib import Path
 import torch.distributed as dist
 from lowrank.train import LowRankCallback
 from lowrank.train.optimizer import check_exact
-from tests.train.loops import Net
+from tests.train.loops import net_for
 from tests.train.test_plugs import CONTROLLERS, sgd, trainer
 
-model = Net()
+model = net_for(sys.argv[1])
 optimizer = sgd(model)
 callback = LowRankCallback(CONTROLLERS[sys.argv[1]])
 with tempfile.TemporaryDirectory() as folder:
@@ -351,7 +369,7 @@ def two(source: str, name: str, port: int, folder: Path) -> list[str]:
 def test_two_processes_agree(name: str, tmp_path: Path) -> None:
     """DDP on gloo: identical weights and ranks, and what one process with whole batches does."""
     losses, ranks = two(TWO, name, PORTS[name], tmp_path)
-    model = Net()
+    model = net_for(name)
     optimizer = sgd(model)
     build = {
         "DLRT": lambda: DLRT(model, optimizer, tolerance=0.3, every=4),
@@ -369,7 +387,7 @@ def test_two_processes_agree(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["DLRT", "CondLR"])
+@pytest.mark.parametrize("name", ["DLRT", "CondLR", "TuckerDLRT"])
 def test_trainer_on_two_processes(name: str, tmp_path: Path) -> None:
     """The controller is built when training begins, on the DDP module that the Trainer made."""
     ranks = two(TRAINER, name, PORTS[name] + 1, tmp_path)[-1]

@@ -46,6 +46,7 @@ def attached(**options: Any) -> tuple[Any, Any, Any]:
 
 
 def test_planted_ranks_are_found() -> None:
+    """T3: both of them, and the kernel itself."""
     model, optimizer, controller = attached(tolerance=0.05, every=2, rank=8, min_rank=1)
     assert controller.ranks == {"0": (8, 8)}
     assert fit(model, optimizer, controller, kernel(), 150) < 1e-12
@@ -82,6 +83,74 @@ def test_a_truncation_stays_within_the_tolerance_of_the_whole(tolerance: float) 
     lost = float((model[0].dense_weight().detach() - before).norm() / before.norm())
     assert 0 < lost <= tolerance
     assert controller.history[-1]["energy_lost"] == pytest.approx(lost**2)
+
+
+def kept(model: Any, controller: Any) -> int:
+    """Numbers that the chosen kernels take when training ends now."""
+    return sum(min(m.cost().params, m.dense_weight().numel()) for m in controller._modules.values())
+
+
+@pytest.mark.parametrize("ratio", [0.9, 0.6, 0.25])
+def test_a_budget_is_kept_and_used(ratio: float) -> None:
+    """One tolerance for all kernels, the smallest that meets the budget."""
+    model = net()
+    whole = 8 * 3 * 9 + 8 * 8 * 9
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    controller = TuckerDLRT(model, optimizer, ratio=ratio, min_rank=1, every=3, rank=1.0)
+    steps(model, optimizer, [controller], 0, 2)
+    spectra = {}
+    for name in controller.ranks:
+        core = model.get_submodule(name).core.weight.detach().double()
+        spectra[name] = [
+            np.linalg.svd(np.moveaxis(core.numpy(), i, 0).reshape(core.shape[i], -1))[1]
+            for i in (0, 1)
+        ]
+    controller.end_epoch()
+    assert kept(model, controller) <= ratio * whole
+    # Tails are cut in the order of their share: the next one to come back would be too much.
+    cut = {
+        (name, mode): np.linalg.norm(values[rank:]) / np.linalg.norm(values)
+        for name, ranks in controller.ranks.items()
+        for mode, (values, rank) in enumerate(zip(spectra[name], ranks, strict=True))
+    }
+    more = {key: list(controller.ranks[key[0]]) for key in cut}
+    largest = max(cut, key=lambda key: cut[key])
+    more[largest][largest[1]] += 1
+    size = 0
+    for name, module in controller._modules.items():
+        out, into = module.dense_weight().shape[:2]
+        a, b = more[largest] if name == largest[0] else controller.ranks[name]
+        size += min(a * out + b * into + a * b * 9, out * into * 9)
+    assert size > ratio * whole
+    model = controller.finish()
+    assert sum(p.numel() for p in model.parameters() if p.ndim == 4) <= ratio * whole
+    steps(model, optimizer, [], 2, 4)
+
+
+def test_the_stricter_of_budget_and_tolerance_decides() -> None:
+    ranks = {}
+    for tolerance, ratio in ((0.5, None), (0.5, 0.95), (0.0, 0.3), (None, 0.3), (None, None)):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        options: dict[str, Any] = {"tolerance": tolerance, "ratio": ratio, "min_rank": 1}
+        controller = TuckerDLRT(model, optimizer, every=2, **options)
+        steps(model, optimizer, [controller], 0, 2)
+        ranks[tolerance, ratio] = controller.ranks
+    assert ranks[0.5, None] == ranks[0.5, 0.95]
+    assert ranks[0.0, 0.3] == ranks[None, 0.3]
+    assert ranks[0.5, None] != ranks[None, 0.3] != ranks[None, None]
+
+
+def test_a_budget_that_no_rank_can_meet_is_refused() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    least = (8 * 3 + 3 * 3 + 3 * 3 * 9 + 8 * 3 + 8 * 3 + 3 * 3 * 9) / (8 * 3 * 9 + 8 * 8 * 9)
+    with pytest.raises(LowrankError, match=f"at min_rank 3 .* keep {least:.4f}"):
+        TuckerDLRT(model, optimizer, ratio=0.2)
+    with pytest.raises(LowrankError, match="ratio is the share kept"):
+        TuckerDLRT(model, optimizer, ratio=1.0)
+    assert type(model[0]) is nn.Conv2d
+    TuckerDLRT(model, optimizer, ratio=least + 1e-6)
 
 
 def test_the_momentum_follows_along_both_modes() -> None:
