@@ -260,8 +260,7 @@ TWO = """
 import sys, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from lowrank.train import DLRT, NM, STF, CondLR, LoQT, Maestro
-from lowrank.train import DLRT, CondLR, LoQT, Maestro, TuckerDLRT
+from lowrank.train import DLRT, NM, STF, CondLR, LoQT, Maestro, TuckerDLRT
 from lowrank.train.optimizer import check_exact
 from tests.train.loops import data, net_for
 
@@ -275,7 +274,7 @@ def main(name):
              "Maestro": lambda: Maestro(model, optimizer, lasso=1e-2, threshold=0.1),
              "LoQT": lambda: LoQT(model, optimizer, rank=3, gap=6),
              "STF": lambda: STF(model, optimizer, ratio=0.7, freeze=18),
-             "NM": lambda: NM(model, optimizer, decay=12, dense=4)}
+             "NM": lambda: NM(model, optimizer, decay=12, dense=4),
              "TuckerDLRT": lambda: TuckerDLRT(model, optimizer, ratio=0.6, min_rank=1, every=4)}
     controller = build[name]()
     x, y = data()
