@@ -6,7 +6,7 @@ three see the same batches and use AdamW, each with the best of a few learning r
 counted from tensors: all parameters and buffers, gradients as they are before a step, at their
 peak, and the optimizer's state; activations are left out.
 
-    python recipes/loqt_tiny_lm.py             # minutes of two cores
+    python recipes/loqt_tiny_lm.py             # minutes
     python recipes/loqt_tiny_lm.py --full      # the authors' rank-to-width ratio, long; hours
 
 The paper trains Llamas of 60 million parameters and more in bfloat16; no table of it is for a model
@@ -54,7 +54,7 @@ def train(
         controller = LoQT(model, optimizer, rank=options.rank, gap=options.gap)
     steps = options.steps
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
+        optimizer, lr, total_steps=steps, pct_start=max(0.1, 2 / steps), cycle_momentum=False
     )
     generator = torch.Generator().manual_seed(options.seed)
     losses, seconds, peak = [], [], 0
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[4e-3, 1e-2])
     parser.add_argument("--documents", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.full:
