@@ -52,6 +52,8 @@ ROSTER: dict[str, dict[str, Law]] = {
     **{
         name: laws(low_rank=False, plain_products=False)
         for name in (
+            "channel",
+            "whitened-channel",
             "spatial",
             "cp",
             "whitened-tucker",

@@ -11,11 +11,13 @@ from .auto import Auto as Auto
 from .basis_sharing import BasisSharing as BasisSharing
 from .blast import Blast as Blast
 from .convolution import CP as CP
+from .convolution import Channel as Channel
 from .convolution import Channels as Channels
 from .convolution import Spatial as Spatial
 from .convolution import Tucker as Tucker
 from .convolution import TwoSidedConv as TwoSidedConv
 from .convolution import TwoSidedTucker as TwoSidedTucker
+from .convolution import WhitenedChannel as WhitenedChannel
 from .convolution import WhitenedConv as WhitenedConv
 from .convolution import WhitenedSpatial as WhitenedSpatial
 from .convolution import WhitenedTucker as WhitenedTucker
@@ -42,9 +44,11 @@ METHODS: dict[str, type[Method]] = {
     "fwsvd": FWSVD,
     "snmf": SemiNMF,
     "random": Random,
+    "channel": Channel,
     "tucker": Tucker,
     "spatial": Spatial,
     "cp": CP,
+    "whitened-channel": WhitenedChannel,
     "whitened-tucker": WhitenedTucker,
     "whitened-spatial": WhitenedSpatial,
     "whitened-conv": WhitenedConv,

@@ -1,14 +1,15 @@
 """Convolutions beside fewer channels: Tucker-2, rows and columns apart, CP; rank by rank the best.
 
-By the weight, `tucker` (HOSVD, then HOOI; Kim et al., arXiv 1511.06530), `spatial` (Tai et al.,
-arXiv 1511.06067) and `cp` (ALS; Lebedev et al., arXiv 1412.6553) minimise ‖W − Ŵ‖. By the outputs,
-`whitened-tucker` and `whitened-spatial` minimise ‖(W − Ŵ)H^½‖ with the Gram matrix H of the
-patches; `two-sided-…` weighs the outputs too, by the gradients of the model's own loss. What
-`whitened` and `two-sided` hand their convolutions to joins all of these.
+By the weight, `channel` (the kernel first or last), `tucker` (HOSVD, then HOOI; Kim et al., arXiv
+1511.06530), `spatial` (Tai et al., arXiv 1511.06067) and `cp` (ALS; Lebedev et al., arXiv
+1412.6553) minimise ‖W − Ŵ‖. By the outputs, `whitened-channel`, `whitened-tucker` and
+`whitened-spatial` minimise ‖(W − Ŵ)H^½‖ with the Gram matrix H of the patches; `two-sided-…` weighs
+the outputs too, by the gradients of the model's own loss. What `whitened` and `two-sided` hand
+their convolutions to joins channels, Tucker, and rows and columns.
 
 A curve holds the options that no other beats: storage "factors" of size (r,) is ChannelConv,
-"tucker" (r_out, r_in) TuckerConv, "spatial" (r,) SpatialConv, "cp" (R,) CPConv. 1×1 convolutions
-and linear layers are matrices, and have the first form alone.
+"kernel-last" (r,) its mirror image, "tucker" (r_out, r_in) TuckerConv, "spatial" (r,) SpatialConv,
+"cp" (R,) CPConv. 1×1 convolutions and linear layers are matrices, and have the first form alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,17 @@ from torch import Tensor, nn
 from .. import layouts, linalg
 from ..errors import LowrankError
 from ..linalg import tucker as numerics
-from ..nn import CPConv, Geometry, SpatialConv, TuckerConv, cp_cost, spatial_cost, tucker_cost
+from ..nn import (
+    ChannelConv,
+    CPConv,
+    Geometry,
+    SpatialConv,
+    TuckerConv,
+    channel_cost,
+    cp_cost,
+    spatial_cost,
+    tucker_cost,
+)
 from ..types import Cost, Curve, Method, Option, Site, Size, Statistics
 from .common import gram_of, out_gram_of
 from .sampled import pareto
@@ -119,6 +130,48 @@ class _Tucker:
         return TuckerConv.from_parts(module, metric.back(last), core, first)
 
 
+class _KernelLast:
+    """Fewer channels first, then the kernel to all outputs: Tucker without its last part."""
+
+    def fits(self, geometry: Geometry) -> bool:
+        return geometry.kernel_numbers > 1
+
+    def most(self, geometry: Geometry) -> Size:
+        return (geometry.in_channels,)
+
+    def cost(self, geometry: Geometry, size: Size, itemsize: int) -> Cost:
+        return channel_cost(geometry, *size, itemsize=itemsize, wide="last")
+
+    def errors(self, weight: Tensor, metric: Metric) -> Errors:
+        whole = metric.turned(weight).flatten(2)
+        if metric.gram is None:
+            tails = linalg.tails(linalg.energies(_taps(whole))).tolist()
+            return [((rank,), error) for rank, error in enumerate(tails) if rank]
+        first, found = numerics.first_of(whole, metric.gram), Errors()
+        for rank in steps(len(first), SPATIAL_STEPS):
+            lost = numerics.conditioned(whole, first[:rank], metric.gram)[2]
+            found.append(((rank,), lost))
+        return found
+
+    def build(self, module: nn.Module, weight: Tensor, size: Size, metric: Metric) -> nn.Module:
+        whole, rank = metric.turned(weight).flatten(2), size[0]
+        outputs, _, taps = whole.shape
+        if metric.gram is None:
+            up, down = linalg.factor(_taps(whole), rank)
+            kernel = up.view(outputs, taps, rank).transpose(1, 2)
+        else:
+            first = numerics.first_of(whole, metric.gram)[:rank]
+            flat, inner, _ = numerics.conditioned(whole, first, metric.gram)
+            full = min(outputs, rank * taps)
+            start = (*numerics.outer(flat, inner, full, rank), first)
+            (last, core, first), _ = numerics.alternated(whole, start, metric.gram, sweeps=SWEEPS)
+            up = torch.einsum("op,pjk->okj", last, core).reshape(outputs * taps, rank)
+            up, down = linalg.balance(up, first)
+            kernel = up.view(outputs, taps, rank).transpose(1, 2)
+        kernel = metric.back(kernel.flatten(1)).view(outputs, rank, taps)
+        return ChannelConv.from_factors(module, down, kernel.flatten(1), wide="last")
+
+
 class _Spatial:
     def fits(self, geometry: Geometry) -> bool:
         return len(geometry.kernel_size) == 2 and min(geometry.kernel_size) > 1
@@ -175,7 +228,10 @@ class _CP:
         return linalg.cp_factors(weight, rank, starts=CP_STARTS, sweeps=CP_SWEEPS)
 
 
-FORMS: dict[str, Form] = {"tucker": _Tucker(), "spatial": _Spatial(), "cp": _CP()}
+FORMS: dict[str, Form] = {
+    "tucker": _Tucker(), "spatial": _Spatial(), "kernel-last": _KernelLast(), "cp": _CP(),
+}  # fmt: skip
+JOINED = ("tucker", "spatial")  # with the kernel last too, outputs are nearer, predictions are not
 
 
 @dataclass(frozen=True)
@@ -208,6 +264,17 @@ class Tucker:
 
     def _metric(self, module: nn.Module, stats: Statistics) -> Metric:
         return Metric()
+
+
+@dataclass(frozen=True)
+class Channel(Tucker):
+    """By the weight alone, the kernel first or last, whichever is nearer at its cost.
+
+    Options: `seed` as for `SVD`.
+    """
+
+    forms = ("kernel-last",)
+    name = "channel"
 
 
 @dataclass(frozen=True)
@@ -244,6 +311,14 @@ class WhitenedTucker(Tucker):
 
 
 @dataclass(frozen=True)
+class WhitenedChannel(WhitenedTucker):
+    """By the outputs, the kernel first or last. Options: `seed` as for `Whitened`."""
+
+    forms = ("kernel-last",)
+    name = "whitened-channel"
+
+
+@dataclass(frozen=True)
 class WhitenedSpatial(WhitenedTucker):
     """By the outputs. Options: `seed` as for `Whitened`."""
 
@@ -255,7 +330,7 @@ class WhitenedSpatial(WhitenedTucker):
 class WhitenedConv(WhitenedTucker):
     """By the outputs, the best of all forms. Options: `seed` as for `Whitened`."""
 
-    forms = ("tucker", "spatial")
+    forms = JOINED
     name = "whitened-conv"
 
 
@@ -283,7 +358,7 @@ class TwoSidedTucker(Tucker):
 class TwoSidedConv(TwoSidedTucker):
     """By the predictions, the best of all forms. Options: `damp` as for `TwoSided`, `seed`."""
 
-    forms = ("tucker", "spatial")
+    forms = JOINED
     name = "two-sided-conv"
 
 
@@ -341,6 +416,11 @@ def whole(module: nn.Module) -> Tensor:
     """The weight (O, I, *kernel), float64."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     return weight.detach().double()
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """(O, I, K) as (O · K, I)."""
+    return weight.transpose(1, 2).flatten(0, 1)
 
 
 def steps(most: int, count: int) -> Sequence[int]:
