@@ -118,10 +118,10 @@ def test_align(model: nn.Module, align: Any) -> None:
         (
             "method",
             "SVD",
-            "(known: asvd, auto, basis-sharing, blast, dense-sparse, frequency, fwsvd, ",
+            "(known: asvd, auto, basis-sharing, blast, channel, cp, dense-sparse, frequency, ",
         ),
         ("policy", "unifrm", "unknown policy 'unifrm'; did you mean 'uniform'?"),
-        ("policy", "xyz", "(known: energy, lossaware, spectrum, uniform, welore)"),
+        ("policy", "xyz", "(known: energy, evbmf, lossaware, spectrum, uniform, welore)"),
         ("of", "target", "unknown of 'target'; did you mean 'targets'?"),
         ("unit", "byte", "did you mean 'bytes'?"),
         ("prefer", "fast", "(known: size, speed)"),

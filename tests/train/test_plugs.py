@@ -256,8 +256,10 @@ def test_ranks_change_under_compile_only_at_events(name: str) -> None:
     assert compiled_at - {1}  # sizes that were there before are not compiled again
 
 
+# Both end by os._exit: all is said by then, and torch's own threads now and then abort a process
+# while the interpreter shuts down ("terminate called without an active exception").
 TWO = """
-import sys, torch
+import os, sys, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from lowrank.train import DLRT, NM, STF, CondLR, LoQT, Maestro, TuckerDLRT
@@ -309,11 +311,12 @@ def main(name):
     dist.destroy_process_group()
 
 main(sys.argv[1])
+os._exit(0)
 """
 
 
 TRAINER = """
-import sys, tempfile, torch
+import os, sys, tempfile, torch
 from pathlib import Path
 import torch.distributed as dist
 from lowrank.train import LowRankCallback
@@ -337,6 +340,7 @@ if dist.get_rank() == 0:
     print("RANKS", ranks, flush=True)
 dist.barrier()
 dist.destroy_process_group()
+os._exit(0)
 """
 
 
