@@ -10,6 +10,7 @@ a form is slower where its pieces are too thin to fill the machine, or move more
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -101,6 +102,11 @@ def rows_of(layer: tuple[int, int, int, int], share: float, pairs: int) -> list[
     return rows
 
 
+def median_of(rows: list[dict[str, Any]], form: str, share: float, keys: list[str]) -> float:
+    own = [row for row in rows if (row["form"], row["asked"]) == (form, share)]
+    return statistics.median(row[key] for row in own for key in keys)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--pairs", type=int, default=7)
@@ -123,7 +129,11 @@ def main() -> None:
     print("* slower than the dense convolution")
     for form in dict.fromkeys(row["form"] for row in rows):
         here = [row[key] for row in rows if row["form"] == form for key in keys]
-        print(f"{form}: {sum(r > 1 for r in here)} of {len(here)} slower than dense")
+        medians = ", ".join(
+            f"{median_of(rows, form, share, keys):.2f} at {share:g} of the products"
+            for share in SHARES
+        )
+        print(f"{form}: {sum(r > 1 for r in here)} of {len(here)} slower; medians {medians}")
     keep("conv_speed", rows)
 
 

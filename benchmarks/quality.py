@@ -3,6 +3,7 @@
     python benchmarks/quality.py [--model FOLDER --text FILE] [--ratios 0.8 0.6 0.4] [--only NAME …]
                                  [--seeds 0 1 2 --rows 192] [--steps 0.5] [--title NAME]
                                  [--threads 1]
+    python benchmarks/quality.py --summary embedded_seeds embedded_seeds12
 
 Without --model: the model inside the package. Rows of 256 tokens; of a text given, the first 60 %
 calibrate (172 rows of stories260K's own samples: methods of the field were published so), the rest
@@ -16,14 +17,16 @@ ours and of AA-SVD-like alike. No rank alignment; fp32.
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
-from machine import keep
+from machine import RESULTS, keep
 
 import lowrank
 from lowrank import Recovery, demo
@@ -84,7 +87,11 @@ def main() -> None:
     parser.add_argument("--steps", type=float, default=1.0)
     parser.add_argument("--title")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--summary", nargs="+", metavar="TITLE", help="print kept results' means")
     args = parser.parse_args()
+    if args.summary:
+        summary(args.summary)
+        return
     torch.set_num_threads(args.threads)
     dense, calibration, held_out = rows_of(args)
     title = args.title or ("embedded" if args.model is None else Path(args.model).name)
@@ -106,6 +113,21 @@ def main() -> None:
                     f"quality_{title}", found, held_out=len(held_out), steps_share=args.steps,
                     calibration_rows=args.rows or len(calibration),
                 )  # fmt: skip
+
+
+def summary(titles: list[str]) -> None:
+    """Means over the seeds of kept results, least and most; a row that stands twice counts once."""
+    every: dict[tuple[str, float], dict[int, float]] = {}
+    for title in titles:
+        body = json.loads((RESULTS / f"quality_{title}.json").read_text(encoding="utf-8"))
+        for row in body["rows"]:
+            every.setdefault((row["method"], row["ratio"]), {})[row["seed"]] = row["kl"]
+    for (method, ratio), found in sorted(every.items()):
+        kl = found.values()
+        print(
+            f"{method:26} {ratio:5.1f} KL {mean(kl):.4f} [{min(kl):.4f}, {max(kl):.4f}], "
+            f"seeds {sorted(found)}"
+        )
 
 
 def drawn(calibration: torch.Tensor, rows: int | None, seed: int) -> torch.Tensor:

@@ -303,7 +303,7 @@ MUTANTS = (
     ),
     Mutant(
         "a convolution that counts at one position in a budget of products",
-        "lowrank/api/planning.py",
+        "lowrank/api/observed.py",
         "max(round(count / least), 1)",
         "1",
         (

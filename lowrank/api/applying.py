@@ -24,7 +24,8 @@ from .allocating import Curves
 from .building import Built, Way, Work, build, error_of, grouped, method_for
 from .efforts import Recovery
 from .noting import notes_of
-from .planning import statistics_of, versions
+from .observed import statistics_of
+from .planning import versions
 from .recovering import Recovered, recover
 from .request import model_cost
 

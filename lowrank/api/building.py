@@ -21,7 +21,7 @@ from ..report import Measured
 from ..timing import paired_ratio
 from ..types import Cost, Curve, Factored, JointMethod, Method, Site, Statistics
 from .allocating import Curves
-from .planning import statistics_of
+from .observed import statistics_of
 
 MARGIN = 0.98  # prefer="speed": a factored layer has to need less than this share of dense time
 Work = list[tuple[Site, Entry]]

@@ -12,7 +12,7 @@ from ..data import Batch, rebatched
 from ..errors import listed
 from ..plan import Plan
 from .building import Built
-from .planning import statistics_of
+from .observed import statistics_of
 
 
 def notes_of(built: Sequence[Built], plan: Plan, seen: Calibration | None) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import is_dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -15,25 +15,21 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import layouts, linalg
+from .. import layouts
 from .. import sites as walk
 from ..calibrate import Calibration
-from ..data import ROWS, rebatched
 from ..digests import add_tensor
 from ..errors import LowrankError, listed
-from ..eval import NotFinite, judged
-from ..methods import JOINT, METHODS, SVD, Channels, for_kind, joint, method, stored_as
+from ..methods import JOINT, METHODS, SVD, Auto, Channels, for_kind, joint, method, stored_as
 from ..methods.common import stacked
 from ..plan import Plan
-from ..streams import twin
-from ..types import Allocation, Curve, JointMethod, Method, Option, Probe, Site, Statistics
+from ..types import Curve, JointMethod, Method, Site, Statistics
 from .allocating import Curves, allocate
 from .entering import entry_of
 from .grouping import Group, groups_of, member_option
-from .recovering import recover
+from .observed import counted, often, repeats, statistics_of
+from .probing import probe_of
 from .request import Request, model_cost
-
-PROBED = 96  # rows that a candidate's closed-form recovery is fitted to: enough to compare by
 
 
 def make_plan(
@@ -56,29 +52,31 @@ def make_plan(
         request = replace(request, policy=_default_policy(targets, seen))
     groups, storage = groups_of(targets, shared, seen), request.storage or "factors"
     bar = tqdm(groups, "decompose", delay=2, disable=not progress, leave=False)
-    apart: dict[str, Curves] = {form: {} for form in _apart(way)}
+    forms = way.apart() if isinstance(way, Auto) else {}
+    apart: dict[str, Curves] = {form: {} for form in forms}
     curves: Curves = {}
     for group in bar:
-        name, ranked = group[0].name, _ranked(way, group, request)
-        if ranked is way and apart:
-            for form, one in _apart(way).items():
+        name = group[0].name
+        if isinstance(way, Auto):
+            for form, one in forms.items():
                 apart[form][name] = _remembered(group, one, shared, seen, storage)
-            curves[name] = way.joined(group[0], [each[name] for each in apart.values()])  # type: ignore[attr-defined]
+            curves[name] = way.joined(group[0], [each[name] for each in apart.values()])
         else:
+            ranked = _ranked(way, group, request)
             curves[name] = _remembered(group, ranked, shared, seen, storage)
-    often = repeats(wanted, seen) if request.unit == "macs" else {}
+    times = repeats(wanted, seen) if request.unit == "macs" else {}
     curves, *single = (
-        {name: _often(curve, often.get(name, 1)) for name, curve in some.items()}
+        {name: often(curve, times.get(name, 1)) for name, curve in some.items()}
         for some in (curves, *apart.values())
     )
-    wanted, sites = _counted(wanted, often), _counted(sites, often)
-    groups = [tuple(_counted(group, often)) for group in groups]
+    wanted, sites = counted(wanted, times), counted(sites, times)
+    groups = [tuple(counted(group, times)) for group in groups]
     whole = model_cost(model, sites)
-    counted = {site.names for site in wanted if not site.reason}
+    asked_for = {site.names for site in wanted if not site.reason}
     goal = sum(site.cost.of(request.unit) for site in wanted if not site.reason)
     stacks = [group[0] if len(group) == 1 else stacked(group) for group in groups]
     together = {stack.names: group for stack, group in zip(stacks, groups, strict=True)}
-    probe = _probe(model, together, way, shared, seen, request)
+    probe = probe_of(model, together, way, shared, seen, request)
     chosen = allocate(request, goal, stacks, curves, whole, probe)
     compared: dict[str, float] = {}
     if apart and probe is not None and request.ratio is not None:
@@ -90,14 +88,16 @@ def make_plan(
         chosen, curves = tried[min(compared, key=compared.__getitem__)]
     made = {
         site.name: entry_of(
-            site, option, curves[stack.name], request, True, stack, often.get(site.name, 1)
+            site, option, curves[stack.name], request, True, stack, times.get(site.name, 1)
         )
         for group, stack in zip(groups, stacks, strict=True)
         for site, option in zip(group, member_option(group, chosen[stack.names]), strict=True)
     }
     entries = tuple(
         made.get(site.name)
-        or entry_of(site, None, None, request, site.names in counted, site, often.get(site.name, 1))
+        or entry_of(
+            site, None, None, request, site.names in asked_for, site, times.get(site.name, 1)
+        )
         for site in sites
     )
     own = [g for g in groups if (len(g) > 1 if shared else _is_seen(g[0], way, seen))]
@@ -121,116 +121,12 @@ def make_plan(
     return Plan(entries, whole, request.asked(), settings), curves
 
 
-def repeats(sites: Sequence[Site], seen: Calibration | None) -> dict[str, int]:
-    """How many positions each layer works at for one of the layer that works at the fewest.
-
-    Layers that the data did not reach are left out, and count once; all do without data.
-    """
-    counts = {site.name: statistics_of(site, seen).count for site in sites}
-    counts = {name: count for name, count in counts.items() if count}
-    least = min(counts.values(), default=1)
-    return {name: max(round(count / least), 1) for name, count in counts.items()}
-
-
 def _default_policy(targets: Sequence[Site], seen: Calibration | None) -> str:
     """Uniform, but for convolutions without data: errors of the weights then say where a cut does
     the least harm (recipes/compress_resnet_cifar.py); those of a language model's do not."""
     convs = sum(site.cost.params for site in targets if site.kind == "conv")
     mostly = 2 * convs > sum(site.cost.params for site in targets)
     return "spectrum" if seen is None and mostly else "uniform"
-
-
-def _apart(way: Method) -> Mapping[str, Method]:
-    """The forms that a method mixes, each by itself; none of most methods."""
-    apart = getattr(way, "apart", None)
-    return apart() if callable(apart) else {}
-
-
-def _counted(sites: Sequence[Site], often: Mapping[str, int]) -> list[Site]:
-    return [replace(site, cost=site.cost.often(often.get(site.name, 1))) for site in sites]
-
-
-def _often(curve: Curve, times: int) -> Curve:
-    if times == 1:
-        return curve
-    options = tuple(replace(o, cost=o.cost.often(times)) for o in curve.options)
-    return replace(curve, options=options)
-
-
-def _probe(
-    model: nn.Module,
-    groups: Mapping[tuple[str, ...], Group],
-    way: Method,
-    shared: JointMethod | None,
-    seen: Calibration | None,
-    request: Request,
-) -> Probe | None:
-    """Held-out KL of the model with an allocation; None where there is nothing to judge by.
-
-    Rows of the statistics serve where none was held out. All happens in a twin. Where recovery
-    follows, its closed form does here too: what is better before it need not be after.
-    """
-    if seen is None or callable(seen.batches) or any(g[0].name == "" for g in groups.values()):
-        return None
-    held = seen.held_out or rebatched(seen.batches)[-2:]
-    few = replace(seen, batches=rebatched(seen.batches)[: max(PROBED // ROWS, 1)])
-
-    def probe(allocation: Allocation) -> float:
-        work = [
-            (site, entry_of(site, allocation[names], None, request, True, site), new)
-            for names, group in groups.items()
-            if not allocation[names].dense
-            for site, new in _tried(group, allocation[names], way, shared, seen)
-        ]
-        modules = {site.name: new for site, _, new in work}
-        if request.recovery is not None and work:
-            closed = replace(request.recovery, block_steps=0, distill_steps=0)
-            damp = getattr(way, "damp", linalg.DAMP)
-            modules = recover(model, work, few, closed, damp=damp, progress=False).modules
-        lean = twin(model)
-        for site, _, _ in work:
-            walk.replace(lean, walk.in_copy(site, lean), modules[site.name])
-        try:
-            return judged(lean, model, held)
-        except NotFinite:
-            raise
-        except LowrankError as error:
-            raise LowrankError(f"{error}; policy='uniform' compares nothing") from None
-
-    return probe
-
-
-def _tried(
-    group: Group, option: Option, way: Method, shared: JointMethod | None, seen: Calibration
-) -> list[tuple[Site, nn.Module]]:
-    """The members of a group with their layers at that option."""
-    stats = statistics_of(group[0], seen)
-    with torch.no_grad():
-        if shared is not None and len(group) > 1:
-            new = list(shared.factor([site.module for site in group], option, stats))
-        else:
-            new = [for_kind(way, group[0].kind).factor(group[0].module, option, stats)]
-    return list(zip(group, new, strict=True))
-
-
-def statistics_of(site: Site, seen: Calibration | None) -> Statistics:
-    """What the calibration saw of a site's input; count 0 where it saw nothing.
-
-    Raises:
-        LowrankError: the calibration saw inputs of another width.
-    """
-    stats = Statistics() if seen is None else seen.statistics.get(site.name, Statistics())
-    if stats.gram is not None and len(stats.gram) != site.shape[1]:
-        raise LowrankError(
-            f"{site.title}: the calibration saw inputs of width {len(stats.gram)}, the layer reads "
-            f"{site.shape[1]}: it was made for another model"
-        )
-    if stats.freq is not None and len(stats.freq) != site.shape[0]:
-        raise LowrankError(
-            f"{site.title}: the calibration counted {len(stats.freq)} ids, the table has "
-            f"{site.shape[0]}: it was made for another model"
-        )
-    return stats
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,8 @@ from torch import nn
 
 from .. import layouts, linalg
 from .. import sites as walk
-from ..api.planning import statistics_of, versions
+from ..api.observed import statistics_of
+from ..api.planning import versions
 from ..calibrate import Calibration, calibrate
 from ..checks import check_model
 from ..data import LENGTH, Data

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..api.planning import statistics_of
+from ..api.observed import statistics_of
 from ..calibrate import Calibration
 from ..data import Batch, forward, logits_of, mask_of
 from ..errors import LowrankError

@@ -7,6 +7,8 @@ known: both sides are improved by turns, and the error never rises.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,22 +37,17 @@ def spatial_energies(weight: Tensor) -> Tensor:
     return energies(spatial_matrix(weight))
 
 
-def spatial_bounds(weight: Tensor, gram: Tensor, count: int) -> list[tuple[int, float]]:
-    """Of up to `count` ranks, evenly spread, the squared error in the metric of the patches at the
-    first start of `spatial_factors`, which gives no worse.
+def spatial_bounds(weight: Tensor, gram: Tensor, ranks: Sequence[int]) -> list[tuple[int, float]]:
+    """Of every rank, the squared error in the metric of the patches at the first start of
+    `spatial_factors`, which gives no worse.
 
     Args:
         weight: (O, I, kh, kw).
         gram: H, as for `spatial_factors`.
-
-    Raises:
-        LowrankError: the weight has not two spatial dimensions.
+        ranks: each at most min(O · kw, I · kh).
     """
-    spatial_matrix(weight)  # has two spatial dimensions
     flat = weight.detach().double().flatten(1, 2)  # (O, I·kh, kw)
-    first = first_of(flat, gram)
-    ranks = sorted({max(round(len(first) * i / count), 1) for i in range(1, count + 1)})
-    found = []
+    first, found = first_of(flat, gram), []
     for rank in ranks:
         basis = torch.linalg.qr(first[:rank].T).Q.T
         found.append((rank, float(conditioned(flat, basis, gram)[2])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,7 +14,28 @@ from ..errors import LowrankError
 from ..nn import ChannelConv, LowRankEmbedding, LowRankLinear, PivotedLinear
 from ..nn.lowrank_embedding import lookup_cost
 from ..nn.lowrank_linear import low_rank_cost
-from ..types import Cost, Curve, Option, Site, Statistics
+from ..types import Cost, Curve, Method, Option, Site, Statistics
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """A method as it is, to be changed in part by those that inherit."""
+
+    way: Method
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        return self.way.kinds
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.way.needs
+
+    def curve(self, site: Site, stats: Statistics) -> Curve:
+        return self.way.curve(site, stats)
+
+    def factor(self, module: nn.Module, option: Option, stats: Statistics) -> nn.Module:
+        return self.way.factor(module, option, stats)
 
 
 def low_rank_curve(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import layouts, linalg
 from ..nn import ChannelConv, LowRankLinear
 from ..types import Size
-from .convolution import FORMS, Metric, fitted
+from .conv_forms import FORMS, Metric, fitted
 
 
 def refitted_layer(

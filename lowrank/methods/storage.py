@@ -16,22 +16,12 @@ from .. import layouts
 from ..errors import LowrankError
 from ..nn import LowRankLinear, PivotedLinear, pivot_layer, pivoted_cost
 from ..types import Curve, Method, Option, Site, Statistics
-from .common import options_of
+from .common import Wrapped, options_of
 
 
 @dataclass(frozen=True)
-class Pivoted:
+class Pivoted(Wrapped):
     """A method as it is, with its linear layers stored in the pivoted form."""
-
-    way: Method
-
-    @property
-    def kinds(self) -> frozenset[str]:
-        return self.way.kinds
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return self.way.needs
 
     def curve(self, site: Site, stats: Statistics) -> Curve:
         return pivoted_curve(self.way.curve(site, stats), site)

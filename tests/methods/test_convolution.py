@@ -24,7 +24,7 @@ from lowrank.methods import (
     WhitenedSpatial,
     WhitenedTucker,
 )
-from lowrank.methods.convolution import FORMS, Metric
+from lowrank.methods.conv_forms import FORMS, Metric
 from lowrank.nn import ChannelConv, SpatialConv, TuckerConv
 from lowrank.testing import Case
 from lowrank.testing.cases import conv_case
