@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from ..errors import unknown
 from ..types import Cost
+from .factored_conv import FactoredConv
 from .geometry import Geometry, fill, fill_bias, per_group
-from .lazy import LazyProduct
 
 Wide = Literal["first", "last"]
 
 
-class ChannelConv(nn.Module):
+class ChannelConv(FactoredConv):
     """Two real convolutions, y = up(down(x)), of g groups.
 
     Tensors, where the kernel is `wide="first"`: `down.weight` (g·r, I/g, *kernel), `up.weight`
@@ -31,6 +31,7 @@ class ChannelConv(nn.Module):
     """
 
     WORDS = ("padding_mode", "wide")
+    OUT = "up"
 
     def __init__(self, geometry: Geometry, rank: int, *, bias: bool, wide: Wide = "first") -> None:
         """On the meta device; see `from_factors`.
@@ -75,16 +76,6 @@ class ChannelConv(nn.Module):
     @classmethod
     def empty(cls, *, rank: int, bias: bool, wide: Wide = "first", **geometry: Any) -> Self:
         return cls(Geometry.from_spec(geometry), rank, bias=bias, wide=wide)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.up.bias
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight (O, I/g, *kernel), multiplied when it is used."""
-        shape = self.geometry.weight_shape
-        return LazyProduct.of(shape, self.up.weight, lambda: self.dense_weight().view(shape))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, I, *space) -> (B, O, *space')."""

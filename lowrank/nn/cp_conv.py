@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ..errors import LowrankError
 from ..types import Cost
+from .factored_conv import FactoredConv
 from .geometry import Geometry, fill, fill_bias, per_group
-from .lazy import LazyProduct
 
 
-class CPConv(nn.Module):
+class CPConv(FactoredConv):
     """Real convolutions, y = last(spatial(first(x))), of g groups.
 
     Tensors: `first.weight` (g·R, I/g, 1…), `spatial.0.weight` (g·R, 1, kh, 1…), one for each
@@ -28,7 +28,7 @@ class CPConv(nn.Module):
     its `rank` R is that of one group.
     """
 
-    WORDS = ("padding_mode",)
+    OUT = "last"
 
     def __init__(self, geometry: Geometry, rank: int, *, bias: bool) -> None:
         """On the meta device; see `from_factors`."""
@@ -78,16 +78,6 @@ class CPConv(nn.Module):
     @classmethod
     def empty(cls, *, rank: int, bias: bool, **geometry: Any) -> Self:
         return cls(Geometry.from_spec(geometry), rank, bias=bias)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.last.bias
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight (O, I/g, *kernel), multiplied when it is used."""
-        shape = self.geometry.weight_shape
-        return LazyProduct.of(shape, self.last.weight, lambda: self.dense_weight().view(shape))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, I, *space) -> (B, O, *space')."""

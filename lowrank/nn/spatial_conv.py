@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ..errors import LowrankError
 from ..types import Cost
+from .factored_conv import FactoredConv
 from .geometry import Geometry, fill, fill_bias, per_group
-from .lazy import LazyProduct
 
 
-class SpatialConv(nn.Module):
+class SpatialConv(FactoredConv):
     """Two real convolutions, y = up(down(x)), of g groups.
 
     Tensors: `down.weight` (g·r, I/g, kh, 1), `up.weight` (O, r, 1, kw), `up.bias` (O,). Each child
@@ -26,7 +26,7 @@ class SpatialConv(nn.Module):
     nn.Conv2d, and its `rank` r is that of one group, at most min(O/g · kw, I/g · kh).
     """
 
-    WORDS = ("padding_mode",)
+    OUT = "up"
 
     def __init__(self, geometry: Geometry, rank: int, *, bias: bool) -> None:
         """On the meta device; see `from_factors`.
@@ -69,16 +69,6 @@ class SpatialConv(nn.Module):
     @classmethod
     def empty(cls, *, rank: int, bias: bool, **geometry: Any) -> Self:
         return cls(Geometry.from_spec(geometry), rank, bias=bias)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.up.bias
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight (O, I/g, kh, kw), multiplied when it is used."""
-        shape = self.geometry.weight_shape
-        return LazyProduct.of(shape, self.up.weight, lambda: self.dense_weight().view(shape))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, I, height, width) -> (B, O, height', width')."""

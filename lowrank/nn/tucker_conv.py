@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..types import Cost
+from .factored_conv import FactoredConv
 from .geometry import Geometry, fill, fill_bias, per_group
-from .lazy import LazyProduct
 
 
-class TuckerConv(nn.Module):
+class TuckerConv(FactoredConv):
     """Three real convolutions, of g groups.
 
     Tensors: `first.weight` (g·r_in, I/g, 1…), `core.weight` (g·r_out, r_in, *kernel), `last.weight`
@@ -26,7 +26,7 @@ class TuckerConv(nn.Module):
     It has the attributes of an nn.Conv; `ranks` are those of one group.
     """
 
-    WORDS = ("padding_mode",)
+    OUT = "last"
 
     def __init__(self, geometry: Geometry, ranks: tuple[int, int], *, bias: bool) -> None:
         """On the meta device; see `from_parts`."""
@@ -73,16 +73,6 @@ class TuckerConv(nn.Module):
     @classmethod
     def empty(cls, *, r_out: int, r_in: int, bias: bool, **geometry: Any) -> Self:
         return cls(Geometry.from_spec(geometry), (r_out, r_in), bias=bias)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.last.bias
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight (O, I/g, *kernel), multiplied when it is used."""
-        shape = self.geometry.weight_shape
-        return LazyProduct.of(shape, self.last.weight, lambda: self.dense_weight().view(shape))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, I, *space) -> (B, O, *space')."""
