@@ -321,6 +321,30 @@ MUTANTS = (
             "test_auto_is_never_worse_than_one_form_alone_on_held_out_rows",
         ),
     ),
+    Mutant(
+        "bits of a mask packed from the other end of the byte",
+        "lowrank/nn/lowrank_masked.py",
+        "view(len(mask), -1, BITS) << places",
+        "view(len(mask), -1, BITS) << places.flip(0)",
+        (
+            "tests/nn/test_sparse_forms.py::test_a_bit_belongs_to_its_entry",
+            "tests/nn/test_forms.py::test_forward_and_dense_weight_are_numpys",
+        ),
+    ),
+    Mutant(
+        "entries chosen beside one low rank, and kept beside another",
+        "lowrank/linalg/masked.py",
+        "basis, sparse, mask = _chosen(",
+        "_, sparse, mask = _chosen(",
+        ("tests/linalg/test_masked.py::test_it_is_nearer_than_svd_and_thresholding_in_turn",),
+    ),
+    Mutant(
+        "a form of its own made anew of the old weight, whatever the stream asks for",
+        "lowrank/methods/refitting.py",
+        "wanted.weight = nn.Parameter(moved,",
+        "wanted.weight = nn.Parameter(weight.detach().to(moved),",
+        ("tests/methods/test_own_forms.py::test_a_refit_serves_the_stream_that_it_reads",),
+    ),
 )
 
 

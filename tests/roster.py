@@ -25,6 +25,19 @@ def one_channel(out_features: int, in_features: int, rng: torch.Generator) -> tu
     return weight, (2, 1)
 
 
+def one_more(out_features: int, in_features: int, rng: torch.Generator) -> tuple[Tensor, Size]:
+    """Rank one, which leaves nothing to the fewest entries of a curve."""
+    weight, _ = low_rank_weight(1)(out_features, in_features, rng)
+    return weight, (1, max(1, round(out_features * in_features / 100)))
+
+
+def half(out_features: int, in_features: int, rng: torch.Generator) -> tuple[Tensor, Size]:
+    """Rank one, which leaves nothing to 2:4."""
+    weight, _ = low_rank_weight(1)(out_features, in_features, rng)
+    groups, rest = divmod(in_features, 4)
+    return weight, (1, out_features * (2 * groups + -(-2 * rest // 4)))
+
+
 def alike(out_features: int, in_features: int, rng: torch.Generator) -> tuple[Tensor, Size]:
     """Every input and every place under the kernel alike: one component, however they are split."""
     return torch.randn(out_features, 1, generator=rng, dtype=torch.float64).expand(
@@ -69,6 +82,8 @@ ROSTER: dict[str, dict[str, Law]] = {
     "lowrank-sparse": laws(low_rank=False, planted=one_channel),
     "auto": laws(),  # of the forms in QUICK
     "blast": laws(low_rank=False, planted=blocks),
+    "lowrank-masked": laws(low_rank=False, planted=one_more),
+    "lowrank-2:4": laws(low_rank=False, planted=half),
 }
 
 JOINT_ROSTER = {"basis-sharing": JOINT_LAWS}
@@ -77,5 +92,7 @@ JOINT_ROSTER = {"basis-sharing": JOINT_LAWS}
 QUICK: dict[str, dict[str, Any]] = {
     "blast": {"sweeps": 4},
     "dense-sparse": {"sweeps": 2},
+    "lowrank-masked": {"iterations": 8},
+    "lowrank-2:4": {"iterations": 8},
     "auto": {"forms": ("factors", "pivoted")},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from ..io.surgery import factored, unchanged_on_error
 from ..plan import Plan
 from ..recover.own import hand_over
 from ..report import Report
-from ..types import Cost, Factored, Site
+from ..types import Cost, Factored, Method, Site
 from .allocating import Curves
 from .building import Built, Way, Work, build, error_of, grouped, method_for
 from .efforts import Recovery
@@ -101,7 +102,10 @@ def _recovered(
         )
     work = [(item.site, item.entry, item.new) for item in built if item.new is not None]
     damp = getattr(way, "damp", linalg.DAMP)
-    came = recover(model, work, seen, recovery, damp=damp, seed=plan.seed, progress=progress)
+    came = recover(
+        model, work, seen, recovery, lambda entry: cast(Method, method_for(entry, plan, way)),
+        damp=damp, seed=plan.seed, progress=progress,
+    )  # fmt: skip
     if came.broken:
         raise LowrankError(
             "the compressed model's predictions on held-out rows hold NaN or Inf, and the dense "

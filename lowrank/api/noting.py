@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -21,7 +22,9 @@ def notes_of(built: Sequence[Built], plan: Plan, seen: Calibration | None) -> tu
     left = f"left dense because factors are not faster: {slow}; more is kept than was planned"
     source = "" if seen is None else seen.source
     forms = plan.settings.get("forms") or {}
-    judged = ", ".join(f"{form} {away:.4g}" for form, away in sorted(forms.items(), key=_second))
+    judged = ", ".join(
+        f"{form} {away:.4g}" for form, away in sorted(forms.items(), key=itemgetter(1))
+    )
     said = (
         (source, f"calibrated on {source}"),
         (slow, left),
@@ -29,10 +32,6 @@ def notes_of(built: Sequence[Built], plan: Plan, seen: Calibration | None) -> tu
     )
     found = [note for holds, note in said if holds]
     return tuple(found) if seen is None else (*found, *_on_data(built, seen))
-
-
-def _second(pair: tuple[str, float]) -> float:
-    return pair[1]
 
 
 def _on_data(built: Sequence[Built], seen: Calibration) -> list[str]:

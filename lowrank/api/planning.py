@@ -241,9 +241,10 @@ def _curve(
 def _name_of(way: Method | JointMethod, curves: Sequence[Curve]) -> str:
     """What the options of a method call it."""
     every = (*METHODS.items(), *JOINT.items())
+    named = getattr(way, "name", "")  # where it depends on the options
     known = [name for name, kind in every if type(way) is kind]
     own = [option.method for curve in curves for option in curve.options if not option.dense]
-    return (known + own + [_name(way)])[0]
+    return named or (known + own + [_name(way)])[0]
 
 
 def _name(given: object) -> str:

@@ -55,7 +55,8 @@ def probe_of(
         if request.recovery is not None and work:
             closed = replace(request.recovery, block_steps=0, distill_steps=0)
             damp = getattr(way, "damp", linalg.DAMP)
-            modules = recover(model, work, few, closed, damp=damp, progress=False).modules
+            made = recover(model, work, few, closed, lambda _: way, damp=damp, progress=False)
+            modules = made.modules
         lean = twin(model)
         for site, _, _ in work:
             walk.replace(lean, walk.in_copy(site, lean), modules[site.name])

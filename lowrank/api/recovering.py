@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -23,15 +23,23 @@ from ..data import Batch, mask_of, rebatched
 from ..entry import Entry
 from ..errors import LowrankError
 from ..eval import NotFinite, judged
-from ..methods import refitted_layer
-from ..nn import ChannelConv, LowRankLinear, PivotedLinear, SpatialConv, TuckerConv, pivot_layer
+from ..methods import refitted_form, refitted_layer
+from ..nn import (
+    OWN_FORMS,
+    ChannelConv,
+    LowRankLinear,
+    PivotedLinear,
+    SpatialConv,
+    TuckerConv,
+    pivot_layer,
+)
 from ..recover.batchnorm import batch_norms, bn_recalibrate
 from ..recover.blocks import distill, refit_block
 from ..recover.own import Pairs, factors_in, own_buffers, own_vectors
 from ..recover.sequential import Moments, sequential
 from ..recover.training import Trained, Training
 from ..streams import Chain, twin
-from ..types import Site
+from ..types import Method, Site
 from .efforts import Recovery
 
 HELD_OUT = 8  # one row in so many is kept for judging
@@ -62,6 +70,7 @@ def recover(
     work: Sequence[tuple[Site, Entry, nn.Module]],
     seen: Calibration | None,
     recovery: Recovery,
+    method_of: Callable[[Entry], Method],
     *,
     damp: float = linalg.DAMP,
     seed: int = 0,
@@ -71,6 +80,7 @@ def recover(
 
     Args:
         work: sites of the model, their entries and the layers made from dense statistics.
+        method_of: makes a form of its own anew.
 
     Raises:
         LowrankError: there are no batches to run, or a chain cannot be run block by block.
@@ -82,7 +92,7 @@ def recover(
     batches = rebatched(seen.batches, recovery.rows)
     fitted = len(batches)  # what is held out runs along, and nothing is fitted to it
     batches += rebatched(seen.held_out, recovery.rows)
-    job = _Job(model, seen, recovery, batches, fitted, damp, seed, progress)
+    job = _Job(model, seen, recovery, method_of, batches, fitted, damp, seed, progress)
     return job.run(work)
 
 
@@ -96,6 +106,7 @@ class _Job:
     model: nn.Module
     seen: Calibration
     recovery: Recovery
+    method_of: Callable[[Entry], Method]
     batches: Sequence[Batch]
     fitted: int
     damp: float
@@ -111,7 +122,7 @@ class _Job:
         self.entries = {site.name: entry for site, entry, _ in work}
         self.built = {site.name: new for site, _, new in work}
         self.masks = [mask_of(batch) for batch in self.batches]
-        refits = [s for s, _, new in work if isinstance(new, REFITTED)]
+        refits = [s for s, e, new in work if isinstance(new, REFITTED) or e.storage in OWN_FORMS]
         called = set(self.seen.seen.order)
         refits = [s for s in refits if s.name in called and self._stats(s) and len(s.modules) == 1]
         for site, _, new in work:
@@ -169,16 +180,14 @@ class _Job:
         if entry.method.startswith("two-sided") and stats.out_gram is not None:
             root = linalg.output_root(stats.out_gram, self.damp)
         mixed = (1 - share) * gram + share * cross
-        new = refitted_layer(
-            site.module,
-            entry.size or (1,),
-            entry.storage,
-            gram,
-            mixed,
-            root=root,
-            least=least,
-            seed=self.seed,
-        )
+        if entry.storage in OWN_FORMS:
+            way = self.method_of(entry)
+            new = refitted_form(way, site.module, entry.option(), gram, mixed, least=least)
+        else:
+            new = refitted_layer(
+                site.module, entry.size or (1,), entry.storage, gram, mixed, root=root,
+                least=least, seed=self.seed,
+            )  # fmt: skip
         if bias is not None:
             with torch.no_grad():
                 exact = weight.detach().double() @ mean.to(weight.device)

@@ -15,6 +15,11 @@ from .lowrank_sparse import LowRankSparse as LowRankSparse
 from .lowrank_sparse import channels as channels
 from .lowrank_sparse import low_rank_sparse as low_rank_sparse
 from .lowrank_sparse import remaining as remaining
+from .masked import LowRankMasked as LowRankMasked
+from .masked import largest as largest
+from .masked import low_rank_masked as low_rank_masked
+from .nm import nm_bytes as nm_bytes
+from .nm import nm_mask as nm_mask
 from .pivot import Pivoted as Pivoted
 from .pivot import mixed_from as mixed_from
 from .pivot import pivot_rows as pivot_rows

@@ -25,8 +25,11 @@ from .dense_sparse import DenseSparse as DenseSparse
 from .frequency import Frequency as Frequency
 from .fwsvd import FWSVD as FWSVD
 from .head_aware import HeadAware as HeadAware
+from .lowrank_masked import LowRank24 as LowRank24
+from .lowrank_masked import LowRankMasked as LowRankMasked
 from .lowrank_sparse import LowRankSparse as LowRankSparse
 from .random import Random as Random
+from .refitting import refitted_form as refitted_form
 from .refitting import refitted_layer as refitted_layer
 from .snmf import SemiNMF as SemiNMF
 from .storage import Pivoted as Pivoted
@@ -58,6 +61,8 @@ METHODS: dict[str, type[Method]] = {
     "head-aware": HeadAware,
     "dense-sparse": DenseSparse,
     "lowrank-sparse": LowRankSparse,
+    "lowrank-masked": LowRankMasked,
+    "lowrank-2:4": LowRank24,
     "blast": Blast,
     "auto": Auto,
 }

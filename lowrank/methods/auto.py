@@ -17,17 +17,20 @@ from ..nn import OWN_FORMS
 from ..types import Curve, Method, Option, Site, Statistics
 from .blast import Blast
 from .dense_sparse import DenseSparse
+from .lowrank_masked import LowRankMasked
 from .lowrank_sparse import LowRankSparse
 from .sampled import pareto
 from .storage import stored_as
 from .whitened import Whitened
 
-FORMS = ("factors", "pivoted", *OWN_FORMS)
+KNOWN = ("factors", "pivoted", *OWN_FORMS)
+FORMS = tuple(form for form in KNOWN if form != "lowrank-masked")  # which multiplies as dense does
 
 
 @dataclass(frozen=True)
 class Auto:
-    """Options: `forms`, the storages to choose among; `seed` of what they draw.
+    """Options: `forms`, the storages to choose among; `seed` of what they draw. "lowrank-masked",
+    which is never faster than the dense layer, is one of them only where it is named.
 
     Sizes are those of the form that an option names as its storage. The curve is not exact: errors
     of forms that iterate are those of little effort, which may leave a form out that would be best.
@@ -41,8 +44,8 @@ class Auto:
 
     def __post_init__(self) -> None:
         for form in self.forms or ("",):
-            if form not in FORMS:
-                raise unknown("form", str(form), FORMS)
+            if form not in KNOWN:
+                raise unknown("form", str(form), KNOWN)
 
     def curve(self, site: Site, stats: Statistics) -> Curve:
         return self.joined(site, [self._way(form).curve(site, stats) for form in self.forms])
@@ -64,6 +67,7 @@ class Auto:
     def _way(self, form: str) -> Method:
         own: dict[str, type[Method]] = {
             "dense-sparse": DenseSparse, "lowrank-sparse": LowRankSparse, "blast": Blast,
+            "lowrank-masked": LowRankMasked,
         }  # fmt: skip
         if form in own:
             return own[form](seed=self.seed)  # type: ignore[call-arg]

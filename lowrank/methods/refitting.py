@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import layouts, linalg
 from ..nn import ChannelConv, LowRankLinear
-from ..types import Size
+from ..types import Method, Option, Size, Statistics
 from .conv_forms import FORMS, Metric, fitted
 
 
@@ -44,3 +44,28 @@ def refitted_layer(
     if layouts.kind(module) == "conv":
         return ChannelConv.from_factors(module, down.to(weight), up.to(weight))
     return LowRankLinear.from_factors(down.to(weight), up.to(weight), layouts.bias(module))
+
+
+def refitted_form(
+    way: Method,
+    module: nn.Module,
+    option: Option,
+    gram: Tensor,
+    target: Tensor,
+    *,
+    least: float = 0.0,
+) -> Any:
+    """A linear layer in a form of its own for the stream that it reads.
+
+    It is what the method makes of the weight that the stream asks for, W K H'⁻¹, in the metric H'.
+
+    Args:
+        gram, target: H' and K, (in, in).
+    """
+    weight, bias = layouts.matrix(module), layouts.bias(module)
+    moved = linalg.regressed(weight, gram, target, least=least).to(weight.device)
+    wanted = nn.Linear(moved.shape[1], len(moved), bias=bias is not None, device="meta")
+    wanted.weight = nn.Parameter(moved, requires_grad=False)
+    if bias is not None:
+        wanted.bias = nn.Parameter(bias.detach().to(moved), requires_grad=False)
+    return way.factor(wanted, option, Statistics(count=1, gram=gram)).to(weight.dtype)

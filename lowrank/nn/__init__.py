@@ -20,6 +20,8 @@ from .dense_sparse import dense_sparse_cost as dense_sparse_cost
 from .geometry import Geometry as Geometry
 from .lowrank_embedding import LowRankEmbedding as LowRankEmbedding
 from .lowrank_linear import LowRankLinear as LowRankLinear
+from .lowrank_masked import LowRankMaskedLinear as LowRankMaskedLinear
+from .lowrank_masked import low_rank_masked_cost as low_rank_masked_cost
 from .lowrank_sparse import LowRankSparseLinear as LowRankSparseLinear
 from .lowrank_sparse import low_rank_sparse_cost as low_rank_sparse_cost
 from .pivoted_linear import PivotedLinear as PivotedLinear
@@ -49,6 +51,7 @@ FACTORED: dict[str, type[nn.Module]] = {
     "TiedHead": TiedHead,
     "DenseSparseLinear": DenseSparseLinear,
     "LowRankSparseLinear": LowRankSparseLinear,
+    "LowRankMaskedLinear": LowRankMaskedLinear,
     "BlastLinear": BlastLinear,
     "USVLinear": USVLinear,
 }
@@ -59,6 +62,7 @@ OWN_FORMS: dict[str, Callable[..., Cost]] = {
     "dense-sparse": dense_sparse_cost,
     "lowrank-sparse": low_rank_sparse_cost,
     "blast": blast_cost,
+    "lowrank-masked": low_rank_masked_cost,
 }
 
 LAYOUTS = ("linear", "conv1d")

@@ -1,4 +1,4 @@
-"""Dense-sparse, low rank with channels, and blocks, as methods: what their curves say and keep."""
+"""Forms sized by several numbers, as methods: what their curves say and keep."""
 
 from __future__ import annotations
 
@@ -13,12 +13,20 @@ from lowrank.methods import (
     Auto,
     Blast,
     DenseSparse,
+    LowRank24,
+    LowRankMasked,
     LowRankSparse,
     Whitened,
     own_form,
+    refitted_form,
     stored_as,
 )
-from lowrank.nn import BlastLinear, DenseSparseLinear, LowRankSparseLinear
+from lowrank.nn import (
+    BlastLinear,
+    DenseSparseLinear,
+    LowRankMaskedLinear,
+    LowRankSparseLinear,
+)
 from lowrank.types import Cost, Option, Statistics
 
 from .layers import inputs, linear, output_error, site, statistics
@@ -27,8 +35,9 @@ WAYS = [
     (DenseSparse(), DenseSparseLinear),
     (LowRankSparse(), LowRankSparseLinear),
     (Blast(sweeps=60), BlastLinear),
+    (LowRankMasked(), LowRankMaskedLinear),
 ]
-NAMES = ["dense-sparse", "lowrank-sparse", "blast"]
+NAMES = ["dense-sparse", "lowrank-sparse", "blast", "lowrank-masked"]
 
 
 @pytest.mark.parametrize(("way", "kind"), WAYS, ids=NAMES)
@@ -90,6 +99,41 @@ def test_inputs_that_stand_out_suit_channels() -> None:
     assert output_error(layer, new, rows) < 1e-9
 
 
+def test_entries_that_stand_out_suit_a_mask() -> None:
+    """A weight of rank two and entries of its own anywhere: found exactly, the mask too."""
+    rng = torch.Generator().manual_seed(0)
+    layer = linear(40, 30)
+    rows = torch.randn(300, 30, generator=rng, dtype=torch.float64)
+    mask = torch.rand(40, 30, generator=rng) < 0.04
+    weight = torch.randn(40, 2, generator=rng) @ torch.randn(2, 30, generator=rng)
+    with torch.no_grad():
+        layer.weight.copy_(weight.double() + 5 * mask)
+    stats, way = statistics(rows), LowRankMasked(iterations=300)
+    new = way.factor(layer, Option("", (2, int(mask.sum())), "", Cost(0, 0, 0), 0.0), stats)
+    found = new.sparse.dense() != 0
+    assert torch.equal(found, mask)
+    assert output_error(layer, new, rows) < 1e-6 * float(rows.square().sum(1).mean())
+
+
+@pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (3, 5)])
+def test_n_of_each_m_are_kept_whatever_the_rank(pattern: tuple[int, int]) -> None:
+    """The last group of a row may be shorter; a plan's method says the pattern."""
+    layer, stats, (n, m) = linear(12, 18), statistics(inputs(18)), pattern
+    way = LowRankMasked(pattern=pattern)
+    curve = way.curve(site(layer), stats)
+    options = [option for option in curve.options if option.size]
+    last = -(-n * (18 % m) // m)
+    assert {option.size[1] for option in options} == {12 * (n * (18 // m) + last)}
+    assert [option.size[0] for option in options] == [*range(1, len(options) + 1)]
+    assert {option.method for option in options} == {f"lowrank-{n}:{m}"}
+    for option in options[::4]:
+        mask = way.factor(layer, option, stats).sparse.dense() != 0
+        for start in range(0, 18, m):
+            group = mask[:, start : start + m]
+            most = n if group.shape[1] == m else last
+            assert bool((group.sum(1) == most).all())
+
+
 def test_options_are_used() -> None:
     layer, stats = linear(30, 40), statistics(inputs(40))
     sizes = {
@@ -124,6 +168,14 @@ def test_options_are_used() -> None:
         (lambda: LowRankSparse(shares=()), "shares must be numbers"),
         (lambda: LowRankSparse(shares=(0.1, 1.0)), "shares must be numbers"),
         (lambda: LowRankSparse(rounds=-1), "rounds must be"),
+        (lambda: LowRankMasked(pattern="2:4"), "pattern is 'unstructured' or"),
+        (lambda: LowRankMasked(pattern=(4, 4)), r"got \(4, 4\)"),
+        (lambda: LowRankMasked(pattern=(0, 4)), r"got \(0, 4\)"),
+        (lambda: LowRankMasked(pattern=(1, 2, 4)), r"got \(1, 2, 4\)"),
+        (lambda: LowRankMasked(pattern=(1.5, 4)), r"got \(1.5, 4\)"),
+        (lambda: LowRankMasked(ranks=()), "ranks must be shares"),
+        (lambda: LowRankMasked(ranks=(0.0,)), "ranks must be shares"),
+        (lambda: LowRankMasked(iterations=-1), "iterations must be an integer >= 0"),
         (lambda: Blast(blocks=0), "blocks must be an integer >= 1"),
         (lambda: Blast(sweeps=0), "sweeps must be an integer >= 1"),
     ],
@@ -142,6 +194,10 @@ def test_options_that_are_none_are_refused(make: Any, said: str) -> None:
         (LowRankSparse(), (7, 1), "needs a rank up to 6"),
         (LowRankSparse(), (2, 9), "8 inputs or fewer"),
         (LowRankSparse(), (0, 1), "expected a size"),
+        (LowRankMasked(), (7, 1), "needs a rank up to 6 and at most 48 entries"),
+        (LowRankMasked(), (2, 49), "at most 48 entries"),
+        (LowRank24(), (2, 23), "needs a rank up to 6 and 24 entries"),
+        (LowRank24(), (2, 25), "24 entries"),
         (Blast(), (7, 1), "7 blocks along each side do not fit"),
         (Blast(), (2, 2, 2), "expected a size"),
     ],
@@ -152,6 +208,32 @@ def test_sizes_that_do_not_fit_are_refused(way: Any, size: Any, said: str) -> No
         way.factor(linear(6, 8), option, statistics(inputs(8)))
     with pytest.raises(LowrankError, match="expected the gram of an input of width 8, got none"):
         way.curve(site(linear(6, 8)), Statistics())
+
+
+@pytest.mark.parametrize(("way", "kind"), WAYS, ids=NAMES)
+def test_a_refit_serves_the_stream_that_it_reads(way: Any, kind: type) -> None:
+    """Of inputs that were turned into others, it comes nearer to what the dense layer says."""
+    layer, x = linear(24, 20), inputs(20)
+    turn = (
+        torch.eye(20).double()
+        + 0.5 * torch.randn(20, 20, generator=torch.Generator().manual_seed(7)).double() / 20**0.5
+    )
+    y = x @ turn
+    stats = statistics(x)
+    options = [option for option in way.curve(site(layer), stats).options if option.size]
+    option = options[len(options) // 2]
+    gram, cross = y.T @ y / len(y), x.T @ y / len(y)
+    with torch.no_grad():
+        want, errors = layer(x), {}
+        for name, new in (
+            ("old", way.factor(layer, option, stats)),
+            ("new", refitted_form(way, layer, option, gram, cross)),
+        ):
+            assert type(new) is kind
+            assert new.spec() == errors.setdefault("spec", new.spec())
+            assert torch.equal(new.bias, layer.bias)
+            errors[name] = float((new(y) - want).square().sum())
+    assert errors["new"] < 0.5 * errors["old"]
 
 
 def test_auto_is_never_farther_than_any_form_by_its_own_curve() -> None:

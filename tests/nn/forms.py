@@ -1,4 +1,4 @@
-"""The three forms that are sized by several numbers, with NumPy's word for what they compute."""
+"""The forms that are sized by several numbers, with NumPy's word for what they compute."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lowrank.nn import BlastLinear, DenseSparseLinear, LowRankSparseLinear
+from lowrank.nn import (
+    BlastLinear,
+    DenseSparseLinear,
+    LowRankMaskedLinear,
+    LowRankSparseLinear,
+)
 
 
 class Made(NamedTuple):
@@ -64,8 +69,19 @@ def blast(out: int, inner: int, *, bias: bool = True, seed: int = 0) -> Made:
     return Made(layer, weight, None if shift is None else shift.numpy())
 
 
+def lowrank_masked(out: int, inner: int, *, bias: bool = True, seed: int = 0) -> Made:
+    normal, rng = drawn(seed), np.random.default_rng(seed)
+    down, up, entries = normal(2, inner), normal(out, 2), normal(out, inner)
+    mask = rng.random((out, inner)) < 0.4
+    shift = normal(out) if bias else None
+    weight = up.numpy() @ down.numpy() + np.where(mask, entries.numpy(), 0)
+    layer = LowRankMaskedLinear.from_parts(down, up, entries, torch.from_numpy(mask), shift)
+    return Made(layer, weight, None if shift is None else shift.numpy())
+
+
 FORMS: dict[str, Callable[..., Made]] = {
     "DenseSparseLinear": dense_sparse,
     "LowRankSparseLinear": lowrank_sparse,
     "BlastLinear": blast,
+    "LowRankMaskedLinear": lowrank_masked,
 }

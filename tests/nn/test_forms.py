@@ -1,4 +1,4 @@
-"""What dense-sparse, low-rank-sparse and block layers share: the arithmetic, files, other modes."""
+"""What the layers share that are sized by several numbers: the arithmetic, files, other modes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from safetensors.torch import load, save
 from torch import nn
 from torch.nn.functional import linear
 
-from lowrank.nn import FACTORED, OWN_FORMS, build, describe, is_factored, remember_layout
+from lowrank.nn import (
+    FACTORED,
+    OWN_FORMS,
+    LowRankMaskedLinear,
+    build,
+    describe,
+    is_factored,
+    remember_layout,
+)
 from lowrank.types import Cost, Factored
 
 from .forms import FORMS
@@ -100,7 +108,10 @@ def test_cost_is_what_is_stored(made: Any, dtype: torch.dtype) -> None:
     tensors = {k: t for k, t in layer.state_dict().items() if k.rpartition(".")[2] != "bias"}
     params = sum(t.numel() for t in tensors.values() if t.is_floating_point())
     stored = sum(t.numel() * t.element_size() for t in tensors.values())
-    assert layer.cost() == Cost(params, stored, params)
+    macs = params  # but for zeros that are multiplied too
+    if isinstance(layer, LowRankMaskedLinear):
+        macs = 7 * 10 + 2 * (7 + 10)
+    assert layer.cost() == Cost(params, stored, macs)
 
 
 def test_weight_reads_as_the_dense_one_and_costs_nothing_to_look_at(made: Any) -> None:
@@ -151,8 +162,9 @@ def test_a_fresh_layer_computes_something(made: Any) -> None:
 
 def test_the_registries_agree() -> None:
     assert {*FORMS} <= {*FACTORED}
-    assert [*OWN_FORMS] == ["dense-sparse", "lowrank-sparse", "blast"]
+    assert [*OWN_FORMS] == ["dense-sparse", "lowrank-sparse", "blast", "lowrank-masked"]
     sizes = {"dense-sparse": (5, 2), "lowrank-sparse": (2, 3), "blast": (3, 2)}
+    sizes["lowrank-masked"] = 2, FORMS["LowRankMaskedLinear"](7, 10).layer.count
     for (storage, cost), make in zip(OWN_FORMS.items(), FORMS.values(), strict=True):
         layer = make(7, 10).layer
         assert layer.cost() == cost(7, 10, *sizes[storage], itemsize=8)

@@ -7,9 +7,16 @@ import torch
 
 import lowrank.nn.dense_sparse as dense_sparse_module
 from lowrank.errors import LowrankError
-from lowrank.nn import BlastLinear, DenseSparseLinear, LowRankSparseLinear, build
+from lowrank.nn import (
+    BlastLinear,
+    DenseSparseLinear,
+    LowRankMaskedLinear,
+    LowRankSparseLinear,
+    build,
+)
+from lowrank.nn.lowrank_masked import pack, unpack
 
-from .forms import blast, dense_sparse, lowrank_sparse
+from .forms import blast, dense_sparse, lowrank_masked, lowrank_sparse
 
 
 def shapes(layer: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -28,6 +35,12 @@ def test_names_and_shapes_of_the_tensors_are_a_contract() -> None:
         "left": (3, 3, 2), "mix": (3, 3, 2), "right": (3, 2, 4), "bias": (7,),
     }  # fmt: skip
     assert lowrank_sparse(7, 10).layer.sparse.index.dtype == torch.int32
+    layer = lowrank_masked(7, 10).layer
+    assert shapes(layer) == {
+        "down.weight": (2, 10), "up.weight": (7, 2), "up.bias": (7,),
+        "sparse.weight": (layer.count,), "sparse.mask": (7, 2),
+    }  # fmt: skip
+    assert layer.sparse.mask.dtype == torch.uint8
 
 
 @pytest.mark.parametrize(
@@ -80,6 +93,33 @@ def test_a_column_belongs_to_its_input() -> None:
     assert right.dense_weight().tolist() == [[0, 5, 0], [0, 7, 0]]
 
 
+def test_a_bit_belongs_to_its_entry() -> None:
+    """By hand: the least bit of a byte is the first of its inputs; rows do not share bytes."""
+    mask = torch.zeros(2, 10, dtype=torch.bool)
+    mask[0, 1] = mask[0, 8] = mask[1, 0] = True
+    assert pack(mask).tolist() == [[2, 1], [1, 0]]
+    assert torch.equal(unpack(pack(mask), 10), mask)
+    entries = torch.arange(20.0).view(2, 10)
+    parts = torch.zeros(1, 10), torch.zeros(2, 1), entries, mask
+    layer = LowRankMaskedLinear.from_parts(*parts, None)
+    assert layer.sparse.weight.tolist() == [1, 8, 10]
+    assert torch.equal(layer.dense_weight(), entries * mask)
+    x = torch.zeros(10)
+    x[8] = 1
+    assert layer(x).tolist() == [8, 0]
+
+
+def test_masks_that_do_not_fit_are_refused() -> None:
+    down, up, entries = torch.ones(1, 3), torch.ones(2, 1), torch.ones(2, 3)
+    for mask, said in (
+        (torch.ones(3, 2, dtype=torch.bool), r"mask of shape \(2, 3\).* of \(3, 2\)"),
+        (torch.ones(2, 3), "torch.float32"),
+        (torch.zeros(2, 3, dtype=torch.bool), r"count must be in \[1, 6\].*got 0"),
+    ):
+        with pytest.raises(LowrankError, match=said):
+            LowRankMaskedLinear.from_parts(down, up, entries, mask, None)
+
+
 def test_codes_that_do_not_fit_are_refused() -> None:
     basis, value = torch.ones(4, 3), torch.ones(2, 2)
     for index, said in (
@@ -112,6 +152,7 @@ NONSENSE = {
     "too many atoms": ("DenseSparseLinear", {"rank": 40_000, "count": 1}, "<= 32768"),
     "more channels than inputs": ("LowRankSparseLinear", {"rank": 2, "count": 9}, r"\[1, 8\]"),
     "no channel": ("LowRankSparseLinear", {"rank": 2, "count": 0}, "got 0"),
+    "more entries than there are": ("LowRankMaskedLinear", {"rank": 2, "count": 49}, r"\[1, 48\]"),
     "more blocks than rows": ("BlastLinear", {"blocks": 7, "rank": 2}, r"blocks in \[1, 6\]"),
     "no rank": ("BlastLinear", {"blocks": 2, "rank": 0}, "got 2 and 0"),
 }

@@ -1,0 +1,133 @@
+"""Low rank, and the single entries that it serves worst: W ≈ L + S, S zero but for a mask.
+
+The form of OATS (arXiv 2409.13652), fitted to the outputs as in linalg/masked.py. At equal bytes,
+the bit for every entry counted, it is nearer to the dense model than any form that is also faster
+(benchmarks/sparse_quality.py); it multiplies as the dense layer does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import layouts, linalg
+from ..errors import LowrankError
+from ..linalg.masked import ITERATIONS
+from ..nn import LowRankMaskedLinear, low_rank_masked_cost
+from ..types import Curve, Option, Site, Size, Statistics
+from .common import gram_of
+from .sampled import pareto, sampled_curve, sizes_of
+
+RANKS = (0.02, 0.06)  # both serve: the larger one where much is kept
+STEPS = 100  # sizes of a curve, for each rank
+STORAGE = "lowrank-masked"
+
+
+@dataclass(frozen=True)
+class LowRankMasked:
+    """Options: `pattern`, "unstructured" or (N, M), N of each M consecutive inputs of a row;
+    `ranks`, shares of min(out, in) that an unstructured S is offered with; `iterations` of the
+    solver; `seed` as for `SVD`.
+
+    Sizes are (r, k), k entries. With (N, M) k is what the pattern keeps, and r any rank. The curve
+    is an interpolation, not exact: see `sampled_curve`.
+    """
+
+    seed: int = 0
+    pattern: str | tuple[int, int] = "unstructured"
+    ranks: tuple[float, ...] = RANKS
+    iterations: int = ITERATIONS
+    kinds = frozenset({"linear"})
+    needs = frozenset({"gram"})
+    own_form = True
+
+    def __post_init__(self) -> None:
+        pair = self.pattern
+        whole = isinstance(pair, tuple) and len(pair) == 2 and all(type(n) is int for n in pair)
+        if pair != "unstructured" and not (whole and 1 <= int(pair[0]) < int(pair[1])):
+            raise LowrankError(
+                "pattern is 'unstructured' or (N, M) with 1 <= N < M, such as (2, 4); "
+                f"got {self.pattern!r}"
+            )
+        if not self.ranks or not all(0 < share < 1 for share in self.ranks):
+            raise LowrankError(f"ranks must be shares in (0, 1), got {self.ranks!r}")
+        if not isinstance(self.iterations, int) or self.iterations < 0:
+            raise LowrankError(f"iterations must be an integer >= 0, got {self.iterations!r}")
+
+    @property
+    def name(self) -> str:
+        """Sizes do not tell a pattern, so that its name does."""
+        if isinstance(self.pattern, str):
+            return STORAGE
+        return f"lowrank-{self.pattern[0]}:{self.pattern[1]}"
+
+    def curve(self, site: Site, stats: Statistics) -> Curve:
+        weight, gram = layouts.matrix(site.module), gram_of(stats, site.shape[1])
+        total = linalg.squared_error(weight, torch.zeros_like(weight), gram)
+
+        def error(size: Size, share: float) -> float:
+            parts = self._parts(weight, size, gram, math.ceil(share * self.iterations))
+            return linalg.squared_error(weight, parts.up @ parts.down + parts.sparse, gram)
+
+        cost = partial(low_rank_masked_cost, *site.shape, itemsize=weight.dtype.itemsize)
+        options = [
+            replace(option, method=self.name)
+            for sizes in self._sizes(site.shape)
+            for option in sampled_curve(site, STORAGE, sizes, cost, error, total).options
+            if not option.dense
+        ]
+        return Curve(site.names, pareto(site, options), total, None, "output", exact=False)
+
+    def factor(self, module: nn.Module, option: Option, stats: Statistics) -> nn.Module:
+        weight = layouts.matrix(module)
+        rank, count = sizes_of(option, module, "rank, entries")
+        free = isinstance(self.pattern, str)
+        most = weight.numel() if free else self._kept(weight.shape)
+        if rank > min(weight.shape) or count > most or (count < most and not free):
+            raise LowrankError(
+                f"a size ({rank}, {count}) needs a rank up to {min(weight.shape)} and "
+                f"{'at most ' * free}{most} entries"
+            )
+        gram = gram_of(stats, weight.shape[1])
+        parts = self._parts(weight, (rank, count), gram, self.iterations)
+        down, up, sparse = (part.to(weight) for part in (parts.down, parts.up, parts.sparse))
+        bias = layouts.bias(module)
+        return LowRankMaskedLinear.from_parts(down, up, sparse, parts.mask, bias)
+
+    def _parts(
+        self, weight: Tensor, size: Size, gram: Tensor, iterations: int
+    ) -> linalg.LowRankMasked:
+        keep = linalg.largest(size[1])
+        if isinstance(self.pattern, tuple):
+            keep = partial(linalg.nm_mask, n=self.pattern[0], m=self.pattern[1])
+        return linalg.low_rank_masked(
+            weight, size[0], keep, gram, iterations=iterations, seed=self.seed
+        )
+
+    def _sizes(self, shape: tuple[int, int]) -> Iterator[list[Size]]:
+        """Sizes of one curve each, cost rising."""
+        least, entries = min(shape), shape[0] * shape[1]
+        if isinstance(self.pattern, tuple):
+            yield [(rank, self._kept(shape)) for rank in range(1, least + 1)]
+            return
+        for rank in sorted({max(1, round(share * least)) for share in self.ranks}):
+            counts = (round(step * entries / STEPS) for step in range(1, STEPS))
+            yield [(rank, count) for count in sorted({*counts} - {0})]
+
+    def _kept(self, shape: torch.Size | tuple[int, int]) -> int:
+        """Entries that N:M keeps of a matrix."""
+        n, m = cast(tuple[int, int], self.pattern)
+        return shape[0] * (n * (shape[1] // m) + math.ceil(n * (shape[1] % m) / m))
+
+
+@dataclass(frozen=True)
+class LowRank24(LowRankMasked):
+    """Low rank plus 2:4, the pattern that accelerators multiply."""
+
+    pattern: str | tuple[int, int] = (2, 4)

@@ -1,0 +1,207 @@
+"""Low rank, and single entries of the weight: y = up(down(x)) + S x, S zero but for a mask.
+
+OATS (arXiv 2409.13652) compresses so; file format and forward pass are ours. A bit for every entry
+of the dense weight says whether it is kept, and the values of those that are follow row by row: for
+2:4 that is as short as positions are, and it serves any pattern. S is spread out when it is used,
+and multiplied as a dense weight is: the layer is smaller than the dense one, and not faster.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import LowrankError
+from ..types import Cost
+from .lazy import LazyProduct
+from .lowrank_linear import own
+
+BITS = 8
+
+
+class Masked(nn.Module):
+    """Tensors: `weight` (k,), the kept entries row by row; `mask` (out, ⌈in / 8⌉) uint8, whose bit
+    j mod 8, the least first, of byte ⌊j / 8⌋ says whether a row keeps entry j."""
+
+    mask: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        count: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.weight = nn.Parameter(torch.zeros(count, device=device, dtype=dtype))
+        if self.weight.is_meta:
+            packed = torch.zeros(
+                out_features, -(-in_features // BITS), dtype=torch.uint8, device=device
+            )
+        else:  # the first of all entries
+            first = torch.arange(out_features * in_features, device=device) < count
+            packed = pack(first.view(out_features, in_features))
+        self.register_buffer("mask", packed)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """S (out, in), with its zeros."""
+        mask = unpack(self.mask, self.in_features)
+        weight = self.weight.to(dtype or self.weight.dtype)
+        return weight.new_zeros(mask.shape).masked_scatter(mask, weight)
+
+
+class LowRankMaskedLinear(nn.Module):
+    """Two real `nn.Linear` children, and the entries that low rank serves worst.
+
+    Tensors: `down.weight` (rank, in), `up.weight` (out, rank), `up.bias` (out,), `sparse.weight`
+    (k,), `sparse.mask` (out, ⌈in / 8⌉) uint8.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        count: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= count <= in_features * out_features:
+            raise LowrankError(
+                f"count must be in [1, {in_features * out_features}], the entries of a weight of "
+                f"shape ({out_features}, {in_features}), got {count}"
+            )
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.down = nn.Linear(in_features, rank, bias=False, **place)
+        self.up = nn.Linear(rank, out_features, bias=bias, **place)
+        self.sparse = Masked(in_features, out_features, count, **place)
+
+    @classmethod
+    def from_parts(
+        cls, down: Tensor, up: Tensor, sparse: Tensor, mask: Tensor, bias: Tensor | None
+    ) -> Self:
+        """A layer that owns contiguous copies.
+
+        Args:
+            down, up, sparse: (rank, in), (out, rank), (out, in), of one dtype.
+            mask: (out, in), bool: the entries of `sparse` that are kept.
+
+        Raises:
+            LowrankError: shapes do not fit, or the mask keeps nothing.
+        """
+        (rank, in_features), out_features = down.shape, len(up)
+        shape, count = (out_features, in_features), int(mask.sum())
+        if mask.shape != shape or sparse.shape != shape or mask.dtype != torch.bool:
+            raise LowrankError(
+                f"expected entries and a bool mask of shape {shape}, got {tuple(sparse.shape)} and "
+                f"{mask.dtype} of {tuple(mask.shape)}"
+            )
+        layer = cls.empty(
+            in_features=in_features, out_features=out_features, rank=rank, count=count,
+            bias=bias is not None,
+        )  # fmt: skip
+        layer.down.weight, layer.up.weight = own(down), own(up)
+        layer.sparse.weight, layer.sparse.mask = own(sparse[mask]), pack(mask)
+        if bias is not None:
+            layer.up.bias = own(bias)
+        return layer
+
+    @classmethod
+    def empty(
+        cls, *, in_features: int, out_features: int, rank: int, count: int, bias: bool
+    ) -> Self:
+        return cls(in_features, out_features, rank, count, bias=bias, device="meta")
+
+    @property
+    def in_features(self) -> int:
+        return self.down.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.up.out_features
+
+    @property
+    def rank(self) -> int:
+        return self.down.out_features
+
+    @property
+    def count(self) -> int:
+        """Entries that are kept."""
+        return len(self.sparse.weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (out, in), multiplied when it is used: for code that reads `.weight`."""
+        shape = (self.out_features, self.in_features)
+        return LazyProduct.of(shape, self.up.weight, self.dense_weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.up.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        low = self.up(self.down(x))
+        rows = x.reshape(-1, self.in_features), low.reshape(-1, self.out_features)
+        spread = self.sparse.dense(low.dtype)
+        return torch.addmm(rows[1], rows[0].to(low.dtype), spread.T).view(low.shape)
+
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(out, in), multiplied in `dtype` (None: that of the factors)."""
+        dtype = dtype or self.up.weight.dtype
+        return self.up.weight.to(dtype) @ self.down.weight.to(dtype) + self.sparse.dense(dtype)
+
+    def spec(self) -> dict[str, Any]:
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "rank": self.rank,
+            "count": self.count,
+            "bias": self.up.bias is not None,
+        }
+
+    def cost(self) -> Cost:
+        shape, itemsize = (self.out_features, self.in_features), self.up.weight.dtype.itemsize
+        return low_rank_masked_cost(*shape, self.rank, self.count, itemsize=itemsize)
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, rank={self.rank}, count={self.count}"
+
+
+def low_rank_masked_cost(
+    out_features: int, in_features: int, rank: int, count: int, *, itemsize: int
+) -> Cost:
+    """rank · (out + in) + count numbers, a bit for every entry, and the products of the dense layer
+    beside those of the factors: zeros are multiplied too.
+
+    Args:
+        itemsize: bytes of one number.
+    """
+    factors = rank * (out_features + in_features)
+    params, bits = factors + count, out_features * -(-in_features // BITS)
+    return Cost(params, params * itemsize + bits, factors + out_features * in_features)
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Eight entries of a row (out, in), bool, in a byte (out, ⌈in / 8⌉), uint8."""
+    padded = F.pad(mask.to(torch.uint8), (0, -mask.shape[1] % BITS))
+    places = torch.arange(BITS, dtype=torch.uint8, device=mask.device)
+    parts = padded.view(len(mask), -1, BITS) << places
+    return parts.sum(-1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, in_features: int) -> Tensor:
+    """The mask (out, in), bool."""
+    places = torch.arange(BITS, dtype=torch.uint8, device=packed.device)
+    bits = (packed[..., None] >> places) & 1
+    return bits.view(len(packed), -1)[:, :in_features].bool()
