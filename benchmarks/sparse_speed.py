@@ -17,7 +17,14 @@ from machine import keep
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank.nn import BlastLinear, DenseSparseLinear, LowRankLinear, LowRankSparseLinear
+from lowrank.linalg import nm_mask
+from lowrank.nn import (
+    BlastLinear,
+    DenseSparseLinear,
+    LowRankLinear,
+    LowRankMaskedLinear,
+    LowRankSparseLinear,
+)
 from lowrank.nn.dense_sparse import GATHERED
 from lowrank.timing import paired_ratio
 
@@ -50,6 +57,14 @@ def channels(out: int, inner: int, share: float = 0.03) -> LowRankSparseLinear:
     return LowRankSparseLinear.from_parts(*parts, index, None)
 
 
+def entries(out: int, inner: int) -> LowRankMaskedLinear:
+    """2:4 beside the low rank."""
+    whole = normal(out, inner)
+    rank = max(1, round(0.02 * min(out, inner)))
+    parts = normal(rank, inner), normal(out, rank), whole, nm_mask(whole, 2, 4)
+    return LowRankMaskedLinear.from_parts(*parts, None)
+
+
 def block(out: int, inner: int, blocks: int) -> BlastLinear:
     rank = int(KEEP * out * inner / (out + inner + blocks**2))
     layer = BlastLinear(inner, out, blocks, rank, bias=False)
@@ -61,7 +76,7 @@ def block(out: int, inner: int, blocks: int) -> BlastLinear:
 
 def forms() -> list[dict[str, Any]]:
     found = []
-    print(f"{'form':36} {'/ dense':>8} {'/ low rank':>10}")
+    print(f"{'form':36} {'/ dense':>8} {'/ low rank':>10} {'MACs':>6} {'MACs / time':>11}")
     for out, inner in SHAPES:
         x, dense = normal(TOKENS, inner), nn.Linear(inner, out, bias=False)
         plain = low_rank(out, inner)
@@ -72,14 +87,20 @@ def forms() -> list[dict[str, Any]]:
             "lowrank-sparse, 3 % of inputs": channels(out, inner),
             "blast, 8 blocks": block(out, inner, 8),
             "blast, 16 blocks": block(out, inner, 16),
+            "lowrank-2:4": entries(out, inner),
         }
         for name, layer in layers.items():
             ratios = [
                 paired_ratio(partial(layer, x), partial(other, x), pairs=15)
                 for other in (dense, plain)
             ]
-            print(f"{name:28} {out}x{inner} {ratios[0]:8.3f} {ratios[1]:10.3f}", flush=True)
-            found.append({"form": name, "out": out, "in": inner, "tokens": TOKENS,
+            macs = layer.cost().macs / (out * inner)  # type: ignore[operator]
+            print(
+                f"{name:28} {out}x{inner} {ratios[0]:8.3f} {ratios[1]:10.3f} {macs:6.3f} "
+                f"{macs / ratios[0]:6.2f}",
+                flush=True,
+            )
+            found.append({"form": name, "out": out, "in": inner, "tokens": TOKENS, "macs": macs,
                           "to_dense": ratios[0], "to_low_rank": ratios[1]})  # fmt: skip
     return found
 

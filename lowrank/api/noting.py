@@ -11,6 +11,7 @@ from torch import Tensor
 from ..calibrate import Calibration
 from ..data import Batch, rebatched
 from ..errors import listed
+from ..nn import LowRankMaskedLinear
 from ..plan import Plan
 from .building import Built
 from .observed import statistics_of
@@ -19,6 +20,7 @@ from .observed import statistics_of
 def notes_of(built: Sequence[Built], plan: Plan, seen: Calibration | None) -> tuple[str, ...]:
     """One sentence each."""
     slow = sum(item.new is None for item in built)
+    masked = sum(isinstance(item.new, LowRankMaskedLinear) for item in built)
     left = f"left dense because factors are not faster: {slow}; more is kept than was planned"
     source = "" if seen is None else seen.source
     forms = plan.settings.get("forms") or {}
@@ -29,6 +31,7 @@ def notes_of(built: Sequence[Built], plan: Plan, seen: Calibration | None) -> tu
         (source, f"calibrated on {source}"),
         (slow, left),
         (forms, f"KL of the forms: {judged}"),
+        (masked, f"zeros of a mask are multiplied too, so that {masked} layers are not faster"),
     )
     found = [note for holds, note in said if holds]
     return tuple(found) if seen is None else (*found, *_on_data(built, seen))

@@ -28,6 +28,7 @@ from .pivoted_linear import PivotedLinear as PivotedLinear
 from .pivoted_linear import pivot_layer as pivot_layer
 from .pivoted_linear import pivot_side as pivot_side
 from .pivoted_linear import pivoted_cost as pivoted_cost
+from .semi_structured import semi_structured as semi_structured
 from .shared_linear import SharedLowRankLinear as SharedLowRankLinear
 from .spatial_conv import SpatialConv as SpatialConv
 from .spatial_conv import spatial_cost as spatial_cost

@@ -27,6 +27,7 @@ class Masked(nn.Module):
     j mod 8, the least first, of byte ⌊j / 8⌋ says whether a row keeps entry j."""
 
     mask: Tensor
+    packed: Tensor | None = None  # see semi_structured.py
 
     def __init__(
         self,
@@ -151,6 +152,8 @@ class LowRankMaskedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         low = self.up(self.down(x))
+        if self.sparse.packed is not None:
+            return low + F.linear(x.to(low.dtype), self.sparse.packed)
         rows = x.reshape(-1, self.in_features), low.reshape(-1, self.out_features)
         spread = self.sparse.dense(low.dtype)
         return torch.addmm(rows[1], rows[0].to(low.dtype), spread.T).view(low.shape)

@@ -73,6 +73,8 @@ def test_one_line_makes_it_and_the_report_tells(way: str) -> None:
     assert report.bytes_after == stored
     assert report.params_after == sum(p.numel() for p in model.parameters())
     assert way in str(report.plan)
+    slow = any("not faster" in note for note in report.notes)
+    assert slow == (way == "lowrank-masked")  # zeros are multiplied too
 
 
 @pytest.mark.parametrize("unit", ["bytes", "macs"])
