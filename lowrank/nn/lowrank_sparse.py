@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import linear, silu
 
 from ..errors import LowrankError, unknown
 from ..types import Cost
@@ -21,6 +21,7 @@ from .lazy import LazyProduct
 from .lowrank_linear import own
 
 Act = Literal["silu"]
+JOINED = 512  # tokens from which on both parts are one product; benchmarks/sparse_speed.py
 CURVED = "SiLU stands between its factors, so that no matrix does what it does"
 
 
@@ -173,8 +174,13 @@ class LowRankSparseLinear(nn.Module):
         share, rest = self._shares()
         inner = self.down(x)
         inner = inner if self.act is None else silu(inner)
-        low = self.up(inner if share == 1 else share * inner)
+        inner = inner if share == 1 else share * inner
         chosen = x.index_select(-1, self.sparse.index)
+        if self._joins(inner, chosen):
+            both = torch.cat([inner, chosen if rest == 1 else rest * chosen], -1)
+            weight = torch.cat([self.up.weight, self.sparse.weight], 1)
+            return linear(both, weight, self.up.bias)
+        low = self.up(inner)
         rows = chosen.reshape(-1, self.count), low.reshape(-1, self.out_features)
         # One product that adds to the low-rank part: a sum of its own would read all of it again.
         return torch.addmm(rows[1], rows[0], self.sparse.weight.T, alpha=rest).view(low.shape)
@@ -196,6 +202,17 @@ class LowRankSparseLinear(nn.Module):
     def not_linear(self) -> str:
         """Why no dense weight stands for this layer; "" if one does."""
         return "" if self.act is None else CURVED
+
+    def _joins(self, inner: Tensor, chosen: Tensor) -> bool:
+        """Whether both parts are one product of joined tensors: on a CPU, so many tokens that the
+        joining is worth it, and no graph."""
+        many = inner.numel() >= JOINED * self.rank
+        plain = type(inner) is Tensor and inner.device.type == "cpu"
+        alike = inner.dtype == chosen.dtype == self.up.weight.dtype
+        weights = self.up.weight, self.sparse.weight
+        graph = torch.is_grad_enabled() and any(t.requires_grad for t in (inner, *weights))
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        return many and plain and alike and not graph and not traced
 
     def _shares(self) -> tuple[float, float]:
         return (1.0, 1.0) if self.gamma is None else (self.gamma, 1.0 - self.gamma)

@@ -82,6 +82,29 @@ def test_few_tokens_are_gathered_and_many_multiplied(monkeypatch: pytest.MonkeyP
     assert calls == [1, 1]
 
 
+@pytest.mark.parametrize("gamma", [None, 0.3])
+@pytest.mark.parametrize("lead", [(512,), (2, 256)])
+def test_many_tokens_are_one_product(
+    gamma: float | None, lead: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 512 on, without a graph; the result is that of two products."""
+    layer = lowrank_sparse(7, 10).layer
+    layer.gamma = gamma
+    calls: list[tuple[int, ...]] = []
+    real = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda t, d: calls.append(t[0].shape) or real(t, d))
+    x = torch.randn(*lead, 10, dtype=torch.float64)
+    want = layer(x).detach()
+    assert not calls
+    with torch.no_grad():
+        layer(x.flatten(0, -2)[:511])
+        assert not calls
+        got = layer(x)
+    assert len(calls) == 2
+    assert got.shape == (*lead, 7)
+    torch.testing.assert_close(got, want)
+
+
 def test_a_column_belongs_to_its_input() -> None:
     """By hand; moved by one input, the output is another."""
     parts = torch.zeros(1, 3), torch.zeros(2, 1), torch.tensor([[5.0], [7.0]])
