@@ -17,6 +17,7 @@ from machine import keep
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import lowrank.nn.lowrank_sparse as form
 from lowrank.linalg import nm_mask
 from lowrank.nn import (
     BlastLinear,
@@ -127,11 +128,37 @@ def ways() -> list[dict[str, Any]]:
     return found
 
 
+def joins() -> list[dict[str, Any]]:
+    """Time of lowrank-sparse as one product over that of two; the rule should pick below 1."""
+    found, rule = [], form.JOINED
+    print("\nlowrank-sparse, one product / two (* chosen: one)")
+    for out, inner in SHAPES:
+        layer = channels(out, inner)
+        for tokens in (16, 128, 512, 2048):
+            x = normal(tokens, inner)
+            ratio = paired_ratio(
+                partial(joined, layer, x, 0), partial(joined, layer, x, 1 << 30), pairs=15
+            )
+            mark = "*" if tokens >= rule else ""
+            print(f"{out}x{inner} {tokens:5} tokens {ratio:7.3f} {mark}", flush=True)
+            found.append({"out": out, "in": inner, "tokens": tokens, "ratio": ratio})
+    form.JOINED = rule
+    return found
+
+
+def joined(layer: LowRankSparseLinear, x: Tensor, least: int) -> Tensor:
+    form.JOINED = least
+    return layer(x)  # type: ignore[no-any-return]
+
+
 def main() -> None:
     torch.set_num_threads(1)
     with torch.no_grad():
-        rows, rule = forms(), ways()
-    keep("sparse_speed", rows, gathered_over_multiplied=rule, rule=f"tokens * s <= {GATHERED} * r")
+        rows, rule, one = forms(), ways(), joins()
+    keep(
+        "sparse_speed", rows, gathered_over_multiplied=rule, rule=f"tokens * s <= {GATHERED} * r",
+        joined_over_apart=one,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

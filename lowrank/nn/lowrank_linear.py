@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..types import Cost
+from .down_up import DownUp
 from .last_product import LastProduct
 from .lazy import LazyProduct
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(DownUp):
     """Two real `nn.Linear` children, so that other libraries' tools work without special cases.
 
     Tensors: `down.weight` (rank, in), `up.weight` (out, rank), `up.bias` (out,). Others may share
@@ -56,25 +57,9 @@ class LowRankLinear(nn.Module):
         return cls(in_features, out_features, rank, bias=bias, device="meta")
 
     @property
-    def in_features(self) -> int:
-        return self.down.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.up.out_features
-
-    @property
-    def rank(self) -> int:
-        return self.down.out_features
-
-    @property
     def weight(self) -> Tensor:
         """The dense weight (out, in), multiplied when it is used: for code that reads `.weight`."""
         return LazyProduct(self.up.weight, self.down.weight)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.up.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..errors import LowrankError
 from ..types import Cost
-from .lazy import LazyProduct
+from .down_up import DownUp
 from .lowrank_linear import own
 
 BITS = 8
@@ -57,7 +57,7 @@ class Masked(nn.Module):
         return weight.new_zeros(mask.shape).masked_scatter(mask, weight)
 
 
-class LowRankMaskedLinear(nn.Module):
+class LowRankMaskedLinear(DownUp):
     """Two real `nn.Linear` children, and the entries that low rank serves worst.
 
     Tensors: `down.weight` (rank, in), `up.weight` (out, rank), `up.bias` (out,), `sparse.weight`
@@ -123,31 +123,9 @@ class LowRankMaskedLinear(nn.Module):
         return cls(in_features, out_features, rank, count, bias=bias, device="meta")
 
     @property
-    def in_features(self) -> int:
-        return self.down.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.up.out_features
-
-    @property
-    def rank(self) -> int:
-        return self.down.out_features
-
-    @property
     def count(self) -> int:
         """Entries that are kept."""
         return len(self.sparse.weight)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight (out, in), multiplied when it is used: for code that reads `.weight`."""
-        shape = (self.out_features, self.in_features)
-        return LazyProduct.of(shape, self.up.weight, self.dense_weight)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.up.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""

@@ -17,7 +17,7 @@ from torch.nn.functional import linear, silu
 
 from ..errors import LowrankError, unknown
 from ..types import Cost
-from .lazy import LazyProduct
+from .down_up import DownUp
 from .lowrank_linear import own
 
 Act = Literal["silu"]
@@ -44,7 +44,7 @@ class Columns(nn.Module):
         self.register_buffer("index", first)
 
 
-class LowRankSparseLinear(nn.Module):
+class LowRankSparseLinear(DownUp):
     """Two real `nn.Linear` children, and columns for the inputs that the low rank serves worst.
 
     Tensors: `down.weight` (rank, in), `up.weight` (out, rank), `up.bias` (out,), `sparse.weight`
@@ -143,31 +143,9 @@ class LowRankSparseLinear(nn.Module):
         return cls(*sizes, bias=bias, gamma=gamma, act=act, device="meta")
 
     @property
-    def in_features(self) -> int:
-        return self.down.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.up.out_features
-
-    @property
-    def rank(self) -> int:
-        return self.down.out_features
-
-    @property
     def count(self) -> int:
         """Inputs that have a column of their own."""
         return len(self.sparse.index)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight (out, in), multiplied when it is used: for code that reads `.weight`."""
-        shape = (self.out_features, self.in_features)
-        return LazyProduct.of(shape, self.up.weight, self.dense_weight)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.up.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""

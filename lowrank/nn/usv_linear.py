@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..types import Cost
-from .lazy import LazyProduct
+from .down_up import DownUp
 
 
-class USVLinear(nn.Module):
+class USVLinear(DownUp):
     """Three real `nn.Linear` children, y = up(core(down(x))).
 
     Tensors: `down.weight` Vᵀ (rank_in, in) with orthonormal rows, `core.weight` S
@@ -79,26 +79,8 @@ class USVLinear(nn.Module):
         return self.down.weight.T
 
     @property
-    def in_features(self) -> int:
-        return self.down.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.up.out_features
-
-    @property
     def rank(self) -> int:
         return min(self.core.weight.shape)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight (out, in), multiplied when it is used."""
-        shape = (self.out_features, self.in_features)
-        return LazyProduct.of(shape, self.up.weight, self.dense_weight)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.up.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
