@@ -25,11 +25,12 @@ from lowrank.nn import (
     LowRankLinear,
     LowRankMaskedLinear,
     LowRankSparseLinear,
+    SparseDenseLinear,
 )
-from lowrank.nn.dense_sparse import GATHERED
+from lowrank.nn.dense_sparse import GATHERED, LEAST
 from lowrank.timing import paired_ratio
 
-TOKENS, KEEP, DENSITY = 512, 0.5, 0.3
+TOKENS, KEEP, DENSITY = 512, 0.5, 0.2
 SHAPES = ((1024, 1024), (2048, 512), (512, 2048))
 
 
@@ -38,11 +39,18 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def code(out: int, inner: int, density: float, keep_: float = KEEP) -> DenseSparseLinear:
-    rank = int(keep_ * out * inner / (inner + density * out))
-    count = max(1, round(density * rank))
+    most = out * inner // (out + inner)
+    rank = min(int(keep_ * out * inner / (inner + density * out)), most)
+    count = max(1, int((keep_ * out * inner - rank * inner) / out))
     generator = torch.Generator().manual_seed(1)
     index = torch.rand(out, rank, generator=generator).topk(count, dim=1).indices.sort(1).values
     return DenseSparseLinear.from_code(normal(rank, inner), normal(out, count), index, None)
+
+
+def by_columns(out: int, inner: int, density: float) -> SparseDenseLinear:
+    layer = code(inner, out, density)
+    basis = layer.basis.weight.detach().T
+    return SparseDenseLinear.from_code(basis, layer.value.detach(), layer.index, None)
 
 
 def low_rank(out: int, inner: int) -> LowRankLinear:
@@ -85,6 +93,7 @@ def forms() -> list[dict[str, Any]]:
             "low rank": plain,
             f"dense-sparse, s / r {DENSITY}": code(out, inner, DENSITY),
             "dense-sparse, s / r 0.125": code(out, inner, 0.125),
+            f"the same, by columns, {DENSITY}": by_columns(out, inner, DENSITY),
             "lowrank-sparse, 3 % of inputs": channels(out, inner),
             "blast, 8 blocks": block(out, inner, 8),
             "blast, 16 blocks": block(out, inner, 16),
@@ -114,15 +123,15 @@ def ways() -> list[dict[str, Any]]:
     """Time of gathering over that of multiplying with the zeros; the rule should pick below 1."""
     found = []
     print("\ndense-sparse 1024x1024, gathered / multiplied (tokens · s / r; * chosen: gathered)")
-    for density in (0.125, DENSITY, 0.5):
+    for density in (0.125, DENSITY, 0.3, 0.5):
         layer = code(1024, 1024, density)
-        for tokens in (1, 16, 128, 512):
+        for tokens in (1, 4, 16, 128, 512):
             inner = normal(tokens, layer.rank)
             ratio = paired_ratio(
                 partial(layer._gathered, inner), partial(multiplied, layer, inner), pairs=15
             )
             load = tokens * layer.count / layer.rank
-            mark = "*" if load <= GATHERED else ""
+            mark = "*" if tokens >= LEAST and load <= GATHERED else ""
             print(f"s / r {density:5.3f} {tokens:5} tokens {load:7.1f} {ratio:7.3f} {mark}")
             found.append({"density": density, "tokens": tokens, "load": load, "ratio": ratio})
     return found
@@ -156,8 +165,8 @@ def main() -> None:
     with torch.no_grad():
         rows, rule, one = forms(), ways(), joins()
     keep(
-        "sparse_speed", rows, gathered_over_multiplied=rule, rule=f"tokens * s <= {GATHERED} * r",
-        joined_over_apart=one,
+        "sparse_speed", rows, gathered_over_multiplied=rule, joined_over_apart=one,
+        rule=f"tokens >= {LEAST}, tokens * s <= {GATHERED} * r",
     )  # fmt: skip
 
 

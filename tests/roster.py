@@ -91,7 +91,7 @@ JOINT_ROSTER = {"basis-sharing": JOINT_LAWS}
 # Options that the laws are run with, where those of the registry take long.
 QUICK: dict[str, dict[str, Any]] = {
     "blast": {"sweeps": 4},
-    "dense-sparse": {"sweeps": 2},
+    "dense-sparse": {"iterations": 4},
     "lowrank-masked": {"iterations": 8},
     "lowrank-2:4": {"iterations": 8},
     "auto": {"forms": ("factors", "pivoted")},

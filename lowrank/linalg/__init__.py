@@ -34,6 +34,7 @@ from .refit import regressed as regressed
 from .shared import factor_shared as factor_shared
 from .shared import shared_energies as shared_energies
 from .snmf import semi_nmf as semi_nmf
+from .sparse import Side as Side
 from .sparse import SparseCode as SparseCode
 from .sparse import dense_sparse as dense_sparse
 from .sparse import pursuit as pursuit

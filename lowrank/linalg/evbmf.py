@@ -74,24 +74,25 @@ def _variance(energy: Tensor, long: int, alpha: float, bar: float) -> float:
     high = max(float(energy.sum()) / (short * long), low)
     at = torch.linspace(0, 1, GRID, dtype=torch.float64)
     tried = low * (high / low) ** at
-    best = int(
-        torch.stack([_free_energy(float(v), energy, long, alpha, bar) for v in tried]).argmin()
-    )
+    best = int(_free_energy(tried, energy, long, alpha, bar).argmin())
     left, right = float(tried[max(best - 1, 0)]), float(tried[min(best + 1, GRID - 1)])
     for _ in range(REFINE):
-        one, two = right - GOLDEN * (right - left), left + GOLDEN * (right - left)
-        lower = _free_energy(one, energy, long, alpha, bar)
-        if lower < _free_energy(two, energy, long, alpha, bar):
-            right = two
+        both = torch.tensor(
+            [right - GOLDEN * (right - left), left + GOLDEN * (right - left)], dtype=torch.float64
+        )
+        lower, upper = _free_energy(both, energy, long, alpha, bar).tolist()
+        if lower < upper:
+            right = float(both[1])
         else:
-            left = one
+            left = float(both[0])
     return (left + right) / 2
 
 
-def _free_energy(variance: float, energy: Tensor, long: int, alpha: float, bar: float) -> Tensor:
-    x = energy / (long * variance)
-    kept, noise = x[x > bar], x[x <= bar]
-    shift = kept - (1 + alpha)
+def _free_energy(variance: Tensor, energy: Tensor, long: int, alpha: float, bar: float) -> Tensor:
+    """(v,): of each of these variances."""
+    x = energy / (long * variance[:, None])
+    shift = x - (1 + alpha)
     tau = (shift + (shift.square() - 4 * alpha).clamp(min=0).sqrt()) / 2
-    signal = kept - tau + ((tau + 1) / kept).log() + alpha * (tau / alpha + 1).log()
-    return (noise - noise.log()).sum() + signal.sum()
+    tau = tau.clamp(min=0)  # of the noise, whose value is not used
+    signal = x - tau + ((tau + 1) / x).log() + alpha * (tau / alpha + 1).log()
+    return torch.where(x > bar, signal, x - x.log()).sum(1)

@@ -1,18 +1,19 @@
-"""A dense basis with sparse coefficients: W ≈ C · D, exactly s of the r atoms in every row of W.
+"""A dense basis with sparse coefficients: exactly s of r atoms in every row, or in every column.
 
-DSFormer (arXiv 2312.13211) factors so; of it only the abstract was at hand, and what follows is our
-own: K-SVD's alternation in the norm of the outputs. With D of unit length in that norm,
-d H dᵀ = 1, everything that the coefficients need are W H Dᵀ and D H Dᵀ, and the least-squares
-basis (CᵀC)⁻¹CᵀW is the same for every H: neither H nor a root of it is ever inverted.
+DSFormer (arXiv 2312.13211) factors W ≈ C · D so; of it only the abstract was at hand, and what
+follows is our own: an ADMM, as linalg/masked.py's, in which the basis is learned too. Coefficients
+are split into a part that obeys the norm of the outputs and one that has s entries a row; after
+each exchange D is refitted, held back towards what it was, for a basis that follows at once runs
+away. On trained weights it is nearer than K-SVD's alternation with matching pursuit, in half of its
+time. Neither the inputs' Gram matrix nor a root of it is ever inverted.
 
 The start is an orthonormal basis of the outputs, turned by Procrustes' rotation until thresholding
-loses least (COMPOT does the same). On a basis like that the s largest coefficients are optimal;
-afterwards matching pursuit chooses atoms, for all rows at once.
+loses least (COMPOT does the same).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,20 +22,26 @@ from .gram import safe_root
 from .precision import full_precision
 from .svd import compute_dtype, output_basis
 
-SWEEPS = 15  # of coefficients and basis in turn
+Side = Literal["out", "in"]
+
+ITERATIONS = 80
+WEAK, STRONG = 0.2, 1.0  # how much the two parts of C are held together, at first and at last
+HELD = 3.0  # how much a basis is held back, against the least squares that move it
+POLISH = 3  # times that basis and values are fitted to each other on the support found
+STEPS = 20  # of conjugate gradients
+RIDGE = 1e-8
 TURNS = 30  # of the orthonormal start
-STOP = 1e-3  # relative decrease of the error in one sweep, below which no more are made
 CHUNK = 2**24  # numbers of the rows' own Gram matrices at once
 ROUNDS = 8  # of a pursuit: so many times it looks at what is left
 
 
 class SparseCode(NamedTuple):
-    """W (out, in) ≈ Σ_t value[:, t] · basis[atoms[:, t]].
+    """A matrix (a, b) ≈ Σ_t value[:, t] · basis[atoms[:, t]].
 
     Attributes:
-        basis: D (r, in), in the compute dtype.
-        value: (out, s).
-        atoms: (out, s) int64, ascending in each row.
+        basis: D (r, b), in the compute dtype.
+        value: (a, s).
+        atoms: (a, s) int64, ascending in each row.
     """
 
     basis: Tensor
@@ -42,8 +49,36 @@ class SparseCode(NamedTuple):
     atoms: Tensor
 
     def coefficients(self) -> Tensor:
-        """C (out, r)."""
+        """C (a, r)."""
         return spread(self.value, self.atoms, len(self.basis))
+
+
+class _Problem(NamedTuple):
+    """min ‖L^½ (T − C D) R^½‖; of the two metrics, None is the identity."""
+
+    target: Tensor
+    left: Tensor | None
+    right: Tensor | None
+
+    def error(self, coefficients: Tensor, basis: Tensor) -> float:
+        rest = self.target - coefficients @ basis
+        return float((self.weighed(rest, self.right) * self.of_rows(rest)).sum())
+
+    def of_rows(self, matrix: Tensor) -> Tensor:
+        return matrix if self.left is None else self.left @ matrix
+
+    @staticmethod
+    def weighed(matrix: Tensor, metric: Tensor | None) -> Tensor:
+        return matrix if metric is None else matrix @ metric
+
+    def dot(self, one: Tensor, other: Tensor) -> Tensor:
+        """⟨one_i, other_j⟩ of rows, by R."""
+        return self.weighed(one, self.right) @ other.T
+
+    def unit(self, basis: Tensor) -> Tensor:
+        """(r,): lengths of atoms, 1 of those that have none."""
+        size = (self.weighed(basis, self.right) * basis).sum(1).clamp(min=0).sqrt()
+        return size.where(size > 0, 1)
 
 
 def spread(value: Tensor, index: Tensor, rank: int) -> Tensor:
@@ -90,45 +125,44 @@ def dense_sparse(
     count: int,
     gram: Tensor | None = None,
     *,
-    sweeps: int = SWEEPS,
-    rounds: int | None = ROUNDS,
+    side: Side = "out",
+    iterations: int = ITERATIONS,
     seed: int = 0,
 ) -> SparseCode:
-    """C and D of little error ‖(W − C D) H^½‖, alternating from an orthonormal start.
+    """C and D of little error ‖(W − C D) H^½‖, or ‖(W − (C D)ᵀ) H^½‖.
 
     Args:
         weight: W (out, in).
         rank: r ≥ 1, the number of atoms; it may be above min(out, in).
-        count: s in [1, r], of every row.
+        count: s in [1, r], of every output or of every input.
         gram: H (in, in), or None for the identity.
-        sweeps: at most so many; 0 keeps the thresholded start.
-        rounds: of each pursuit, see there.
+        side: "out": every row of W has s coefficients, C is (out, r) and D (r, in). "in": every
+            column has, and the code is that of Wᵀ, C (in, r) and D (r, out).
+        iterations: of ADMM; 0 keeps the support of the thresholded start.
         seed: of the atoms beyond the rank of W, which are drawn.
 
     Returns:
-        The best of all sweeps. An atom that no row uses was replaced by the row that was met worst.
+        The better of the start and what ADMM ends with, both with basis and values fitted to each
+        other; both sides of the product equally long.
     """
-    dtype = compute_dtype(min(weight.shape))
-    matrix = weight.detach().to(dtype)
+    matrix = weight.detach().to(compute_dtype(min(weight.shape)))
     metric = None if gram is None else gram.to(matrix)
     with full_precision(matrix):
-        basis = _start(matrix, rank, count, metric, seed)
-        code, least = _coded(matrix, basis, metric, count, 1)  # orthonormal: thresholding
+        problem = _Problem(matrix, None, metric)
+        if side == "in":
+            problem = _Problem(matrix.T, metric, None)
+        basis = _start(problem, rank, count, seed)
+        first = basis
         if count == 1:  # rows are points on lines then, and a bad start stays bad
-            found, error = _coded(matrix, _far_rows(matrix, basis, metric), metric, count, 1)
-            code, least = (found, error) if error < least else (code, least)
-        best = code
-        for _ in range(sweeps):
-            basis, before = _refreshed(matrix, code, metric), least
-            code, error = _coded(matrix, basis, metric, count, rounds)
-            if error < least:
-                best, least = code, error
-            if not error < before * (1 - STOP):
-                break
-        fitted = _least_squares(matrix, best.coefficients())
-        used = best.coefficients().abs().amax(0) > 0
-        basis = torch.where(used[:, None], fitted, best.basis)
-        return balanced(best._replace(basis=basis))
+            first = _far_rows(problem, basis)
+        found = [_thresholded(problem, one, count) for one in {id(b): b for b in (basis, first)}
+                 .values()]  # fmt: skip
+        best = min((_polished(problem, *one) for one in found), key=lambda one: one[0])
+        if iterations:
+            chosen = _alternated(problem, basis, count, iterations)
+            best = min(best, _polished(problem, *chosen), key=lambda one: one[0])
+        _, basis, coefficients, index = best
+        return balanced(SparseCode(basis, coefficients.gather(1, index), index))
 
 
 def balanced(code: SparseCode) -> SparseCode:
@@ -141,16 +175,21 @@ def balanced(code: SparseCode) -> SparseCode:
     return SparseCode(code.basis * scale[:, None], value, code.atoms)
 
 
-def _start(matrix: Tensor, rank: int, count: int, metric: Tensor | None, seed: int) -> Tensor:
-    """(rank, in): an orthonormal basis turned towards sparse coefficients; the rest is drawn."""
-    outputs = output_basis(matrix, min(matrix.shape), metric, seed=seed)
-    rows = outputs.T @ matrix  # (k, in)
-    energy = _dot(rows, rows, metric).diagonal().clamp(min=0)
+def _start(problem: _Problem, rank: int, count: int, seed: int) -> Tensor:
+    """(rank, b): an orthonormal basis turned towards sparse coefficients; the rest is drawn."""
+    target = problem.target
+    if problem.left is None:
+        outputs = output_basis(target, min(target.shape), problem.right, seed=seed)
+        rows = outputs.T @ target  # (k, b)
+    else:
+        rows = output_basis(target.T, min(target.shape), problem.left, seed=seed).T
+    energy = problem.dot(rows, rows).diagonal().clamp(min=0)
     alive = energy > energy.max() * torch.finfo(energy.dtype).eps ** 0.5
     rows = rows[alive] / energy[alive].sqrt()[:, None]
     kept = min(rank, len(rows))
-    products = _dot(matrix, rows, metric)  # (out, k)
-    turn = torch.eye(kept, len(rows), dtype=matrix.dtype, device=matrix.device)
+    products = problem.dot(target, rows)  # (a, k)
+    weighed = problem.of_rows(products)
+    turn = torch.eye(kept, len(rows), dtype=target.dtype, device=target.device)
     before = None
     for _ in range(TURNS if count < kept else 0):
         turned = products @ turn.T
@@ -159,61 +198,126 @@ def _start(matrix: Tensor, rank: int, count: int, metric: Tensor | None, seed: i
             break
         before = index
         sparse = spread(turned.gather(1, index), index, kept)
-        left, _, right = torch.linalg.svd(sparse.T @ products, full_matrices=False)
+        left, _, right = torch.linalg.svd(sparse.T @ weighed, full_matrices=False)
         turn = left @ right
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(rank - kept, matrix.shape[1], generator=generator, dtype=matrix.dtype)
-    return torch.cat([turn @ rows, drawn.to(matrix.device)])
+    drawn = torch.randn(rank - kept, target.shape[1], generator=generator, dtype=target.dtype)
+    basis = torch.cat([turn @ rows, drawn.to(target.device)])
+    return basis / problem.unit(basis)[:, None]
 
 
-def _far_rows(matrix: Tensor, basis: Tensor, metric: Tensor | None) -> Tensor:
-    """`basis` (r, in), its first atoms replaced by rows of W: each the farthest from those before.
+def _far_rows(problem: _Problem, basis: Tensor) -> Tensor:
+    """`basis` (r, b), its first atoms replaced by rows of T: each the farthest from those before.
 
     Of rows that lie on r lines, one on each is found.
     """
-    left, rows = _dot(matrix, matrix, metric), []
+    left, rows = problem.dot(problem.target, problem.target), []
     least = left.diagonal().max() * torch.finfo(left.dtype).eps ** 0.5
-    for _ in range(min(len(basis), len(matrix))):
+    for _ in range(min(len(basis), len(left))):
         far = int(left.diagonal().argmax())
         if not left[far, far] > least:
             break
         rows.append(far)
         left = left - torch.outer(left[:, far], left[far]) / left[far, far]
-    return torch.cat([matrix[rows], basis[len(rows) :]])
+    basis = torch.cat([problem.target[rows], basis[len(rows) :]])
+    return basis / problem.unit(basis)[:, None]
 
 
-def _coded(
-    matrix: Tensor, basis: Tensor, metric: Tensor | None, count: int, rounds: int | None
-) -> tuple[SparseCode, float]:
-    """The coefficients on a basis, its atoms made unit, and the squared error that they leave."""
-    length = _dot(basis, basis, metric).diagonal().clamp(min=0).sqrt()
-    basis = basis / length.where(length > 0, 1)[:, None]
-    products, gram = _dot(matrix, basis, metric), _dot(basis, basis, metric)
-    value, index = pursuit(products, gram, count, rounds=rounds)
-    rest = matrix - spread(value, index, len(basis)) @ basis
-    return SparseCode(basis, value, index), float(_dot(rest, rest, metric).diagonal().sum())
+def _thresholded(problem: _Problem, basis: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A basis of unit atoms, and of each row's products with it the `count` largest, (a, r)."""
+    return basis, *_largest(problem.dot(problem.target, basis), count)
 
 
-def _refreshed(matrix: Tensor, code: SparseCode, metric: Tensor | None) -> Tensor:
-    """The least-squares basis; atoms without a row become the rows that were met worst."""
-    coefficients = code.coefficients()
-    basis = _least_squares(matrix, coefficients)
-    dead = (coefficients.abs().amax(0) == 0).nonzero()[:, 0]
-    if len(dead):
-        rest = matrix - coefficients @ basis
-        worst = _dot(rest, rest, metric).diagonal().argsort(descending=True, stable=True)
-        dead = dead[: len(worst)]
-        fresh = rest[worst[: len(dead)]]
-        some = fresh.norm(dim=1, keepdim=True) > 0
-        basis[dead] = torch.where(some, fresh, code.basis[dead])
-    return basis
+def _largest(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The matrix without all but the `count` largest entries of a row, and where they are."""
+    index = matrix.abs().topk(count, dim=1).indices.sort(1).values
+    return spread(matrix.gather(1, index), index, matrix.shape[1]), index
 
 
-def _least_squares(matrix: Tensor, coefficients: Tensor) -> Tensor:
-    """(CᵀC)⁻¹ Cᵀ W by a Cholesky factor with a relative ridge; zero for atoms without a row."""
-    normal = coefficients.T @ coefficients
-    solved: Tensor = torch.cholesky_solve(coefficients.T @ matrix, safe_root(normal))
-    return solved
+def _alternated(
+    problem: _Problem, basis: Tensor, count: int, iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Basis, C (a, r) and its support (a, s), by ADMM from a basis of unit atoms.
+
+    Without L the free part of a row is one solve; with it, L and the atoms' Gram matrix are
+    diagonal together in the bases of both.
+    """
+    whole = problem.of_rows(problem.weighed(problem.target, problem.right))
+    power, turn = (None, None) if problem.left is None else torch.linalg.eigh(problem.left)
+    sparse, index = _largest(problem.dot(problem.target, basis), count)
+    dual = torch.zeros_like(sparse)
+    eye = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
+    for rho in torch.linspace(0, 1, iterations).tolist():
+        rho = WEAK * (STRONG / WEAK) ** rho
+        pull, gram = whole @ basis.T - dual + rho * sparse, problem.dot(basis, basis)
+        if power is None or turn is None:
+            root = torch.linalg.cholesky(gram + rho * eye)
+            free = torch.cholesky_solve(pull.T, root).T
+        else:
+            own, axes = torch.linalg.eigh(gram)
+            inner = (turn.T @ pull @ axes) / (power.clamp(min=0)[:, None] * own.clamp(min=0) + rho)
+            free = turn @ inner @ axes.T
+        sparse, index = _largest(free + dual / rho, count)
+        dual = dual + rho * (free - sparse)
+        basis = _least_squares(problem, sparse, basis, HELD)
+        length = problem.unit(basis)
+        basis, sparse, dual = basis / length[:, None], sparse * length, dual / length
+    return basis, sparse, index
+
+
+def _polished(
+    problem: _Problem, basis: Tensor, sparse: Tensor, index: Tensor
+) -> tuple[float, Tensor, Tensor, Tensor]:
+    """The error, basis, C and support, after both were fitted to each other on this support."""
+    mask = torch.zeros_like(sparse, dtype=torch.bool).scatter(1, index, True)
+    for _ in range(POLISH):
+        sparse = _on_mask(problem, basis, sparse, mask)
+        basis = _least_squares(problem, sparse, basis)
+    return problem.error(sparse, basis), basis, sparse, index
+
+
+def _on_mask(problem: _Problem, basis: Tensor, start: Tensor, mask: Tensor) -> Tensor:
+    """C (a, r) on the mask of less error, by conjugate gradients from `start`."""
+    gram, eps = problem.dot(basis, basis), torch.finfo(basis.dtype).eps
+    scale = gram.diagonal().expand_as(start)
+    if problem.left is not None:
+        scale = scale * problem.left.diagonal()[:, None]
+    scale = scale.clamp(min=eps * float(scale.max()) or 1.0)
+    sparse = start
+    left = problem.of_rows(problem.dot(problem.target, basis) - sparse @ gram) * mask
+    way = left / scale
+    size = float((left * way).sum())
+    done = eps * size  # below it only rounding errors are left
+    for _ in range(STEPS):
+        along = problem.of_rows(way @ gram) * mask
+        bent = float((way * along).sum())
+        if not size > done or not bent > eps * float((scale * way * way).sum()):
+            break
+        stride = size / bent
+        sparse, left = sparse + stride * way, left - stride * along
+        again = float((left * left / scale).sum())
+        way, size = left / scale + again / size * way, again
+    return sparse
+
+
+def _least_squares(
+    problem: _Problem, coefficients: Tensor, basis: Tensor, held: float = 0.0
+) -> Tensor:
+    """(CᵀLC)⁻¹ CᵀL T, which no R changes, by a Cholesky factor with a relative ridge.
+
+    An atom without coefficients stays as it is in `basis`; the others are drawn towards it by
+    `held`, relative to their own size.
+    """
+    weighed = problem.of_rows(coefficients)
+    normal, wanted = coefficients.T @ weighed, weighed.T @ problem.target
+    size = normal.diagonal().clamp(min=0)
+    alive = size > size.max() * torch.finfo(size.dtype).eps
+    scale = size.where(alive, 1).sqrt()
+    normal = normal / scale / scale[:, None] * alive * alive[:, None]
+    normal.diagonal().copy_(torch.ones_like(size) + RIDGE + held)
+    right = wanted / scale[:, None] + held * scale[:, None] * basis
+    solved = torch.cholesky_solve(right, safe_root(normal)) / scale[:, None]
+    return solved.where(alive[:, None], basis)
 
 
 def _on_support(products: Tensor, gram: Tensor, index: Tensor) -> Tensor:
@@ -225,8 +329,3 @@ def _on_support(products: Tensor, gram: Tensor, index: Tensor) -> Tensor:
         parts = gram[some[:, :, None], some[:, None, :]]  # (rows, s, s)
         found.append(torch.cholesky_solve(right, safe_root(parts))[..., 0])
     return torch.cat(found)
-
-
-def _dot(left: Tensor, right: Tensor, metric: Tensor | None) -> Tensor:
-    """⟨left_i, right_j⟩ in the norm of the outputs."""
-    return (left if metric is None else left @ metric) @ right.T

@@ -23,7 +23,8 @@ from .sampled import pareto
 from .storage import stored_as
 from .whitened import Whitened
 
-KNOWN = ("factors", "pivoted", *OWN_FORMS)
+# "dense-sparse" stands for both sides of it.
+KNOWN = ("factors", "pivoted", *(form for form in OWN_FORMS if form != "sparse-dense"))
 FORMS = tuple(form for form in KNOWN if form != "lowrank-masked")  # which multiplies as dense does
 
 
@@ -66,8 +67,8 @@ class Auto:
 
     def _way(self, form: str) -> Method:
         own: dict[str, type[Method]] = {
-            "dense-sparse": DenseSparse, "lowrank-sparse": LowRankSparse, "blast": Blast,
-            "lowrank-masked": LowRankMasked,
+            "dense-sparse": DenseSparse, "sparse-dense": DenseSparse, "blast": Blast,
+            "lowrank-sparse": LowRankSparse, "lowrank-masked": LowRankMasked,
         }  # fmt: skip
         if form in own:
             return own[form](seed=self.seed)  # type: ignore[call-arg]

@@ -1,45 +1,53 @@
-"""A small dense basis, and few coefficients in every row: W ≈ C · D (DSFormer, arXiv 2312.13211).
+"""A small dense basis and few coefficients: in every row, W ≈ C · D, or in every column of W.
 
-min E‖(W − C D) x‖² over D with r rows and C with exactly s non-zeros in each row: in n r + m s
-numbers a union of subspaces, where low rank in r (m + n) has but one. DSFormer starts without data
-and refines C while it fine-tunes; of it only the abstract was at hand. This is the start alone,
-aware of data and by our own numerics (linalg/sparse.py), with one basis for the whole matrix.
-Every coefficient also stores a one- or two-byte index, which counts in bytes.
+DSFormer (arXiv 2312.13211) stores n r + m s numbers so, D with r rows and C with exactly s
+non-zeros a row: a union of subspaces, where low rank has but one. It starts without data and
+refines C while it fine-tunes; of it only the abstract was at hand. This is the start alone, aware
+of data and by our own numerics (linalg/sparse.py), with one basis for the whole matrix. Read by
+columns, W ≈ (C · D)ᵀ, the basis is that of the outputs: it costs less where they are fewer than the
+inputs. Every coefficient also stores a one- or two-byte index, which counts in bytes.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import layouts, linalg
-from ..errors import LowrankError
-from ..linalg.sparse import SWEEPS
-from ..nn import DenseSparseLinear, dense_sparse_cost
+from ..errors import LowrankError, unknown
+from ..linalg.sparse import ITERATIONS, Side
+from ..nn import DenseSparseLinear, SparseDenseLinear, dense_sparse_cost, sparse_dense_cost
 from ..nn.dense_sparse import MOST
 from ..types import Curve, Option, Site, Size, Statistics
 from .common import gram_of
-from .sampled import sampled_curve, sizes_of
+from .sampled import pareto, sampled_curve, sizes_of
 
-DENSITY = 0.3  # benchmarks/sparse_quality.py --density compares
+DENSITY = 0.2  # benchmarks/sparse_quality.py --density compares
+NAME = "dense-sparse"
+STORAGE: dict[Side, str] = {"out": NAME, "in": "sparse-dense"}
+COST = {"out": dense_sparse_cost, "in": sparse_dense_cost}
 
 
 @dataclass(frozen=True)
 class DenseSparse:
-    """Options: `density`, the share s / r of atoms that every row uses, in (0, 1]; `sweeps` of the
-    alternation; `seed` of atoms that are drawn.
+    """Options: `density`, the share s / r of atoms that every row uses, in (0, 1]; `side`, "out"
+    for s coefficients in every row of W, "in" for every column, or "best": each site that which
+    serves it; `iterations` of the solver; `seed` of atoms that are drawn.
 
-    Sizes are (r, s), r up to the number of outputs. The curve is an interpolation, not exact: see
-    `sampled_curve`; where there are few sizes all of their errors are computed.
+    Sizes are (r, s), r up to what is no more work than the dense layer; the storage says of which
+    side. The curve is an interpolation, not exact: see `sampled_curve`.
     """
 
     seed: int = 0
     density: float = DENSITY
-    sweeps: int = SWEEPS
+    side: Side | Literal["best"] = "best"
+    iterations: int = ITERATIONS
     kinds = frozenset({"linear"})
     needs = frozenset({"gram"})
     own_form = True
@@ -47,22 +55,22 @@ class DenseSparse:
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
             raise LowrankError(f"density must be in (0, 1], got {self.density}")
-        if not isinstance(self.sweeps, int) or self.sweeps < 0:
-            raise LowrankError(f"sweeps must be an integer >= 0, got {self.sweeps!r}")
+        if self.side not in (known := ("best", *get_args(Side))):
+            raise unknown("side", str(self.side), known)
+        if not isinstance(self.iterations, int) or self.iterations < 0:
+            raise LowrankError(f"iterations must be an integer >= 0, got {self.iterations!r}")
 
     def curve(self, site: Site, stats: Statistics) -> Curve:
         weight, gram = layouts.matrix(site.module), gram_of(stats, site.shape[1])
         total = linalg.squared_error(weight, torch.zeros_like(weight), gram)
-
-        def error(size: Size, share: float) -> float:
-            sweeps = math.ceil(share * self.sweeps)
-            rank, count = size
-            code = linalg.dense_sparse(weight, rank, count, gram, sweeps=sweeps, seed=self.seed)
-            return linalg.squared_error(weight, code.coefficients() @ code.basis, gram)
-
-        cost = partial(dense_sparse_cost, *site.shape, itemsize=weight.dtype.itemsize)
-        sizes = ((rank, self._count(rank)) for rank in range(1, min(site.shape[0], MOST) + 1))
-        return sampled_curve(site, "dense-sparse", sizes, cost, error, total)
+        sides: tuple[Side, ...] = get_args(Side) if self.side == "best" else (self.side,)
+        options = [
+            option
+            for side in sides
+            for option in self._curve(site, weight, gram, total, side).options
+            if not option.dense
+        ]
+        return Curve(site.names, pareto(site, options), total, None, "output", exact=False)
 
     def factor(self, module: nn.Module, option: Option, stats: Statistics) -> nn.Module:
         weight = layouts.matrix(module)
@@ -71,12 +79,39 @@ class DenseSparse:
             raise LowrankError(
                 f"{count} coefficients a row need as many atoms, at most {MOST}; got {option.size}"
             )
-        code = linalg.dense_sparse(
-            weight, rank, count, gram_of(stats, weight.shape[1]), sweeps=self.sweeps,
-            seed=self.seed,
-        )  # fmt: skip
-        parts = code.basis.to(weight), code.value.to(weight), code.atoms
-        return DenseSparseLinear.from_code(*parts, layouts.bias(module))
+        side: Side = "in" if option.storage == STORAGE["in"] else "out"
+        gram = gram_of(stats, weight.shape[1])
+        code = self._code(weight, (rank, count), gram, side, self.iterations)
+        basis, value = code.basis.to(weight), code.value.to(weight)
+        bias = layouts.bias(module)
+        if side == "in":
+            return SparseDenseLinear.from_code(basis.T, value, code.atoms, bias)
+        return DenseSparseLinear.from_code(basis, value, code.atoms, bias)
 
-    def _count(self, rank: int) -> int:
-        return max(1, round(self.density * rank))
+    def _curve(self, site: Site, weight: Tensor, gram: Tensor, total: float, side: Side) -> Curve:
+        def error(size: Size, share: float) -> float:
+            code = self._code(weight, size, gram, side, math.ceil(share * self.iterations))
+            near = code.coefficients() @ code.basis
+            return linalg.squared_error(weight, near if side == "out" else near.T, gram)
+
+        cost = partial(COST[side], *site.shape, itemsize=weight.dtype.itemsize)
+        curve = sampled_curve(site, STORAGE[side], self._sizes(site.shape), cost, error, total)
+        return replace(curve, options=tuple(replace(o, method=NAME) for o in curve.options))
+
+    def _sizes(self, shape: tuple[int, int]) -> Iterator[Size]:
+        """More atoms until a product with all of C, zeros too, is the dense layer's work; then more
+        coefficients."""
+        most = min(max(1, shape[0] * shape[1] // (shape[0] + shape[1])), MOST)
+        count = 1
+        for rank in range(1, most + 1):
+            count = max(1, round(self.density * rank))
+            yield rank, count
+        yield from ((most, more) for more in range(count + 1, most + 1))
+
+    def _code(
+        self, weight: Tensor, size: Size, gram: Tensor, side: Side, iterations: int
+    ) -> linalg.SparseCode:
+        rank, count = size
+        return linalg.dense_sparse(
+            weight, rank, count, gram, side=side, iterations=iterations, seed=self.seed
+        )

@@ -16,7 +16,9 @@ from .channel_conv import channel_cost as channel_cost
 from .cp_conv import CPConv as CPConv
 from .cp_conv import cp_cost as cp_cost
 from .dense_sparse import DenseSparseLinear as DenseSparseLinear
+from .dense_sparse import SparseDenseLinear as SparseDenseLinear
 from .dense_sparse import dense_sparse_cost as dense_sparse_cost
+from .dense_sparse import sparse_dense_cost as sparse_dense_cost
 from .geometry import Geometry as Geometry
 from .lowrank_embedding import LowRankEmbedding as LowRankEmbedding
 from .lowrank_linear import LowRankLinear as LowRankLinear
@@ -51,6 +53,7 @@ FACTORED: dict[str, type[nn.Module]] = {
     "TiedEmbedding": TiedEmbedding,
     "TiedHead": TiedHead,
     "DenseSparseLinear": DenseSparseLinear,
+    "SparseDenseLinear": SparseDenseLinear,
     "LowRankSparseLinear": LowRankSparseLinear,
     "LowRankMaskedLinear": LowRankMaskedLinear,
     "BlastLinear": BlastLinear,
@@ -61,6 +64,7 @@ FACTORED: dict[str, type[nn.Module]] = {
 # from (out, in, *size, itemsize=).
 OWN_FORMS: dict[str, Callable[..., Cost]] = {
     "dense-sparse": dense_sparse_cost,
+    "sparse-dense": sparse_dense_cost,
     "lowrank-sparse": low_rank_sparse_cost,
     "blast": blast_cost,
     "lowrank-masked": low_rank_masked_cost,

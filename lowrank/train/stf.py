@@ -60,8 +60,8 @@ class STF(FactorController):
     ) -> None:
         """Put a latent in place of the chosen layers, in the model and in the optimizer.
 
-        Layers that are DenseSparseLinear already, as `compress(method="dense-sparse")` gives, keep
-        their sizes; dense ones are decomposed without data.
+        Layers that are DenseSparseLinear already, as `compress(method=DenseSparse(side="out"))`
+        gives, keep their sizes; dense ones are decomposed without data.
 
         Args:
             ratio: of dense layers: the share of their bytes kept, indices included, in (0, 1).

@@ -20,15 +20,16 @@ from lowrank.nn import (
     DenseSparseLinear,
     LowRankMaskedLinear,
     LowRankSparseLinear,
+    SparseDenseLinear,
 )
 from lowrank.plan import Plan
 from tests import zoo
 
 FORMS = {
-    "dense-sparse": DenseSparseLinear,
-    "lowrank-sparse": LowRankSparseLinear,
-    "blast": BlastLinear,
-    "lowrank-masked": LowRankMaskedLinear,
+    "dense-sparse": (DenseSparseLinear, SparseDenseLinear),
+    "lowrank-sparse": (LowRankSparseLinear,),
+    "blast": (BlastLinear,),
+    "lowrank-masked": (LowRankMaskedLinear,),
 }
 EDITED = {
     "dense-sparse": (9, 3),
@@ -63,7 +64,8 @@ def done(way: str, ratio: Any = 0.6, **more: Any) -> tuple[nn.Module, Any]:
 
 def test_one_line_makes_it_and_the_report_tells(way: str) -> None:
     model, report = done(way)
-    assert [type(layer) for layer in model] == [FORMS[way], nn.ReLU, FORMS[way]]
+    assert type(model[0]) in FORMS[way]
+    assert type(model[2]) in FORMS[way]
     assert 0.5 < report.achieved <= 0.6
     for site, layer in zip(report.sites, (model[0], model[2]), strict=True):
         assert site.measured is not None
@@ -254,7 +256,7 @@ def test_a_tied_weight_is_factored_once(way: str) -> None:
     assert report.achieved <= 0.6
     stored = {id(p): p for p in model.parameters()}
     assert sum(p.numel() for p in stored.values()) == report.params_after <= 0.6 * 576
-    assert type(model.one) is FORMS[way]
+    assert type(model.one) in FORMS[way]
     assert torch.equal(model.one.dense_weight(), model.other.dense_weight())
 
 

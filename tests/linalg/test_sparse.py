@@ -138,7 +138,7 @@ def test_equal_atoms_and_zero_rows_do_no_harm() -> None:
 @pytest.mark.parametrize("size", [(10, 3), (24, 6), (50, 5)])  # 50 atoms: more than either side
 def test_every_row_has_so_many_atoms_under_any_gram(name: str, size: tuple[int, int]) -> None:
     weight = normal(32, 24)
-    code = linalg.dense_sparse(weight, *size, grams(24)[name], sweeps=4)
+    code = linalg.dense_sparse(weight, *size, grams(24)[name], iterations=4)
     assert code.basis.shape == (size[0], 24)
     assert code.value.shape == code.atoms.shape == (32, size[1])
     assert (code.atoms.diff(dim=1) > 0).all()
@@ -177,8 +177,10 @@ def test_it_is_nearer_than_low_rank_of_equal_size(
     assert found <= 1.02 * noted
 
 
-def test_sweeps_lower_the_error_of_the_start() -> None:
-    errors = [relative(PLANTED, linalg.dense_sparse(PLANTED, 64, 8, sweeps=n)) for n in (0, 4, 15)]
+def test_iterations_lower_the_error_of_the_start() -> None:
+    errors = [
+        relative(PLANTED, linalg.dense_sparse(PLANTED, 64, 8, iterations=n)) for n in (0, 20, 80)
+    ]
     assert errors[0] > 1.05 * errors[1] > 1.05 * errors[2]
 
 
@@ -218,3 +220,67 @@ def test_the_draw_of_further_atoms_is_seeded() -> None:
     one, same, other = (linalg.dense_sparse(weight, 15, 2, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(one.basis, same.basis)
     assert not torch.equal(one.basis, other.basis)
+
+
+# By columns
+
+
+@pytest.mark.parametrize("name", ["identity", "good", "dead inputs", "few tokens", "zero"])
+@pytest.mark.parametrize("size", [(10, 3), (24, 6), (50, 5)])
+def test_every_column_has_so_many_atoms_under_any_gram(name: str, size: tuple[int, int]) -> None:
+    weight, gram = normal(32, 24), grams(24)[name]
+    code = linalg.dense_sparse(weight, *size, gram, side="in", iterations=4)
+    assert code.basis.shape == (size[0], 32)
+    assert code.value.shape == code.atoms.shape == (24, size[1])
+    assert (code.atoms.diff(dim=1) > 0).all()
+    assert code.basis.isfinite().all()
+    assert code.value.isfinite().all()
+    near = (code.coefficients() @ code.basis).T
+    most = linalg.squared_error(weight, torch.zeros_like(weight), gram)
+    assert linalg.squared_error(weight, near, gram) <= most
+
+
+def test_without_data_it_is_the_code_of_the_transpose() -> None:
+    weight = normal(20, 30)
+    one = linalg.dense_sparse(weight, 8, 3, side="in", iterations=20)
+    other = linalg.dense_sparse(weight.T, 8, 3, iterations=20)
+    assert relative(weight.T, one) == pytest.approx(relative(weight.T, other), rel=0.02)
+
+
+def test_by_columns_with_all_atoms_it_is_the_best_of_that_rank() -> None:
+    weight, gram = normal(20, 30), grams(30)["good"]
+    code = linalg.dense_sparse(weight, 6, 6, gram, side="in")
+    error = linalg.squared_error(weight, (code.coefficients() @ code.basis).T, gram)
+    assert error == pytest.approx(float(linalg.tails(linalg.energies(weight, gram))[6]), rel=1e-9)
+
+
+def test_by_columns_it_serves_the_outputs() -> None:
+    """Correlated inputs: values and atoms fitted to them are nearer at the outputs."""
+    rng = torch.Generator().manual_seed(1)
+    mixed = torch.randn(400, 24, generator=rng).double() @ normal(24, 24, seed=2)
+    weight, gram = normal(40, 24), mixed.T @ mixed / 400
+    errors = []
+    for metric in (gram, None):
+        code = linalg.dense_sparse(weight, 12, 4, metric, side="in")
+        errors.append(linalg.squared_error(weight, (code.coefficients() @ code.basis).T, gram))
+    assert errors[0] < 0.6 * errors[1]
+
+
+@pytest.mark.parametrize("side", ["out", "in"])
+def test_basis_and_values_are_least_squares_on_the_support(side: linalg.Side) -> None:
+    """NumPy's lstsq for one when the other is held gains next to nothing."""
+    weight, gram = normal(16, 12), grams(12)["good"]
+    code = linalg.dense_sparse(weight, 6, 2, gram, side=side)
+    root = np.linalg.cholesky(gram.numpy()).T  # H = rootᵀ root
+    target, found = weight.numpy(), code.coefficients().numpy()
+    near = found @ code.basis.numpy()
+    near = near if side == "out" else near.T
+    error = np.square((target - near) @ root.T).sum()
+    if side == "out":
+        basis = np.linalg.lstsq(found, target, rcond=None)[0]
+        best = np.square((target - found @ basis) @ root.T).sum()
+    else:
+        basis = np.linalg.lstsq(root @ found, root @ target.T, rcond=None)[0]
+        best = np.square(root @ (target.T - found @ basis)).sum()
+    assert best <= error * (1 + 1e-9)
+    assert error <= 1.001 * best

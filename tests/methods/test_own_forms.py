@@ -26,18 +26,20 @@ from lowrank.nn import (
     DenseSparseLinear,
     LowRankMaskedLinear,
     LowRankSparseLinear,
+    SparseDenseLinear,
 )
 from lowrank.types import Cost, Option, Statistics
 
 from .layers import inputs, linear, output_error, site, statistics
 
 WAYS = [
-    (DenseSparse(), DenseSparseLinear),
+    (DenseSparse(side="out"), DenseSparseLinear),
+    (DenseSparse(side="in"), SparseDenseLinear),
     (LowRankSparse(), LowRankSparseLinear),
     (Blast(sweeps=60), BlastLinear),
     (LowRankMasked(), LowRankMaskedLinear),
 ]
-NAMES = ["dense-sparse", "lowrank-sparse", "blast", "lowrank-masked"]
+NAMES = ["dense-sparse", "sparse-dense", "lowrank-sparse", "blast", "lowrank-masked"]
 
 
 @pytest.mark.parametrize(("way", "kind"), WAYS, ids=NAMES)
@@ -149,7 +151,7 @@ def test_options_are_used() -> None:
               if o.size}  # fmt: skip
     assert blocks == {3}
     for few, many, size in (
-        (DenseSparse(sweeps=0), DenseSparse(), (12, 4)),
+        (DenseSparse(iterations=0), DenseSparse(), (12, 4)),
         (Blast(sweeps=5), Blast(sweeps=100), (4, 9)),
     ):
         option = Option("", size, "", Cost(0, 0, 0), 0.0)
@@ -164,7 +166,7 @@ def test_options_are_used() -> None:
     [
         (lambda: DenseSparse(density=0.0), r"density must be in \(0, 1\], got 0.0"),
         (lambda: DenseSparse(density=1.5), "got 1.5"),
-        (lambda: DenseSparse(sweeps=-1), "sweeps must be an integer >= 0"),
+        (lambda: DenseSparse(iterations=-1), "iterations must be an integer >= 0"),
         (lambda: LowRankSparse(shares=()), "shares must be numbers"),
         (lambda: LowRankSparse(shares=(0.1, 1.0)), "shares must be numbers"),
         (lambda: LowRankSparse(rounds=-1), "rounds must be"),
@@ -264,7 +266,7 @@ def test_auto_knows_its_forms(forms: Any) -> None:
 
 
 def test_which_methods_have_a_form_of_their_own() -> None:
-    assert all(own_form(name) for name in NAMES)
+    assert all(own_form(name) for name in NAMES if name != "sparse-dense")
     assert own_form(DenseSparse())
     assert not any(own_form(name) for name in ("svd", "basis-sharing", None, "none such"))
     assert not own_form(Whitened())

@@ -14,6 +14,7 @@ from lowrank.nn import (
     DenseSparseLinear,
     LowRankMaskedLinear,
     LowRankSparseLinear,
+    SparseDenseLinear,
 )
 
 
@@ -39,6 +40,21 @@ def dense_sparse(out: int, inner: int, *, bias: bool = True, seed: int = 0) -> M
         for number in range(count):
             weight[row] += value[row, number].item() * basis[index[row, number]].numpy()
     layer = DenseSparseLinear.from_code(basis, value, torch.from_numpy(index), shift)
+    return Made(layer, weight, None if shift is None else shift.numpy())
+
+
+def sparse_dense(out: int, inner: int, *, bias: bool = True, seed: int = 0) -> Made:
+    normal, rng = drawn(seed), np.random.default_rng(seed)
+    rank, count = max(out // 2, 2), 2
+    basis, value = normal(out, rank), normal(inner, count)
+    index = np.stack([rng.permutation(rank)[:count] for _ in range(inner)])
+    shift = normal(out) if bias else None
+    weight = np.zeros((out, inner))
+    for column in range(inner):
+        for number in range(count):
+            atom = basis[:, index[column, number]].numpy()
+            weight[:, column] += value[column, number].item() * atom
+    layer = SparseDenseLinear.from_code(basis, value, torch.from_numpy(index), shift)
     return Made(layer, weight, None if shift is None else shift.numpy())
 
 
@@ -81,6 +97,7 @@ def lowrank_masked(out: int, inner: int, *, bias: bool = True, seed: int = 0) ->
 
 FORMS: dict[str, Callable[..., Made]] = {
     "DenseSparseLinear": dense_sparse,
+    "SparseDenseLinear": sparse_dense,
     "LowRankSparseLinear": lowrank_sparse,
     "BlastLinear": blast,
     "LowRankMaskedLinear": lowrank_masked,

@@ -17,6 +17,7 @@ from lowrank.nn import (
     FACTORED,
     OWN_FORMS,
     LowRankMaskedLinear,
+    SparseDenseLinear,
     build,
     describe,
     is_factored,
@@ -111,6 +112,8 @@ def test_cost_is_what_is_stored(made: Any, dtype: torch.dtype) -> None:
     macs = params  # but for zeros that are multiplied too
     if isinstance(layer, LowRankMaskedLinear):
         macs = 7 * 10 + 2 * (7 + 10)
+    if isinstance(layer, SparseDenseLinear):
+        macs = 3 * (7 + 10)
     assert layer.cost() == Cost(params, stored, macs)
 
 
@@ -162,8 +165,19 @@ def test_a_fresh_layer_computes_something(made: Any) -> None:
 
 def test_the_registries_agree() -> None:
     assert {*FORMS} <= {*FACTORED}
-    assert [*OWN_FORMS] == ["dense-sparse", "lowrank-sparse", "blast", "lowrank-masked"]
-    sizes = {"dense-sparse": (5, 2), "lowrank-sparse": (2, 3), "blast": (3, 2)}
+    assert [*OWN_FORMS] == [
+        "dense-sparse",
+        "sparse-dense",
+        "lowrank-sparse",
+        "blast",
+        "lowrank-masked",
+    ]
+    sizes = {
+        "dense-sparse": (5, 2),
+        "sparse-dense": (3, 2),
+        "lowrank-sparse": (2, 3),
+        "blast": (3, 2),
+    }
     sizes["lowrank-masked"] = 2, FORMS["LowRankMaskedLinear"](7, 10).layer.count
     for (storage, cost), make in zip(OWN_FORMS.items(), FORMS.values(), strict=True):
         layer = make(7, 10).layer

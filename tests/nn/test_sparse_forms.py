@@ -61,7 +61,7 @@ def test_an_index_is_as_short_as_it_can_be(rank: int, dtype: torch.dtype) -> Non
 
 
 def test_few_tokens_are_gathered_and_many_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways give the same; the rule is tokens · s ≤ 64 r, and a graph is never gathered."""
+    """Both ways give the same; the rule is 4 ≤ tokens ≤ 64 r / s, and a graph is never gathered."""
     layer = dense_sparse(7, 10).layer  # s = 2, r = 5
     calls: list[int] = []
     real = torch.nn.functional.embedding_bag
@@ -75,10 +75,12 @@ def test_few_tokens_are_gathered_and_many_multiplied(monkeypatch: pytest.MonkeyP
         many = layer(x)
         assert calls == [1]
     torch.testing.assert_close(few, many[:160])
-    layer(x[:3])
+    layer(x[:4])
     assert calls == [1]
     layer.requires_grad_(False)
     torch.testing.assert_close(layer(x[:3]), many[:3])
+    assert calls == [1]
+    torch.testing.assert_close(layer(x[:4]), many[:4])
     assert calls == [1, 1]
 
 

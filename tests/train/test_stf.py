@@ -330,13 +330,13 @@ def test_bad_options_change_nothing(options: dict[str, Any], said: str) -> None:
 
 def test_a_state_of_other_sizes_is_refused() -> None:
     model = Net()
-    small = STF(model, sgd(model), ratio=0.6).state_dict()
+    small = STF(model, sgd(model), ratio=0.5).state_dict()
     frozen = Net()
     done = STF(frozen, sgd(frozen), ratio=0.7, freeze=1)
     fresh = done.state_dict()
     run(frozen, sgd(frozen), done, 1)
     for state, said in (
-        (small, "first has the size .* in this state and"),
+        (small, "has the size .* in this state and"),
         (fresh, "the support is not frozen in this state, but here it is"),
         (
             {**fresh, "policy": {**fresh["policy"], "latent": "weight"}},
