@@ -11,7 +11,7 @@ from torch import Tensor
 from ..calibrate import Calibration
 from ..data import Batch, rebatched
 from ..errors import listed
-from ..nn import LowRankMaskedLinear
+from ..nn import DenseSparseLinear, LowRankMaskedLinear, SparseDenseLinear
 from ..plan import Plan
 from .building import Built
 from .observed import statistics_of
@@ -21,6 +21,7 @@ def notes_of(built: Sequence[Built], plan: Plan, seen: Calibration | None) -> tu
     """One sentence each."""
     slow = sum(item.new is None for item in built)
     masked = sum(isinstance(item.new, LowRankMaskedLinear) for item in built)
+    coded = sum(_more_work(item.new) for item in built)
     left = f"left dense because factors are not faster: {slow}; more is kept than was planned"
     source = "" if seen is None else seen.source
     forms = plan.settings.get("forms") or {}
@@ -32,9 +33,19 @@ def notes_of(built: Sequence[Built], plan: Plan, seen: Calibration | None) -> tu
         (slow, left),
         (forms, f"KL of the forms: {judged}"),
         (masked, f"zeros of a mask are multiplied too, so that {masked} layers are not faster"),
-    )
+        (coded, f"zeros of coefficients are multiplied where tokens are many, in {coded} layers as "
+                "much as in a dense one or more: these are smaller, not faster"),
+    )  # fmt: skip
     found = [note for holds, note in said if holds]
     return tuple(found) if seen is None else (*found, *_on_data(built, seen))
+
+
+def _more_work(new: object) -> bool:
+    """Whether basis and coefficients, zeros and all, have as many entries as the dense weight."""
+    if not isinstance(new, DenseSparseLinear | SparseDenseLinear):
+        return False
+    out, inner = new.out_features, new.in_features
+    return new.rank * (out + inner) >= out * inner
 
 
 def _on_data(built: Sequence[Built], seen: Calibration) -> list[str]:

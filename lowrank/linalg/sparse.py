@@ -29,7 +29,6 @@ WEAK, STRONG = 0.2, 1.0  # how much the two parts of C are held together, at fir
 HELD = 3.0  # how much a basis is held back, against the least squares that move it
 POLISH = 3  # times that basis and values are fitted to each other on the support found
 STEPS = 20  # of conjugate gradients
-RIDGE = 1e-8
 TURNS = 30  # of the orthonormal start
 CHUNK = 2**24  # numbers of the rows' own Gram matrices at once
 ROUNDS = 8  # of a pursuit: so many times it looks at what is left
@@ -314,7 +313,7 @@ def _least_squares(
     alive = size > size.max() * torch.finfo(size.dtype).eps
     scale = size.where(alive, 1).sqrt()
     normal = normal / scale / scale[:, None] * alive * alive[:, None]
-    normal.diagonal().copy_(torch.ones_like(size) + RIDGE + held)
+    normal.diagonal().copy_(torch.ones_like(size) + held)
     right = wanted / scale[:, None] + held * scale[:, None] * basis
     solved = torch.cholesky_solve(right, safe_root(normal)) / scale[:, None]
     return solved.where(alive[:, None], basis)

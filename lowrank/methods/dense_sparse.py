@@ -11,7 +11,6 @@ inputs. Every coefficient also stores a one- or two-byte index, which counts in 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, get_args
@@ -40,8 +39,8 @@ class DenseSparse:
     for s coefficients in every row of W, "in" for every column, or "best": each site that which
     serves it; `iterations` of the solver; `seed` of atoms that are drawn.
 
-    Sizes are (r, s), r up to what is no more work than the dense layer; the storage says of which
-    side. The curve is an interpolation, not exact: see `sampled_curve`.
+    Sizes are (r, s), r up to the number of outputs (by columns: of inputs); the storage says of
+    which side. The curve is an interpolation, not exact: see `sampled_curve`.
     """
 
     seed: int = 0
@@ -95,18 +94,10 @@ class DenseSparse:
             return linalg.squared_error(weight, near if side == "out" else near.T, gram)
 
         cost = partial(COST[side], *site.shape, itemsize=weight.dtype.itemsize)
-        curve = sampled_curve(site, STORAGE[side], self._sizes(site.shape), cost, error, total)
+        most = min(site.shape[side == "in"], MOST)
+        sizes = ((rank, max(1, round(self.density * rank))) for rank in range(1, most + 1))
+        curve = sampled_curve(site, STORAGE[side], sizes, cost, error, total)
         return replace(curve, options=tuple(replace(o, method=NAME) for o in curve.options))
-
-    def _sizes(self, shape: tuple[int, int]) -> Iterator[Size]:
-        """More atoms until a product with all of C, zeros too, is the dense layer's work; then more
-        coefficients."""
-        most = min(max(1, shape[0] * shape[1] // (shape[0] + shape[1])), MOST)
-        count = 1
-        for rank in range(1, most + 1):
-            count = max(1, round(self.density * rank))
-            yield rank, count
-        yield from ((most, more) for more in range(count + 1, most + 1))
 
     def _code(
         self, weight: Tensor, size: Size, gram: Tensor, side: Side, iterations: int
