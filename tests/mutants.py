@@ -339,6 +339,20 @@ MUTANTS = (
         ("tests/linalg/test_masked.py::test_it_is_nearer_than_svd_and_thresholding_in_turn",),
     ),
     Mutant(
+        "a basis of the outputs fitted as if the inputs were white",
+        "lowrank/linalg/sparse.py",
+        "weighed.T @ problem.target",
+        "coefficients.T @ problem.target",
+        ("tests/linalg/test_sparse.py::test_basis_and_values_are_least_squares_on_the_support",),
+    ),
+    Mutant(
+        "coefficients and their dual drift apart",
+        "lowrank/linalg/sparse.py",
+        "dual = dual + rho * (free - sparse)",
+        "dual = dual - rho * (free - sparse)",
+        ("tests/linalg/test_sparse.py::test_iterations_lower_the_error_of_the_start",),
+    ),
+    Mutant(
         "a form of its own made anew of the old weight, whatever the stream asks for",
         "lowrank/methods/refitting.py",
         "wanted.weight = nn.Parameter(moved,",

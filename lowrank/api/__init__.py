@@ -132,7 +132,7 @@ def compress(
             copy, progress and a method object are taken.
         method: "svd", "whitened", "asvd", "snmf", "random", "basis-sharing" (one input basis for
             layers that read one tensor, "whitened" for the others), "dense-sparse" (a small basis,
-            few coefficients in each row), "lowrank-sparse" (some inputs in full), "lowrank-masked"
+            few coefficients in each row or each column), "lowrank-sparse" (some inputs in full), "lowrank-masked"
             and "lowrank-2:4" (single entries in full: smallest, never faster), "blast" (blocks
             with shared bases), "auto" (the best of these forms for each layer), "frequency",
             "head-aware" (the last two for embeddings) or an object; None: "whitened" with data,

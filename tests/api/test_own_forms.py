@@ -76,7 +76,10 @@ def test_one_line_makes_it_and_the_report_tells(way: str) -> None:
     assert report.params_after == sum(p.numel() for p in model.parameters())
     assert way in str(report.plan)
     slow = any("not faster" in note for note in report.notes)
-    assert slow == (way == "lowrank-masked")  # zeros are multiplied too
+    work = [layer.rank * (layer.in_features + layer.out_features) for layer in (model[0], model[2])
+            if way == "dense-sparse"]  # fmt: skip
+    most = zip(work, (20 * 30, 30 * 17), strict=False)
+    assert slow == (way == "lowrank-masked" or any(a >= b for a, b in most))  # zeros multiply too
 
 
 @pytest.mark.parametrize("unit", ["bytes", "macs"])
