@@ -132,10 +132,10 @@ def compress(
             copy, progress and a method object are taken.
         method: "svd", "whitened", "asvd", "snmf", "random", "basis-sharing" (one input basis for
             layers that read one tensor, "whitened" for the others), "dense-sparse" (a small basis,
-            few coefficients in each row or each column), "lowrank-sparse" (some inputs in full), "lowrank-masked"
-            and "lowrank-2:4" (single entries in full: smallest, never faster), "blast" (blocks
-            with shared bases), "auto" (the best of these forms for each layer), "frequency",
-            "head-aware" (the last two for embeddings) or an object; None: "whitened" with data,
+            few coefficients in each row or each column), "lowrank-sparse" (some inputs in full),
+            "lowrank-masked" and "lowrank-2:4" (single entries in full: smallest, never faster),
+            "blast" (blocks with shared bases), "auto" (the best of these forms for each layer),
+            "frequency", "head-aware" (the last two for embeddings) or an object; None: "whitened" with data,
             given or self-written, else "svd". Embeddings that "whitened" meets are factored by
             "head-aware".
         policy: "uniform", "energy", "welore", "spectrum", "evbmf", "lossaware" or a callable; None:

@@ -21,7 +21,7 @@ from .lowrank_linear import own
 SMALL = 256  # atoms that a byte can number
 MOST = 32768  # that two bytes can
 LEAST = 4  # tokens from which on coefficients are gathered
-GATHERED = 64  # tokens · s / r up to which coefficients are gathered; benchmarks/sparse_speed.py
+GATHERED = 128  # tokens · s / r up to which coefficients are gathered; benchmarks/sparse_speed.py
 
 
 class Coded(nn.Module):
