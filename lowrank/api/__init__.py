@@ -135,9 +135,9 @@ def compress(
             few coefficients in each row or each column), "lowrank-sparse" (some inputs in full),
             "lowrank-masked" and "lowrank-2:4" (single entries in full: smallest, never faster),
             "blast" (blocks with shared bases), "auto" (the best of these forms for each layer),
-            "frequency", "head-aware" (the last two for embeddings) or an object; None: "whitened" with data,
-            given or self-written, else "svd". Embeddings that "whitened" meets are factored by
-            "head-aware".
+            "frequency", "head-aware" (the last two for embeddings) or an object; None: "whitened"
+            with data, given or self-written, else "svd". Embeddings that "whitened" meets are
+            factored by "head-aware".
         policy: "uniform", "energy", "welore", "spectrum", "evbmf", "lossaware" or a callable; None:
             "uniform", but "spectrum" for a net of convolutions without data. It shares out a ratio;
             fixed ranks leave it nothing to do.

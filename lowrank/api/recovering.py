@@ -43,6 +43,7 @@ from ..types import Method, Site
 from .efforts import Recovery
 
 HELD_OUT = 8  # one row in so many is kept for judging
+ROUNDING = 1e-6  # a KL that logits of 32 bits cannot tell from none
 REFITTED = LowRankLinear | PivotedLinear | ChannelConv | TuckerConv | SpatialConv  # closed form
 NOISE = 1e-6  # of a mean square: what sums of fp32 products may be off by
 
@@ -276,9 +277,14 @@ class _Job:
             return
         self.broken = before == after == math.inf
         self.said.append(f"KL on held-out rows: {before:.4g} -> {after:.4g}")
-        if not after <= before:
-            self.student, self.vectors = plain, {}
-            self.said.append("recovery made it worse: the layers are those before it")
+        if before <= ROUNDING:
+            said = "nothing is left to recover on held-out rows: the layers are those before it"
+        elif not after <= before:
+            said = "recovery made it worse: the layers are those before it"
+        else:
+            return
+        self.student, self.vectors = plain, {}
+        self.said.append(said)
 
 
 def _advance(bar: tqdm[None], name: str) -> None:

@@ -120,6 +120,7 @@ def test_all_are_the_same_in_a_new_process(tmp_path: Path) -> None:
     for name, outcome in found.items():
         kind = name.split("-")[0]
         assert outcome["keys"] == [[], []], name
+        assert outcome["same weights"], name
         assert outcome["equal"], name
         assert outcome["factored"] == factored(compressed(*name.split("-"))[1]) > 0, name
         assert outcome.get("written", kind not in WRITERS), name
@@ -130,6 +131,7 @@ def seen_of(kind: str, lean: nn.Module) -> dict[str, Any]:
     batch = batch_of(kind, 3, 77)
     with torch.no_grad():
         found: dict[str, Any] = {"batch": batch, "logits": data.forward(lean, batch).logits}
+        found["weights"] = dict(lean.state_dict())
         if kind in WRITERS:
             found["prompt"], found["how"] = {"input_ids": ids(2, 78, 4)}, HOW
             found["written"] = lean.generate(**found["prompt"], **HOW)
