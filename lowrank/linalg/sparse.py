@@ -13,6 +13,7 @@ loses least (COMPOT does the same).
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ Side = Literal["out", "in"]
 ITERATIONS = 80
 WEAK, STRONG = 0.2, 1.0  # how much the two parts of C are held together, at first and at last
 HELD = 3.0  # how much a basis is held back, against the least squares that move it
+RUNAWAY = 1e3  # times the start's coefficients: where the exchange ends, whatever it has found
 POLISH = 3  # times that basis and values are fitted to each other on the support found
 STEPS = 20  # of conjugate gradients
 TURNS = 30  # of the orthonormal start
@@ -151,16 +153,13 @@ def dense_sparse(
         if side == "in":
             problem = _Problem(matrix.T, metric, None)
         basis = _start(problem, rank, count, seed)
-        first = basis
+        found = [_thresholded(problem, basis, count)]
         if count == 1:  # rows are points on lines then, and a bad start stays bad
-            first = _far_rows(problem, basis)
-        found = [_thresholded(problem, one, count) for one in {id(b): b for b in (basis, first)}
-                 .values()]  # fmt: skip
-        best = min((_polished(problem, *one) for one in found), key=lambda one: one[0])
+            found.append(_thresholded(problem, _far_rows(problem, basis), count))
         if iterations:
-            chosen = _alternated(problem, basis, count, iterations)
-            best = min(best, _polished(problem, *chosen), key=lambda one: one[0])
-        _, basis, coefficients, index = best
+            found.append(_alternated(problem, basis, count, iterations))
+        polished = [_polished(problem, *one) for one in found]
+        _, basis, coefficients, index = min(polished, key=itemgetter(0))
         return balanced(SparseCode(basis, coefficients.gather(1, index), index))
 
 
@@ -244,7 +243,7 @@ def _alternated(
     whole = problem.of_rows(problem.weighed(problem.target, problem.right))
     power, turn = (None, None) if problem.left is None else torch.linalg.eigh(problem.left)
     sparse, index = _largest(problem.dot(problem.target, basis), count)
-    dual = torch.zeros_like(sparse)
+    dual, most = torch.zeros_like(sparse), RUNAWAY * float(sparse.norm())
     eye = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
     for rho in torch.linspace(0, 1, iterations).tolist():
         rho = WEAK * (STRONG / WEAK) ** rho
@@ -256,7 +255,10 @@ def _alternated(
             own, axes = torch.linalg.eigh(gram)
             inner = (turn.T @ pull @ axes) / (power.clamp(min=0)[:, None] * own.clamp(min=0) + rho)
             free = turn @ inner @ axes.T
-        sparse, index = _largest(free + dual / rho, count)
+        tried, where = _largest(free + dual / rho, count)
+        if not float(tried.norm()) <= most:
+            break
+        sparse, index = tried, where
         dual = dual + rho * (free - sparse)
         basis = _least_squares(problem, sparse, basis, HELD)
         length = problem.unit(basis)

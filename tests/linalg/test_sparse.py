@@ -222,6 +222,25 @@ def test_the_draw_of_further_atoms_is_seeded() -> None:
     assert not torch.equal(one.basis, other.basis)
 
 
+@pytest.mark.parametrize("side", ["out", "in"])
+def test_a_basis_that_runs_away_does_no_harm(
+    side: linalg.Side, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not held back it does: then the start is what comes out, or something nearer."""
+    module = sys.modules["lowrank.linalg.sparse"]
+    monkeypatch.setattr(module, "HELD", 0.0)
+    weight, gram = normal(48, 48), grams(48)["good"]
+    start, code = (
+        linalg.dense_sparse(weight, 30, 3, gram, side=side, iterations=n) for n in (0, 400)
+    )
+    errors = []
+    for one in (start, code):
+        near = one.coefficients() @ one.basis
+        near = near if side == "out" else near.T
+        errors.append(linalg.squared_error(weight, near, gram))
+    assert errors[1] <= errors[0] * (1 + 1e-9)
+
+
 # By columns
 
 
