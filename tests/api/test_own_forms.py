@@ -342,9 +342,10 @@ def test_auto_is_never_worse_than_one_form_alone_on_held_out_rows() -> None:
     )
     data = [torch.randn(64, 32, generator=rng) for _ in range(6)]
     seen = lowrank.calibrate(model, data, hold_out=1 / 3, progress=False)
-    forms = ("factors", "pivoted", "dense-sparse")
-    way = lowrank.METHODS["auto"](forms=forms)
-    for policy in ("uniform", "spectrum"):
+    best = set()
+    cases = [(("factors", "pivoted", "dense-sparse"), "uniform")]
+    for forms, policy in [*cases, (("factors", "pivoted"), "spectrum")]:
+        way = lowrank.METHODS["auto"](forms=forms)
         options = {"policy": policy, "align": 1, "copy": True, "progress": False}
         new, report = lowrank.compress(model, 0.4, method=way, data=seen, **options)
         judged = report.plan.settings["forms"]
@@ -356,6 +357,8 @@ def test_auto_is_never_worse_than_one_form_alone_on_held_out_rows() -> None:
             alone, _ = lowrank.compress(model, 0.4, method=one, data=seen, **options)
             assert away <= lowrank.kl(alone, model, seen.held_out) * (1 + 1e-5)
         assert any("KL of the forms" in note for note in report.notes)
+        best.add(min(judged, key=judged.__getitem__))
+    assert best > {"factors"}  # a form alone won somewhere, and not everywhere
 
 
 def test_auto_compares_nothing_where_there_is_nothing_to_judge_by() -> None:
