@@ -4,8 +4,7 @@ DSFormer (arXiv 2312.13211) factors W ≈ C · D so; of it only the abstract was
 follows is our own: an ADMM, as linalg/masked.py's, in which the basis is learned too. Coefficients
 are split into a part that obeys the norm of the outputs and one that has s entries a row; after
 each exchange D is refitted, held back towards what it was, for a basis that follows at once runs
-away. On trained weights it is nearer than K-SVD's alternation with matching pursuit, in half of its
-time. Neither the inputs' Gram matrix nor a root of it is ever inverted.
+away. Neither the inputs' Gram matrix nor a root of it is ever inverted.
 
 The start is an orthonormal basis of the outputs, turned by Procrustes' rotation until thresholding
 loses least (COMPOT does the same).

@@ -49,6 +49,28 @@ class Coded(nn.Module):
         first = torch.arange(count, dtype=index_dtype(rank), device=place["device"])
         self.register_buffer("index", first.repeat(rows, 1))
 
+    @classmethod
+    def empty(
+        cls, *, in_features: int, out_features: int, rank: int, count: int, bias: bool
+    ) -> Self:
+        return cls(in_features, out_features, rank, count, bias=bias, device="meta")
+
+    @classmethod
+    def _made(
+        cls, shape: tuple[int, int], rank: int, basis: Tensor, value: Tensor, index: Tensor,
+        bias: bool,
+    ) -> Self:  # fmt: skip
+        """A layer of this shape that owns copies; its bias is still to be set."""
+        _check(index, value, rank)
+        out_features, in_features = shape
+        layer = cls.empty(
+            in_features=in_features, out_features=out_features, rank=rank, count=value.shape[1],
+            bias=bias,
+        )  # fmt: skip
+        layer.basis.weight, layer.value = own(basis), own(value)
+        layer.index = index.to(index_dtype(rank), copy=True).contiguous()
+        return layer
+
     @property
     def in_features(self) -> int:
         raise NotImplementedError
@@ -92,10 +114,6 @@ class Coded(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, rank={self.rank}, count={self.count}"
-
-    def _take(self, value: Tensor, index: Tensor) -> None:
-        self.value = own(value)
-        self.index = index.to(index_dtype(self.rank), copy=True).contiguous()
 
     def _plain(self, inner: Tensor) -> bool:
         """Whether nothing watches the product: on a CPU, no graph, no tracing."""
@@ -143,23 +161,11 @@ class DenseSparseLinear(Coded):
         Raises:
             LowrankError: the shapes do not fit, or an index names no atom, or one twice.
         """
-        (rank, in_features), (out_features, count) = basis.shape, value.shape
-        _check(index, value, rank)
-        layer = cls.empty(
-            in_features=in_features, out_features=out_features, rank=rank, count=count,
-            bias=bias is not None,
-        )  # fmt: skip
-        layer.basis.weight = own(basis)
-        layer._take(value, index)
+        (rank, in_features), out_features = basis.shape, len(value)
+        layer = cls._made((out_features, in_features), rank, basis, value, index, bias is not None)
         if bias is not None:
             layer.bias = own(bias)
         return layer
-
-    @classmethod
-    def empty(
-        cls, *, in_features: int, out_features: int, rank: int, count: int, bias: bool
-    ) -> Self:
-        return cls(in_features, out_features, rank, count, bias=bias, device="meta")
 
     @property
     def in_features(self) -> int:
@@ -237,23 +243,11 @@ class SparseDenseLinear(Coded):
         Raises:
             LowrankError: the shapes do not fit, or an index names no atom, or one twice.
         """
-        (out_features, rank), (in_features, count) = basis.shape, value.shape
-        _check(index, value, rank)
-        layer = cls.empty(
-            in_features=in_features, out_features=out_features, rank=rank, count=count,
-            bias=bias is not None,
-        )  # fmt: skip
-        layer.basis.weight = own(basis)
-        layer._take(value, index)
+        (out_features, rank), in_features = basis.shape, len(value)
+        layer = cls._made((out_features, in_features), rank, basis, value, index, bias is not None)
         if bias is not None:
             layer.basis.bias = own(bias)
         return layer
-
-    @classmethod
-    def empty(
-        cls, *, in_features: int, out_features: int, rank: int, count: int, bias: bool
-    ) -> Self:
-        return cls(in_features, out_features, rank, count, bias=bias, device="meta")
 
     @property
     def in_features(self) -> int:
