@@ -19,6 +19,7 @@ import torch
 from machine import keep
 from torch import nn
 
+from lowrank.measure.timing import paired_ratio
 from lowrank.nn import (
     ChannelConv,
     CPConv,
@@ -30,7 +31,6 @@ from lowrank.nn import (
     spatial_cost,
     tucker_cost,
 )
-from lowrank.timing import paired_ratio
 from lowrank.types import Cost
 
 SHARES = (0.5, 0.25)

@@ -19,8 +19,8 @@ from machine import keep
 from torch import Tensor
 
 import lowrank
-from lowrank import selfwritten
-from lowrank.data import text_rows
+from lowrank.calibration import self_written as selfwritten
+from lowrank.calibration.batches import text_rows
 from lowrank.demo import LENGTH, TinyLM, held_out_rows, judge, tiny_lm
 
 RATIOS = (0.8, 0.6, 0.4)

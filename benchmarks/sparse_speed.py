@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 import lowrank.nn.lowrank_sparse as form
 from lowrank.linalg import nm_mask
+from lowrank.measure.timing import paired_ratio
 from lowrank.nn import (
     BlastLinear,
     DenseSparseLinear,
@@ -28,7 +29,6 @@ from lowrank.nn import (
     SparseDenseLinear,
 )
 from lowrank.nn.dense_sparse import GATHERED, LEAST
-from lowrank.timing import paired_ratio
 
 TOKENS, KEEP, DENSITY = 512, 0.5, 0.2
 SHAPES = ((1024, 1024), (2048, 512), (512, 2048))

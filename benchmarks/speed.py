@@ -18,8 +18,8 @@ from machine import keep
 from torch import Tensor, nn
 
 import lowrank
+from lowrank.measure.timing import paired_ratio
 from lowrank.nn import LowRankLinear, PivotedLinear, SharedLowRankLinear
-from lowrank.timing import paired_ratio
 
 TOKENS, KEEP = 512, 0.5
 SHAPES = ((2048, 2048), (4096, 1024), (1024, 4096))

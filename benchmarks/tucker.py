@@ -30,8 +30,8 @@ from torch import Tensor, nn
 import lowrank
 from lowrank import linalg
 from lowrank.linalg import tucker as numerics
+from lowrank.measure.timing import paired_ratio
 from lowrank.methods import Whitened, WhitenedTucker
-from lowrank.timing import paired_ratio
 from lowrank.types import Site, Statistics
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
@@ -112,7 +112,7 @@ def by_outputs(net: nn.Module, images: Tensor, others: Tensor) -> list[dict[str,
         for part in (images, others)
     )
     rows = []
-    for site in lowrank.sites.find(net):
+    for site in lowrank.walk.sites.find(net):
         conv: Any = site.module
         if site.kind != "conv" or conv.in_channels == 3:
             continue

@@ -9,35 +9,35 @@ from .api import plan as plan
 from .api.by_design import factorize_by_design as factorize_by_design
 from .api.efforts import EFFORTS as EFFORTS
 from .api.efforts import Effort as Effort
-from .api.efforts import Recovery as Recovery
 from .api.sweeping import Sweep as Sweep
 from .api.sweeping import sweep as sweep
-from .bench import Benchmark as Benchmark
-from .bench import benchmark as benchmark
-from .calibrate import Calibration as Calibration
-from .calibrate import calibrate as calibrate
+from .calibration.file import load_calibration as load_calibration
+from .calibration.file import save_calibration as save_calibration
+from .calibration.fisher import with_fisher as with_fisher
+from .calibration.statistics import Calibration as Calibration
+from .calibration.statistics import calibrate as calibrate
 from .diagnose import Inspection as Inspection
 from .diagnose import Sensitivity as Sensitivity
 from .diagnose import inspect as inspect
 from .diagnose import sensitivity as sensitivity
 from .errors import LowrankError as LowrankError
-from .eval import kl as kl
-from .eval import perplexity as perplexity
-from .fisher import with_fisher as with_fisher
 from .io import export as export
 from .io import from_pretrained as from_pretrained
 from .io import load as load
 from .io import save as save
 from .io import to_dense as to_dense
 from .io.register import install as _install
-from .kept import load_calibration as load_calibration
-from .kept import save_calibration as save_calibration
+from .measure.bench import Benchmark as Benchmark
+from .measure.bench import benchmark as benchmark
+from .measure.eval import kl as kl
+from .measure.eval import perplexity as perplexity
 from .methods import METHODS as METHODS
-from .plan import Plan as Plan
+from .plans.plan import Plan as Plan
+from .plans.report import Report as Report
 from .policies import POLICIES as POLICIES
 from .recover import MasterWeights as MasterWeights
 from .recover import lrc_parameters as lrc_parameters
-from .report import Report as Report
+from .recover.recovery import Recovery as Recovery
 
 __version__ = "0.1.0"
 

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .api import compress
-from .bench import benchmark
-from .calibrate import calibrate
-from .data import text_rows
+from .calibration.batches import text_rows
+from .calibration.statistics import calibrate
 from .errors import LowrankError
-from .eval import divergence
 from .io import save
-from .report import Report
+from .measure.bench import benchmark
+from .measure.eval import divergence
+from .plans.report import Report
 
 RATIOS = (0.8, 0.6, 0.4)
 METHODS = ("svd", "whitened")

@@ -12,9 +12,9 @@ from typing import Any
 
 from .diagnose import Inspected, Inspection, Sensitivity
 from .errors import LowrankError
-from .grid import grid
-from .plan import Plan
-from .report import Report
+from .page.grid import grid
+from .plans.plan import Plan
+from .plans.report import Report
 
 # Okabe and Ito's colours, without the yellow that white paper swallows.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -49,7 +49,7 @@ class Site:
         names: all names under which the weight is reached; tied weights are one site.
         kind: "linear", "conv" or "embedding" (experts follow); an embedding whose weight
             is the output head's too is one site of kind "embedding", its first module.
-        module: the live module; methods read its weight through `lowrank.layouts`.
+        module: the live module; methods read its weight through `lowrank.walk.layouts`.
         modules: every distinct module that holds this weight; `module` is the first.
         shape: (out, in) of the weight as a matrix; (vocabulary, width) of an embedding; (O, I · K)
             of a convolution, K numbers under its kernel, which reads patches.

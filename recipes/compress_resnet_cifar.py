@@ -31,8 +31,8 @@ from torch.nn.functional import pad, relu
 
 import lowrank
 from lowrank import Recovery
+from lowrank.measure.timing import paired_ratio
 from lowrank.methods import Channels, Whitened
-from lowrank.timing import paired_ratio
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from machine import keep as keep_result

@@ -52,14 +52,14 @@ MUTANTS = (
     ),
     Mutant(
         "moments that stay in the old basis",
-        "lowrank/train/usv.py",
+        "lowrank/train/parts/usv.py",
         "carry = two_sided(left, right)",
         "carry = lambda x: x.new_zeros(s.shape)",
         ("tests/train/test_dlrt.py::test_momentum_survives_a_change_of_basis",),
     ),
     Mutant(
         "the momentum of a dense weight turned by the wrong sides",
-        "lowrank/train/usv.py",
+        "lowrank/train/parts/usv.py",
         "basis = two_sided(u.double().T, v.double())",
         "basis = two_sided(v.double().T, u.double())",
         (
@@ -69,14 +69,14 @@ MUTANTS = (
     ),
     Mutant(
         "second moments carried linearly",
-        "lowrank/train/optimizer.py",
+        "lowrank/train/parts/optimizer.py",
         "moved = carry(wide.clamp(min=0).sqrt()).square()",
         "moved = carry(wide)",
-        ("tests/train/test_optimizer.py::test_second_moments_follow_by_their_roots",),
+        ("tests/train/parts/test_optimizer.py::test_second_moments_follow_by_their_roots",),
     ),
     Mutant(
         "parameters that are gone stay in the optimizer",
-        "lowrank/train/optimizer.py",
+        "lowrank/train/parts/optimizer.py",
         'group["params"][at : at + 1] = fresh',
         'group["params"][at:at] = fresh',
         ("tests/train/test_dlrt.py::test_the_optimizer_holds_exactly_the_live_parameters",),
@@ -114,7 +114,7 @@ MUTANTS = (
     ),
     Mutant(
         "acting between accumulated batches",
-        "lowrank/train/common.py",
+        "lowrank/train/parts/attachment.py",
         "return state is None or bool(state.sync_gradients)",
         "return True",
         ("tests/train/test_plugs.py::test_accelerate_trains_the_same_model",),
@@ -138,31 +138,31 @@ MUTANTS = (
     ),
     Mutant(
         "widths that come up more than once a round",
-        "lowrank/train/draws.py",
+        "lowrank/train/parts/draws.py",
         "if self.place >= max(map(len, self._orders), default=0):",
         "if self.place >= 1:",
         ("tests/train/test_maestro.py::test_every_width_comes_up_once_a_round",),
     ),
     Mutant(
         "a layer that shrinks loses its moments",
-        "lowrank/train/factors.py",
+        "lowrank/train/parts/factors.py",
         "replace(at.optimizer, old, new, corner(new.shape))",
         "replace(at.optimizer, old, new)",
         ("tests/train/test_maestro.py::test_shrinking_keeps_the_state_of_what_stays",),
     ),
     Mutant(
         "decay of the factors taken for that of their product",
-        "lowrank/train/factors.py",
+        "lowrank/train/parts/factors.py",
         "(up, (left @ (right @ right.T)).view_as(up)),",
         "(up, up),",
-        ("tests/train/test_switching.py::test_decay_is_that_of_the_product",),
+        ("tests/train/parts/test_switching.py::test_decay_is_that_of_the_product",),
     ),
     Mutant(
         "stable ranks that are not scaled by those at the start",
         "lowrank/train/cuttlefish.py",
         "math.ceil(full / stable_ranks[0] * stable_ranks[-1])",
         "math.ceil(stable_ranks[-1])",
-        ("tests/train/test_switching.py::test_the_estimate_and_the_movement",),
+        ("tests/train/parts/test_switching.py::test_the_estimate_and_the_movement",),
     ),
     Mutant(
         "new components that change the product",
@@ -170,7 +170,7 @@ MUTANTS = (
         "columns = up.new_zeros(up.shape[0], more)",
         "columns = up.new_ones(up.shape[0], more)",
         (
-            "tests/train/test_switching.py::test_inrank_loses_nothing_as_it_grows_and_cuts_when_told",
+            "tests/train/parts/test_switching.py::test_inrank_loses_nothing_as_it_grows_and_cuts_when_told",
         ),
     ),
     Mutant(
@@ -213,10 +213,12 @@ MUTANTS = (
     ),
     Mutant(
         "LOST's channels by the shortest columns of the tail",
-        "lowrank/train/lost.py",
+        "lowrank/train/lost_pretraining.py",
         "longest.argsort(descending=True, stable=True)",
         "longest.argsort(descending=False, stable=True)",
-        ("tests/train/test_lost.py::test_it_starts_from_the_svd_of_the_true_dense_weight",),
+        (
+            "tests/train/test_lost_pretraining.py::test_it_starts_from_the_svd_of_the_true_dense_weight",
+        ),
     ),
     Mutant(
         "one γ for both parts",
@@ -224,8 +226,8 @@ MUTANTS = (
         "(self.gamma, 1.0 - self.gamma)",
         "(self.gamma, self.gamma)",
         (
-            "tests/train/test_lost.py::test_it_starts_from_the_svd_of_the_true_dense_weight",
-            "tests/train/test_lost.py::test_with_silu_it_is_the_formula_and_has_no_dense_weight",
+            "tests/train/test_lost_pretraining.py::test_it_starts_from_the_svd_of_the_true_dense_weight",
+            "tests/train/test_lost_pretraining.py::test_with_silu_it_is_the_formula_and_has_no_dense_weight",
         ),
     ),
     Mutant(
@@ -233,18 +235,20 @@ MUTANTS = (
         "lowrank/nn/lowrank_sparse.py",
         'return "" if self.act is None else CURVED',
         'return ""',
-        ("tests/train/test_lost.py::test_with_silu_it_is_the_formula_and_has_no_dense_weight",),
+        (
+            "tests/train/test_lost_pretraining.py::test_with_silu_it_is_the_formula_and_has_no_dense_weight",
+        ),
     ),
     Mutant(
         "gradients of a latent that stop at the mask",
-        "lowrank/train/latent.py",
+        "lowrank/train/parts/latent.py",
         "coefficients = fixed * self.mask + (self.latent - fixed)",
         "coefficients = self.latent * self.mask",
         ("tests/train/test_stf.py::test_gradients_pass_straight_through",),
     ),
     Mutant(
         "coefficients chosen without regard to the length of their atoms",
-        "lowrank/train/latent.py",
+        "lowrank/train/parts/latent.py",
         "score = self.latent.abs() * self.basis.weight.norm(dim=1)",
         "score = self.latent.abs()",
         ("tests/train/test_stf.py::test_forward_takes_the_s_largest_of_every_row",),
@@ -303,7 +307,7 @@ MUTANTS = (
     ),
     Mutant(
         "a convolution that counts at one position in a budget of products",
-        "lowrank/api/observed.py",
+        "lowrank/api/repeats.py",
         "max(round(count / least), 1)",
         "1",
         (

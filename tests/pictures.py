@@ -8,8 +8,8 @@ import torch
 
 from lowrank import Plan, Report
 from lowrank.diagnose import Inspected, Inspection, Sensitivity, Spectrum
-from lowrank.entry import Entry, break_even
-from lowrank.report import Measured
+from lowrank.plans.entry import Entry, break_even
+from lowrank.plans.report import Measured
 from lowrank.types import Cost
 
 KINDS = {

@@ -14,7 +14,7 @@ from torch import nn
 
 import lowrank
 from lowrank import LowrankError
-from lowrank.data import forward
+from lowrank.calibration.running import forward
 from lowrank.nn import LowRankLinear, SharedLowRankLinear
 from lowrank.policies import POLICIES
 from tests.zoo import Custom, calibration, example, make, refused, tokens, unchanged

@@ -21,40 +21,21 @@ TOP = "__init__"  # of the package: the public surface
 ORDER = """
     errors
     types
-    checks schema
+    tables
     linalg
-    timing
     nn
-    layouts
-    patches
+    walk
+    policies plans
+    calibration
     methods
-    policies
-    tables grid
-    entry
-    groups
-    plan
-    report
-    ties
-    sites
-    observe
-    frequencies
-    data
-    digests
-    selfwritten
+    measure
     io
-    calibrate
-    kept
-    streams
-    gradients
-    fisher
-    eval
     recover
+    train
+    page
     api
     diagnose
-    stream
-    train
-    bench
-    plots page
+    plots
     testing
     demo
     __init__
@@ -252,7 +233,7 @@ def test_the_suite_needs_no_pytest() -> None:
 GOOD = {
     "": "from .api import plan as plan",
     "errors": "",
-    "schema": "",
+    "policies": "",
     "linalg": "from .svd import factor as factor",
     "linalg.svd": '"""Used on Llama."""\nfrom ..errors import oops',
     "io": "",
@@ -274,14 +255,19 @@ GOOD = {
         (upward, "linalg", "from ..cli import main", "linalg:2 imports cli"),
         (upward, "errors", "from .linalg import factor", "errors:1 imports linalg"),
         (upward, "plots", "from .cli import main", "plots:1 imports cli"),
-        (upward, "checks", "from .schema import checked", "checks:1 imports schema"),
+        (upward, "plans", "from .policies import policy", "plans:1 imports policies"),
         (upward, "novelty", "", "novelty: give the layer a place"),
         (heavy, "linalg.svd", "import rich.table", "linalg.svd imports rich"),
         (heavy, "linalg.svd", "try:\n    import rich\nexcept: pass", "linalg.svd imports rich"),
         (heavy, "linalg.svd", "class A:\n    import rich", "linalg.svd imports rich"),
         (heavy, "api", "from .io import hf", "io.hf imports transformers"),
         (heavy, "api", "from .io.hf import x", "io.hf imports transformers"),
-        (heavy, "bench", "from matplotlib import pyplot", "bench imports matplotlib"),
+        (
+            heavy,
+            "measure.bench",
+            "from matplotlib import pyplot",
+            "measure.bench imports matplotlib",
+        ),
         (prints, "linalg.svd", "def f():\n    print(1)", "linalg.svd:4 prints"),
         (prints, "api", "import sys\nsys.stdout.write('x')", "api:7 prints"),
         (architectures, "api", "name = 'LlamaForCausalLM'", "api:6 names 'llama'"),

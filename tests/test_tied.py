@@ -15,9 +15,10 @@ from safetensors import safe_open
 from torch import nn
 
 import lowrank
-from lowrank import LowrankError, sites
-from lowrank.data import forward
+from lowrank import LowrankError
+from lowrank.calibration.running import forward
 from lowrank.nn import LowRankEmbedding, TiedEmbedding, TiedHead
+from lowrank.walk import sites
 from tests.zoo import Custom, by_name, example, llama, make, refused, tokens, unchanged
 
 PAIRS = {
@@ -36,7 +37,7 @@ for name, cls in json.loads(sys.argv[2]).items():
     batch = torch.load(folder / "batch.pt")
     model = getattr(transformers, cls).from_pretrained(folder)
     with torch.no_grad():
-        got = lowrank.data.forward(model, batch).logits
+        got = lowrank.calibration.running.forward(model, batch).logits
     found[name] = torch.equal(got, torch.load(folder / "logits.pt"))
 print("\\n" + json.dumps(found))
 """

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import lowrank
-from lowrank import Calibration, LowrankError, layouts
+from lowrank import Calibration, LowrankError
 from lowrank.types import Site
+from lowrank.walk import layouts
 
 WIDTH, VOCABULARY = 32, 61
 SIZE = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
-from .. import sites as walk
-from ..entry import break_even, check_rank
 from ..errors import LowrankError, listed
 from ..methods import own_form
+from ..plans.entry import break_even, check_rank
 from ..policies import Energy, policy
 from ..policies.common import Choice, at_most, nearly_free_alignment, only_aligned, smallest
 from ..types import Allocation, Budget, Cost, Curve, Probe, Site
+from ..walk import sites as walk
 from .request import Request
 
 Curves = dict[str, Curve]

@@ -11,24 +11,25 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import groups, io, layouts, linalg
-from .. import sites as walk
-from ..calibrate import Calibration
-from ..entry import Entry
+from .. import io, linalg
+from ..calibration.statistics import Calibration, statistics_of
 from ..errors import LowrankError, listed
-from ..io.surgery import factored, unchanged_on_error
-from ..plan import Plan
-from ..recover.own import hand_over
-from ..report import Report
+from ..io.specs import factored, unchanged_on_error
+from ..measure.size import model_cost
+from ..plans import shared_basis as groups
+from ..plans.entry import Entry
+from ..plans.plan import Plan
+from ..plans.report import Report
+from ..plans.versions import versions
+from ..recover.copies import hand_over
+from ..recover.recovery import Recovery
+from ..recover.run import Recovered, recover
 from ..types import Cost, Factored, Method, Site
+from ..walk import layouts
+from ..walk import sites as walk
 from .allocating import Curves
 from .building import Built, Way, Work, build, error_of, grouped, method_for
-from .efforts import Recovery
-from .noting import notes_of
-from .observed import statistics_of
-from .planning import versions
-from .recovering import Recovered, recover
-from .request import model_cost
+from .notes import notes_of
 
 
 def carry_out(

@@ -10,18 +10,19 @@ from typing import NamedTuple, cast
 import torch
 from torch import nn
 
-from .. import groups, layouts, linalg
-from ..calibrate import Calibration
-from ..entry import Entry
+from .. import linalg
+from ..calibration.statistics import Calibration, statistics_of
 from ..errors import LowrankError, listed
+from ..measure.timing import paired_ratio
 from ..methods import JOINT, METHODS, for_kind, joint, method, stored_as
 from ..nn import LowRankEmbedding, TiedHead
-from ..plan import Plan
-from ..report import Measured
-from ..timing import paired_ratio
+from ..plans import shared_basis as groups
+from ..plans.entry import Entry
+from ..plans.plan import Plan
+from ..plans.report import Measured
 from ..types import Cost, Curve, Factored, JointMethod, Method, Site, Statistics
+from ..walk import layouts
 from .allocating import Curves
-from .observed import statistics_of
 
 MARGIN = 0.98  # prefer="speed": a factored layer has to need less than this share of dense time
 Work = list[tuple[Site, Entry]]

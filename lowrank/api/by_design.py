@@ -6,12 +6,12 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from .. import sites as walk
 from ..errors import unknown
-from ..report import Report
+from ..plans.report import Report
 from ..types import Unit
-from . import compress
+from ..walk import sites as walk
 from .request import Of
+from .verbs import compress
 
 Init = Literal["spectral", "random"]
 _METHODS = {"spectral": "svd", "random": "random"}

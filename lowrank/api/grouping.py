@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .. import layouts
-from ..calibrate import Calibration
+from ..calibration.statistics import Calibration
 from ..types import Cost, JointMethod, Option, Site
+from ..walk import layouts
 
 Group = tuple[Site, ...]  # the owner of what is shared first; a site alone is a group of one
 

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-import platform
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import is_dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, cast
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import layouts
-from .. import sites as walk
-from ..calibrate import Calibration
-from ..digests import add_tensor
+from ..calibration.digests import add_tensor
+from ..calibration.statistics import Calibration, statistics_of
 from ..errors import LowrankError, listed
+from ..measure.size import model_cost
 from ..methods import JOINT, METHODS, SVD, Auto, Channels, for_kind, joint, method, stored_as
 from ..methods.common import stacked
-from ..plan import Plan
+from ..plans.plan import Plan
+from ..plans.versions import versions
 from ..types import Curve, JointMethod, Method, Site, Statistics
+from ..walk import layouts
+from ..walk import sites as walk
 from .allocating import Curves, allocate
-from .entering import entry_of
+from .entries import entry_of
 from .grouping import Group, groups_of, member_option
-from .observed import counted, often, repeats, statistics_of
 from .probing import probe_of
-from .request import Request, model_cost
+from .repeats import counted, often, repeats
+from .request import Request
 
 
 def make_plan(
@@ -127,18 +125,6 @@ def _default_policy(targets: Sequence[Site], seen: Calibration | None) -> str:
     convs = sum(site.cost.params for site in targets if site.kind == "conv")
     mostly = 2 * convs > sum(site.cost.params for site in targets)
     return "spectrum" if seen is None and mostly else "uniform"
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the libraries that shape the numbers; those not loaded are left out."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("lowrank", "transformers"):
-        if package in sys.modules:
-            try:
-                found[package] = version(package)
-            except PackageNotFoundError:  # run from a source tree that was never installed
-                found[package] = "source"
-    return found
 
 
 def _method(request: Request, seen: Calibration | None) -> Method:

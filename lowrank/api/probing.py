@@ -9,18 +9,17 @@ import torch
 from torch import nn
 
 from .. import linalg
-from .. import sites as walk
-from ..calibrate import Calibration
-from ..data import ROWS, rebatched
+from ..calibration.batches import ROWS, rebatched
+from ..calibration.statistics import Calibration, statistics_of
 from ..errors import LowrankError
-from ..eval import NotFinite, judged
+from ..measure.eval import NotFinite, judged
 from ..methods import for_kind
-from ..streams import twin
+from ..recover.run import recover
 from ..types import Allocation, JointMethod, Method, Option, Probe, Site
-from .entering import entry_of
+from ..walk import sites as walk
+from ..walk.surgery import twin
+from .entries import entry_of
 from .grouping import Group
-from .observed import statistics_of
-from .recovering import recover
 from .request import Request
 
 PROBED = 96  # rows that a candidate's closed-form recovery is fitted to: enough to compare by

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, Literal, cast, get_args
 
 from torch import nn
 
-from .. import layouts
-from .. import sites as walk
 from ..errors import LowrankError, listed, unknown
 from ..methods import joint, own_form
 from ..methods import method as method_of
 from ..nn import is_factored
 from ..policies import policy as policy_of
-from ..types import UNITS, Cost, Factored, JointMethod, Method, Policy, Site, Storage, Unit
-from .efforts import Effort, Recovery
+from ..recover.recovery import Recovery
+from ..types import UNITS, JointMethod, Method, Policy, Site, Storage, Unit
+from ..walk import layouts
+from ..walk import sites as walk
+from .efforts import Effort
 from .efforts import effort as effort_of
 
 Of = Literal["targets", "model"]
@@ -185,21 +186,6 @@ def targets_of(model: nn.Module, request: Request) -> list[Site]:
         if not layouts.is_finite(site.module):
             raise LowrankError(f"{site.title}: the weight holds NaN or Inf")
     return sites
-
-
-def model_cost(model: nn.Module, sites: Sequence[Site]) -> Cost:
-    """Parameters and bytes of the whole model, each stored tensor once; macs of its linears.
-
-    The bytes are those of its parameters, and of the index tensors that factored modules keep.
-    """
-    unique = {id(parameter): parameter for parameter in model.parameters()}.values()
-    factored = {id(m): m for m in model.modules() if isinstance(m, Factored)}.values()
-    orders = {id(t): t for m in factored for t in m.buffers()}.values()
-    return Cost(
-        params=sum(p.numel() for p in unique),
-        bytes=sum(t.numel() * t.dtype.itemsize for t in (*unique, *orders)),
-        macs=sum(cost.macs for cost in (*(m.cost() for m in factored), *(s.cost for s in sites))),
-    )
 
 
 def _rank(what: str, value: Any) -> int | float:

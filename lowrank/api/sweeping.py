@@ -13,27 +13,29 @@ from typing import Any
 
 from torch import nn
 
-from .. import sites as walk
-from ..calibrate import SELF, Calibration, calibrate
-from ..checks import check_model
-from ..data import LENGTH, Batch, materialise, rebatched
-from ..digests import check_place, data_print
+from ..calibration.batches import LENGTH, Batch, materialise, rebatched
+from ..calibration.digests import check_place, data_print
+from ..calibration.file import load_calibration, save_calibration
+from ..calibration.fisher import FISHER, with_fisher
+from ..calibration.running import first_tensor
+from ..calibration.self_written import described, writes
+from ..calibration.statistics import SELF, Calibration, calibrate
 from ..errors import LowrankError
-from ..eval import kl
-from ..fisher import FISHER, with_fisher
-from ..kept import load_calibration, save_calibration
-from ..observe import first_tensor
-from ..plan import Plan
-from ..report import Report
-from ..selfwritten import described, writes
-from ..streams import twin
+from ..measure.eval import kl
+from ..plans.plan import Plan
+from ..plans.report import Report
+from ..plans.versions import versions
+from ..recover.recovery import Recovery
 from ..tables import aligned
 from ..types import JointMethod, Method, Policy, Storage, Unit
-from . import HOLD_OUT, Source
+from ..walk import sites as walk
+from ..walk.checks import check_model
+from ..walk.surgery import twin
 from .applying import carry_out
-from .efforts import Effort, Recovery
-from .planning import make_plan, versions
+from .efforts import Effort
+from .planning import make_plan
 from .request import Of, OnMissing, Prefer, Request, targets_of
+from .verbs import HOLD_OUT, Source
 
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 

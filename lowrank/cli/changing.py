@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ..calibrate import SELF, calibrate
+from ..calibration.self_written import writes
+from ..calibration.statistics import SELF, calibrate
 from ..errors import LowrankError
-from ..report import Report
-from ..selfwritten import writes
+from ..plans.report import Report
 from ..tables import markdown
 from . import inputs, options
 from .console import hushed, on_terminal, say, say_reasons, show
@@ -134,7 +134,7 @@ def merge(
       lowrank merge out --out dense
     """
     from ..io import export
-    from ..io.attach import is_compressed
+    from ..io.declaration import is_compressed
 
     inputs.check_folder(out, force, source=path)
     model = inputs.load_model(path)

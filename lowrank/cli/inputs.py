@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..calibrate import SELF
-from ..data import LENGTH, Batch, materialise
+from ..calibration.batches import LENGTH, Batch, materialise
+from ..calibration.statistics import SELF
 from ..errors import LowrankError, listed
 from .console import hushed, one_line
 

@@ -86,8 +86,8 @@ def evaluate(
       lowrank eval out --text TEXT
       lowrank eval out --text TEXT --reference PATH
     """
-    from ..api.request import model_cost
-    from ..eval import kl, perplexity
+    from ..measure.eval import kl, perplexity
+    from ..measure.size import model_cost
 
     content = inputs.read_text(text)
     names = [path] if reference is None else [path, reference]
@@ -135,7 +135,7 @@ def bench(
       lowrank bench out
       lowrank bench out --reference PATH --tokens 128
     """
-    from ..bench import benchmark
+    from ..measure.bench import benchmark
 
     names = [path] if reference is None else [path, reference]
     models = [inputs.load_model(name) for name in names]
@@ -272,7 +272,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 
 def _headline(model: Any) -> str:
-    from ..api.request import model_cost
+    from ..measure.size import model_cost
 
     cost = model_cost(model, [])
     dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}))

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import LowrankError
 from ..methods import JOINT, METHODS
-from ..plan import Plan
+from ..plans.plan import Plan
 from ..policies import POLICIES
 
 CHOICES = (

@@ -1,8 +1,8 @@
 """Looking before deciding: how low the ranks are, and what each layer costs when it is reduced."""
 
-from .inspecting import Inspected as Inspected
-from .inspecting import Inspection as Inspection
-from .inspecting import inspect as inspect
-from .sensing import sensitivity as sensitivity
+from .inspection import Inspected as Inspected
+from .inspection import Inspection as Inspection
+from .inspection import inspect as inspect
+from .sensitivities import sensitivity as sensitivity
+from .sensitivity_table import Sensitivity as Sensitivity
 from .spectrum import Spectrum as Spectrum
-from .table import Sensitivity as Sensitivity

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..calibrate import Calibration
-from ..digests import add_tensor, check_place, data_print, model_print, write_whole
+from ..calibration.digests import add_tensor, check_place, data_print, model_print, write_whole
+from ..calibration.statistics import Calibration
 from ..errors import LowrankError
 
 __all__ = ["calibration_print", "check_place", "data_print", "model_print", "read", "write"]

@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import LowrankError
-from .attach import version
-from .surgery import specs_of
+from ..plans.versions import version
+from .specs import specs_of
 
 REMOTE_FILE = "modeling_lowrank.py"
 _MARK = "<!-- written by lowrank -->"

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from ..errors import LowrankError, listed
+from ..plans.versions import version
 from . import pretrained, tensors
-from .attach import is_transformers, version
-from .surgery import Spec, check_specs, prepare, specs_of, swap, unchanged_on_error, walk
+from .declaration import is_transformers
+from .specs import Spec, check_specs, prepare, specs_of, swap, unchanged_on_error, walk
 
 FORMAT = "lowrank"
 VERSION = 1

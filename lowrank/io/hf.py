@@ -21,8 +21,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import LowrankError, listed
 from . import ties
 from .card import REMOTE_FILE
-from .densify import densify
-from .surgery import Spec, check_specs, factored, prepare, specs_of, swap, walk
+from .merging import densify
+from .specs import Spec, check_specs, factored, prepare, specs_of, swap, walk
 
 VERSION = 1
 SOURCE = "config.json: quantization_config"

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import LowrankError, listed
 from . import card as cards
-from .attach import attach, check_attachable, is_compressed
+from .declaration import attach, check_attachable, is_compressed
 from .register import install
 
 

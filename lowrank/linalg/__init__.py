@@ -24,11 +24,6 @@ from .pivot import Pivoted as Pivoted
 from .pivot import mixed_from as mixed_from
 from .pivot import pivot_rows as pivot_rows
 from .pivot import pivoted as pivoted
-from .ranks import condition_number as condition_number
-from .ranks import effective_rank as effective_rank
-from .ranks import entropy_rank as entropy_rank
-from .ranks import rank_for as rank_for
-from .ranks import stable_rank as stable_rank
 from .refit import refit as refit
 from .refit import regressed as regressed
 from .shared import factor_shared as factor_shared
@@ -42,6 +37,11 @@ from .sparse import spread as spread
 from .spatial import spatial_bounds as spatial_bounds
 from .spatial import spatial_energies as spatial_energies
 from .spatial import spatial_factors as spatial_factors
+from .spectra import condition_number as condition_number
+from .spectra import effective_rank as effective_rank
+from .spectra import entropy_rank as entropy_rank
+from .spectra import rank_for as rank_for
+from .spectra import stable_rank as stable_rank
 from .svd import balance as balance
 from .svd import carried as carried
 from .svd import energies as energies

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import layouts, linalg
+from .. import linalg
 from ..errors import LowrankError
 from ..types import Curve, Option, Site, Statistics
+from ..walk import layouts
 from .common import gram_of, low_rank_curve, low_rank_layer, rank_of
 
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from .. import layouts, linalg
+from .. import linalg
 from ..errors import LowrankError
 from ..nn import LowRankLinear, SharedLowRankLinear
 from ..types import Curve, Option, Site, Statistics
+from ..walk import layouts
 from .common import gram_of, low_rank_curve, stacked
 
 

@@ -15,11 +15,12 @@ from functools import partial
 import torch
 from torch import nn
 
-from .. import layouts, linalg
+from .. import linalg
 from ..errors import LowrankError
 from ..linalg.blast import SWEEPS
 from ..nn import BlastLinear, blast_cost
 from ..types import Curve, Option, Site, Size, Statistics
+from ..walk import layouts
 from .common import gram_of
 from .sampled import sampled_curve, sizes_of
 

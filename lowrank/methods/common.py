@@ -9,12 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .. import layouts
 from ..errors import LowrankError
 from ..nn import ChannelConv, LowRankEmbedding, LowRankLinear, PivotedLinear
 from ..nn.lowrank_embedding import lookup_cost
 from ..nn.lowrank_linear import low_rank_cost
 from ..types import Cost, Curve, Method, Option, Site, Statistics
+from ..walk import layouts
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from .. import layouts, linalg
+from .. import linalg
 from ..nn import Geometry
 from ..types import Curve, Method, Option, Site, Statistics
+from ..walk import layouts
 from .common import Wrapped, gram_of, out_gram_of
 from .conv_forms import FORMS, Metric, fitted, size_of
 from .sampled import pareto

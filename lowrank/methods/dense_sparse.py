@@ -18,12 +18,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .. import layouts, linalg
+from .. import linalg
 from ..errors import LowrankError, unknown
 from ..linalg.sparse import ITERATIONS, Side
 from ..nn import DenseSparseLinear, SparseDenseLinear, dense_sparse_cost, sparse_dense_cost
 from ..nn.dense_sparse import MOST
 from ..types import Curve, Option, Site, Size, Statistics
+from ..walk import layouts
 from .common import gram_of
 from .sampled import pareto, sampled_curve, sizes_of
 

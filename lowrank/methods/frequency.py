@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .. import layouts, linalg
+from .. import linalg
 from ..types import Curve, Option, Site, Statistics
+from ..walk import layouts
 from .common import freq_of, low_rank_curve, rank_of, table_layer
 
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .. import layouts, linalg
+from .. import linalg
 from ..types import Curve, Option, Site, Statistics
+from ..walk import layouts
 from .common import low_rank_curve, low_rank_layer, rank_of, row_fisher_of
 
 

@@ -16,11 +16,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .. import layouts, linalg
+from .. import linalg
 from ..errors import LowrankError
 from ..linalg.masked import ITERATIONS
 from ..nn import LowRankMaskedLinear, low_rank_masked_cost
 from ..types import Curve, Option, Site, Size, Statistics
+from ..walk import layouts
 from .common import gram_of
 from .sampled import pareto, sampled_curve, sizes_of
 

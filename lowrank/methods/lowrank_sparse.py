@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import layouts, linalg
+from .. import linalg
 from ..errors import LowrankError
 from ..linalg.lowrank_sparse import ROUNDS
 from ..linalg.svd import compute_dtype
 from ..nn import LowRankSparseLinear, low_rank_sparse_cost
 from ..types import Curve, Option, Site, Statistics
+from ..walk import layouts
 from .common import gram_of
 from .sampled import pareto, sizes_of
 

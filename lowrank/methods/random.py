@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import layouts
 from ..types import Curve, Option, Site, Statistics
+from ..walk import layouts
 from .common import low_rank_curve, low_rank_layer, rank_of
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import layouts, linalg
+from .. import linalg
 from ..nn import ChannelConv, LowRankLinear
 from ..types import Method, Option, Size, Statistics
+from ..walk import layouts
 from .conv_forms import FORMS, Metric, fitted
 
 

@@ -8,9 +8,9 @@ from itertools import pairwise
 
 from torch import nn
 
-from .. import layouts
 from ..errors import LowrankError
 from ..types import Cost, Curve, Option, Site, Size
+from ..walk import layouts
 
 FEW = 8  # sizes of which all errors are computed
 ANCHORS = 5  # of more, sizes whose error is computed

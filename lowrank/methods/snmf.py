@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .. import layouts, linalg
+from .. import linalg
 from ..errors import LowrankError
 from ..linalg.snmf import ITERATIONS
 from ..types import Curve, Option, Site, Statistics
+from ..walk import layouts
 from .common import low_rank_curve, low_rank_layer, rank_of
 
 

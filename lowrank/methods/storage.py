@@ -12,10 +12,10 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from .. import layouts
 from ..errors import LowrankError
 from ..nn import LowRankLinear, PivotedLinear, pivot_layer, pivoted_cost
 from ..types import Curve, Method, Option, Site, Statistics
+from ..walk import layouts
 from .common import Wrapped, options_of
 
 

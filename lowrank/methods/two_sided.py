@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .. import layouts, linalg
+from .. import linalg
 from ..errors import LowrankError
 from ..linalg.precision import full_precision
 from ..types import Curve, Option, Site, Statistics
+from ..walk import layouts
 from .common import gram_of, low_rank_curve, low_rank_layer, out_gram_of, rank_of
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from ..grid import grid
 from ..types import Size
+from .grid import grid
 
 CELL_WIDTH, CELL_HEIGHT = 38, 22
 LETTER = 6.6  # width of a letter of the labels, about

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import Batch, Data, forward, materialise
+from ..calibration.batches import Batch, Data, materialise
+from ..calibration.running import forward, quiet
 from ..errors import LowrankError
-from ..eval import judged
-from ..observe import quiet
+from ..measure.eval import judged
 from .training import split
 
 State = dict[str, tuple[Tensor, Tensor]]

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..data import Batch, forward, logits_of, mask_of
-from ..eval import divergence
-from ..observe import quiet
-from ..streams import Chain, without_cache
+from ..calibration.batches import Batch
+from ..calibration.running import forward, logits_of, mask_of, quiet, without_cache
+from ..measure.eval import divergence
+from .chain import Chain
 from .training import Trained, Training, split, train
 
 KEPT_BYTES = 1 << 30  # of the teacher's predictions during distillation

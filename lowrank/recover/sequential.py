@@ -13,14 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import sites as walk
-from ..calibrate import counted_rows
-from ..data import Batch, forward, mask_of
+from ..calibration.batches import Batch
+from ..calibration.observation import Observation
+from ..calibration.running import first_tensor, forward, mask_of, quiet, without_cache
+from ..calibration.statistics import counted_rows
 from ..errors import LowrankError
 from ..linalg import cross_sum, gram_sum
-from ..observe import Observation, first_tensor, quiet
-from ..streams import Chain, without_cache
 from ..types import Site
+from ..walk import sites as walk
+from .chain import Chain
 
 Runs = Callable[[], object]
 

@@ -1,22 +1,9 @@
 """The conformance suite: the laws that every method keeps, for whoever adds one.
 
-    from lowrank.testing import check_method
-    check_method(MyMethod())             # AssertionError: which law, where, and by how much
-
-Every law is a function of its own, `law(method, case)`, to be run singly; `laws(…)` are those that
-a method's traits call for, and `CASES` the layers that they are crossed with. The oracles are
-NumPy in float64 and know nothing of the library.
+from lowrank.testing import check_method
+check_method(MyMethod())             # AssertionError: which law, where, and by how much
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import product
-
-import torch
-
-from ..types import Method
 from .cases import CASES as CASES
 from .cases import DTYPES as DTYPES
 from .cases import Case as Case
@@ -24,11 +11,10 @@ from .cases import Planted as Planted
 from .cases import embedding_case as embedding_case
 from .cases import linear_case as linear_case
 from .cases import low_rank_weight as low_rank_weight
-from .cases import require
-from .errors import check_bound as check_bound
-from .errors import check_curve as check_curve
-from .errors import check_exact as check_exact
-from .errors import check_planted as check_planted
+from .error_laws import check_bound as check_bound
+from .error_laws import check_curve as check_curve
+from .error_laws import check_exact as check_exact
+from .error_laws import check_planted as check_planted
 from .joint import JOINT_LAWS as JOINT_LAWS
 from .joint import check_joint_method as check_joint_method
 from .joint_cases import JOINT_CASES as JOINT_CASES
@@ -42,74 +28,6 @@ from .modules import check_macs as check_macs
 from .modules import check_rebuilt as check_rebuilt
 from .purity import check_deterministic as check_deterministic
 from .purity import check_untouched as check_untouched
-
-Law = Callable[[Method, Case], None]
-PLANTED = low_rank_weight(2)
-
-
-def laws(
-    *,
-    low_rank: bool = True,
-    planted: Planted | None = PLANTED,
-    tolerance: float = 1e-9,
-    plain_products: bool = True,
-) -> dict[str, Law]:
-    """The laws that hold for a method with these traits; arguments as for `check_method`."""
-    chosen: dict[str, Law] = {
-        "curve": check_curve,
-        "exact": check_exact,
-        "cost": check_cost,
-        "forward": check_forward,
-        "dtype": check_dtype,
-        "rebuilt": check_rebuilt,
-        "gradients": check_gradients,
-        "untouched": check_untouched,
-        "deterministic": check_deterministic,
-    }
-    if planted is not None:
-        chosen["planted"] = partial(check_planted, planted=planted, tolerance=tolerance)
-    if low_rank:
-        chosen["bound"] = check_bound
-    if plain_products:
-        chosen["macs"] = check_macs
-    return chosen
-
-
-def check_method(
-    method: Method,
-    *,
-    low_rank: bool = True,
-    planted: Planted | None = PLANTED,
-    tolerance: float = 1e-9,
-    plain_products: bool = True,
-    dtypes: Sequence[torch.dtype] = DTYPES,
-    device: torch.device | str = "cpu",
-) -> None:
-    """Hold a method against all laws on all cases.
-
-    Args:
-        low_rank: its results have at most the rank `size[0]`, so that no error can be below the
-            Eckart–Young bound of that rank.
-        planted: (out, in, generator) -> a weight and the size at which the method must reproduce
-            it; None for a method that reproduces nothing.
-        tolerance: of that reproduction: relative, in the method's norm; rounding comes on top.
-        plain_products: its modules compute by matrix products alone, so that they can be counted.
-
-    Raises:
-        AssertionError: a law is broken; law, case, dtype and size are named.
-    """
-    chosen = laws(
-        low_rank=low_rank, planted=planted, tolerance=tolerance, plain_products=plain_products
-    )
-    kinds = {make: make(dtype=torch.float64).site.kind for make in CASES.values()}
-    cases = [make for make, kind in kinds.items() if kind in method.kinds]
-    require(bool(cases), f"the suite has no case for the kinds {sorted(method.kinds)}")
-    for make, dtype, (name, law) in product(cases, dtypes, chosen.items()):
-        try:
-            law(method, make(dtype=dtype, device=device))
-        except AssertionError as error:
-            said = f"{type(method).__name__} breaks the law {name!r}: {error}"
-            raise AssertionError(said) from None
-        except Exception as error:
-            error.add_note(f"{type(method).__name__}, law {name!r}, dtype {dtype}")
-            raise
+from .suite import Law as Law
+from .suite import check_method as check_method
+from .suite import laws as laws

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .. import layouts, patches
 from ..nn.geometry import CONVS, Geometry
 from ..types import Cost, Curve, Factored, Method, Option, Site, Size, Statistics
+from ..walk import layouts, patches
 
 Matrix = NDArray[np.float64]
 Planted = Callable[[int, int, torch.Generator], tuple[Tensor, Size]]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import layouts
 from ..types import Curve, Factored, JointMethod
+from ..walk import layouts
 from .cases import DTYPES, factored_options, module_of, numbers, require
-from .errors import error_of
+from .error_laws import error_of
 from .joint_cases import JOINT_CASES, JointCase
 from .modules import check_like, check_owned, empty_like, file_bytes
 from .purity import snapshot

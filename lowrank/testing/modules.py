@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import layouts
 from ..types import Factored, Method
+from ..walk import layouts
 from .cases import Case, module_of, require
 
 

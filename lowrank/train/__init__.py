@@ -23,16 +23,16 @@ optim_args="rank=128, update_proj_gap=200, scale=0.25")`, with the package galor
 
 from typing import Any
 
-from .common import Attachment as Attachment
 from .condlr import CondLR as CondLR
 from .cuttlefish import Cuttlefish as Cuttlefish
 from .dlrt import DLRT as DLRT
 from .frobenius import FrobeniusDecay as FrobeniusDecay
 from .inrank import InRank as InRank
 from .loqt import LoQT as LoQT
-from .lost import lost as lost
+from .lost_pretraining import lost as lost
 from .maestro import Maestro as Maestro
 from .nm import NM as NM
+from .parts.attachment import Attachment as Attachment
 from .pufferfish import Pufferfish as Pufferfish
 from .smmf import SMMF as SMMF
 from .stf import STF as STF

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from ..errors import LowrankError
 from ..types import Controller
-from .distributed import world, wrapper_of
+from .parts.distributed import world, wrapper_of
 
 STATE = "lowrank_controller.json"
 

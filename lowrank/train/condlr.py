@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from ..errors import LowrankError, unknown
 from ..linalg import retract
 from ..nn import USVLinear
-from ..sites import ALL_LINEAR, Patterns
-from . import usv
-from .common import Attachment, refuse_not_finite
-from .distributed import agreed
-from .optimizer import linear_state
+from ..walk.sites import ALL_LINEAR, Patterns
+from .parts import usv
+from .parts.attachment import Attachment, refuse_not_finite
+from .parts.distributed import agreed
+from .parts.optimizer import linear_state
 
 Scaling = Literal["bound", "exact", "none"]
 

@@ -20,12 +20,12 @@ from typing import Any
 
 from torch import nn
 
-from .. import layouts
 from ..errors import LowrankError
 from ..linalg import svd
-from ..sites import ALL_LINEAR, Patterns
 from ..types import Site
-from .switching import Switching
+from ..walk import layouts
+from ..walk.sites import ALL_LINEAR, Patterns
+from .parts.switching import Switching
 
 
 class Cuttlefish(Switching):

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from ..errors import LowrankError
 from ..linalg import retract
 from ..nn import USVLinear
-from ..sites import ALL_LINEAR, Patterns
-from . import usv
-from .budget import Spectrum, check_reachable, ranks_for, stored
-from .common import Attachment, refuse_not_finite
-from .cycle import Cycle
+from ..walk.sites import ALL_LINEAR, Patterns
+from .parts import usv
+from .parts.attachment import Attachment, refuse_not_finite
+from .parts.budget import Spectrum, check_reachable, ranks_for, stored
+from .parts.cycle import Cycle
 
 
 class DLRT(Cycle[USVLinear]):

@@ -13,12 +13,12 @@ from torch import nn
 
 from ..errors import LowrankError
 from ..nn import ChannelConv, LowRankLinear
-from ..sites import ALL_LINEAR, Patterns
 from ..types import Site
-from .common import Attachment, weights_of
-from .factors import decay
-from .lifecycle import FactorController
-from .optimizer import unwrapped
+from ..walk.sites import ALL_LINEAR, Patterns
+from .parts.attachment import Attachment, weights_of
+from .parts.factor_controller import FactorController
+from .parts.factors import decay
+from .parts.optimizer import unwrapped
 
 
 class FrobeniusDecay(FactorController):

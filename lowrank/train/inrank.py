@@ -25,10 +25,10 @@ from ..errors import LowrankError
 from ..linalg import svd
 from ..linalg.precision import full_precision
 from ..nn import LowRankLinear
-from ..sites import ALL_LINEAR, Patterns
-from .factors import enter, resize
-from .lifecycle import FactorController
-from .optimizer import unwrapped
+from ..walk.sites import ALL_LINEAR, Patterns
+from .parts.factor_controller import FactorController
+from .parts.factors import enter, resize
+from .parts.optimizer import unwrapped
 
 
 class InRank(FactorController):

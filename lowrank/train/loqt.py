@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import layouts
 from ..errors import LowrankError
 from ..linalg import svd
-from ..sites import ALL_LINEAR, Patterns
 from ..types import Site
-from .distributed import agreed, world
-from .lifecycle import FactorController
-from .optimizer import replace, two_sided
-from .quantised import QuantisedLowRank, quantised, restored
+from ..walk import layouts
+from ..walk.sites import ALL_LINEAR, Patterns
+from .parts.distributed import agreed, world
+from .parts.factor_controller import FactorController
+from .parts.optimizer import replace, two_sided
+from .parts.quantised_weight import QuantisedLowRank, quantised, restored
 
 
 class LoQT(FactorController):

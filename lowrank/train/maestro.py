@@ -28,10 +28,10 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import LowrankError
 from ..linalg.svd import tails
 from ..nn import LowRankLinear
-from ..sites import ALL_LINEAR, Patterns
-from .draws import Cut, Draws
-from .factors import enter, shorten
-from .lifecycle import FactorController
+from ..walk.sites import ALL_LINEAR, Patterns
+from .parts.draws import Cut, Draws
+from .parts.factor_controller import FactorController
+from .parts.factors import enter, shorten
 
 
 class Maestro(FactorController):

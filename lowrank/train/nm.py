@@ -23,13 +23,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .. import layouts
-from .. import sites as walk
 from ..errors import LowrankError, unknown
 from ..linalg.nm import nm_bytes, nm_mask
 from ..nn import DenseSparseLinear, LowRankLinear, LowRankSparseLinear
 from ..types import Site
-from .lifecycle import FactorController
+from ..walk import layouts
+from ..walk import sites as walk
+from .parts.factor_controller import FactorController
 
 Way = Literal["linear", "exponential", "stepwise", "geometric", "densify", "sr-ste"]
 Pattern = tuple[int, int]  # N, M

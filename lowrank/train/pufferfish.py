@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import LowrankError
-from ..sites import ALL_LINEAR, Patterns
-from .switching import Switching
+from ..walk.sites import ALL_LINEAR, Patterns
+from .parts.switching import Switching
 
 
 class Pufferfish(Switching):

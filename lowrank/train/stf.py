@@ -18,19 +18,20 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .. import layouts, linalg
-from .. import sites as walk
+from .. import linalg
 from ..errors import LowrankError, unknown
 from ..linalg.precision import full_precision
 from ..linalg.sparse import spread
 from ..methods.dense_sparse import DENSITY
 from ..nn import DenseSparseLinear, layout_of, remember_layout
 from ..types import Site
-from .coding import Size, find, sizes, start
-from .distributed import agreed
-from .latent import Latent, LatentCoefficients, LatentWeight
-from .lifecycle import FactorController
-from .optimizer import insert, replace
+from ..walk import layouts
+from ..walk import sites as walk
+from .parts.coding import Size, find, sizes, start
+from .parts.distributed import agreed
+from .parts.factor_controller import FactorController
+from .parts.latent import Latent, LatentCoefficients, LatentWeight
+from .parts.optimizer import insert, replace
 
 Kind = Literal["coefficients", "weight"]
 

@@ -24,17 +24,17 @@ from torch import Tensor, nn
 
 from ..errors import LowrankError
 from ..linalg import modes, retract
-from ..linalg.ranks import rank_for
+from ..linalg.spectra import rank_for
 from ..nn import TuckerConv
-from ..nn.tucker_form import CONVS, TuckerForm
-from ..sites import ALL, Patterns
 from ..types import Cost, Site
-from .budget import check_reachable, least_tolerance, rank_at
-from .common import Attachment, refuse_not_finite
-from .cycle import Cycle
-from .distributed import agreed
+from ..walk.sites import ALL, Patterns
 from .dlrt import checked
-from .optimizer import along, insert, replace
+from .parts.attachment import Attachment, refuse_not_finite
+from .parts.budget import check_reachable, least_tolerance, rank_at
+from .parts.cycle import Cycle
+from .parts.distributed import agreed
+from .parts.optimizer import along, insert, replace
+from .parts.tucker_form import CONVS, TuckerForm
 
 KIND = "conv"
 Ranks = tuple[int, int]  # of the outputs, of the inputs

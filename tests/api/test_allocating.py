@@ -13,7 +13,7 @@ from torch import nn
 
 import lowrank
 from lowrank import LowrankError, Plan
-from lowrank.entry import break_even
+from lowrank.plans.entry import break_even
 from lowrank.types import Option
 from tests.zoo import calibration, make, mlp, said, tokens
 

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 import lowrank
-from lowrank import EFFORTS, Effort, data
+from lowrank import EFFORTS, Effort
+from lowrank.calibration import batches as data
 from lowrank.nn import LowRankLinear, PivotedLinear, TuckerConv
 
 from .. import zoo

@@ -10,7 +10,7 @@ import torch
 
 import lowrank
 from lowrank import LowrankError
-from lowrank.eval import kl
+from lowrank.measure.eval import kl
 from lowrank.methods import BasisSharing
 from lowrank.policies import policy
 from tests.zoo import calibration, make, refused, tokens, unchanged

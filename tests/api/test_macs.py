@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lowrank
-from lowrank.plan import Plan
+from lowrank.plans.plan import Plan
 
 from ..nets import images, small_net
 

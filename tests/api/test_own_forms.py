@@ -22,7 +22,7 @@ from lowrank.nn import (
     LowRankSparseLinear,
     SparseDenseLinear,
 )
-from lowrank.plan import Plan
+from lowrank.plans.plan import Plan
 from tests import zoo
 
 FORMS = {

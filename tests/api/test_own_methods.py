@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import lowrank
-from lowrank import LowrankError, Plan, layouts
+from lowrank import LowrankError, Plan
 from lowrank.api import applying
 from lowrank.methods import SVD
 from lowrank.nn import LowRankLinear
 from lowrank.types import Cost, Curve, Option, Site, Statistics
+from lowrank.walk import layouts
 from tests.zoo import llama, make, mlp, unchanged, weights
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import sys
 from typing import Any
 
 import numpy as np
@@ -12,10 +10,10 @@ import torch
 from torch import nn
 
 import lowrank
-from lowrank import Calibration, LowrankError, layouts
-from lowrank.api import planning
+from lowrank import Calibration, LowrankError
 from lowrank.methods import SVD, Whitened
 from lowrank.types import Curve, Option, Site, Statistics
+from lowrank.walk import layouts
 from tests.zoo import calibration, example, make, mlp, said, tokens, unchanged
 
 
@@ -220,24 +218,6 @@ def test_a_calibration_serves_many_plans_and_runs_the_model_no_more() -> None:
 def test_the_same_twice(options: dict[str, Any]) -> None:
     made = [lowrank.plan(make("llama"), 0.6, progress=False, **options) for _ in range(2)]
     assert made[0].to_json() == made[1].to_json()
-
-
-def test_versions_of_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from importlib.metadata import PackageNotFoundError
-
-    def version(package: str) -> str:
-        if package == "lowrank":
-            raise PackageNotFoundError
-        return f"{package} 1"
-
-    monkeypatch.setattr(planning, "version", version)
-    monkeypatch.setitem(sys.modules, "transformers", torch)  # whatever it is
-    assert planning.versions() == {
-        "python": platform.python_version(), "torch": torch.__version__,
-        "lowrank": "source", "transformers": "transformers 1",
-    }  # fmt: skip
-    monkeypatch.delitem(sys.modules, "transformers")
-    assert "transformers" not in planning.versions()  # it is not imported to find out
 
 
 def test_objects_of_registered_methods_are_called_by_their_names() -> None:

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from torch import nn
 
-from lowrank import LowrankError, sites
-from lowrank.api.request import Request, model_cost, targets_of
+from lowrank import LowrankError
+from lowrank.api.request import Request, targets_of
+from lowrank.measure.size import model_cost
 from lowrank.nn import LowRankLinear
+from lowrank.walk import sites
 from tests.zoo import make, mlp, said
 
 

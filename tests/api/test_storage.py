@@ -11,7 +11,7 @@ from torch import nn
 import lowrank
 from lowrank import LowrankError, Plan
 from lowrank.api import building
-from lowrank.api.request import model_cost
+from lowrank.measure.size import model_cost
 from lowrank.methods import SVD, pivoted_curve
 from lowrank.nn import LowRankLinear, PivotedLinear
 from lowrank.policies import POLICIES
@@ -214,7 +214,9 @@ def test_plain_factors_of_one_s_own_method_are_converted() -> None:
 
 def test_a_curve_of_pivoted_factors_is_as_exact_as_it_was() -> None:
     model = net()
-    site = Site("0", ("0",), "linear", (model[0],), (40, 24), lowrank.layouts.dense_cost(model[0]))
+    site = Site(
+        "0", ("0",), "linear", (model[0],), (40, 24), lowrank.walk.layouts.dense_cost(model[0])
+    )
     curve = pivoted_curve(SVD().curve(site, Statistics()), site)
     assert curve.exact
     assert len(curve.options) == 23  # ranks 1…22, and dense

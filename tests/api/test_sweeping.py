@@ -119,7 +119,7 @@ def test_the_gradients_are_kept_too(model, tmp_path: Path) -> None:
 def test_self_written_text_is_recognised(model, tmp_path: Path) -> None:
     cache = tmp_path / "seen.safetensors"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lowrank.selfwritten, "COUNT", 8)
+        patch.setattr(lowrank.calibration.self_written, "COUNT", 8)
         first = lowrank.sweep(model, [0.6], cache=cache, progress=False)
         again = lowrank.sweep(model, [0.6], cache=cache, progress=False)
         assert first.points[0].plan == again.points[0].plan

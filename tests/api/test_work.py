@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import lowrank
-from lowrank import fisher as fisher_module
 from lowrank import linalg
-from lowrank.calibrate import _Gather
-from lowrank.gradients import Gradients
+from lowrank.calibration import fisher as fisher_module
+from lowrank.calibration.gradients import Gradients
+from lowrank.calibration.statistics import _Gather
 
 from .. import zoo
 

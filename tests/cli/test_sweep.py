@@ -17,7 +17,7 @@ def test_the_table_is_what_the_library_measures(made: SimpleNamespace, tmp_path:
     said = run(*args, "--json", figures, "--cache", cache)
     model = lowrank.from_pretrained(made.dense)
     text = made.text.read_text(encoding="utf-8")
-    data = lowrank.data.materialise(text, tiny_tokenizer(), length=8)
+    data = lowrank.calibration.batches.materialise(text, tiny_tokenizer(), length=8)
     found = lowrank.sweep(model, [0.8, 0.5], data=data, progress=False)
     for point, row in zip(found.points, found.rows(), strict=True):
         shown = cells(said, f"{point.ratio:g}")

@@ -19,8 +19,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import lowrank  # noqa: F401  (before transformers: the finder is what registers)
-from lowrank import layouts
 from lowrank.nn import LowRankLinear, remember_layout
+from lowrank.walk import layouts
 
 REPO = Path(__file__).parents[2]
 RANK = 6

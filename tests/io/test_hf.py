@@ -102,7 +102,7 @@ def test_ranks_changed_after_attach_are_saved(zoo, tmp_path: Path) -> None:
 
 
 def test_layers_merged_by_hand_are_saved_dense(zoo, tmp_path: Path) -> None:
-    from lowrank.io.densify import densify
+    from lowrank.io.merging import densify
 
     model = densify(zoo.compressed("llama"))
     model.save_pretrained(tmp_path)

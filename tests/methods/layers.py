@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from lowrank import layouts
 from lowrank.types import Curve, Option, Site, Statistics
+from lowrank.walk import layouts
 
 
 def linear(out_features: int, in_features: int, seed: int = 0, *, bias: bool = True) -> nn.Linear:

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from lowrank import LowrankError, layouts, linalg
+from lowrank import LowrankError, linalg
 from lowrank.nn import ChannelConv, Geometry, build, describe
+from lowrank.walk import layouts
 
 MODES = ("zeros", "reflect", "replicate", "circular")
 GRID = list(itertools.product((1, 2), (0, 1, "same", "valid"), (1, 2), MODES, (True, False)))

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from lowrank import LowrankError
-from lowrank.train import DLRT, Attachment, CondLR, LowRankCallback, distributed
+from lowrank.train import DLRT, Attachment, CondLR, LowRankCallback
+from lowrank.train.parts import distributed
 from lowrank.types import Controller
 from tests.train.loops import Net, batches, run
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from lowrank.nn import LowRankLinear
 from lowrank.train import CondLR
-from lowrank.train.optimizer import check_exact, linear_state
+from lowrank.train.parts.optimizer import check_exact, linear_state
 from tests.train.loops import Net, fit, one_layer, planted, run
 
 

@@ -14,7 +14,7 @@ import lowrank
 from lowrank.linalg import retract
 from lowrank.nn import LowRankLinear, USVLinear
 from lowrank.train import DLRT
-from lowrank.train.optimizer import check_exact
+from lowrank.train.parts.optimizer import check_exact
 from tests.train.loops import Net, batches, fit, one_layer, planted, run
 
 

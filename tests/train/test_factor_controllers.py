@@ -14,16 +14,7 @@ from torch import nn
 
 import lowrank
 from lowrank import LowrankError
-from lowrank.train import (
-    NM,
-    STF,
-    Cuttlefish,
-    FrobeniusDecay,
-    InRank,
-    LoQT,
-    Maestro,
-    Pufferfish,
-)
+from lowrank.train import NM, STF, Cuttlefish, FrobeniusDecay, InRank, LoQT, Maestro, Pufferfish
 from lowrank.types import Controller
 from tests.train.loops import Net, batches, run
 from tests.train.test_bad_input import same, sgd, snapshot

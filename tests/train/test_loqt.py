@@ -11,8 +11,8 @@ from torch import nn
 
 from lowrank import LowrankError
 from lowrank.train import LoQT
-from lowrank.train.optimizer import check_exact
-from lowrank.train.quantised import QuantisedLowRank, fitted, quantised, restored
+from lowrank.train.parts.optimizer import check_exact
+from lowrank.train.parts.quantised_weight import QuantisedLowRank, fitted, quantised, restored
 from tests.train.loops import Net, batches, run
 
 NAMES = ("first", "second")

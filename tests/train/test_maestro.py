@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import lowrank
 from lowrank.nn import LowRankLinear
 from lowrank.train import Maestro
-from lowrank.train.draws import Draws
 from lowrank.train.maestro import lasso_gradient, tail_importance
-from lowrank.train.optimizer import check_exact
+from lowrank.train.parts.draws import Draws
+from lowrank.train.parts.optimizer import check_exact
 from tests.train.loops import Net, one_layer, planted, run
 
 

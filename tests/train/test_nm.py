@@ -16,7 +16,7 @@ from lowrank.linalg.nm import nm_mask
 from lowrank.nn import LowRankLinear, LowRankSparseLinear
 from lowrank.train import NM
 from lowrank.train.nm import frames, phase
-from lowrank.train.optimizer import check_exact
+from lowrank.train.parts.optimizer import check_exact
 from tests.train.loops import Net, batches, data, run
 from tests.train.test_bad_input import same, sgd, snapshot
 from tests.train.test_plugs import Scaled

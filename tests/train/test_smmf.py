@@ -13,7 +13,7 @@ from torch import nn
 
 from lowrank import LowrankError
 from lowrank.train import DLRT, SMMF
-from lowrank.train.optimizer import corner, replace
+from lowrank.train.parts.optimizer import corner, replace
 from lowrank.train.smmf import packed, squarest, unpacked
 from tests.train.loops import Net, run
 

@@ -16,8 +16,8 @@ from lowrank import LowrankError
 from lowrank.linalg import pursuit
 from lowrank.nn import DenseSparseLinear
 from lowrank.train import STF
-from lowrank.train.latent import LatentCoefficients, LatentWeight
-from lowrank.train.optimizer import check_exact
+from lowrank.train.parts.latent import LatentCoefficients, LatentWeight
+from lowrank.train.parts.optimizer import check_exact
 from tests.train.loops import Net, one_layer, run
 from tests.train.test_bad_input import same, sgd, snapshot
 

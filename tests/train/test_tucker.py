@@ -13,7 +13,7 @@ from torch import nn
 from lowrank import LowrankError
 from lowrank.nn import TuckerConv
 from lowrank.train import DLRT, TuckerDLRT
-from lowrank.train.optimizer import check_exact
+from lowrank.train.parts.optimizer import check_exact
 
 
 def kernel() -> torch.Tensor:

@@ -1,0 +1,68 @@
+"""What a plan says of one site: the chosen option, or why it stays dense."""
+
+from __future__ import annotations
+
+from ..methods import own_form
+from ..plans.entry import Entry, break_even
+from ..types import Curve, Option, Site
+from ..walk import layouts
+from .request import Request
+
+
+def entry_of(
+    site: Site,
+    option: Option | None,
+    curve: Curve | None,
+    request: Request,
+    target: bool,
+    stack: Site,
+    repeats: int = 1,
+) -> Entry:
+    """Of one site; `stack` is the group whose curve it is, or the site itself; costs of all count
+    as many positions as `repeats` says."""
+    option = option or Option("dense", None, "dense", site.cost, 0.0)
+    return Entry(
+        sites=site.names,
+        shape=site.shape,
+        dense=site.cost,
+        method=option.method,
+        size=option.size,
+        storage=option.storage,
+        cost=option.cost,
+        error=option.error,
+        total=None if curve is None else curve.total,
+        norm="" if curve is None else curve.norm,
+        target=target,
+        rcond=None if curve is None else _rcond(curve),
+        reason=site.reason if curve is None else _why_dense(option, stack, curve, request),
+        kind=site.kind,
+        heads=layouts.heads(site.modules),
+        group="" if stack is site or option.dense else stack.name,
+        repeats=repeats,
+    )
+
+
+def _why_dense(option: Option, site: Site, curve: Curve, request: Request) -> str:
+    if not option.dense:
+        return ""
+    largest, rank = break_even(site.shape, *request.stored(site)) - 1, request.rank
+    if len(curve.options) == 1 and own_form(request.method):
+        return "no size of this form makes a weight of this shape smaller"
+    if len(curve.options) == 1:
+        return "no rank makes a weight of this shape smaller"
+    if isinstance(rank, float) and own_form(request.method):
+        return f"keeping {rank} of its energy takes a size that is not smaller"
+    if isinstance(rank, float):
+        return f"keeping {rank} of its energy takes a rank above {largest}, which is not smaller"
+    if rank is not None and rank > largest:
+        return f"at rank {rank} it would not be smaller; the largest that is: {largest}"
+    if request.align is not None and largest < request.align:
+        return f"no multiple of {request.align} makes it smaller; the largest rank is {largest}"
+    return "not in rank_pattern" if request.ratio is None else "the policy keeps it dense"
+
+
+def _rcond(curve: Curve) -> float | None:
+    if curve.spectrum is None or not len(curve.spectrum):
+        return None
+    most = float(curve.spectrum[0])
+    return float(curve.spectrum[-1]) / most if most > 0 else 0.0

@@ -1,0 +1,33 @@
+"""What a calibration says of a site: its statistics, and how much it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from ..calibration.statistics import Calibration, statistics_of
+from ..types import Curve, Site
+
+
+def repeats(sites: Sequence[Site], seen: Calibration | None) -> dict[str, int]:
+    """How many positions each layer works at for one of the layer that works at the fewest.
+
+    Layers that the data did not reach are left out, and count once; all do without data.
+    """
+    counts = {site.name: statistics_of(site, seen).count for site in sites}
+    counts = {name: count for name, count in counts.items() if count}
+    least = min(counts.values(), default=1)
+    return {name: max(round(count / least), 1) for name, count in counts.items()}
+
+
+def counted(sites: Sequence[Site], times: Mapping[str, int]) -> list[Site]:
+    """The sites with the cost of as many positions as they work at."""
+    return [replace(site, cost=site.cost.often(times.get(site.name, 1))) for site in sites]
+
+
+def often(curve: Curve, times: int) -> Curve:
+    """The curve of a layer that works at so many positions."""
+    if times == 1:
+        return curve
+    options = tuple(replace(o, cost=o.cost.often(times)) for o in curve.options)
+    return replace(curve, options=options)

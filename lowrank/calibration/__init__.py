@@ -1,0 +1,1 @@
+"""What data showed of a model."""

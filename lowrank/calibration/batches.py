@@ -1,0 +1,162 @@
+"""Calibration and evaluation data in the forms that people have: texts, tensors, dicts, loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LowrankError
+
+LENGTH = 256  # tokens of a row when texts are cut
+ROWS = 16  # rows of a batch when texts are cut
+
+Batch = Tensor | dict[str, Any]
+Forward = Callable[[nn.Module], object]
+Data = Forward | Iterable[Any] | str | Sequence[str] | Tensor
+
+
+def materialise(
+    data: Data, tokenizer: Any = None, *, length: int = LENGTH
+) -> list[Batch] | Forward:
+    """Batches that can be run again and again.
+
+    Args:
+        data: a callable `forward(model)`, which is called more than once; a text or a list of
+            texts (with a tokenizer); a tensor; or an iterable of tensors, dicts (passed as
+            keywords) or tuples (the first item is the input), which is read to its end.
+        tokenizer: of transformers; texts are cut into rows of at most `length` tokens.
+
+    Raises:
+        LowrankError: nothing was there (a spent iterator), texts came without a tokenizer, or a
+            batch has none of these forms.
+    """
+    if isinstance(data, Tensor):
+        return [data]
+    if isinstance(data, str):
+        data = [data]
+    if callable(data) and not isinstance(data, Iterable):
+        return data
+    if not isinstance(data, Iterable):
+        raise LowrankError(
+            f"data must be texts, tensors, dicts, a loader or a callable, got {type(data).__name__}"
+        )
+    if isinstance(data, Mapping):
+        return [_batch(data)]
+    items = list(data)
+    if not items:
+        raise LowrankError("the data gave no batch: an empty list, or an iterator already spent?")
+    if all(isinstance(item, str) for item in items):
+        if tokenizer is None:
+            raise LowrankError("texts need a tokenizer: pass tokenizer=…")
+        return text_batches(items, tokenizer, length)
+    return [_batch(item) for item in items]
+
+
+def text_rows(text: str, tokenizer: Any, length: int) -> list[Tensor]:
+    """Token ids of a text, tokenised in one call and cut into rows of `length` (int64)."""
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+    return list(ids.split(length)) if len(ids) else []
+
+
+def text_batches(texts: Iterable[str], tokenizer: Any, length: int) -> list[Batch]:
+    """Rows of equal length go together, so that nothing is padded."""
+    by_length: dict[int, list[Tensor]] = {}
+    for text in texts:
+        for row in text_rows(text, tokenizer, length):
+            by_length.setdefault(len(row), []).append(row)
+    if not by_length:
+        raise LowrankError("the texts hold no token")
+    return [
+        torch.stack(rows[start : start + ROWS])
+        for rows in by_length.values()
+        for start in range(0, len(rows), ROWS)
+    ]
+
+
+def rebatched(batches: Sequence[Batch], rows: int = ROWS) -> list[Batch]:
+    """The same rows in batches of at most `rows`; a batch that cannot be cut stays whole.
+
+    So does one of vectors alone: it may be a single input without an axis of rows.
+    """
+    found: list[Batch] = []
+    for batch in batches:
+        parts = {"": batch} if isinstance(batch, Tensor) else batch
+        lengths = {len(v) for v in parts.values() if isinstance(v, Tensor) and v.ndim}
+        plain = _is_rows(parts) and len(lengths) == 1
+        for start in range(0, lengths.pop(), rows) if plain else ():
+            cut = {key: value[start : start + rows] for key, value in parts.items()}
+            found.append(cut[""] if isinstance(batch, Tensor) else cut)
+        found += [] if plain else [batch]
+    return found
+
+
+def parted(
+    batches: list[Batch] | Forward, share: float
+) -> tuple[list[Batch] | Forward, tuple[Batch, ...]]:
+    """The last rows apart; data of one row, or a callable, is not parted.
+
+    Raises:
+        LowrankError: `share` is not in [0, 1).
+    """
+    if not 0 <= share < 1:
+        raise LowrankError(f"hold_out must be in [0, 1), got {share!r}")
+    if share == 0 or callable(batches):
+        return batches, ()
+    rows = rebatched(batches, 1)
+    kept = round(share * len(rows))
+    if not 0 < kept < len(rows):
+        return batches, ()
+    return _stacked(rows[:-kept]), tuple(_stacked(rows[-kept:]))
+
+
+def _stacked(rows: Sequence[Batch]) -> list[Batch]:
+    """Single rows in batches again, where neighbours are tensors of one shape, or dicts of them."""
+    runs: list[list[Batch]] = []
+    for row in rows:
+        fits = runs and len(runs[-1]) < ROWS and _form(row) is not None
+        if fits and _form(row) == _form(runs[-1][0]):
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    return [_cat(run) if len(run) > 1 else run[0] for run in runs]
+
+
+def _form(row: Batch) -> object:
+    """What two rows must have in common to be in one batch; None of what is no single row."""
+    parts = {"": row} if isinstance(row, Tensor) else row
+    single = _is_rows(parts) and all(len(v) == 1 for v in parts.values())
+    return {k: (v.shape, v.dtype, v.device) for k, v in parts.items()} if single else None
+
+
+def _is_rows(parts: Mapping[str, Any]) -> bool:
+    every = all(isinstance(v, Tensor) and v.ndim for v in parts.values())
+    return every and any(v.ndim > 1 for v in parts.values())
+
+
+def _cat(rows: Sequence[Batch]) -> Batch:
+    first = rows[0]
+    if isinstance(first, Tensor):
+        return torch.cat([row for row in rows if isinstance(row, Tensor)])
+    return {key: torch.cat([row[key] for row in rows]) for key in first}  # type: ignore[index]
+
+
+def _batch(item: Any) -> Batch:
+    if isinstance(item, Tensor):
+        return item
+    if isinstance(item, Mapping):
+        if any(isinstance(value, Tensor) for value in item.values()):
+            return dict(item)
+        kinds = ", ".join(f"{key}: {type(value).__name__}" for key, value in item.items())
+        raise LowrankError(
+            f"a batch that is a dict must hold tensors, got {{{kinds}}}: "
+            "collate the rows, or tokenise with return_tensors='pt'"
+        )
+    if isinstance(item, list | tuple) and item and isinstance(item[0], Tensor):
+        return item[0]
+    raise LowrankError(
+        f"a batch must be a tensor, a dict of tensors, or a tuple that starts with a tensor, "
+        f"got {type(item).__name__}"
+    )

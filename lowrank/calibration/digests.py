@@ -1,0 +1,67 @@
+"""What a file was made from, as digests, and files written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LowrankError
+from .batches import Batch
+
+
+def model_print(model: nn.Module) -> str:
+    """Digest of every tensor that a checkpoint would hold, with names, shapes and dtypes."""
+    found = hashlib.sha256(type(model).__qualname__.encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, Tensor):
+            add_tensor(found, name, tensor)
+    return found.hexdigest()
+
+
+def data_print(batches: Iterable[Batch]) -> str:
+    """Digest of batches."""
+    found = hashlib.sha256()
+    for index, batch in enumerate(batches):
+        items: Mapping[str, Any] = batch if isinstance(batch, Mapping) else {"": batch}
+        for name, value in sorted(items.items()):
+            if isinstance(value, Tensor):
+                add_tensor(found, f"{index} {name}", value)
+            else:
+                found.update(f"{index} {name} {value!r}".encode())
+    return found.hexdigest()
+
+
+def write_whole(path: Path, about: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file with its metadata, in one step: a reader sees all of it or nothing."""
+    from safetensors.torch import save
+
+    data = save(dict(tensors), metadata=dict(about))
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(data)
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def check_place(path: Path) -> None:
+    """Raises LowrankError where the file could not be written in the end."""
+    if not path.parent.is_dir():
+        raise LowrankError(f"the cache {path} cannot be written: there is no folder {path.parent}")
+
+
+def add_tensor(found: Any, name: str, tensor: Tensor) -> None:
+    """Name, shape, dtype and bytes of a tensor, into a digest of hashlib."""
+    found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+    flat = tensor.detach().cpu().contiguous().flatten()
+    if flat.numel():
+        found.update(flat.view(torch.uint8).numpy().data)

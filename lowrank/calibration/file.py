@@ -1,0 +1,205 @@
+"""A calibration in a file: statistics, spectra and rows, so that another day starts from there.
+
+One safetensors file, never pickle. It belongs to one model, known by the digest of its tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LowrankError
+from ..types import Cost, Curve, Option, Statistics
+from .batches import Batch
+from .digests import check_place, model_print, write_whole
+from .observation import Observation
+from .statistics import Calibration
+
+FORMAT, VERSION = "lowrank-calibration", "1"
+MATRICES = ("gram", "mean", "freq", "out_gram", "row_fisher")  # of Statistics
+
+
+def save_calibration(seen: Calibration, path: str | Path, model: nn.Module) -> None:
+    """Keep a calibration of `model`; a file of that name is replaced if it is one of these.
+
+    Raises:
+        LowrankError: its data is a callable or holds more than tensors, or the file is another's.
+    """
+    path = Path(path)
+    check_place(path)
+    if path.exists():
+        _opened(path)
+    if callable(seen.batches):
+        raise LowrankError("a calibration from a callable cannot be kept: pass batches or texts")
+    store = _Store()
+    own: dict[int, int] = {}
+    parts: list[dict[str, Any]] = []
+    for stats in seen.statistics.values():
+        if id(stats) not in own:
+            own[id(stats)] = len(parts)
+            tensors = {name: store.put(getattr(stats, name)) for name in MATRICES}
+            parts.append({"count": stats.count, **tensors})
+    body = {
+        "statistics": parts,
+        "sites": {name: own[id(stats)] for name, stats in seen.statistics.items()},
+        "order": seen.seen.order, "groups": seen.seen.groups, "chains": seen.seen.chains,
+        "shapes": {name: list(shape) for name, shape in seen.seen.shapes.items()},
+        "batches": [_batch(batch, store) for batch in seen.batches],
+        "held_out": [_batch(batch, store) for batch in seen.held_out],
+        "tokens": seen.tokens, "min_tokens": seen.min_tokens, "source": seen.source,
+        "spectra": {
+            key: [own[id(stats)], _curve(curve, store)]
+            for key, (stats, curve) in seen.spectra.items()
+            if id(stats) in own
+        },
+    }  # fmt: skip
+    about = {"format": FORMAT, "version": VERSION, "model": model_print(model)}
+    write_whole(path, {**about, "body": json.dumps(body)}, store.tensors)
+
+
+def load_calibration(path: str | Path, model: nn.Module) -> Calibration:
+    """The calibration in a file, accepted as `data=` everywhere; nothing is run.
+
+    Raises:
+        LowrankError: there is no such file, it is something else, broken, or was made for another
+            model.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LowrankError(f"there is no calibration {path}")
+    about, tensors = _opened(path)
+    if about.get("version") != VERSION:
+        raise LowrankError(f"{path} was written by another version of lowrank: delete it")
+    if about.get("model") != model_print(model):
+        raise LowrankError(
+            f"{path} was made for another model, or other weights: choose another name, or "
+            "delete it"
+        )
+    try:
+        return _restored(json.loads(about["body"]), tensors)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise LowrankError(f"{path} is broken ({error!r:.80}): delete it") from error
+
+
+def _opened(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file of ours; raises LowrankError for any other."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise LowrankError(f"{path} is no calibration of lowrank, or broken ({error})") from error
+    if about.get("format") != FORMAT:
+        raise LowrankError(f"{path} is no calibration of lowrank: choose another name")
+    return about, tensors
+
+
+class _Store:
+    """Tensors by number; one that several hold is stored once, and comes back as one."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._numbers: dict[int, int] = {}
+        self._alive: list[Tensor] = []  # an id is only unique while its tensor lives
+
+    def put(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        if id(tensor) not in self._numbers:
+            self._numbers[id(tensor)] = len(self.tensors)
+            self._alive.append(tensor)
+            own = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            self.tensors[str(len(self.tensors))] = own
+        return self._numbers[id(tensor)]
+
+
+def _batch(batch: Batch, store: _Store) -> Any:
+    if isinstance(batch, Tensor):
+        return store.put(batch)
+    if not all(isinstance(value, Tensor) for value in batch.values()):
+        raise LowrankError("only batches of tensors can be kept in a file")
+    return {name: store.put(value) for name, value in batch.items()}
+
+
+def _curve(curve: Curve, store: _Store) -> dict[str, Any]:
+    """Options as tables: a weight has as many as ranks."""
+    own = [(o.method, o.storage, o.size and len(o.size)) for o in curve.options]
+    kinds = list(dict.fromkeys(own))
+    wide = max(len(o.size or ()) for o in curve.options)
+    numbers = [
+        [
+            kinds.index(kind),
+            *(getattr(o.cost, f.name) for f in fields(Cost)),
+            *((o.size or ()) + (0,) * wide)[:wide],
+        ]
+        for o, kind in zip(curve.options, own, strict=True)
+    ]
+    errors = [o.error for o in curve.options]
+    return {
+        "sites": curve.sites, "kinds": kinds, "total": curve.total, "norm": curve.norm,
+        "exact": curve.exact,
+        "spectrum": store.put(curve.spectrum), "tails": store.put(curve.tails),
+        "options": store.put(torch.tensor(numbers, dtype=torch.int64)),
+        "errors": store.put(torch.tensor(errors, dtype=torch.float64)),
+    }  # fmt: skip
+
+
+def _restored(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibration:
+    def get(number: int | None) -> Tensor | None:
+        return None if number is None else tensors[str(number)]
+
+    parts = [
+        Statistics(part["count"], **{name: get(part[name]) for name in MATRICES})
+        for part in body["statistics"]
+    ]
+    shapes = {name: tuple(shape) for name, shape in body["shapes"].items()}
+    observed = Observation(
+        tuple(body["order"]), _names(body["groups"]), _names(body["chains"]), shapes
+    )
+    return Calibration(
+        statistics={name: parts[number] for name, number in body["sites"].items()},
+        seen=observed,
+        batches=[_batch_back(batch, tensors) for batch in body["batches"]],
+        tokens=body["tokens"],
+        min_tokens=body["min_tokens"],
+        source=body["source"],
+        held_out=tuple(_batch_back(batch, tensors) for batch in body["held_out"]),
+        spectra={
+            key: (parts[number], _curve_back(curve, tensors))
+            for key, (number, curve) in body["spectra"].items()
+        },
+    )
+
+
+def _names(nested: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(names) for names in nested)
+
+
+def _batch_back(batch: Any, tensors: Mapping[str, Tensor]) -> Batch:
+    if isinstance(batch, dict):
+        return {name: tensors[str(number)] for name, number in batch.items()}
+    return tensors[str(batch)]
+
+
+def _curve_back(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Curve:
+    def get(name: str) -> Tensor | None:
+        return None if body[name] is None else tensors[str(body[name])]
+
+    rows, errors = tensors[str(body["options"])].tolist(), tensors[str(body["errors"])].tolist()
+    options = []
+    for (kind, params, stored, macs, *size), error in zip(rows, errors, strict=True):
+        method, storage, length = body["kinds"][kind]
+        shown = None if length is None else tuple(size[:length])
+        options.append(Option(method, shown, storage, Cost(params, stored, macs), error))
+    return Curve(
+        sites=tuple(body["sites"]), options=tuple(options), total=body["total"],
+        spectrum=get("spectrum"), norm=body["norm"], exact=body["exact"], tails=get("tails"),
+    )  # fmt: skip

@@ -1,0 +1,143 @@
+"""What one forward pass shows: who reads the same tensor, and which modules form a chain.
+
+Nothing is known of architectures. Layers that are given the same tensor form a group; members of
+an ordered container that take the previous member's output form a chain of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..types import Site
+from ..walk import layouts
+from .running import SameTensor, first_tensor, quiet, tensors_in
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One forward pass.
+
+    Attributes:
+        order: names of the sites in the order of their first call; those never called are absent.
+        groups: sites that read the same tensor at every call, in call order; singles included.
+        chains: per chain of blocks, the names of its members in order.
+        shapes: shape of each site's input at its first call.
+    """
+
+    order: tuple[str, ...]
+    groups: tuple[tuple[str, ...], ...]
+    chains: tuple[tuple[str, ...], ...]
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
+    """Run the model once under hooks; the model and its modes are as before afterwards."""
+    reads = _Reads()
+    containers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1
+    }
+    chains = {name: _Chain(len(module)) for name, module in containers.items()}
+    handles = []
+    try:
+        for site in sites:
+            handles += [
+                module.register_forward_pre_hook(
+                    lambda _m, args, kwargs, name=site.name: reads.note(
+                        name, first_tensor((args, kwargs)), layouts.reading(_m)
+                    ),
+                    with_kwargs=True,
+                )
+                for module in site.modules
+                if site.kind != "embedding"  # ids are no input of a product
+            ]
+        for name, container in containers.items():
+            for index, member in enumerate(container):
+                handles += chains[name].hooks(index, member)
+        with quiet(model):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    linked = [name for name, chain in chains.items() if chain.linked()]
+    outer = [n for n in linked if not any(n != o and _inside(n, o) for o in linked)]
+    return Observation(
+        order=tuple(reads.shapes),
+        groups=reads.groups(),
+        chains=tuple(
+            tuple(f"{name}.{index}".lstrip(".") for index in containers[name]._modules)
+            for name in outer
+        ),
+        shapes=reads.shapes,
+    )
+
+
+class _Reads:
+    """Which read each call of a site was; a read is one tensor between its first and last use."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._calls: dict[str, list[int]] = {}
+        self._how: dict[str, tuple[object, ...]] = {}
+        self._recent: list[tuple[SameTensor, int]] = []
+        self._count = 0
+
+    def note(self, name: str, tensor: Tensor | None, how: tuple[object, ...] = ()) -> None:
+        """`how`: what else decides what is read of the tensor."""
+        if tensor is None:
+            return
+        self._how[name] = how
+        self.shapes.setdefault(name, tuple(tensor.shape))
+        read = next((n for same, n in reversed(self._recent) if same(tensor)), None)
+        if read is None:
+            self._count += 1
+            read = self._count
+            self._recent = [*self._recent[-15:], (SameTensor(tensor), read)]
+        self._calls.setdefault(name, []).append(read)
+
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        found: dict[tuple[object, ...], list[str]] = {}
+        for name, reads in self._calls.items():
+            found.setdefault((*reads, self._how[name]), []).append(name)
+        return tuple(tuple(names) for names in found.values())
+
+
+class _Chain:
+    """Whether each member of a container was given the previous member's output."""
+
+    def __init__(self, length: int) -> None:
+        self._outputs: list[list[SameTensor]] = [[] for _ in range(length)]
+        self._links = [False] * length
+        self._called = [False] * length
+
+    def hooks(self, index: int, member: nn.Module) -> list[Any]:
+        def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._called[index] = True
+            given = list(tensors_in((args, kwargs)))
+            # A member that stands in several places is called several times: one link is enough.
+            if index > 0 and not self._links[index]:
+                self._links[index] = any(
+                    same(tensor) for same in self._outputs[index - 1] for tensor in given
+                )
+
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._outputs[index] = [SameTensor(tensor) for tensor in tensors_in(output)]
+
+        return [
+            member.register_forward_pre_hook(before, with_kwargs=True),
+            member.register_forward_hook(after),
+        ]
+
+    def linked(self) -> bool:
+        return all(self._called) and all(self._links[1:])
+
+
+def _inside(name: str, outer: str) -> bool:
+    return outer == "" or name.startswith(f"{outer}.")

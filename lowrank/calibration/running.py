@@ -1,0 +1,120 @@
+"""Running a model and leaving it as it was: modes, caches, and what goes in and out."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LowrankError
+from .batches import Batch
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; training flags and random states are restored."""
+    training = [module for module in model.modules() if module.training]
+    cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Blocks keep no keys and values of earlier calls inside; every config is put back."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
+    try:
+        for config in caching:
+            config.use_cache = False
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
+def forward(model: nn.Module, batch: Batch) -> Any:
+    """Run one batch on the model's device; labels serve only to make a decoder's input."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if isinstance(batch, Tensor):
+        return model(batch.to(device))
+    given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    labels = given.pop("labels", None)
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if labels is not None and callable(shift) and "decoder_input_ids" not in given:
+        given["decoder_input_ids"] = shift(labels=labels)
+    return model(**given)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits (…, classes) of a model's output: itself, its "logits", or the first of a tuple.
+
+    Raises:
+        LowrankError: there are none.
+    """
+    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if isinstance(output, Mapping):
+        found = output.get("logits")
+    elif found is None and isinstance(output, tuple):
+        found = next(iter(output), None)
+    if not isinstance(found, Tensor):
+        raise LowrankError(f"expected logits, the model returned {type(output).__name__}")
+    return found
+
+
+def mask_of(batch: Batch) -> Tensor | None:
+    """The attention mask (rows, tokens) where a batch has one with padding in it."""
+    mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+    if mask is None or not isinstance(mask, Tensor) or bool((mask != 0).all()):
+        return None
+    return mask != 0
+
+
+class SameTensor:
+    """Remembers a tensor weakly and recognises it, or another view of the same memory, later."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._ref = weakref.ref(tensor)
+        self._key = _key(tensor)
+
+    def __call__(self, tensor: Tensor) -> bool:
+        # Only while the first tensor is alive can its memory not have been given to another.
+        return self._ref() is not None and self._key == _key(tensor)
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first tensor in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return None
+    return next((t for t in map(first_tensor, value) if t is not None), None)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists, dicts and transformers' outputs."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def _key(tensor: Tensor) -> tuple[object, ...]:
+    # Inference tensors count no versions; a change in place shows in their sum.
+    version = float(tensor.sum()) if tensor.is_inference() else tensor._version
+    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, version)

@@ -1,0 +1,217 @@
+"""Calibration text that a causal language model writes itself, where there is no other.
+
+What a model writes is what it knows of its training text (data-free calibration by generation:
+LLM-QAT, arXiv 2305.17888). Here every token is drawn from the model's own softmax, at temperature
+1 and without any cut, so that the rows are a sample of the model's distribution; the paper takes
+the likeliest tokens first. Random first tokens make the rows differ.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LowrankError
+from .batches import LENGTH, ROWS, Batch
+from .running import forward, logits_of, quiet
+
+COUNT = 192  # rows that are written
+TOGETHER = 64  # rows that are written at a time
+FROM_START = 0.25  # share of rows from the start token; benchmarks/self_calibration.py
+
+
+def writes(model: nn.Module) -> bool:
+    """Whether a model writes text: it generates, token after token, from what stands before."""
+    generates, config = getattr(model, "can_generate", None), _config(model)
+    if not callable(generates) or not isinstance(getattr(config, "vocab_size", None), int):
+        return False
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    return getattr(model, "main_input_name", "") == "input_ids" and bool(generates())
+
+
+def described(model: nn.Module, *, length: int = LENGTH, seed: int = 0) -> str:
+    """What `batches` gives, in a few words: equal words and an equal model, equal tokens."""
+    words = f"{COUNT} rows of {_fitting(model, length)} tokens"
+    return f"{words} that the model wrote itself, seed {seed}"
+
+
+def batches(
+    model: nn.Module, *, length: int = LENGTH, seed: int = 0, progress: bool = False
+) -> list[Batch]:
+    """The rows that `write` gives, 16 to a batch."""
+    rows = write(model, length=length, seed=seed, progress=progress)
+    return list(rows.split(ROWS))
+
+
+def write(
+    model: nn.Module,
+    *,
+    rows: int = COUNT,
+    length: int = LENGTH,
+    seed: int = 0,
+    batch: int = TOGETHER,
+    progress: bool = False,
+) -> Tensor:
+    """Let a causal language model write; it and the global random state stay as they are.
+
+    A quarter of the rows starts with the model's start token, the others with a random token: no
+    special one, and no two alike while there are enough. Without a start token all are random.
+    What follows is drawn at temperature 1. After an end token comes a new start token, or, where
+    the model has none or one token is both, what the model says: rows are full, none is padded.
+
+    Args:
+        rows: how many rows.
+        length: tokens of a row, cut to the positions that the model has.
+        seed: decides all numbers drawn, whatever the batch: the same model writes the same.
+        batch: rows that are written at a time.
+
+    Returns:
+        Token ids (rows, length), int64, on the CPU.
+
+    Raises:
+        LowrankError: the model is no causal language model, fails, or its logits are NaN.
+    """
+    if not writes(model):
+        raise LowrankError(
+            f"{type(model).__name__} cannot write its calibration data, only causal language "
+            "models of transformers can: pass data=…, or data=None to work without"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    written = torch.zeros(rows, _fitting(model, length), dtype=torch.long)
+    written[:, 0] = _first(model, rows, generator)
+    chances = torch.rand(written.shape, generator=generator, dtype=torch.float64)
+    try:
+        with quiet(model), _bar(written[:, 1:].numel(), progress) as bar:
+            cached = _remembers(model)
+            for start in range(0, rows, batch):
+                part = slice(start, start + batch)
+                _write_on(model, written[part], chances[part], cached, bar)
+    except LowrankError:
+        raise
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+        raise LowrankError(
+            f"{type(model).__name__} failed at writing its calibration data "
+            f"({' '.join(str(error).split())[:200]}): pass data=…, or data=None to work without"
+        ) from error
+    return written
+
+
+def _first(model: nn.Module, rows: int, generator: torch.Generator) -> Tensor:
+    """The first token of every row (rows,)."""
+    words, start = _words(model), _start(model)
+    drawn = 0 if start is None else round(rows * FROM_START)
+    rounds = range(0, max(rows - drawn, 1), len(words))
+    shuffled = [words[torch.randperm(len(words), generator=generator)] for _ in rounds]
+    return torch.cat([torch.full((drawn,), start or 0), *shuffled])[:rows]
+
+
+def _write_on(model: nn.Module, rows: Tensor, chances: Tensor, cached: bool, bar: Any) -> None:
+    """Draw all tokens of some rows (rows, length) but the first, in place."""
+    start, ends = _start(model), _known(model, "eos_token_id")
+    again = torch.tensor(sorted(ends), dtype=torch.long) if start not in {None, *ends} else None
+    past = None
+    for position in range(1, rows.shape[1]):
+        given = rows[:, :position] if past is None else rows[:, position - 1 : position]
+        logits, past = _next(model, given, past, cached)
+        drawn = _drawn(logits, chances[:, position])
+        if again is not None and start is not None:
+            drawn[torch.isin(rows[:, position - 1], again)] = start
+        rows[:, position] = drawn
+        bar.update(len(rows))
+
+
+def _next(model: nn.Module, ids: Tensor, past: Any, cached: bool) -> tuple[Tensor, Any]:
+    """Logits (rows, words) of the next token, and the model's memory of what it has read."""
+    memory = {} if past is None else {"past_key_values": past}
+    given = {"input_ids": ids, **({"use_cache": True} if cached else {}), **memory}
+    output = forward(model, given)
+    return logits_of(output)[:, -1], getattr(output, "past_key_values", None) if cached else None
+
+
+def _drawn(logits: Tensor, chances: Tensor) -> Tensor:
+    """One id for each row of logits (rows, words), by the inverse of its distribution function.
+
+    Raises:
+        LowrankError: logits are NaN.
+    """
+    sums = logits.double().softmax(-1).cumsum(-1)
+    whole = sums[:, -1:]
+    if not bool(torch.isfinite(whole).all()):
+        raise LowrankError("the model's logits are NaN: pass data=None to work without data")
+    # `right`: a word of no probability leaves the sum as it is, and is never the first above.
+    found = torch.searchsorted(sums, chances[:, None].to(sums.device) * whole, right=True)
+    return found[:, 0].clamp(max=logits.shape[-1] - 1).cpu()
+
+
+def _remembers(model: nn.Module) -> bool:
+    """Whether the model, given tokens one by one, says the same as for all of them at once.
+
+    Raises:
+        LowrankError: a token changes what was said before it.
+    """
+    ids = _words(model)[None, :4]
+    whole, past = _next(model, ids, None, False)
+    before = logits_of(forward(model, {"input_ids": ids}))[:, 0]
+    if not _alike(before, _next(model, ids[:, :1], None, False)[0]):
+        raise LowrankError(
+            f"{type(model).__name__} looks at later tokens too, and cannot write its calibration "
+            "data: pass data=…, or data=None to work without"
+        )
+    said = before
+    try:
+        for token in ids.T[:, None]:
+            said, past = _next(model, token, past, True)
+            if past is None:
+                return False
+    except TypeError:  # its forward knows no cache
+        return False
+    return _alike(whole, said)
+
+
+def _alike(logits: Tensor, others: Tensor) -> bool:
+    """Whether two distributions are equal up to rounding, in total variation."""
+    apart = (logits.double().softmax(-1) - others.double().softmax(-1)).abs().sum(-1) / 2
+    return not bool((apart > torch.finfo(logits.dtype).eps ** 0.5).any())  # NaN is told elsewhere
+
+
+def _config(model: Any) -> Any:
+    config = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", None)
+    return text() if callable(text) else config
+
+
+def _words(model: Any) -> Tensor:
+    """All ids but the special ones that the model tells of."""
+    kinds = ("bos_token_id", "eos_token_id", "pad_token_id")
+    special = set().union(*(_known(model, kind) for kind in kinds))
+    words = [i for i in range(_config(model).vocab_size) if i not in special]
+    return torch.tensor(words or [0])
+
+
+def _known(model: Any, name: str) -> set[int]:
+    """A setting's token ids, without those beyond the model's words."""
+    places = (getattr(model, "generation_config", None), _config(model))
+    said = [getattr(place, name, None) for place in places]
+    value = next((ids for ids in said if ids is not None), None)
+    ids = value if isinstance(value, list | tuple) else [value]
+    return {int(i) for i in ids if i is not None and 0 <= i < _config(model).vocab_size}
+
+
+def _start(model: Any) -> int | None:
+    return min(_known(model, "bos_token_id"), default=None)
+
+
+def _fitting(model: Any, length: int) -> int:
+    """A length that the model has positions for."""
+    most = getattr(_config(model), "max_position_embeddings", None)
+    return min(length, most) if most else length
+
+
+def _bar(total: int, progress: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    shown = {"unit": " tokens", "delay": 2, "leave": False}
+    return tqdm(total=total, desc="write", disable=not progress, **shown)

@@ -1,0 +1,282 @@
+"""Streaming statistics: one Gram matrix per distinct input, gathered by hooks in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LowrankError
+from ..linalg import gram_sum
+from ..types import Curve, Site, Statistics
+from ..walk import layouts, patches
+from ..walk import sites as walk
+from ..walk.checks import check_model
+from . import self_written as selfwritten
+from .batches import LENGTH, Batch, Data, Forward, materialise, parted
+from .frequencies import Frequencies
+from .observation import Observation, observe
+from .running import SameTensor, first_tensor, forward, mask_of, quiet
+
+SELF = "self"  # as data: the model writes it
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What a model showed on some data; accepted as `data=` everywhere.
+
+    Attributes:
+        statistics: per site name; sites that read one tensor share one object.
+        seen: order of calls, groups of sites that read one tensor, chains of blocks.
+        batches: the data, ready to be run again, or the caller's own callable.
+        tokens: the most input vectors that any linear layer saw; without one, the most lookups.
+        min_tokens: a site that saw fewer follows `on_missing`.
+        source: where the data came from when the model wrote it itself, else "".
+        held_out: batches that no statistic saw, kept for judging.
+        spectra: curves made from these statistics, remembered for the next ratio: by method,
+            storage and weight, with the statistics that each was made from.
+    """
+
+    statistics: dict[str, Statistics]
+    seen: Observation
+    batches: list[Batch] | Forward
+    tokens: int
+    min_tokens: int = 1
+    source: str = ""
+    held_out: tuple[Batch, ...] = ()
+    spectra: dict[str, tuple[Statistics, Curve]] = field(default_factory=dict)
+
+
+def calibrate(
+    model: nn.Module,
+    data: Data | Calibration,
+    *,
+    tokenizer: Any = None,
+    length: int = LENGTH,
+    min_tokens: int = 1,
+    seed: int = 0,
+    hold_out: float = 0.0,
+    progress: bool = True,
+) -> Calibration:
+    """Gather E[x xᵀ] and E[x] of every linear layer's input, and how often ids are looked up.
+
+    An embedding whose weight is the output head's too has both, under the embedding's name.
+
+    Positions that the attention mask pads are left out wherever a layer's input still has the
+    mask's shape, or its rows in one line.
+
+    Args:
+        data: see `materialise`; or "self": text that a causal language model writes
+            itself. A finished calibration is returned as it is.
+        length: tokens of a row when texts are cut or written.
+        min_tokens: a site that saw fewer tokens counts as unseen.
+        seed: of the text that the model writes.
+        hold_out: share of the rows, the last ones, that is kept for judging; none of a callable.
+
+    Raises:
+        LowrankError: no layer was reached, an activation is NaN or Inf, or an id is out of range
+            (its site is named).
+    """
+    check_model(model)
+    if isinstance(data, Calibration):
+        return data
+    batches, source = _batches(model, data, tokenizer, length, seed, progress)
+    batches, held_out = parted(batches, hold_out)
+    free = [site for site in walk.find(model) if not site.reason]
+    tables = [site for site in free if site.kind == "embedding"]
+    heads = walk.heads(model, tables)
+    sites = [site for site in free if site.kind in ("linear", "conv")] + list(heads.values())
+    first = batches if callable(batches) else batches[:1]
+    with Frequencies(tables):  # a bad id gets an error of ours, whichever pass meets it first
+        seen = observe(model, sites, lambda: _run(model, first, (), progress=False))
+    groups = seen.groups
+    unseen = tuple((site.name,) for site in sites if site.name not in seen.shapes)
+    by_name = {site.name: site for site in sites}
+    while True:
+        gather = _Gather([[by_name[name] for name in group] for group in (*groups, *unseen)])
+        lookups = Frequencies(tables)
+        with quiet(model), gather, lookups:
+            _run(model, batches, (gather.mask, lookups.mask), progress)
+        gather.check_calls()
+        if not gather.parted:
+            break
+        # A later batch gave members of a group different tensors: gather those one by one.
+        groups = _split(groups, gather.parted)
+    statistics = gather.statistics()
+    tokens = max((found.count for found in statistics.values()), default=0)
+    for site in tables:
+        head = heads.get(site.name)
+        seen_by_head = None if head is None else statistics.pop(head.name)
+        statistics[site.name] = lookups.statistics(site.name, seen_by_head)
+    tokens = tokens or max((found.count for found in statistics.values()), default=0)
+    if tokens == 0:
+        hint = (
+            "it is called more than once, so it must not use up an iterator"
+            if callable(batches)
+            else "does it run this model?"
+        )
+        raise LowrankError(f"the calibration data reached none of {len(free)} layers: {hint}")
+    seen = Observation(seen.order, groups, seen.chains, seen.shapes)
+    return Calibration(statistics, seen, batches, tokens, min_tokens, source, held_out)
+
+
+def _batches(
+    model: nn.Module, data: Data, tokenizer: Any, length: int, seed: int, progress: bool
+) -> tuple[list[Batch] | Forward, str]:
+    """The data, ready to be run, and where it came from if the model wrote it."""
+    if not (isinstance(data, str) and data == SELF):
+        return materialise(data, tokenizer, length=length), ""
+    written = selfwritten.batches(model, length=length, seed=seed, progress=progress)
+    return written, selfwritten.described(model, length=length, seed=seed)
+
+
+class _Gather:
+    """Hooks on the sites of every group; the first member counts, the others are compared."""
+
+    def __init__(self, groups: Sequence[Sequence[Site]]) -> None:
+        self._sums = [_Sums(group[0]) for group in groups]
+        self._groups = groups
+        self._mask: Tensor | None = None
+        self._handles: list[Any] = []
+        self.parted: set[str] = set()
+
+    def mask(self, mask: Tensor | None) -> None:
+        self._mask = mask
+
+    def __enter__(self) -> None:
+        for sums, group in zip(self._sums, self._groups, strict=True):
+            for position, site in enumerate(group):
+                hook = self._owner(sums) if position == 0 else self._member(sums, site.name)
+                self._handles += [
+                    module.register_forward_pre_hook(hook, with_kwargs=True)
+                    for module in site.modules
+                ]
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _owner(self, sums: _Sums) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            tensor = first_tensor((args, kwargs))
+            if tensor is not None:
+                sums.add(tensor, self._mask)
+
+        return hook
+
+    def _member(self, sums: _Sums, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            tensor = first_tensor((args, kwargs))
+            sums.calls[name] = sums.calls.get(name, 0) + 1
+            if tensor is None or sums.last is None or not sums.last(tensor):
+                self.parted.add(name)
+
+        return hook
+
+    def check_calls(self) -> None:
+        """A member that was not called as often as the first did not see all of its tensors."""
+        for sums in self._sums:
+            self.parted.update(n for n, calls in sums.calls.items() if calls != sums.owner_calls)
+
+    def statistics(self) -> dict[str, Statistics]:
+        found: dict[str, Statistics] = {}
+        for sums, group in zip(self._sums, self._groups, strict=True):
+            shared = sums.finish()
+            found.update({site.name: shared for site in group})
+        return found
+
+
+class _Sums:
+    """Running sums of one distinct input, in float64."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.count = 0
+        self.gram: Tensor | None = None
+        self.sum: Tensor | None = None
+        self.last: SameTensor | None = None
+        self.owner_calls = 0
+        self.calls: dict[str, int] = {}
+
+    @torch.inference_mode(False)  # sums outlive the caller's inference mode
+    def add(self, tensor: Tensor, mask: Tensor | None) -> None:
+        if not patches.fits(self.site.module, tensor):
+            return  # the layer itself will refuse it, and say it better
+        self.last = SameTensor(tensor)
+        self.owner_calls += 1
+        for rows in counted_rows(self.site.module, tensor.detach(), mask):
+            self._add(rows)
+
+    def _add(self, rows: Tensor) -> None:
+        gram, total = gram_sum(rows), rows.double().sum(0)
+        if not bool(torch.isfinite(gram.diagonal()).all()):
+            raise LowrankError(
+                f"{self.site.title}: its input holds NaN or Inf, or numbers too large to square: "
+                "look at the data and at the layers before it; float16 overflows where float32 and "
+                "bfloat16 do not"
+            )
+        self.gram = gram if self.gram is None else self.gram.add_(gram)
+        self.sum = total if self.sum is None else self.sum.add_(total)
+        self.count += len(rows)
+
+    def finish(self) -> Statistics:
+        if self.count == 0 or self.gram is None or self.sum is None:
+            return Statistics()
+        return Statistics(self.count, self.gram / self.count, self.sum / self.count)
+
+
+def counted_rows(module: nn.Module, tensor: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+    """The input vectors (rows, in) of a layer, some at a time, without those that are padding."""
+    padded = mask is not None and tensor.shape[:-1] in (mask.shape, (mask.numel(),))
+    if mask is None or not padded or layouts.kind(module) == "conv":
+        yield from patches.chunks(module, tensor)
+        return
+    for rows in patches.chunks(module, tensor):
+        yield rows[mask.flatten().to(rows.device)]
+
+
+def _run(
+    model: nn.Module,
+    batches: list[Batch] | Forward,
+    masks: Iterable[Callable[[Tensor | None], None]],
+    progress: bool,
+) -> None:
+    if callable(batches):
+        for mask in masks:
+            mask(None)
+        batches(model)
+        return
+    from tqdm.auto import tqdm
+
+    for batch in tqdm(batches, "calibrate", delay=2, disable=not progress, leave=False):
+        for mask in masks:
+            mask(mask_of(batch))
+        forward(model, batch)
+
+
+def _split(groups: tuple[tuple[str, ...], ...], parted: set[str]) -> tuple[tuple[str, ...], ...]:
+    kept = [tuple(name for name in group if name not in parted) for group in groups]
+    return (*(group for group in kept if group), *((name,) for name in sorted(parted)))
+
+
+def statistics_of(site: Site, seen: Calibration | None) -> Statistics:
+    """What the calibration saw of a site's input; count 0 where it saw nothing.
+
+    Raises:
+        LowrankError: the calibration saw inputs of another width.
+    """
+    stats = Statistics() if seen is None else seen.statistics.get(site.name, Statistics())
+    if stats.gram is not None and len(stats.gram) != site.shape[1]:
+        raise LowrankError(
+            f"{site.title}: the calibration saw inputs of width {len(stats.gram)}, the layer reads "
+            f"{site.shape[1]}: it was made for another model"
+        )
+    if stats.freq is not None and len(stats.freq) != site.shape[0]:
+        raise LowrankError(
+            f"{site.title}: the calibration counted {len(stats.freq)} ids, the table has "
+            f"{site.shape[0]}: it was made for another model"
+        )
+    return stats

@@ -1,0 +1,135 @@
+"""Declare what a transformers model holds, so that stock `save_pretrained` writes it down."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from torch import nn
+
+from ..errors import LowrankError
+from ..nn import is_factored
+from ..plans.versions import version
+from . import ties
+from .specs import factored, specs_of
+
+
+def attach(model: nn.Module, provenance: dict[str, Any] | None = None) -> bool:
+    """Write the factored modules of a transformers model into its config.
+
+    After this, stock `save_pretrained` and `from_pretrained` round-trip the model. Call it after
+    every in-memory compression; without factored modules it removes what it wrote before.
+
+    Args:
+        model: the model; anything but a transformers model is left alone.
+        provenance: JSON kept under "lowrank" in the config, for people.
+
+    Returns:
+        Whether the model now says that it is factored.
+
+    Raises:
+        LowrankError: the model is quantized by something else, a factored module takes part in
+            tied weights, or `provenance` is no JSON. Nothing is changed then.
+    """
+    if not is_transformers(model):
+        return False
+    check_attachable(model)
+    notes = _notes(model, provenance)
+    specs = specs_of(model)
+    if not specs:
+        detach(model)
+        return False
+    _forget(model)
+    ties.untie(model, factored(model))
+    from .hf import LowRankConfig, LowRankHfQuantizer
+
+    config = LowRankConfig(modules=specs, lowrank=notes)
+    model.config.quantization_config = config  # type: ignore[union-attr]
+    # It brings the config up to date at every save, and gives model.dequantize().
+    model.hf_quantizer = LowRankHfQuantizer(config, pre_quantized=True)
+    return True
+
+
+def detach(model: nn.Module) -> None:
+    """Remove what `attach` or loading wrote: for a model that holds no factored modules any more.
+
+    What another quantizer wrote is left alone.
+    """
+    if is_transformers(model):
+        ties.retie(model)
+        _forget(model)
+
+
+def _forget(model: nn.Module) -> None:
+    """Take our entries out of the config and off the model."""
+    config = model.config
+    if _method(_entry(config)) == "lowrank":
+        del config.quantization_config  # type: ignore[union-attr]
+    if _method(_entry(getattr(model, "hf_quantizer", None))) == "lowrank":
+        for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+            vars(model).pop(name, None)
+
+
+def check_attachable(model: nn.Module) -> None:
+    """All reasons why a transformers model cannot declare factored modules.
+
+    Raises:
+        LowrankError: see `attach`.
+    """
+    for name, module in model.named_modules():
+        holders = (getattr(module, "config", None), getattr(module, "hf_quantizer", None))
+        method = next((m for h in holders if (m := _method(_entry(h))) not in ("lowrank", None)), 0)
+        if method:
+            raise LowrankError(
+                f"{name or type(module).__name__} is already quantized by {method!r}: "
+                f"dequantize it, compress, then quantize again"
+            )
+    names = factored(model)
+    for target, source in ties.other_ties(model, names).items():
+        for key in (target, source):
+            # The bias of a factored head is tied as it was.
+            if key.rpartition(".")[0] in names and not _is_own_bias(names, key):
+                raise LowrankError(
+                    f"{key.rpartition('.')[0]} is factored, but the config ties {target} to "
+                    f"{source}: leave it dense, or set tie_word_embeddings=False in the config"
+                )
+
+
+def _is_own_bias(names: dict[str, nn.Module], key: str) -> bool:
+    name, _, tensor = key.rpartition(".")
+    return tensor in names[name]._parameters
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Whether it is a transformers PreTrainedModel; transformers is not imported to find out."""
+    module = sys.modules.get("transformers.modeling_utils")
+    return module is not None and isinstance(model, module.PreTrainedModel)
+
+
+def is_compressed(model: nn.Module) -> bool:
+    return any(is_factored(module) for module in model.modules())
+
+
+def _notes(model: nn.Module, provenance: dict[str, Any] | None) -> dict[str, Any]:
+    """New provenance, or what is there from before."""
+    entry = _entry(getattr(model, "config", None))
+    before = entry.get("lowrank") if isinstance(entry, dict) else getattr(entry, "lowrank", None)
+    notes = {**(before or {}), **(provenance or {}), "lowrank_version": version()}
+    try:
+        json.dumps(notes)
+    except (TypeError, ValueError) as error:
+        raise LowrankError(f"provenance must be JSON: {error}") from error
+    return notes
+
+
+def _entry(config: object) -> Any:
+    return getattr(config, "quantization_config", None)
+
+
+def _method(entry: Any) -> str | None:
+    """The name of the quantization method, "?" if there is one without a name."""
+    if entry is None:
+        return None
+    found = entry.get("quant_method") if isinstance(entry, dict) else entry.quant_method
+    return str(getattr(found, "value", found)) if found is not None else "?"

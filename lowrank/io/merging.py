@@ -1,0 +1,117 @@
+"""Factored modules merged back into the dense layers that they replaced."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LowrankError, listed
+from ..nn import Geometry, LowRankEmbedding, TiedHead, build, describe, layout_of, table_of
+from .specs import factored, swap
+
+
+def densify(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """Every factored module as a dense layer again; returns the model, or the new root.
+
+    A module that several names share stays shared. Products are formed in float32 or better and
+    stored in `dtype`, or in the dtype of the factors.
+
+    Raises:
+        LowrankError: factors are on the meta device (offloaded, or never loaded), something was
+            added to them, such as an adapter, or a layer is no linear map.
+    """
+    modules = factored(model)
+    empty = [name or "(root)" for name, module in modules.items() if _is_meta(module)]
+    if empty:
+        raise LowrankError(
+            f"no weights to merge at {listed(empty)}: they are on the meta device; load the "
+            f"model without offloading"
+        )
+    for name, module in modules.items():
+        if reason := getattr(module, "not_linear", ""):
+            raise LowrankError(f"{name or '(root)'} cannot be merged: {reason}")
+        _check_plain(module, name or "(root)")
+    distinct = {id(module): module for module in modules.values()}
+    tables = {id(owner): owner for m in distinct.values() if (owner := table_of(m)) is not None}
+    plain = {key: _dense(m, dtype) for key, m in {**distinct, **tables}.items() if not table_of(m)}
+    readers = {
+        key: _reader(module, plain[id(owner)])
+        for key, module in distinct.items()
+        if (owner := table_of(module)) is not None
+    }
+    return swap(model, {**plain, **readers})
+
+
+def _reader(module: nn.Module, table: nn.Module) -> nn.Module:
+    """A head or a second embedding that holds the very weight of `table` (V, D) again."""
+    weight: nn.Parameter = table.weight  # type: ignore[assignment]
+    if isinstance(module, TiedHead):
+        rows, columns = weight.shape
+        dense: nn.Module = nn.Linear(columns, rows, bias=False, device="meta")
+        bias = module.bias
+        if bias is not None and bias.dtype != weight.dtype:
+            bias = nn.Parameter(bias.detach().to(weight.dtype), bias.requires_grad)
+        dense.bias = bias  # type: ignore[assignment] # the object itself, for others may hold it
+        dense.weight = weight
+    else:
+        dense = table_of(module).dense(weight)  # type: ignore[union-attr]
+    return dense.train(module.training)
+
+
+def _dense(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """An nn.Linear, a convolution or an embedding; transformers' Conv1D where that was there."""
+    stored = next(p.dtype for p in module.parameters() if p.dtype.is_floating_point)
+    weight = _weight(module, stored).to(dtype or stored)  # (out, in)
+    bias: Tensor | None = getattr(module, "bias", None)
+    dense: nn.Module
+    if isinstance(module, LowRankEmbedding):
+        dense = module.dense(nn.Parameter(weight))
+    elif isinstance(geometry := getattr(module, "geometry", None), Geometry):
+        dense = geometry.dense(weight, bias)
+    elif layout_of(module) == "conv1d":
+        dense = _conv1d(weight, bias)
+    else:
+        out_features, in_features = weight.shape
+        dense = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+        dense.weight = nn.Parameter(weight)
+    if bias is not None:
+        dense.bias = nn.Parameter(bias.detach().to(weight.dtype, copy=True), bias.requires_grad)
+    factors = [p for name, p in module.named_parameters() if not name.endswith("bias")]
+    dense.weight.requires_grad_(any(p.requires_grad for p in factors))
+    return dense.train(module.training)
+
+
+def _weight(module: nn.Module, stored: torch.dtype) -> Tensor:
+    """The product (out, in), formed in float32 or better."""
+    device = next(module.parameters()).device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        wide = torch.promote_types(stored, torch.float32)
+        weight: Tensor = module.dense_weight(wide)  # type: ignore[operator]
+    return weight.detach().contiguous()
+
+
+def _conv1d(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """transformers' Conv1D, which stores (in, out) and always has a bias."""
+    from transformers.pytorch_utils import Conv1D
+
+    out_features, in_features = weight.shape
+    with torch.device("meta"):
+        dense: nn.Module = Conv1D(out_features, in_features)
+    dense.weight = nn.Parameter(weight.T.contiguous())
+    if bias is None:
+        dense.bias = nn.Parameter(weight.new_zeros(out_features))
+    return dense
+
+
+def _check_plain(module: nn.Module, where: str) -> None:
+    """A product of the factors alone would silently drop what peft and others add to them."""
+    extra = set(module.state_dict()) - set(build(describe(module), where).state_dict())
+    if extra:
+        raise LowrankError(
+            f"{where} holds more than its factors: {listed(sorted(extra))}; merge or remove "
+            f"adapters first (peft: model.merge_and_unload())"
+        )
+
+
+def _is_meta(module: nn.Module) -> bool:
+    return any(p.is_meta for p in module.parameters())

@@ -1,0 +1,212 @@
+"""Find, check and swap whole modules by name: what reading and writing have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..errors import LowrankError, listed
+from ..nn import Geometry, build, describe, is_factored
+from ..nn.lowrank_embedding import table_options
+from ..walk import layouts
+from . import ties
+
+Spec = dict[str, Any]
+
+# Names that wrappers put between a module and its parent, and take out of the names of tensors.
+_WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Like named_modules with every name of a shared module, but not into factored modules.
+
+    A wrapper (FSDP, activation checkpointing) comes before what it wraps, by the same name.
+    """
+    yield prefix, module
+    if is_factored(module):
+        return
+    for key, child in module._modules.items():
+        if child is not None:
+            inner = prefix if key in _WRAPPERS else f"{prefix}.{key}" if prefix else key
+            yield from walk(child, inner)
+
+
+def factored(model: nn.Module) -> dict[str, nn.Module]:
+    """Every name under which the model reaches a factored module."""
+    return {name: module for name, module in walk(model) if is_factored(module)}
+
+
+def specs_of(model: nn.Module) -> dict[str, Spec]:
+    """What rebuilds each factored module empty, by name; readers of a table name it."""
+    modules = factored(model)
+    return {
+        name: {**describe(module), **ties.name_owner(name, module, modules)}
+        for name, module in modules.items()
+    }
+
+
+def check_specs(specs: object, source: str) -> dict[str, Spec]:
+    """`specs` as a dict from safe names to dicts.
+
+    Raises:
+        LowrankError: it is no such dict, or a name is no name of a module; `source` is named.
+    """
+    if not isinstance(specs, Mapping):
+        raise LowrankError(f"{source}: 'modules' must map names to specs, got {specs!r:.80}")
+    for name, spec in specs.items():
+        if not isinstance(name, str):
+            raise LowrankError(f"{source}: a module name must be a string, got {name!r}")
+        parts = name.split(".") if name else []
+        if any(not part or set(part) & set("/\\\0") for part in parts):
+            raise LowrankError(f"{source}: {name!r} is not a module name such as 'encoder.0.fc'")
+        if not isinstance(spec, dict):
+            raise LowrankError(f"{source}: {name}: expected a spec with a 'type', got {spec!r:.80}")
+    return dict(specs)
+
+
+def prepare(model: nn.Module, specs: Mapping[str, Spec], source: str) -> dict[int, nn.Module]:
+    """An empty factored module for the id of each dense layer that `specs` names.
+
+    All checks are here, and nothing is changed: the names exist, the layers are plain ones with
+    the sizes of their specs, and two names of one layer agree.
+
+    Raises:
+        LowrankError: a check fails; the module is named.
+    """
+    there = dict(walk(model))
+    absent = [name for name in specs if name not in there]
+    if absent:
+        raise LowrankError(
+            f"{source} names modules that {type(model).__name__} does not have: {listed(absent)}; "
+            f"it has, for example: {listed(_candidates(there), 3)}"
+        )
+    built: dict[int, nn.Module] = {}
+    used: dict[int, str] = {}
+    for name, spec in specs.items():
+        dense, where = there[name], name or "(root)"
+        first = used.setdefault(id(dense), name)
+        if first != name:
+            if specs[first] != spec:
+                raise LowrankError(
+                    f"{source}: {first} and {where} are one module, but their specs differ: "
+                    f"{specs[first]} and {spec}"
+                )
+            continue
+        _check_fits(dense, spec, where)
+        built[id(dense)] = _adopt(build(spec, where), dense)
+    ties.bind({name: built[id(there[name])] for name in specs}, specs, source)
+    return built
+
+
+def swap(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
+    """Put `new[id(module)]` at every name of that module; returns the model, or the new root."""
+    if id(model) in new:
+        return new[id(model)]
+    places = [
+        (parent, key, new[id(child)])
+        for parent in model.modules()
+        for key, child in parent._modules.items()
+        if child is not None and id(child) in new
+    ]
+    for parent, key, module in places:
+        parent.register_module(key, module)
+    return model
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Put every module's own children and tensors back if the body raises."""
+    before = [
+        (module, dict(module._modules), dict(module._parameters), dict(module._buffers))
+        for module in model.modules()
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, modules, parameters, buffers in before:
+            _restore(module._modules, modules)
+            _restore(module._parameters, parameters)
+            _restore(module._buffers, buffers)
+        raise
+
+
+def _restore(live: dict[str, Any], before: dict[str, Any]) -> None:
+    live.clear()
+    live.update(before)
+
+
+def _candidates(there: Mapping[str, nn.Module]) -> list[str]:
+    linear = [name for name, module in there.items() if layouts.kind(module)]
+    return [name or "(root)" for name in linear or there]
+
+
+NAMES = {"linear": "a linear layer", "embedding": "an embedding", "conv": "a convolution"}
+EMBEDDINGS = frozenset({"LowRankEmbedding", "TiedEmbedding"})
+
+
+def _check_fits(dense: nn.Module, spec: Spec, where: str) -> None:
+    """Raises LowrankError unless `dense` is a plain layer of the sizes and layout in `spec`."""
+    wanted = "embedding" if spec.get("type") in EMBEDDINGS else "linear"
+    wanted = "conv" if "kernel_size" in spec else wanted
+    if layouts.kind(dense) != wanted:
+        raise LowrankError(
+            f"{where}: expected {NAMES[wanted]} to replace by {spec.get('type')!r}, "
+            f"got {type(dense).__name__}"
+        )
+    reason = layouts.obstacle(dense)
+    if reason:
+        raise LowrankError(f"{where}: {type(dense).__name__} cannot be replaced: {reason}")
+    layout = layouts.layout(dense)
+    if spec.get("layout", "linear") != layout:
+        raise LowrankError(
+            f"{where}: stored for a layer of layout {spec.get('layout', 'linear')!r}, "
+            f"but {type(dense).__name__} has layout {layout!r}"
+        )
+    if wanted == "conv":
+        _check_geometry(dense, spec, where)
+        return
+    rows, columns = layouts.matrix(dense).shape
+    stored = (spec.get("out_features"), spec.get("in_features"))
+    if "num_embeddings" in spec:
+        stored = (spec["num_embeddings"], spec.get("embedding_dim"))
+    if stored != (rows, columns):
+        raise LowrankError(
+            f"{where}: stored as (out, in) = {stored}, but {type(dense).__name__} is "
+            f"{(rows, columns)}: this is another architecture"
+        )
+    if spec.get("type") == "LowRankEmbedding":
+        _check_options(dense, spec, where)
+
+
+def _check_geometry(dense: nn.Module, spec: Spec, where: str) -> None:
+    there = Geometry.of(dense).spec()
+    stored = {key: spec.get(key) for key in there}
+    if stored != there:
+        raise LowrankError(
+            f"{where}: stored as {stored}, but {type(dense).__name__} is {there}: this is another "
+            "architecture"
+        )
+
+
+def _check_options(dense: nn.Module, spec: Spec, where: str) -> None:
+    """A table that pads or pools in another way is another table."""
+    sizes = {"type", "num_embeddings", "embedding_dim", "rank", "layout"}
+    stored = {key: value for key, value in spec.items() if key not in sizes}
+    if stored != table_options(dense):
+        raise LowrankError(
+            f"{where}: stored with the options {stored}, but {type(dense).__name__} has "
+            f"{table_options(dense)}"
+        )
+
+
+def _adopt(new: nn.Module, dense: nn.Module) -> nn.Module:
+    """Give an empty factored module what is not in its spec: training flag, gradients."""
+    weight, bias = layouts.matrix(dense), layouts.bias(dense)
+    new.train(dense.training)
+    for name, parameter in new.named_parameters():
+        source = bias if name.endswith("bias") and bias is not None else weight
+        parameter.requires_grad_(source.requires_grad)
+    return new

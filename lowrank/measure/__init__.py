@@ -1,0 +1,1 @@
+"""Quality, time and size of a model."""

@@ -1,0 +1,215 @@
+"""A plan or a report as one self-contained web page: figures, and a table that can be sorted.
+
+Nothing is loaded from elsewhere, and the page forbids it to itself; every name is escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+from ..errors import LowrankError
+from ..plans.entry import Entry, relative
+from ..plans.plan import Plan
+from ..plans.report import Measured, Report
+from .figures import Layer, errors, rank_map, sizes
+
+COLUMNS = (
+    "#",
+    "layer",
+    "shape",
+    "method",
+    "rank",
+    "kept",
+    "bytes",
+    "planned",
+    "measured",
+    "reason",
+)
+WORDS = ("layer", "method", "reason")
+
+_FRAME = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<h1>{title}</h1>
+<dl>{facts}</dl>
+{notes}{figures}
+<h2>Layers</h2>
+<p class="hint">A click on a column's name sorts by it, a second one the other way round. Errors are
+relative: the square root of the share of the energy that is lost.</p>
+<div class="wide"><table id="layers">
+<thead><tr>{head}</tr></thead>
+<tbody>
+{body}
+</tbody></table></div>
+<script>
+{script}</script>
+</body>
+</html>
+"""
+
+
+def write(made: Plan | Report, path: str | Path) -> None:
+    """Write the page to a file.
+
+    Raises:
+        LowrankError: it is neither a plan nor a report, or its numbers are beyond all measure.
+    """
+    # A name may hold what UTF-8 cannot: it becomes a reference.
+    Path(path).write_text(html(made), encoding="utf-8", errors="xmlcharrefreplace")
+
+
+def html(made: Plan | Report) -> str:
+    """The page as text."""
+    if not isinstance(made, Plan | Report):
+        raise LowrankError(f"a page shows a Plan or a Report, got {type(made).__name__}")
+    try:
+        return _page(made)
+    except (OverflowError, ValueError) as error:
+        raise LowrankError(f"the numbers of the plan cannot be drawn: {error}") from error
+
+
+def read(path: str | Path) -> Plan | Report:
+    """What `lowrank plan` or `lowrank compress` wrote; a folder stands for its report.json.
+
+    Raises:
+        LowrankError: it is neither, with what is wrong.
+    """
+    path = Path(path)
+    path = path / "report.json" if path.is_dir() else path
+    if not path.is_file():
+        raise LowrankError(f"no plan or report at {path}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise LowrankError(f"{path} is no text in UTF-8 (byte {error.start})") from error
+    # A plan says so near its beginning, and holds no report.
+    return Report.from_json(text) if '"lowrank-report"' in text[:200] else Plan.from_json(text)
+
+
+def _page(made: Plan | Report) -> str:
+    plan = made if isinstance(made, Plan) else made.plan
+    measured = {} if isinstance(made, Plan) else {site.name: site for site in made.sites}
+    layers = [_layer(entry, measured.get(entry.name)) for entry in plan.entries]
+    title = f"Low-rank {'plan' if isinstance(made, Plan) else 'report'}: {plan.asked_text()}"
+    notes = "" if isinstance(made, Plan) else "".join(f"<p>{escape(n)}</p>\n" for n in made.notes)
+    here = files("lowrank.page")
+    columns = [c for c in COLUMNS if c != "measured" or not isinstance(made, Plan)]
+    return _FRAME.format(
+        title=escape(title),
+        style=(here / "page.css").read_text(encoding="utf-8"),
+        script=(here / "page.js").read_text(encoding="utf-8"),
+        facts=_facts(_planned(made) if isinstance(made, Plan) else _achieved(made)),
+        notes=notes,
+        figures="\n".join(figure for figure in (rank_map(layers), errors(layers), sizes(layers))),
+        head="".join(_heading(column) for column in columns),
+        body="\n".join(_row(number, each, columns) for number, each in enumerate(layers, 1)),
+    )
+
+
+def _layer(entry: Entry, site: Measured | None) -> Layer:
+    if site is not None and site.reason:
+        entry = entry.left_dense(site.reason)
+    return Layer(
+        name=entry.title,
+        shape=entry.shape,
+        method=entry.method,
+        size=entry.size,
+        kept=entry.cost.params / max(entry.dense.params, 1),
+        bytes_before=entry.dense.bytes,
+        bytes_after=entry.cost.bytes,
+        planned=_known(relative(entry.error, entry.total)),
+        measured=None if site is None else _known(relative(site.measured, site.total)),
+        reason=entry.reason,
+    )
+
+
+def _known(text: str) -> float | None:
+    return float(text) if text else None
+
+
+def _planned(plan: Plan) -> list[tuple[str, str]]:
+    saved = [(e.dense.params - e.cost.params, e.dense.bytes - e.cost.bytes) for e in plan.entries]
+    params, stored = (sum(column) for column in zip(*saved, strict=True)) if saved else (0, 0)
+    return [
+        *_shares(plan, plan.kept(), plan.kept_of_model()),
+        ("parameters", f"{plan.model.params:,} → {plan.model.params - params:,}"),
+        ("bytes", f"{plan.model.bytes:,} → {plan.model.bytes - stored:,}"),
+        *_settings(plan, sum(e.size is not None for e in plan.entries)),
+    ]
+
+
+def _achieved(report: Report) -> list[tuple[str, str]]:
+    factored = sum(not site.reason for site in report.sites)
+    return [
+        *_shares(report.plan, report.achieved, report.achieved_of_model),
+        ("parameters", f"{report.params_before:,} → {report.params_after:,}"),
+        ("bytes", f"{report.bytes_before:,} → {report.bytes_after:,}"),
+        *_settings(report.plan, factored),
+        ("time", f"{report.seconds:.1f} s"),
+    ]
+
+
+def _shares(plan: Plan, targets: float, model: float) -> list[tuple[str, str]]:
+    asked, unit = plan.asked.get("ratio"), plan.unit
+    return [
+        ("asked", "ranks" if asked is None else f"{asked:g} of {plan.asked.get('of')}"),
+        (f"kept of the targets' {unit}", f"{targets:.4f}"),
+        (f"kept of the model's {unit}", f"{model:.4f}"),
+    ]
+
+
+def _settings(plan: Plan, factored: int) -> list[tuple[str, str]]:
+    known = [("method", plan.method), ("policy", plan.settings.get("policy"))]
+    tokens = plan.settings.get("tokens")
+    known.append(("calibration tokens", f"{tokens:,}" if isinstance(tokens, int) else tokens))
+    versions = plan.settings.get("versions")
+    if isinstance(versions, dict):
+        known.append(("versions", ", ".join(f"{k} {v}" for k, v in versions.items())))
+    named = [(key, str(value)) for key, value in known if value is not None]
+    return [("layers factored", f"{factored} of {len(plan.entries)}"), *named]
+
+
+def _facts(facts: Iterable[tuple[str, str]]) -> str:
+    pairs = (f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in facts)
+    return "".join(f"<div>{pair}</div>" for pair in pairs)
+
+
+def _heading(column: str) -> str:
+    kind = "text" if column in WORDS else "number"
+    return f'<th scope="col" class="{kind}"><button type="button">{column}</button></th>'
+
+
+def _row(number: int, layer: Layer, columns: Sequence[str]) -> str:
+    size: Sequence[int] = layer.size or ()
+    texts: dict[str, tuple[str, float | None]] = {
+        "#": (str(number), number),
+        "layer": (layer.name, None),
+        "shape": (f"{layer.shape[0]}×{layer.shape[1]}", layer.shape[0] * layer.shape[1]),
+        "method": (layer.method, None),
+        "rank": (", ".join(map(str, size)), size[0] if size else None),
+        "kept": (f"{layer.kept:.3f}", layer.kept),
+        "bytes": (f"{layer.bytes_after:,}", layer.bytes_after),
+        "planned": ("" if layer.planned is None else f"{layer.planned:.4f}", layer.planned),
+        "measured": ("" if layer.measured is None else f"{layer.measured:.4f}", layer.measured),
+        "reason": (layer.reason, None),
+    }
+    cells = []
+    for column in columns:
+        text, value = texts[column]
+        kind = "text" if column in WORDS else "number"
+        sort = "" if value is None else f' data-value="{value:.12g}"'
+        cells.append(f'<td class="{kind}"{sort}>{escape(text)}</td>')
+    return f"<tr>{''.join(cells)}</tr>"

@@ -1,0 +1,1 @@
+"""The decision and what came of it, printable and editable."""

@@ -1,0 +1,239 @@
+"""One line of a plan: a site, what becomes of it, and the checks on what people write by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import LowrankError
+from ..nn import OWN_FORMS, pivoted_cost
+from ..types import Cost, Option, Size
+from .schema import COST, Checks, are_integers, checked, is_cost, is_integer, is_number, is_text
+
+COLUMNS = ("site", "shape", "method", "rank", "kept", "error", "reason")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One site and what becomes of it.
+
+    Attributes:
+        sites: every name of the weight, the first one leading.
+        shape: (out, in) of the dense weight.
+        dense: cost of the dense weight.
+        method, size, storage, cost: of the chosen option; size None leaves the weight dense.
+        error: planned, squared and absolute, in `norm`; None once edited by hand.
+        total: error of the zero matrix, in `norm`; None where no curve was made.
+        target: whether the site counts among the targets of the ratio.
+        rcond: smallest over largest singular value of what was decomposed; 0 is singular.
+        reason: why it stays dense, or "".
+        kind: of the site; an embedding's factors are looked up, and multiplied by `heads` heads.
+        group: name of the site that owns the basis which this one shares, "" for none; the owner
+            names itself. The cost of `down` is the owner's, `error` and `total` are those of the
+            whole group.
+        repeats: where products are the budget: how many positions this layer works at for one of
+            the layer that works at the fewest; `macs` of both costs count all of them.
+    """
+
+    sites: tuple[str, ...]
+    shape: tuple[int, int]
+    dense: Cost
+    method: str
+    size: Size | None
+    storage: str
+    cost: Cost
+    error: float | None
+    total: float | None
+    norm: str
+    target: bool
+    rcond: float | None = None
+    reason: str = ""
+    kind: str = "linear"
+    heads: int = 0
+    group: str = ""
+    repeats: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.sites[0]
+
+    @property
+    def title(self) -> str:
+        """The name for people: the root has none of its own."""
+        return self.name or "(root)"
+
+    def option(self) -> Option:
+        """What a method is asked for; an unknown error counts as 0."""
+        return Option(self.method, self.size, self.storage, self.cost, self.error or 0.0)
+
+    def left_dense(self, reason: str) -> Entry:
+        return replace(
+            self, method="dense", size=None, storage="dense", cost=self.dense, error=0.0,
+            reason=reason,
+        )  # fmt: skip
+
+    def with_rank(self, rank: Any, method: str, storage: str = "factors") -> Entry:
+        """Factors of that rank; by `method`, in `storage`, where the site was dense.
+
+        A form that is sized by several numbers (`OWN_FORMS`) takes a tuple of them in place of a
+        rank; a method of the same name stores so.
+
+        Raises:
+            LowrankError: no such rank for this shape, or it would not be smaller.
+        """
+        if self.storage != "dense":
+            method, storage = self.method, self.storage
+        form = method if self.storage == "dense" else storage
+        if form in OWN_FORMS:
+            return self._of_size(rank, method, form)
+        if storage != "pivoted" or self.kind != "linear":
+            storage = "factors"
+        itemsize = self.dense.bytes // max(self.dense.params, 1)
+        check_rank(self.title, self.shape, rank, storage, itemsize)
+        numbers = rank * sum(self.shape)
+        cost = Cost(numbers, numbers * itemsize, numbers)
+        if storage == "pivoted":
+            cost = pivoted_cost(*self.shape, rank, itemsize=itemsize)
+        elif self.kind == "embedding":
+            cost = replace(cost, macs=rank * self.shape[1] + self.heads * numbers)
+        return replace(
+            self, method=method, size=(rank,), storage=storage, cost=cost.often(self.repeats),
+            error=None, reason="",
+        )  # fmt: skip
+
+    def _of_size(self, size: Any, method: str, form: str) -> Entry:
+        numbers = tuple(size) if isinstance(size, Sequence) and not isinstance(size, str) else ()
+        if len(numbers) != 2 or not all(is_integer(n) and n >= 1 for n in numbers):
+            raise LowrankError(
+                f"{self.title}: a layer stored as {form} is sized by two integers >= 1, as in "
+                f"(64, 16), got {size!r}"
+            )
+        itemsize = self.dense.bytes // max(self.dense.params, 1)
+        cost = OWN_FORMS[form](*self.shape, *numbers, itemsize=itemsize)
+        if cost.params >= self.dense.params or cost.bytes >= self.dense.bytes:
+            raise LowrankError(
+                f"{self.title}: {form} of size {numbers} is not smaller than the dense layer of "
+                f"shape {self.shape}: it stores {cost.bytes} bytes for {self.dense.bytes}"
+            )
+        return replace(
+            self, method=method, size=numbers, storage=form, cost=cost.often(self.repeats),
+            error=None, reason="",
+        )  # fmt: skip
+
+    def sharing(self, rank: int, owner: bool) -> Entry:
+        """Factors of that rank with a basis that others share; the owner stores it."""
+        numbers = rank * (self.shape[0] + owner * self.shape[1])
+        cost = Cost(numbers, numbers * self.dense.bytes // self.dense.params, numbers)
+        cost = cost.often(self.repeats)
+        return replace(self, size=(rank,), storage="shared", cost=cost, error=None, reason="")
+
+    def row(self) -> dict[str, str]:
+        """As text, for tables."""
+        return {
+            "site": self.title if not self.heads else f"{self.title} (tied: {self.sites[-1]})",
+            "shape": f"{self.shape[0]}x{self.shape[1]}",
+            "method": f"{self.method}{', pivoted' * (self.storage == 'pivoted')}",
+            "rank": "" if self.size is None else ",".join(map(str, self.size)),
+            "kept": f"{self.cost.params / max(self.dense.params, 1):.3f}",
+            "error": relative(self.error, self.total),
+            "reason": self.reason,
+        }
+
+    @classmethod
+    def from_json(cls, item: Any, method: str, storage: str = "factors") -> Entry:
+        """What was edited in the text decides; the cost that follows from it is brought up to date.
+
+        Args:
+            method, storage: for a site that was dense and was given a size.
+
+        Raises:
+            LowrankError: a field is missing, unknown or of the wrong type; the site is named.
+        """
+        if isinstance(item, dict):  # older plans know less
+            item = {"kind": "linear", "heads": 0, "group": "", "repeats": 1, **item}
+        checked(item, _FIELDS, "an entry of the plan")
+        size = None if item["size"] is None else tuple(item["size"])
+        body = {**item, "sites": tuple(item["sites"]), "shape": tuple(item["shape"]), "size": size}
+        entry = cls(**{**body, "dense": Cost(**item["dense"]), "cost": Cost(**item["cost"])})
+        if size is None:
+            same = entry.cost == entry.dense
+            return entry if same else entry.left_dense("left dense by hand")
+        if entry.storage not in ("factors", "pivoted", "dense", *OWN_FORMS):
+            return entry
+        anew = entry.with_rank(size[0] if len(size) == 1 else size, method, storage)
+        return entry if anew.cost == entry.cost else anew
+
+
+def relative(error: float | None, total: float | None) -> str:
+    """Share of the energy that is lost, as the square root (a relative norm)."""
+    if error is None or total is None:
+        return ""
+    return f"{(error / total) ** 0.5 if total > 0 else 0.0:.4f}"
+
+
+def check_rank(
+    title: str, shape: Sequence[int], rank: Any, storage: str = "factors", itemsize: int = 4
+) -> None:
+    """Raises LowrankError unless the rank exists for this shape and makes the layer smaller."""
+    out_features, in_features = shape
+    even = break_even(shape, storage, itemsize)
+    if not is_integer(rank) or not 1 <= rank <= min(shape) or rank >= even:
+        raise LowrankError(
+            f"rank must be in [1, {min(shape)}] for {title} of shape "
+            f"({out_features}, {in_features}), got {rank!r}; from {even} on a "
+            f"{'pivoted' if storage == 'pivoted' else 'factored'} layer is not smaller than the "
+            "dense one"
+        )
+
+
+def break_even(shape: Sequence[int], storage: str = "factors", itemsize: int = 4) -> int:
+    """The least rank at which factors are not smaller than the matrix (out, in).
+
+    Args:
+        storage: pivoted factors are smaller up to nearly full rank: all numbers that they save
+            there have to outweigh the order of the features.
+        itemsize: bytes of one number.
+    """
+    if storage != "pivoted":
+        return -(-math.prod(shape) // max(sum(shape), 1))
+    (rows, columns), whole = shape, math.prod(shape) * itemsize
+    ranks = range(min(shape) - 1, 0, -1)
+    fits = (r for r in ranks if pivoted_cost(rows, columns, r, itemsize=itemsize).bytes < whole)
+    return next(fits, 0) + 1
+
+
+def _is_size(value: Any) -> bool:
+    return value is None or (bool(value) and are_integers(value))
+
+
+def _is_shape(value: Any) -> bool:
+    return are_integers(value) and len(value) == 2
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(is_text, value))
+
+
+_TEXT = (is_text, "text")
+_NUMBER = (is_number, "a number >= 0 or null")
+_FIELDS: Checks = {
+    "sites": (_are_names, "a list of names"),
+    "shape": (_is_shape, "two integers >= 0"),
+    "dense": (is_cost, COST),
+    "method": _TEXT,
+    "size": (_is_size, "a list of integers >= 0, or null"),
+    "storage": _TEXT,
+    "cost": (is_cost, COST),
+    "error": _NUMBER,
+    "total": _NUMBER,
+    "norm": _TEXT,
+    "target": (lambda value: isinstance(value, bool), "true or false"),
+    "rcond": _NUMBER,
+    "reason": _TEXT,
+    "kind": _TEXT,
+    "heads": (lambda value: is_integer(value) and value >= 0, "an integer >= 0"),
+    "group": _TEXT,
+    "repeats": (lambda value: is_integer(value) and value >= 1, "an integer >= 1"),
+}

@@ -1,0 +1,197 @@
+"""What was decided, before anything is touched: a frozen Plan, printable, JSON in and out."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from ..errors import LowrankError, listed
+from ..tables import aligned, rich_table
+from ..types import UNITS, Cost, Size, Storage, Unit
+from . import shared_basis as groups
+from .entry import Entry
+from .schema import COST, Checks, checked, is_cost, is_integer, is_number, is_text
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The chosen options with their provenance; nothing has been touched yet.
+
+    Attributes:
+        entries: every site that was considered, in the model's order.
+        model: cost of the whole model, dense: parameters and bytes of all its parameters.
+        asked: what was asked for, such as {"ratio": 0.6, "of": "targets", "unit": "params"}.
+        settings: method, policy, align, seed, tokens, data (if the model wrote it), versions:
+            what is needed to repeat it.
+    """
+
+    entries: tuple[Entry, ...]
+    model: Cost
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def unit(self) -> Unit:
+        """What the ratio is counted in."""
+        return cast(Unit, self.asked.get("unit") or "params")
+
+    @property
+    def method(self) -> str:
+        """What sites are factored by, unless their entry says otherwise."""
+        return str(self.settings.get("method") or "svd")
+
+    @property
+    def storage(self) -> str:
+        """What a linear layer that was left dense is stored as when it is given a rank."""
+        return str(self.settings.get("storage") or "factors")
+
+    @property
+    def single(self) -> str:
+        """What a site that shares its basis with no other is factored by."""
+        return str(self.settings.get("alone") or self.method)
+
+    @property
+    def seed(self) -> int:
+        """For methods that draw numbers."""
+        return int(self.settings.get("seed") or 0)
+
+    def kept(self, unit: Unit | None = None) -> float:
+        """Planned share kept of the targets."""
+        return _share((entry for entry in self.entries if entry.target), unit or self.unit)
+
+    def kept_of_model(self, unit: Unit | None = None) -> float:
+        """Planned share kept of the whole model."""
+        unit = unit or self.unit
+        saved = sum(e.dense.of(unit) - e.cost.of(unit) for e in self.entries)
+        return 1 - saved / max(self.model.of(unit), 1)
+
+    def edit(self, ranks: Mapping[str, int | Size | None]) -> Plan:
+        """A new plan with other ranks; None leaves a site dense. Planned errors become unknown.
+
+        Layers of a form that is sized by several numbers take a tuple of them.
+
+        Sites that share one basis change together: naming one of them is enough.
+
+        Raises:
+            LowrankError: no such site, no such rank for its shape, or two ranks for one basis.
+        """
+        by_name = {name: entry for entry in self.entries for name in entry.sites}
+        changed: dict[str, Entry] = {}
+        for name, rank in ranks.items():
+            if name not in by_name:
+                raise LowrankError(f"no site {name!r} in the plan; there are {listed(by_name, 4)}")
+            how = (self.single, self.storage)
+            for entry in groups.changed(by_name[name], self.entries, rank, *how):
+                if changed.setdefault(entry.name, entry) != entry:
+                    raise LowrankError(
+                        f"{entry.title} is given two ranks: {listed(ranks)} share one basis or one "
+                        "weight"
+                    )
+        entries = tuple(changed.get(entry.name, entry) for entry in self.entries)
+        return replace(self, entries=entries, settings={**self.settings, "edited": True})
+
+    def to_json(self) -> str:
+        """Text that people can edit, and `from_json` reads."""
+        body = {"format": "lowrank-plan", "version": FORMAT, **asdict(self)}
+        return json.dumps(body, indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Raises LowrankError when the text is no plan, with what is wrong and where.
+
+        The text may have been edited: the costs that follow from a size are brought up to date.
+        """
+        body = parsed(text, "plan")
+        checked(body, _FIELDS, "the plan")
+        for part, checks in (("asked", _ASKED), ("settings", _SETTINGS)):
+            checked({key: body[part].get(key) for key in checks}, checks, f"{part!r} in the plan")
+        plan = cls((), Cost(**body["model"]), body["asked"], body["settings"])
+        entries = tuple(
+            Entry.from_json(item, plan.single, plan.storage) for item in body["entries"]
+        )
+        names = Counter(name for entry in entries for name in entry.sites)
+        twice = [name for name, times in names.items() if times > 1]
+        if twice:
+            raise LowrankError(f"{listed(twice)}: in more than one entry of the plan")
+        return replace(plan, entries=groups.checked(entries))
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON to a file."""
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a saved plan; raises LowrankError as `from_json` does, or if there is no file."""
+        if not Path(path).is_file():
+            raise LowrankError(f"no plan at {path}")
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+    def rows(self) -> list[dict[str, str]]:
+        """One row a site, as text: for tables in a terminal, a page or a model card."""
+        return [entry.row() for entry in self.entries]
+
+    def asked_text(self) -> str:
+        """What was asked for, in a few words."""
+        return ", ".join(f"{k} {v}" for k, v in self.asked.items() if v is not None) or "a plan"
+
+    def __str__(self) -> str:
+        head = (
+            f"plan: {self.asked_text()} -> keeps {self.kept():.4f} of the targets' {self.unit}, "
+            f"{self.kept_of_model():.4f} of the model's"
+        )
+        return "\n".join([head, *aligned(self.rows())])
+
+    def __rich__(self) -> Any:
+        return rich_table(f"plan: {self.asked_text()}", self.rows())
+
+
+def parsed(text: str, what: str) -> dict[str, Any]:
+    """The JSON object of a stored plan or report.
+
+    Raises:
+        LowrankError: it is none, or of a version that is unknown.
+    """
+    try:
+        body = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise LowrankError(f"the {what} is not JSON: {error}") from error
+    if not isinstance(body, dict) or body.get("format") != f"lowrank-{what}":
+        raise LowrankError(f"the JSON is no lowrank {what} (no 'format': 'lowrank-{what}')")
+    if body.get("version") != FORMAT:
+        raise LowrankError(
+            f"{what} version {body.get('version')!r} is unknown; this library reads {FORMAT}"
+        )
+    return body
+
+
+def _share(entries: Iterable[Entry], unit: Unit) -> float:
+    every = list(entries)
+    return sum(e.cost.of(unit) for e in every) / max(sum(e.dense.of(unit) for e in every), 1)
+
+
+_FIELDS: Checks = {
+    "format": (is_text, "text"),
+    "version": (is_integer, "an integer"),
+    "entries": (lambda v: isinstance(v, list), "a list"),
+    "model": (is_cost, COST),
+    "asked": (lambda v: isinstance(v, dict), "an object"),
+    "settings": (lambda v: isinstance(v, dict), "an object"),
+}
+_ASKED: Checks = {
+    "ratio": (is_number, "a number or null"),
+    "unit": (lambda v: v is None or v in UNITS, f"one of {', '.join(UNITS)}"),
+}
+_SETTINGS: Checks = {
+    "method": (lambda v: v is None or is_text(v), "text"),
+    "alone": (lambda v: v is None or is_text(v), "text"),
+    "seed": (lambda v: v is None or is_integer(v), "an integer"),
+    "storage": (lambda v: v in (None, *get_args(Storage)), f"one of {listed(get_args(Storage))}"),
+    "data": (lambda v: v is None or is_text(v), "text"),
+    "recovery": (lambda v: v is None or isinstance(v, dict), "an object or null"),
+}

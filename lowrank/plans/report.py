@@ -1,0 +1,164 @@
+"""What came of a plan: a frozen Report, printable and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..tables import aligned, rich_table
+from .entry import COLUMNS, relative
+from .plan import FORMAT, Plan, parsed
+from .schema import Checks, checked, is_integer, is_number, is_text
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one site became.
+
+    Errors are squared and absolute, in `norm`: planned (from the curve), predicted (on the
+    statistics that the factors were taken from) and measured (from the stored factors).
+
+    Attributes:
+        total: error of the zero matrix on those statistics.
+        reason: why the site stayed dense after all, or "".
+    """
+
+    name: str
+    norm: str
+    planned: float | None
+    predicted: float | None
+    measured: float | None
+    total: float | None
+    seconds: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A plan together with what was measured when it was applied.
+
+    Attributes:
+        sites: what became of each site that the plan factors.
+        achieved: share kept of the targets, in the unit asked for, counted on stored tensors.
+        achieved_of_model: the same of the whole model.
+        bytes_before, bytes_after: of all parameters of the model, and of the index tensors that
+            factored layers keep.
+        seconds: of the whole call, calibration included.
+        tokens: calibration tokens; 0 means that the model was never run.
+        notes: what else the user should know, one sentence each.
+    """
+
+    plan: Plan
+    sites: tuple[Measured, ...]
+    achieved: float
+    achieved_of_model: float
+    params_before: int
+    params_after: int
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    tokens: int
+    seed: int
+    versions: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def asked(self) -> float | None:
+        """The ratio that was asked for, or None where ranks were."""
+        return self.plan.asked.get("ratio")
+
+    def rows(self) -> list[dict[str, str]]:
+        """One row a site, as text: what the plan says, and what was measured."""
+        measured = {site.name: site for site in self.sites}
+        rows = []
+        for entry in self.plan.entries:
+            site = measured.get(entry.name)
+            if site is not None and site.reason:
+                entry = entry.left_dense(site.reason)
+            row = {**entry.row(), "measured": ""}
+            if site is not None:
+                row["measured"] = relative(site.measured, site.total)
+            rows.append({column: row[column] for column in (*COLUMNS[:-1], "measured", "reason")})
+        return rows
+
+    def to_json(self) -> str:
+        """All figures, the plan inside; `from_json` reads it again."""
+        body = {"format": "lowrank-report", "version": FORMAT, **asdict(self)}
+        body["plan"] = json.loads(self.plan.to_json())
+        return json.dumps(body, indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Raises LowrankError when the text is no report, with what is wrong and where."""
+        body = parsed(text, "report")
+        checked(body, _FIELDS, "the report")
+        plan = Plan.from_json(json.dumps(body["plan"]))
+        for item in body["sites"]:
+            checked(item, _SITE, "a layer of the report")
+        given = {key: body[key] for key in _FIELDS.keys() - {"format", "version"}}
+        sites = tuple(Measured(**item) for item in body["sites"])
+        return cls(**{**given, "plan": plan, "sites": sites, "notes": tuple(body["notes"])})
+
+    def summary(self) -> list[str]:
+        """The figures of the whole model, a few lines."""
+        factored = sum(not site.reason for site in self.sites)
+        of = self.plan.asked.get("of")
+        asked = "" if self.asked is None else f"asked {self.asked:g} of the {of}, "
+        lines = [
+            f"{asked}achieved {self.achieved:.4f} of the targets' {self.plan.unit}, "
+            f"{self.achieved_of_model:.4f} of the model's",
+            f"parameters {self.params_before:,} -> {self.params_after:,}, "
+            f"bytes {self.bytes_before:,} -> {self.bytes_after:,}",
+            f"{factored} of {len(self.plan.entries)} layers factored by "
+            f"{self.plan.method}, ranks by {self.plan.settings.get('policy')}, "
+            f"{self.tokens:,} calibration tokens, seed {self.seed}, {self.seconds:.1f} s",
+        ]
+        return [*lines, *self.notes]
+
+    def __str__(self) -> str:
+        return "\n".join([*self.summary(), *aligned(self.rows())])
+
+    def __rich__(self) -> Any:
+        return rich_table("\n".join(self.summary()), self.rows())
+
+
+def _is_count(value: Any) -> bool:
+    return is_integer(value) and value >= 0
+
+
+def _is_known(value: Any) -> bool:
+    return value is not None and is_number(value)
+
+
+_NUMBER = (is_number, "a number >= 0 or null")
+_KNOWN = (_is_known, "a number >= 0")
+_COUNT = (_is_count, "an integer >= 0")
+_SITE: Checks = {
+    "name": (is_text, "text"),
+    "norm": (is_text, "text"),
+    "planned": _NUMBER,
+    "predicted": _NUMBER,
+    "measured": _NUMBER,
+    "total": _NUMBER,
+    "seconds": _KNOWN,
+    "reason": (is_text, "text"),
+}
+_FIELDS: Checks = {
+    "format": (is_text, "text"),
+    "version": (is_integer, "an integer"),
+    "plan": (lambda v: isinstance(v, dict), "an object"),
+    "sites": (lambda v: isinstance(v, list), "a list"),
+    "achieved": _KNOWN,
+    "achieved_of_model": (lambda v: isinstance(v, int | float), "a number"),
+    "params_before": _COUNT,
+    "params_after": _COUNT,
+    "bytes_before": _COUNT,
+    "bytes_after": _COUNT,
+    "seconds": _KNOWN,
+    "tokens": _COUNT,
+    "seed": (is_integer, "an integer"),
+    "versions": (lambda v: isinstance(v, dict), "an object"),
+    "notes": (lambda v: isinstance(v, list) and all(map(is_text, v)), "a list of texts"),
+}

@@ -1,0 +1,51 @@
+"""What JSON that people may have edited has to hold, field by field."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from ..errors import LowrankError
+from ..types import Cost
+
+Checks = Mapping[str, tuple[Callable[[Any], bool], str]]
+COST = "params, bytes and macs as integers >= 0"
+
+
+def checked(item: Any, checks: Checks, what: str) -> None:
+    """Raises LowrankError unless `item` has exactly these fields, each as its check wants it."""
+    if not isinstance(item, dict):
+        raise LowrankError(f"{what} must be an object, got {item!r:.80}")
+    where = f"{what} ({item['sites']!r:.80})" if "sites" in item else what
+    for verb, keys in (("lacks", checks.keys() - item), ("has unknown", item.keys() - checks)):
+        if keys:
+            raise LowrankError(f"{where} {verb} {', '.join(sorted(map(repr, keys)))}")
+    for key, (good, words) in checks.items():
+        if not good(item[key]):
+            raise LowrankError(f"{where}: {key} must be {words}, got {item[key]!r:.80}")
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def are_integers(value: Any) -> bool:
+    """A list of integers >= 0."""
+    return isinstance(value, list) and all(is_integer(each) and each >= 0 for each in value)
+
+
+def is_number(value: Any) -> bool:
+    """A finite number >= 0, or None."""
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (known and 0 <= value < math.inf)
+
+
+def is_cost(value: Any) -> bool:
+    names = {field.name for field in fields(Cost)}
+    return isinstance(value, dict) and set(value) == names and are_integers(list(value.values()))

@@ -1,0 +1,86 @@
+"""Entries of a plan that share one input basis: they have one rank, and change together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..errors import LowrankError, listed
+from .entry import Entry, check_rank
+
+Group = list[Entry]  # the owner of the basis first
+
+
+def grouped(entries: Sequence[Entry]) -> dict[str, Group]:
+    """Groups by the name of their owner, the others in the order of the plan."""
+    found: dict[str, Group] = {}
+    for entry in entries:
+        if entry.group:
+            found.setdefault(entry.group, []).append(entry)
+    return {
+        owner: sorted(members, key=lambda entry: entry.name != owner)
+        for owner, members in found.items()
+    }
+
+
+def with_rank(group: Group, rank: Any) -> Group:
+    """All members at that rank; their planned errors become unknown.
+
+    Raises:
+        LowrankError: no such rank for the stacked rows, or it would not be smaller.
+    """
+    rows = sum(entry.shape[0] for entry in group)
+    title = f"the rows of {listed(entry.title for entry in group)}"
+    check_rank(title, (rows, group[0].shape[1]), rank)
+    return [entry.sharing(rank, number == 0) for number, entry in enumerate(group)]
+
+
+def left_dense(group: Group, reason: str) -> Group:
+    """All members dense; they are a group no longer."""
+    return [replace(entry.left_dense(reason), group="") for entry in group]
+
+
+def changed(entry: Entry, entries: Sequence[Entry], rank: Any, method: str, storage: str) -> Group:
+    """An entry at another rank, and with it all that share its basis; rank None leaves them dense.
+
+    Args:
+        method, storage: for a site that was dense.
+
+    Raises:
+        LowrankError: no such rank.
+    """
+    reason = "left dense by hand"
+    if not entry.group:
+        alone = entry.left_dense(reason) if rank is None else None
+        return [alone or entry.with_rank(rank, method, storage)]
+    group = grouped(entries)[entry.group]
+    return left_dense(group, reason) if rank is None else with_rank(group, rank)
+
+
+def checked(entries: Sequence[Entry]) -> tuple[Entry, ...]:
+    """The entries of a plan that was read; costs follow from the ranks that stand in it.
+
+    Raises:
+        LowrankError: a group has no owner, several ranks, or inputs of several widths.
+    """
+    settled: dict[str, Entry] = {}
+    for owner, group in grouped(entries).items():
+        names = listed(entry.title for entry in group)
+        if group[0].name != owner:
+            raise LowrankError(f"{names}: they share the basis of {owner!r}, which is not theirs")
+        if len({(entry.size, entry.shape[1], entry.method) for entry in group}) > 1:
+            raise LowrankError(
+                f"{names} share one basis: they need one size, one method and one width of input, "
+                f"got the sizes {[entry.size for entry in group]}"
+            )
+        size = group[0].size
+        if size is None:
+            members = left_dense(group, "left dense by hand")
+        else:
+            members = with_rank(group, size[0] if len(size) == 1 else size)
+            # What was not edited keeps its planned error.
+            if [each.cost for each in members] == [each.cost for each in group]:
+                members = group
+        settled.update({each.name: each for each in members})
+    return tuple(settled.get(entry.name, entry) for entry in entries)

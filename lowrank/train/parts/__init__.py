@@ -1,0 +1,1 @@
+"""The machinery of the controllers: attachment, factors, optimizer state, cycles, processes."""

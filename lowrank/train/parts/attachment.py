@@ -1,0 +1,257 @@
+"""What every controller does: choose sites, claim them, replace layers, know when to act.
+
+A controller never owns the loop. It is built after `accelerate.prepare` or DDP, is called between
+backward and `optimizer.step()` and once more after it, and holds one `Attachment`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace as changed
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ...errors import LowrankError, listed
+from ...types import Site
+from ...walk import sites as walk
+from . import distributed
+from .optimizer import holds, unwrapped
+
+LINEAR = frozenset({"linear"})
+WIDE = (torch.float32, torch.float64)  # what can hold an orthonormal basis
+
+# Modules that a controller trains: its name, and the kind of the site.
+_CLAIMED: weakref.WeakKeyDictionary[nn.Module, tuple[str, str]] = weakref.WeakKeyDictionary()
+
+
+class Attachment:
+    """The model, its optimizer, the sites of one controller, and the record of what happened.
+
+    Attributes:
+        model: as it was given, perhaps in DDP; `root` is the module inside.
+        optimizer: as it was given, perhaps in accelerate's wrapper.
+        sites: what the controller may adapt, in the model's order. Names are those within `root`.
+        history: one dict an event: "step", "site", "event", and what was measured.
+        step: optimizer steps since the attachment (or since the run that was resumed began).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        who: str,
+        *,
+        target_modules: walk.Patterns = walk.ALL_LINEAR,
+        exclude_modules: walk.Patterns | None = None,
+        kinds: Collection[str] = LINEAR,
+        wide: bool = True,
+        find: Callable[[nn.Module], list[Site]] = walk.find,
+    ) -> None:
+        """Every check comes here; nothing is changed.
+
+        Args:
+            who: the controller's name, for errors.
+            kinds: kinds of sites that it adapts.
+            wide: leave weights alone that are stored in fewer than 32 bits.
+            find: the walk; by default over layers that are not factored yet.
+
+        Raises:
+            LowrankError: the model is sharded, already has a controller on such a site, or has
+                nothing to adapt; all reasons are listed.
+        """
+        self.who, self.model, self.optimizer = who, model, optimizer
+        self.root = unwrapped_model(model)
+        self.history: list[dict[str, Any]] = []
+        self.step = 0
+        distributed.refuse_sharded(model, optimizer, who)
+        unwrapped(optimizer)
+        self._prepared = _is_prepared(self.root)
+        if distributed.world() > 1 and not _has_ddp(model):
+            raise LowrankError(
+                f"{who} was built before the model was wrapped for {distributed.world()} "
+                "processes: call accelerate.prepare or DistributedDataParallel first"
+            )
+        _refuse_claimed(self.root, who, target_modules, kinds)
+        every = walk.select(find(self.root), self.root, target_modules, exclude_modules)
+        reasons = {site.title: self._reason(site, kinds, wide) for site in every}
+        self.sites = [site for site in every if not reasons[site.title]]
+        if not self.sites:
+            left = [f"{name} ({reason})" for name, reason in reasons.items()]
+            raise LowrankError(f"{who} has nothing to adapt: {listed(left, 5) or 'no known layer'}")
+        for name, reason in reasons.items():
+            if reason:
+                self.note("left", name, reason=reason)
+        self._trained: dict[str, nn.Module] = {}
+
+    def _reason(self, site: Site, kinds: Collection[str], wide: bool) -> str:
+        weights = weights_of(site.module)
+        if site.reason:
+            return site.reason
+        if site.kind not in kinds:
+            return f"{self.who} adapts {' and '.join(sorted(kinds))}, this is {site.kind}"
+        if site.name == "":
+            return "the model is this one layer: put it into an nn.Sequential"
+        if len(site.modules) > 1:
+            return f"its weight is tied to {site.names[1]}"
+        if not all(w.requires_grad for w in weights):
+            return "its weight is frozen"
+        if not all(holds(self.optimizer, w) for w in weights):
+            return "its weight is not in the optimizer"
+        if wide and weights[0].dtype not in WIDE:
+            return f"its weight is {weights[0].dtype}: keep weights in fp32 and train with autocast"
+        finite = all(bool(torch.isfinite(w).all()) for w in weights)
+        return "" if finite else "its weight has numbers that are not finite"
+
+    def put(self, site: Site, new: nn.Module) -> None:
+        """Replace the layer of a site and claim what is there now; the optimizer is not touched."""
+        _CLAIMED.pop(site.module, None)
+        walk.replace(self.root, site, new)
+        self.sites = [changed(s, modules=(new,)) if s is site else s for s in self.sites]
+        self.claim(site.name, new, site.kind)
+
+    def claim(self, name: str, module: nn.Module, kind: str = "linear") -> None:
+        """Say that this controller trains the module, so that no second one may."""
+        _CLAIMED[module] = (self.who, kind)
+        self._trained[name] = module
+
+    def set(self, name: str, new: nn.Module) -> None:
+        """Put a module at the name of a site in place of what the controller trained there."""
+        old = self.root.get_submodule(name)
+        new.train(old.training)
+        for module in list(self.root.modules()):  # several names may lead to one module
+            for child, there in list(module._modules.items()):
+                if there is old:
+                    module.register_module(child, new)
+
+    def release(self) -> None:
+        """Give up all claims: another controller may take the sites."""
+        for module in self._trained.values():
+            _CLAIMED.pop(module, None)
+        self._trained.clear()
+
+    def acting(self) -> bool:
+        """Whether this call belongs to an optimizer step: false between accumulated batches.
+
+        Raises:
+            LowrankError: the model was given to accelerate after the controller was built.
+        """
+        if _is_prepared(self.root) and not self._prepared:
+            raise LowrankError(
+                f"{self.who} was built before accelerate.prepare: prepare model and optimizer "
+                f"first, and build {self.who} with what it returns"
+            )
+        state = getattr(self.optimizer, "gradient_state", None)
+        return state is None or bool(state.sync_gradients)
+
+    def stepped(self) -> bool:
+        """Whether the step that was just asked for was made (a gradient scaler skips some)."""
+        return self.acting() and not getattr(self.optimizer, "step_was_skipped", False)
+
+    def scaled(self) -> bool:
+        """Whether a scaler watches the gradients: infinite ones are then no error."""
+        return getattr(self.optimizer, "scaler", None) is not None
+
+    def loss_scale(self) -> float:
+        """What the gradients are multiplied by now: a scaler's factor until they are unscaled."""
+        scaler: Any = getattr(self.optimizer, "scaler", None)
+        states = getattr(scaler, "_per_optimizer_states", None)
+        if states is None or not scaler.is_enabled():
+            return 1.0
+        stage = states[id(unwrapped(self.optimizer))]["stage"]
+        return float(scaler.get_scale()) if stage.name == "READY" else 1.0
+
+    def rebind(self, optimizer: Any) -> None:
+        """A trainer wrapped model and optimizer by itself; they are the ones that were given.
+
+        Raises:
+            LowrankError: the optimizer is another one.
+        """
+        if unwrapped(optimizer) is not unwrapped(self.optimizer):
+            raise LowrankError(
+                f"{self.who} was built with another optimizer than the trainer's: pass it as "
+                "optimizers=(optimizer, None), or give LowRankCallback a function that builds "
+                "the controller from model and optimizer"
+            )
+        self.optimizer, self._prepared = optimizer, _is_prepared(self.root)
+
+    def resized(self) -> None:
+        """Parameters were replaced: DDP has to know."""
+        distributed.renew(self.model)
+
+    def check_state(self, state: Mapping[str, Any], sites: Collection[str]) -> None:
+        """Whether a controller's saved state is of this controller and these sites.
+
+        Raises:
+            LowrankError: it is not; what differs is said.
+        """
+        if state.get("controller") != self.who:
+            got = state.get("controller")
+            raise LowrankError(f"this state was saved by {got}, it cannot go on with {self.who}")
+        if set(state["sites"]) != set(sites):
+            differ = sorted(set(state["sites"]) ^ set(sites))
+            raise LowrankError(f"this state was saved with other layers: {listed(differ, 3)}")
+
+    def note(self, event: str, site: str, **values: Any) -> None:
+        """One line of the history; values are numbers, words, or lists of them."""
+        self.history.append({"step": self.step, "site": site, "event": event, **values})
+
+
+def weights_of(module: nn.Module) -> list[nn.Parameter]:
+    """The weight of a layer, or its factors; biases are left out."""
+    return [p for name, p in module.named_parameters() if not name.endswith("bias")]
+
+
+def unwrapped_model(model: nn.Module) -> nn.Module:
+    """The module inside DDP and torch.compile."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def refuse_not_finite(
+    tensors: Mapping[str, torch.Tensor | None], what: str = "the gradient"
+) -> None:
+    """Before anything is computed from them.
+
+    Raises:
+        LowrankError: a tensor has NaN or Inf; the first such one is named.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise LowrankError(
+                f"{what} at {name} has numbers that are not finite; nothing was changed: "
+                "skip this batch (zero_grad, no step), or lower the learning rate"
+            )
+
+
+def _is_prepared(root: nn.Module) -> bool:
+    return bool(getattr(root, "_is_accelerate_prepared", False))
+
+
+def _has_ddp(model: nn.Module) -> bool:
+    while not isinstance(model, DistributedDataParallel):
+        inner = getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return False
+        model = inner
+    return True
+
+
+def _refuse_claimed(
+    root: nn.Module, who: str, targets: walk.Patterns, kinds: Collection[str]
+) -> None:
+    for name, module in root.named_modules():
+        first, kind = _CLAIMED.get(module, ("", ""))
+        if first and kind in kinds and walk.covers(targets, [name]):
+            raise LowrankError(
+                f"{name} already has a controller ({first}): {who} may take other layers "
+                "(target_modules), or call finish() or detach() on the first one"
+            )

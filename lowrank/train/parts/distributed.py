@@ -1,0 +1,98 @@
+"""Several processes: every one gets rank 0's decomposition, and DDP learns of new parameters."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ...errors import LowrankError
+
+SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
+SHARDED_OPTIMIZERS = (
+    "ZeroRedundancyOptimizer",
+    "DeepSpeedOptimizerWrapper",
+    "DeepSpeedZeroOptimizer",
+)
+
+
+def world() -> int:
+    """How many processes train together."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if there else 1
+
+
+def refuse_sharded(model: nn.Module, optimizer: object, who: str) -> None:
+    """FSDP and ZeRO keep slices of flattened parameters, which have no rank.
+
+    Raises:
+        LowrankError: model or optimizer are sharded.
+    """
+    found = [n for m in model.modules() for n in _names(m) if n in SHARDED]
+    inner: object | None = optimizer
+    while inner is not None:
+        found += [
+            n for n in _names(inner) if n in SHARDED_OPTIMIZERS or n.startswith("DeepSpeedZero")
+        ]
+        inner = getattr(inner, "optimizer", None)
+    found += [n for p in model.parameters() for n in _names(p) if n == "DTensor"]
+    if found:
+        raise LowrankError(
+            f"{who} cannot change ranks under {found[0]}: FSDP and ZeRO hold slices of parameters; "
+            "train with DistributedDataParallel or on one device, or compress after training"
+        )
+
+
+def wrapper_of(root: nn.Module) -> nn.Module:
+    """The DDP module that holds `root`, for trainers that hand out only what is inside.
+
+    Raises:
+        LowrankError: there is none.
+    """
+    for thing in gc.get_objects():
+        if issubclass(type(thing), DistributedDataParallel) and thing.module is root:
+            return thing
+    raise LowrankError(f"on {world()} processes the model must be wrapped in DDP, and is not")
+
+
+def agreed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors as rank 0 has them, shapes included; on one process those that were given."""
+    if world() == 1:
+        return list(tensors)
+    sizes: list[object] = [[tuple(t.shape) for t in tensors]]
+    torch.distributed.broadcast_object_list(sizes, src=0)
+    found = []
+    for tensor, size in zip(tensors, sizes[0], strict=True):  # type: ignore[call-overload]
+        same = tensor.contiguous() if tensor.shape == size else tensor.new_empty(size)
+        torch.distributed.broadcast(same, src=0)
+        found.append(same)
+    return found
+
+
+def renew(model: nn.Module) -> None:
+    """Have a DDP wrapper synchronise the parameters that the model has now.
+
+    Its reducer is built anew in place, so that the user's reference stays valid; gradients that
+    were already reduced are untouched. Models that are not wrapped are left alone.
+
+    Raises:
+        LowrankError: a communication hook is registered, which a new reducer would lose.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return
+    if model._comm_hooks:
+        raise LowrankError("DDP with a communication hook cannot follow a change of rank")
+    parameters, sparse = model._build_params_for_reducer()
+    names = model._build_debug_param_to_name_mapping(parameters)
+    model._module_parameters = parameters
+    model._ddp_init_helper(parameters, sparse, names, model.static_graph)
+    model._has_rebuilt_buckets = False
+    if model.static_graph:
+        model._set_static_graph()
+
+
+def _names(thing: object) -> list[str]:
+    return [cls.__name__ for cls in type(thing).__mro__]

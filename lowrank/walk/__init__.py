@@ -1,0 +1,1 @@
+"""Where a model's weights are, and how to replace them."""

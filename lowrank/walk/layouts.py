@@ -1,0 +1,120 @@
+"""What counts as a matrix: how a layer holds its weight, and why some layers must stay as they are.
+
+A layer is taken only when its exact class is known: a subclass may compute something else, and a
+parametrised or hooked layer computes its weight elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..types import Cost
+
+TABLES = (nn.Embedding, nn.EmbeddingBag)
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def kind(module: nn.Module) -> str | None:
+    """ "linear" for nn.Linear and transformers' Conv1D, "embedding" for nn.Embedding and
+    nn.EmbeddingBag, "conv" for convolutions, their subclasses included; None for all else."""
+    if isinstance(module, TABLES):
+        return "embedding"
+    if isinstance(module, (*CONVS, *TRANSPOSED)):
+        return "conv"
+    return "linear" if isinstance(module, nn.Linear) or layout(module) == "conv1d" else None
+
+
+def layout(module: nn.Module) -> str:
+    """ "conv1d" for transformers' Conv1D, which stores (in, out); "linear" for all else."""
+    return "conv1d" if any(map(_is_conv1d, type(module).__mro__)) else "linear"
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """The weight as (out, in), of an embedding (V, D), of a convolution (O, I/g · K): the live
+    tensor, or a view of it (a copy, where memory is not in the order of the axes)."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if weight.ndim > 2 and isinstance(module, CONVS):
+        return weight.flatten(1)
+    return weight.T if layout(module) == "conv1d" else weight
+
+
+def bias(module: nn.Module) -> Tensor | None:
+    """The bias (out,), or None."""
+    return getattr(module, "bias", None)
+
+
+def reading(module: nn.Module) -> tuple[object, ...]:
+    """What, besides the tensor, decides which rows a layer reads: a convolution's geometry."""
+    if not isinstance(module, CONVS):
+        return ()
+    names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return tuple(getattr(module, name) for name in names)
+
+
+def dense_cost(*modules: nn.Module) -> Cost:
+    """Of one weight that all these modules hold: embeddings look up, linear layers multiply."""
+    weight = matrix(modules[0])
+    size = weight.numel()
+    products = heads(modules) * size if kind(modules[0]) == "embedding" else size
+    return Cost(size, size * weight.dtype.itemsize, products)
+
+
+def heads(modules: Sequence[nn.Module]) -> int:
+    """How many of the modules that hold a table (first) multiply by it: its output heads."""
+    return sum(kind(m) != "embedding" for m in modules) if kind(modules[0]) == "embedding" else 0
+
+
+def obstacle(module: nn.Module) -> str:
+    """Why a layer of a known kind cannot be replaced; "" if it can."""
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrized: remove the parametrization first"
+    if "weight" not in module._parameters:
+        return "its weight is not a plain parameter (weight norm, pruning or the like)"
+    if isinstance(module, TRANSPOSED):
+        return "a transposed convolution is not factored"
+    if type(module) not in (nn.Linear, *TABLES, *CONVS) and not _is_conv1d(type(module)):
+        name = type(module).__name__
+        return f"{name} is a subclass of {_base(module)} and may compute something else"
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    if any((*hooks, module._backward_hooks, module._backward_pre_hooks)):
+        return "it carries hooks that a new layer would lose"
+    if "forward" in module.__dict__ or hasattr(module, "_hf_hook"):
+        return "its forward is wrapped (offloading or a patch): load the model whole first"
+    if type(module.weight) is not nn.Parameter:
+        return f"its weight is of class {type(module.weight).__name__}, not a plain tensor"
+    if kind(module) == "embedding" and module.max_norm is not None:
+        return f"max_norm={module.max_norm} rescales rows as they are read, which factors cannot"
+    if getattr(module, "mode", None) == "max":
+        return "a bag of mode 'max' is not linear in its rows"
+    groups: int = getattr(module, "groups", 1)
+    if groups != 1:
+        each = int(getattr(module, "in_channels", 0)) // groups
+        return f"its {groups} groups of {each} channels are matrices of their own: not factored"
+    weight = matrix(module)
+    if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+        return f"its weight is stored as {weight.dtype}"
+    if weight.ndim != 2 or 0 in weight.shape:
+        return f"its weight has shape {tuple(weight.shape)}"
+    return ""
+
+
+def is_finite(module: nn.Module) -> bool:
+    """Whether all numbers of the weight are finite."""
+    return bool(torch.isfinite(matrix(module).detach()).all())
+
+
+def _base(module: nn.Module) -> str:
+    if layout(module) == "conv1d":
+        return "Conv1D"
+    known = (nn.Linear, *TABLES, *CONVS)
+    return next(f"nn.{c.__name__}" for c in known if isinstance(module, c))
+
+
+def _is_conv1d(cls: type) -> bool:
+    # By name, for the library never imports transformers by itself.
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"

@@ -1,0 +1,248 @@
+"""The walk: find the weights that may be factored, select by pattern, replace.
+
+Patterns have peft's meaning: a list holds names or their endings, a string is a regular expression
+for the full name (or one name), "all-linear" means every linear layer and convolution but the
+output head and convolutions that read an image, "all" these and embeddings too.
+No architecture is named here: everything is read from the modules themselves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace as changed
+
+from torch import nn
+
+from ..errors import LowrankError, listed
+from ..nn import LowRankEmbedding, TiedEmbedding, TiedHead, is_factored, remember_layout
+from ..types import Site
+from . import layouts
+from .ties import address, holders, tie_obstacle
+
+ALL_LINEAR = "all-linear"
+ALL = "all"
+STEM = 4  # channels of an image at most
+Patterns = str | Collection[str]
+
+
+def find(model: nn.Module) -> list[Site]:
+    """Every weight of a known kind, in the model's own order; tied weights are one site.
+
+    An embedding and the head that holds its weight are one site of kind "embedding", whose first
+    module and name are the embedding's. A site that cannot be factored carries its reason.
+    Layers inside factored modules are not walked: they are the result of an earlier compression.
+    """
+    modules: dict[int, nn.Module] = {}
+    names: dict[int, list[str]] = {}
+    for name, module in _walk(model):
+        modules[id(module)] = module
+        names.setdefault(id(module), []).append(name)
+    held = holders(model)
+    sites: list[Site] = []
+    done: set[int] = set()
+    for key, module in modules.items():
+        if layouts.kind(module) is None or key in done:
+            continue
+        users = held.get(address(module.weight), [module])  # type: ignore[arg-type]
+        tied = [user for user in users if layouts.kind(user) and id(user) in modules]
+        tied.sort(key=lambda user: layouts.kind(user) != "embedding")
+        done.update(map(id, tied))
+        every = tuple(name for user in tied for name in names[id(user)])
+        reason = layouts.obstacle(module) or tie_obstacle(module, held, names)
+        sites.append(_site(tuple(tied), every, reason))
+    return sites
+
+
+def heads(model: nn.Module, tables: Iterable[Site]) -> dict[str, Site]:
+    """By the names of tied pairs: the linear layers that multiply by the table, as a site."""
+    names: dict[int, list[str]] = {}
+    for name, module in _walk(model):
+        names.setdefault(id(module), []).append(name)
+    found = {}
+    for site in tables:
+        linear = tuple(m for m in site.modules if layouts.kind(m) != "embedding")
+        if linear:
+            every = tuple(name for module in linear for name in names[id(module)])
+            found[site.name] = _site(linear, every, "")
+    return found
+
+
+def select(
+    sites: Sequence[Site],
+    model: nn.Module,
+    target_modules: Patterns = ALL_LINEAR,
+    exclude_modules: Patterns | None = None,
+) -> list[Site]:
+    """The sites that the patterns name; the others carry the reason why they are left.
+
+    Raises:
+        LowrankError: a pattern matches no site; what was there is listed.
+    """
+    word = target_modules.lower() if isinstance(target_modules, str) else ""
+    everything = word == ALL_LINEAR
+    named = word not in (ALL_LINEAR, ALL)
+    if named:
+        _check_patterns("target_modules", target_modules, sites)
+    if exclude_modules:
+        _check_patterns("exclude_modules", exclude_modules, sites)
+    heads = _output_heads(model) if everything else set()
+    chosen = []
+    for site in sites:
+        reason = site.reason
+        if everything and site.kind == "embedding":
+            reason = reason or "an embedding: name it, or target 'all'"
+        elif everything and site.kind == "conv" and _is_stem(site.module):
+            reason = reason or "it reads the few channels of an image: name it to compress it"
+        elif any(id(module) in heads for module in site.modules):
+            reason = reason or "the output head: name it in target_modules to compress it"
+        elif named and not any(_matches(target_modules, name) for name in site.names):
+            reason = reason or "not in target_modules"
+        if exclude_modules and any(_matches(exclude_modules, name) for name in site.names):
+            reason = reason or "in exclude_modules"
+        chosen.append(changed(site, reason=reason))
+    return chosen
+
+
+def covers(patterns: Patterns, names: Iterable[str]) -> bool:
+    """Whether `target_modules` names one of these; "all-linear" and "all" name everything."""
+    word = patterns.lower() if isinstance(patterns, str) else ""
+    return word in (ALL_LINEAR, ALL) or any(_matches(patterns, name) for name in names)
+
+
+def _is_stem(conv: nn.Module) -> bool:
+    """Whether a convolution reads pixels: few weights, on which everything after it depends."""
+    return int(getattr(conv, "in_channels", 0)) <= STEM
+
+
+def pattern_value(patterns: Iterable[str], names: Iterable[str]) -> str | None:
+    """The first key that names one of `names`: a full name, its ending, or a regular expression."""
+    every = list(names)
+    for key in patterns:
+        if any(_compiled(key, r"(.*\.)?({})").fullmatch(name) for name in every):
+            return key
+    return None
+
+
+def check_rank_pattern(patterns: Mapping[str, object], sites: Sequence[Site]) -> None:
+    """Every key has to name a site that may be factored.
+
+    Raises:
+        LowrankError: a key names no site (what was there is listed), or only sites that stay
+            dense (the first one and its reason are named).
+    """
+    for key in patterns:
+        named = [site for site in sites if pattern_value([key], site.names) is not None]
+        if not named:
+            raise _nothing("rank_pattern", key, sites)
+        if all(site.reason for site in named):
+            raise LowrankError(
+                f"rank_pattern {key!r} names only layers that stay dense; "
+                f"{named[0].title}: {named[0].reason}"
+            )
+
+
+def replace(model: nn.Module, site: Site, new: nn.Module) -> nn.Module:
+    """Put `new` at every name of the site; returns the model, or `new` if the site is the root.
+
+    The training flag and `requires_grad` of the replaced layer are kept. Of a table that several
+    modules hold, the first gets `new`, and the others readers of it.
+    """
+    old = site.module
+    new.train(old.training)
+    remember_layout(new, layouts.layout(old))
+    weight, bias = layouts.matrix(old), layouts.bias(old)
+    for name, parameter in new.named_parameters():
+        source = bias if name.endswith("bias") and bias is not None else weight
+        parameter.requires_grad_(source.requires_grad)
+    readers = {id(module): _reader(module, old, new) for module in site.modules}
+    there = {name: model.get_submodule(name) for name in site.names}
+    root = model
+    for name, module in there.items():
+        if name == "":
+            root = readers[id(module)]
+            continue
+        parent_name, _, child = name.rpartition(".")
+        model.get_submodule(parent_name).register_module(child, readers[id(module)])
+    return root
+
+
+def in_copy(site: Site, model: nn.Module) -> Site:
+    """The same site in a copy of the model that it was found in."""
+    by_id = {id(module): module for module in map(model.get_submodule, site.names)}
+    return changed(site, modules=tuple(by_id.values()))
+
+
+def _reader(module: nn.Module, first: nn.Module, new: nn.Module) -> nn.Module:
+    """What takes the place of `module`, when `new` takes that of `first`."""
+    if module is first or not isinstance(new, LowRankEmbedding):
+        return new
+    if layouts.kind(module) == "embedding":
+        return TiedEmbedding.of(new).train(module.training)
+    bias = module._parameters.get("bias")
+    return TiedHead.of(new, bias).train(module.training)
+
+
+def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Like named_modules with every name of a shared module, but not into factored modules."""
+    yield prefix, model
+    if is_factored(model):
+        return
+    for name, child in model._modules.items():
+        if child is not None:
+            yield from _walk(child, f"{prefix}.{name}" if prefix else name)
+
+
+def _site(modules: tuple[nn.Module, ...], names: tuple[str, ...], reason: str) -> Site:
+    weight = layouts.matrix(modules[0])
+    shape = (weight.shape[0], weight.shape[-1])
+    kind = layouts.kind(modules[0]) or ""
+    return Site(names[0], names, kind, modules, shape, layouts.dense_cost(*modules), reason)
+
+
+def _output_heads(model: nn.Module) -> set[int]:
+    """Ids of what transformers calls output embeddings, also where the model is wrapped."""
+    found = (getattr(module, "get_output_embeddings", None) for module in model.modules())
+    return {id(accessor()) for accessor in found if callable(accessor)} - {id(None)}
+
+
+def _compiled(pattern: str, frame: str = "{}") -> re.Pattern[str]:
+    try:
+        return re.compile(frame.format(pattern))
+    except (re.error, TypeError) as error:
+        raise LowrankError(f"{pattern!r} is no regular expression: {error}") from error
+
+
+def _matches(patterns: Patterns, name: str) -> bool:
+    if isinstance(patterns, str):
+        return bool(_compiled(patterns).fullmatch(name)) or _is_ending(patterns, name)
+    return any(_is_ending(pattern, name) for pattern in patterns)
+
+
+def _is_ending(pattern: str, name: str) -> bool:
+    return name == pattern or name.endswith(f".{pattern}")
+
+
+def _check_patterns(what: str, patterns: Patterns, sites: Sequence[Site]) -> None:
+    every: Collection[str] = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(every, Collection) or not all(isinstance(one, str) for one in every):
+        raise LowrankError(
+            f"{what} must be a name, a regular expression, a list of names or '{ALL_LINEAR}', "
+            f"got {patterns!r}"
+        )
+    if not every:
+        raise LowrankError(f"{what} is empty: name at least one module, or '{ALL_LINEAR}'")
+    for pattern in every:
+        one: Patterns = pattern if isinstance(patterns, str) else [pattern]
+        if not any(_matches(one, name) for site in sites for name in site.names):
+            raise _nothing(what, pattern, sites)
+
+
+def _nothing(what: str, pattern: str, sites: Sequence[Site]) -> LowrankError:
+    there = sorted({name.rpartition(".")[2] for site in sites for name in site.names} - {""})
+    full = [name for site in sites for name in site.names if name]
+    return LowrankError(
+        f"{what} {pattern!r} matches none of {len(sites)} layers; "
+        f"their last names: {listed(there) or 'none (the root is the layer)'}; "
+        f"such as: {listed(full, 3) or '(root)'}"
+    )

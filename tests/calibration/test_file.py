@@ -1,0 +1,103 @@
+"""Calibrations in files: what comes back is what went in, and other files are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import lowrank
+from lowrank import LowrankError
+from tests import zoo
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return zoo.llama().eval()
+
+
+def seen_by(model: nn.Module) -> lowrank.Calibration:
+    ids = torch.randint(2, 60, (8, 12))
+    mask = torch.ones_like(ids)
+    mask[:, 9:] = 0
+    batches = [ids, {"input_ids": ids, "attention_mask": mask}]
+    seen = lowrank.calibrate(model, batches, hold_out=0.25, progress=False)
+    return lowrank.with_fisher(model, seen)
+
+
+def test_everything_comes_back(model: nn.Module, tmp_path: Path) -> None:
+    seen, path = seen_by(model), tmp_path / "seen.safetensors"
+    for storage in ("factors", "pivoted"):
+        lowrank.plan(model, 0.6, method="two-sided", data=seen, storage=storage, progress=False)
+    lowrank.save_calibration(seen, path, model)
+    back = lowrank.load_calibration(path, model)
+    assert back.seen == seen.seen
+    assert (back.tokens, back.min_tokens, back.source) == (seen.tokens, seen.min_tokens, "")
+    for name, stats in seen.statistics.items():
+        other = back.statistics[name]
+        assert other.count == stats.count
+        for key in ("gram", "mean", "freq", "out_gram", "row_fisher"):
+            one, two = getattr(stats, key), getattr(other, key)
+            assert one is two is None or torch.equal(one, two)
+    assert back.spectra.keys() == seen.spectra.keys()
+    assert len(seen.spectra) == 28
+    for key, (stats, curve) in seen.spectra.items():
+        again = back.spectra[key]
+        assert again[0] is back.statistics[curve.sites[0]]
+        assert again[1].options == curve.options
+        assert (again[1].norm, again[1].total, again[1].exact) == (
+            curve.norm, curve.total, curve.exact,
+        )  # fmt: skip
+        assert torch.equal(again[1].tails, curve.tails)
+        assert again[0].count == stats.count
+    plans = [
+        lowrank.plan(model, 0.5, method="two-sided", data=each, progress=False)
+        for each in (seen, back)
+    ]
+    assert plans[0] == plans[1]
+    leans = [
+        lowrank.compress(model, plans[0], data=each, copy=True, progress=False)[0]
+        for each in (seen, back)
+    ]
+    ids = torch.arange(2, 14)[None]
+    assert torch.equal(*(lean(input_ids=ids).logits for lean in leans))
+
+
+def test_what_cannot_be_kept_is_refused(model: nn.Module, tmp_path: Path) -> None:
+    ids = torch.randint(2, 60, (4, 8))
+    seen = lowrank.calibrate(model, lambda m: m(input_ids=ids), progress=False)
+    with pytest.raises(LowrankError, match="callable"):
+        lowrank.save_calibration(seen, tmp_path / "a", model)
+    seen = lowrank.calibrate(model, [{"input_ids": ids, "use_cache": False}], progress=False)
+    with pytest.raises(LowrankError, match="only batches of tensors"):
+        lowrank.save_calibration(seen, tmp_path / "a", model)
+    with pytest.raises(LowrankError, match="no folder"):
+        lowrank.save_calibration(seen_by(model), tmp_path / "none" / "a", model)
+
+
+def test_other_files_stay(model: nn.Module, tmp_path: Path) -> None:
+    foreign, text = tmp_path / "foreign.safetensors", tmp_path / "text"
+    save_file({"a": torch.ones(2)}, foreign)
+    text.write_text("words")
+    for path in (foreign, text):
+        content = path.read_bytes()
+        with pytest.raises(LowrankError, match="no calibration of lowrank"):
+            lowrank.save_calibration(seen_by(model), path, model)
+        with pytest.raises(LowrankError, match="no calibration of lowrank"):
+            lowrank.load_calibration(path, model)
+        assert path.read_bytes() == content
+    with pytest.raises(LowrankError, match="there is no calibration"):
+        lowrank.load_calibration(tmp_path / "absent", model)
+
+
+def test_it_belongs_to_its_weights(model: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "seen.safetensors"
+    lowrank.save_calibration(seen_by(model), path, model)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    with pytest.raises(LowrankError, match="another model, or other weights"):
+        lowrank.load_calibration(path, model)
