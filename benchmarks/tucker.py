@@ -94,7 +94,7 @@ def by_weight(net: nn.Module, pairs: int) -> list[dict[str, Any]]:
         ranks = (weight.shape[0] // 2, weight.shape[1] // 2)
         total = float(weight.double().square().sum())
         start = float(numerics.hosvd_errors(weight)[ranks]) / total
-        ours = loss(weight, numerics.rebuilt(numerics.tucker(weight, ranks)))
+        ours = loss(weight, numerics.rebuilt(numerics.tucker_factors(weight, ranks)))
         other = theirs(weight, ranks, pairs)
         shown = f"{other[0]:9.5f} {other[1]:6.2f}" if other else "not installed"
         print(

@@ -1,7 +1,7 @@
 """Pure tensor functions: they know nothing of modules."""
 
-from .blast import Blast as Blast
-from .blast import blast as blast
+from .blast import BlastFactors as BlastFactors
+from .blast import blast_factors as blast_factors
 from .blast import blast_product as blast_product
 from .cp import cp_factors as cp_factors
 from .cp import rebuilt_cp as rebuilt_cp
@@ -11,27 +11,27 @@ from .evbmf import evbmf_ranks as evbmf_ranks
 from .gram import cross_sum as cross_sum
 from .gram import gram_sum as gram_sum
 from .gram import squared_error as squared_error
-from .lowrank_sparse import LowRankSparse as LowRankSparse
+from .lowrank_sparse import ColumnParts as ColumnParts
 from .lowrank_sparse import channels as channels
 from .lowrank_sparse import low_rank_sparse as low_rank_sparse
 from .lowrank_sparse import remaining as remaining
-from .masked import LowRankMasked as LowRankMasked
+from .masked import MaskedParts as MaskedParts
 from .masked import largest as largest
 from .masked import low_rank_masked as low_rank_masked
 from .nm import nm_bytes as nm_bytes
 from .nm import nm_mask as nm_mask
-from .pivot import Pivoted as Pivoted
+from .pivot import PivotedFactors as PivotedFactors
 from .pivot import mixed_from as mixed_from
 from .pivot import pivot_rows as pivot_rows
 from .pivot import pivoted as pivoted
-from .refit import refit as refit
+from .refit import refit_factors as refit_factors
 from .refit import regressed as regressed
 from .shared import factor_shared as factor_shared
 from .shared import shared_energies as shared_energies
 from .snmf import semi_nmf as semi_nmf
 from .sparse import Side as Side
 from .sparse import SparseCode as SparseCode
-from .sparse import dense_sparse as dense_sparse
+from .sparse import dense_sparse_code as dense_sparse_code
 from .sparse import pursuit as pursuit
 from .sparse import spread as spread
 from .spatial import spatial_bounds as spatial_bounds

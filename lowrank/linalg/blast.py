@@ -27,7 +27,7 @@ SMALL = 1e-3  # of the initial bases
 FLOOR = 1e-3  # of the mean size of an input: columns of dead inputs are not divided by zero
 
 
-class Blast(NamedTuple):
+class BlastFactors(NamedTuple):
     """Factors of a (b·p, b·q) matrix, in the compute dtype.
 
     Attributes:
@@ -58,7 +58,7 @@ def padded(weight: Tensor, blocks: int) -> Tensor:
     return torch.nn.functional.pad(weight, (0, columns, 0, rows))
 
 
-def blast(
+def blast_factors(
     weight: Tensor,
     blocks: int,
     rank: int,
@@ -66,7 +66,7 @@ def blast(
     *,
     sweeps: int = SWEEPS,
     seed: int = 0,
-) -> Blast:
+) -> BlastFactors:
     """Factors of W, padded with zeros where its sides are no multiples of `blocks`.
 
     Args:
@@ -91,14 +91,14 @@ def blast(
         right = factors.right / scale.view(blocks, 1, -1)
         metric = None if gram is None else _padded_gram(gram, matrix)
         left = _fitted(matrix, factors.mix, right, metric)
-        found = Blast(left, factors.mix, right)
+        found = BlastFactors(left, factors.mix, right)
         plain = _low_rank(matrix, blocks, rank, metric, seed)
         if plain is not None and _error(matrix, plain, metric) <= _error(matrix, found, metric):
             found = plain
         return _even(found)
 
 
-def _swept(cells: Tensor, factors: Blast, step: float) -> Blast:
+def _swept(cells: Tensor, factors: BlastFactors, step: float) -> BlastFactors:
     """One preconditioned step of each factor."""
     left, mix, right = factors
     across = (mix[..., None] * right).transpose(1, 2).flatten(2)  # (b, r, b·q)
@@ -114,7 +114,7 @@ def _swept(cells: Tensor, factors: Blast, step: float) -> Blast:
     gradient = ((left.mT[:, None] @ rest) * right).sum(-1)  # (b, b, r)
     normal = (left.mT @ left)[:, None] * (right @ right.mT)
     mix = mix + step * _conditioned(normal, rest, gradient[..., None])[..., 0]
-    return Blast(left, mix, right)
+    return BlastFactors(left, mix, right)
 
 
 def _conditioned(normal: Tensor, rest: Tensor, gradient: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def _fitted(matrix: Tensor, mix: Tensor, right: Tensor, metric: Tensor | None) -
 
 def _low_rank(
     matrix: Tensor, blocks: int, rank: int, metric: Tensor | None, seed: int
-) -> Blast | None:
+) -> BlastFactors | None:
     """The best matrix of that rank in blocks, with every d_ij = 1; None if there is no such rank.
 
     Gradient steps from there are caught in it, steps from elsewhere can miss it.
@@ -145,15 +145,15 @@ def _low_rank(
         return None
     up, down = factor(matrix, rank, metric, seed=seed)
     right = down.view(rank, blocks, -1).transpose(0, 1)
-    return Blast(up.view(blocks, -1, rank), up.new_ones(blocks, blocks, rank), right)
+    return BlastFactors(up.view(blocks, -1, rank), up.new_ones(blocks, blocks, rank), right)
 
 
-def _error(matrix: Tensor, factors: Blast, metric: Tensor | None) -> float:
+def _error(matrix: Tensor, factors: BlastFactors, metric: Tensor | None) -> float:
     rest = matrix - factors.product()
     return float(((rest if metric is None else rest @ metric) * rest).sum())
 
 
-def _even(factors: Blast) -> Blast:
+def _even(factors: BlastFactors) -> BlastFactors:
     """Every one of the r components as long in B as in C, d at most 1; a dead one stays alive in C.
 
     A component is spread over all blocks: its lengths are those over all of them.
@@ -166,7 +166,7 @@ def _even(factors: Blast) -> Blast:
     want = (sides[0] * sides[1] * inner).sqrt()  # of both sides
     up = torch.where(alive, want / sides[0].where(alive, 1), 1)
     down = torch.where(alive, want / sides[1].where(alive, 1), 1)
-    return Blast(left * up, mix / inner, right * down[:, None])
+    return BlastFactors(left * up, mix / inner, right * down[:, None])
 
 
 def _cells(matrix: Tensor, blocks: int) -> Tensor:
@@ -175,7 +175,7 @@ def _cells(matrix: Tensor, blocks: int) -> Tensor:
     return matrix.view(blocks, rows, blocks, columns).transpose(1, 2)
 
 
-def _start(cells: Tensor, rank: int, seed: int) -> Blast:
+def _start(cells: Tensor, rank: int, seed: int) -> BlastFactors:
     generator = torch.Generator().manual_seed(seed)
     blocks, _, rows, columns = cells.shape
 
@@ -183,7 +183,7 @@ def _start(cells: Tensor, rank: int, seed: int) -> Blast:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(cells)
 
     small = SMALL * rank**-0.5
-    return Blast(
+    return BlastFactors(
         small * drawn(blocks, rows, rank),
         drawn(blocks, blocks, rank),
         small * drawn(blocks, rank, columns),

@@ -27,7 +27,7 @@ ROUNDS = 5  # of channels and low rank in turn
 FLOOR = 1e-10  # of the largest diagonal entry of H: a channel that is below has no input of its own
 
 
-class LowRankSparse(NamedTuple):
+class ColumnParts(NamedTuple):
     """W (out, in) ≈ up · down, plus `columns` at `inputs`.
 
     Attributes:
@@ -50,7 +50,7 @@ def low_rank_sparse(
     *,
     rounds: int = ROUNDS,
     seed: int = 0,
-) -> LowRankSparse:
+) -> ColumnParts:
     """Low rank and channels of little error ‖(W − L − S) H^½‖.
 
     Args:
@@ -73,7 +73,7 @@ def low_rank_sparse(
         rest = _beyond(matrix, basis)
         index = index.sort().values
         up, down = balance(basis, basis.T @ matrix)
-        return LowRankSparse(up, down, _columns(rest, index, metric), index)
+        return ColumnParts(up, down, _columns(rest, index, metric), index)
 
 
 def channels(rest: Tensor, count: int, gram: Tensor | None = None) -> Tensor:

@@ -27,7 +27,7 @@ LEAST = 1e-12  # of the largest diagonal entry of H: inputs below count as that 
 Keep = Callable[[Tensor], Tensor]
 
 
-class LowRankMasked(NamedTuple):
+class MaskedParts(NamedTuple):
     """W (out, in) ≈ up · down + sparse.
 
     Attributes:
@@ -50,7 +50,7 @@ def low_rank_masked(
     *,
     iterations: int = ITERATIONS,
     seed: int = 0,
-) -> LowRankMasked:
+) -> MaskedParts:
     """Low rank and entries of little error ‖(W − L − S) H^½‖.
 
     Args:
@@ -76,7 +76,7 @@ def low_rank_masked(
         low = _low(target - sparse, basis)
         sparse = on_mask(target - low, metric, mask, sparse)
         up, down = balance(basis, basis.T @ low / scale)
-        return LowRankMasked(up, down, sparse / scale, mask)
+        return MaskedParts(up, down, sparse / scale, mask)
 
 
 def largest(count: int) -> Keep:

@@ -18,7 +18,7 @@ from .precision import full_precision
 BOUND = 2.0  # the largest |coefficient|; rounding errors of the pivots are multiplied by C
 
 
-class Pivoted(NamedTuple):
+class PivotedFactors(NamedTuple):
     """W (m, n) of rank r: `W[order[:r]]` is `kept`, `W[order[r:]]` is `mix @ kept`.
 
     Attributes:
@@ -32,7 +32,7 @@ class Pivoted(NamedTuple):
     order: Tensor
 
 
-def pivoted(up: Tensor, down: Tensor, dtype: torch.dtype) -> Pivoted:
+def pivoted(up: Tensor, down: Tensor, dtype: torch.dtype) -> PivotedFactors:
     """The pivoted form of W = up (m, r) · down (r, n), for pivot rows that are stored in `dtype`.
 
     C is fitted to the pivots as they are rounded; still, 16 bits cost this form more than plain
@@ -48,7 +48,7 @@ def pivoted(up: Tensor, down: Tensor, dtype: torch.dtype) -> Pivoted:
         kept = (up[pivots] @ down).double()
         stored = kept.to(dtype).double()
         mix = mixed_from(basis, pivots)[order[len(pivots) :]].double()
-        return Pivoted(stored, mix @ _refit(kept, stored, dtype), order)
+        return PivotedFactors(stored, mix @ _refit(kept, stored, dtype), order)
 
 
 def pivot_rows(basis: Tensor, *, most: int | None = None) -> Tensor:

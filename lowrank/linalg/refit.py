@@ -57,7 +57,7 @@ def regressed(
     return solved
 
 
-def refit(
+def refit_factors(
     weight: Tensor,
     rank: int,
     gram: Tensor,

@@ -119,7 +119,7 @@ def pursuit(
     return value, index
 
 
-def dense_sparse(
+def dense_sparse_code(
     weight: Tensor,
     rank: int,
     count: int,

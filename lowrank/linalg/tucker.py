@@ -40,7 +40,7 @@ def hosvd_errors(weight: Tensor) -> Tensor:
     return (kept[-1, -1] - kept).clamp(min=0)
 
 
-def tucker(weight: Tensor, ranks: tuple[int, int], *, sweeps: int = 20) -> Parts:
+def tucker_factors(weight: Tensor, ranks: tuple[int, int], *, sweeps: int = 20) -> Parts:
     """The parts of a Tucker-2 decomposition, orthonormal outside, by HOSVD and at most `sweeps` of
     HOOI; one that gains less than `STOP` of what is lost is the last.
 

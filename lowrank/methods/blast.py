@@ -55,7 +55,9 @@ class Blast:
 
         def error(size: Size, share: float) -> float:
             sweeps = math.ceil(share * self.sweeps)
-            factors = linalg.blast(weight, blocks, size[1], gram, sweeps=sweeps, seed=self.seed)
+            factors = linalg.blast_factors(
+                weight, blocks, size[1], gram, sweeps=sweeps, seed=self.seed
+            )
             whole = factors.product()[: site.shape[0], : site.shape[1]]
             return linalg.squared_error(weight, whole, gram)
 
@@ -70,7 +72,7 @@ class Blast:
             raise LowrankError(
                 f"{blocks} blocks along each side do not fit shape {tuple(weight.shape)}"
             )
-        factors = linalg.blast(
+        factors = linalg.blast_factors(
             weight, blocks, rank, gram_of(stats, weight.shape[1]), sweeps=self.sweeps,
             seed=self.seed,
         )  # fmt: skip

@@ -107,7 +107,7 @@ class _Tucker:
     def build(self, module: nn.Module, weight: Tensor, size: Size, metric: Metric) -> nn.Module:
         whole, (r_out, r_in) = metric.turned(weight).flatten(2), size
         if metric.gram is None:
-            parts = numerics.tucker(whole, (r_out, r_in))
+            parts = numerics.tucker_factors(whole, (r_out, r_in))
         else:
             first = numerics.first_of(whole, metric.gram)[:r_in]
             kernel, inner, _ = numerics.conditioned(whole, first, metric.gram)

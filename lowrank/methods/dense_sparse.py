@@ -104,6 +104,6 @@ class DenseSparse:
         self, weight: Tensor, size: Size, gram: Tensor, side: Side, iterations: int
     ) -> linalg.SparseCode:
         rank, count = size
-        return linalg.dense_sparse(
+        return linalg.dense_sparse_code(
             weight, rank, count, gram, side=side, iterations=iterations, seed=self.seed
         )

@@ -103,7 +103,7 @@ class LowRankMasked:
 
     def _parts(
         self, weight: Tensor, size: Size, gram: Tensor, iterations: int
-    ) -> linalg.LowRankMasked:
+    ) -> linalg.MaskedParts:
         keep = linalg.largest(size[1])
         if isinstance(self.pattern, tuple):
             keep = partial(linalg.nm_mask, n=self.pattern[0], m=self.pattern[1])

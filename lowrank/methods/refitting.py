@@ -40,7 +40,7 @@ def refitted_layer(
         moved = linalg.regressed(weight, gram, target, least=least)
         shape: torch.Size = module.weight.shape  # type: ignore[assignment]
         return fitted(module, moved.view(shape), size, storage, Metric(gram, root))
-    factors = linalg.refit(weight, size[0], gram, target, root=root, least=least, seed=seed)
+    factors = linalg.refit_factors(weight, size[0], gram, target, root=root, least=least, seed=seed)
     up, down = linalg.balance(*factors)
     if layouts.kind(module) == "conv":
         return ChannelConv.from_factors(module, down.to(weight), up.to(weight))

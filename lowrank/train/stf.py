@@ -135,7 +135,7 @@ class STF(FactorController):
     def _decomposed(self, dense: nn.Module, bias: nn.Parameter | None, size: Size) -> Latent:
         weight = layouts.matrix(dense).detach()
         with full_precision(weight):
-            code = linalg.dense_sparse(weight, *size, seed=self.seed)
+            code = linalg.dense_sparse_code(weight, *size, seed=self.seed)
             first = start(weight.to(code.basis), code.coefficients(), code.basis)
         basis, value, first = agreed([t.to(weight).contiguous() for t in (*code[:2], first)])
         (index,) = agreed([code.atoms])

@@ -102,7 +102,7 @@ def test_a_refit_decomposes_one_matrix_of_its_smaller_side(
     y = x + 0.1 * torch.randn(x.shape, generator=generator, dtype=torch.float64)
     root = torch.eye(shape[0], dtype=torch.float64) if sided else None
     with watched(monkeypatch) as seen:
-        linalg.refit(weight, 5, y.T @ y, x.T @ y, root=root)
+        linalg.refit_factors(weight, 5, y.T @ y, x.T @ y, root=root)
     assert seen["eigh"] == {(24, 24): 1}
     assert seen["cholesky_ex"] == {(shape[1], shape[1]): 1}
     assert seen["qr"] == ({shape: 1} if shape[0] > shape[1] else {})

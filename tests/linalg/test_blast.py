@@ -53,7 +53,7 @@ def test_the_product_is_that_of_the_blocks() -> None:
 def test_the_figures_of_the_specification(name: str, noted: float) -> None:
     """b = 8, r = 40; low rank of equal size has rank 50."""
     weight = matrices()[name]
-    found = relative(weight, linalg.blast(weight, 8, 40).product())
+    found = relative(weight, linalg.blast_factors(weight, 8, 40).product())
     assert found <= 1.2 * noted + 1e-3
     tails = linalg.tails(linalg.energies(weight))
     low_rank = float(tails[50] / tails[0]) ** 0.5
@@ -67,16 +67,16 @@ def test_one_block_is_low_rank(aware: bool) -> None:
     tails = linalg.tails(linalg.energies(weight, gram))
     best = float(tails[6] / tails[0]) ** 0.5
     for sweeps in (1, 300):
-        factors = linalg.blast(weight, 1, 6, gram, sweeps=sweeps)
+        factors = linalg.blast_factors(weight, 1, 6, gram, sweeps=sweeps)
         assert relative(weight, factors.product(), gram) == pytest.approx(best, rel=1e-9)
-    more = linalg.blast(weight, 4, 6, gram)
+    more = linalg.blast_factors(weight, 4, 6, gram)
     assert relative(weight, more.product(), gram) < 0.9 * best
 
 
 def test_the_closing_step_is_optimal_in_the_norm_of_the_outputs() -> None:
     """No other B is better: the error is orthogonal to what B multiplies, in that norm."""
     weight, gram = draws()(20, 24), grams(24)["good"]
-    left, mix, right = linalg.blast(weight, 4, 3, gram, sweeps=30)
+    left, mix, right = linalg.blast_factors(weight, 4, 3, gram, sweeps=30)
     rest = weight - linalg.blast_product(left, mix, right)
     for i in range(4):
         rows = torch.cat([mix[i, j][:, None] * right[j] for j in range(4)], 1)
@@ -88,7 +88,7 @@ def test_it_serves_the_outputs() -> None:
     normal = draws(1)
     rows = normal(400, 24) * torch.logspace(0, -2, 24).double()
     weight, gram = normal(32, 24), rows.T @ rows / 400
-    aware, blind = (linalg.blast(weight, 4, 4, metric).product() for metric in (gram, None))
+    aware, blind = (linalg.blast_factors(weight, 4, 4, metric).product() for metric in (gram, None))
     assert relative(weight, aware, gram) < 0.8 * relative(weight, blind, gram)
 
 
@@ -97,7 +97,7 @@ def test_it_serves_the_outputs() -> None:
 def test_sides_that_no_block_divides_are_padded(shape: tuple[int, int], name: str | None) -> None:
     weight = draws()(*shape)
     gram = None if name is None else grams(shape[1])[name]
-    factors = linalg.blast(weight, 4, 8, gram, sweeps=60)
+    factors = linalg.blast_factors(weight, 4, 8, gram, sweeps=60)
     whole = factors.product()
     assert whole.shape == padded(weight, 4).shape
     assert all(0 <= side - was < 4 for side, was in zip(whole.shape, shape, strict=True))
@@ -109,7 +109,7 @@ def test_sides_that_no_block_divides_are_padded(shape: tuple[int, int], name: st
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_any_dtype_and_zeros(dtype: torch.dtype) -> None:
     for weight in (draws()(12, 8).to(dtype), torch.zeros(12, 8, dtype=dtype)):
-        factors = linalg.blast(weight, 2, 4, sweeps=60)
+        factors = linalg.blast_factors(weight, 2, 4, sweeps=60)
         assert factors.left.dtype == torch.float64
         assert factors.right.any(), "a factor stays alive"
         assert relative(weight, factors.product()) < 0.5 if weight.any() else not factors.left.any()
@@ -118,7 +118,7 @@ def test_any_dtype_and_zeros(dtype: torch.dtype) -> None:
 def test_more_sweeps_and_seeds_change_the_result() -> None:
     weight = matrices()["gaussian"][:32, :32]
     few, many, other = (
-        linalg.blast(weight, 4, 8, sweeps=sweeps, seed=seed).product()
+        linalg.blast_factors(weight, 4, 8, sweeps=sweeps, seed=seed).product()
         for sweeps, seed in ((5, 0), (100, 0), (100, 1))
     )
     assert relative(weight, many) < 0.9 * relative(weight, few)

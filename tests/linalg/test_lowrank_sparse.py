@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank import linalg
-from lowrank.linalg.lowrank_sparse import LowRankSparse
+from lowrank.linalg.lowrank_sparse import ColumnParts
 
 from .oracle import grams
 
@@ -20,7 +20,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=rng, dtype=torch.float64)
 
 
-def dense(parts: LowRankSparse) -> Tensor:
+def dense(parts: ColumnParts) -> Tensor:
     whole = parts.up @ parts.down
     return whole.index_add(1, parts.inputs, parts.columns)
 

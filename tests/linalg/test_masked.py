@@ -27,7 +27,7 @@ def gram(inner: int, tokens: int = 200, seed: int = 0) -> Tensor:
     return rows.T @ rows / tokens
 
 
-def error(weight: Tensor, parts: linalg.LowRankMasked, metric: Tensor) -> float:
+def error(weight: Tensor, parts: linalg.MaskedParts, metric: Tensor) -> float:
     return linalg.squared_error(weight, parts.up @ parts.down + parts.sparse, metric)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank.linalg import mixed_from, pivot_rows, pivoted
-from lowrank.linalg.pivot import BOUND, Pivoted
+from lowrank.linalg.pivot import BOUND, PivotedFactors
 
 
 def factors(out: int, inner: int, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -19,7 +19,7 @@ def factors(out: int, inner: int, rank: int, seed: int = 0) -> tuple[Tensor, Ten
     return up, torch.randn(rank, inner, generator=rng, dtype=torch.float64)
 
 
-def rebuilt(found: Pivoted) -> np.ndarray:
+def rebuilt(found: PivotedFactors) -> np.ndarray:
     """W in its own order of rows, by NumPy."""
     kept, mix, order = (part.numpy() for part in found)
     weight = np.empty((len(order), kept.shape[1]))
@@ -28,7 +28,7 @@ def rebuilt(found: Pivoted) -> np.ndarray:
     return weight
 
 
-def check(up: Tensor, down: Tensor) -> Pivoted:
+def check(up: Tensor, down: Tensor) -> PivotedFactors:
     """It reproduces up · down, with small coefficients and an order of all rows."""
     found, want = pivoted(up, down, torch.float64), up.numpy() @ down.numpy()
     rank = up.shape[1]

@@ -138,7 +138,7 @@ def test_equal_atoms_and_zero_rows_do_no_harm() -> None:
 @pytest.mark.parametrize("size", [(10, 3), (24, 6), (50, 5)])  # 50 atoms: more than either side
 def test_every_row_has_so_many_atoms_under_any_gram(name: str, size: tuple[int, int]) -> None:
     weight = normal(32, 24)
-    code = linalg.dense_sparse(weight, *size, grams(24)[name], iterations=4)
+    code = linalg.dense_sparse_code(weight, *size, grams(24)[name], iterations=4)
     assert code.basis.shape == (size[0], 24)
     assert code.value.shape == code.atoms.shape == (32, size[1])
     assert (code.atoms.diff(dim=1) > 0).all()
@@ -150,7 +150,7 @@ def test_every_row_has_so_many_atoms_under_any_gram(name: str, size: tuple[int, 
 def test_with_all_atoms_it_is_the_best_of_that_rank() -> None:
     weight, gram = normal(20, 30), grams(30)["good"]
     for metric in (None, gram):
-        code = linalg.dense_sparse(weight, 6, 6, metric)
+        code = linalg.dense_sparse_code(weight, 6, 6, metric)
         assert relative(weight, code, metric) == pytest.approx(svd_error(weight, 6, metric), 1e-9)
 
 
@@ -172,14 +172,15 @@ def test_it_is_nearer_than_low_rank_of_equal_size(
 ) -> None:
     """The specification's figures are of another start; none of ours may be worse by 2 %."""
     assert rank * 512 >= sum(size) * 256  # low rank has no fewer numbers
-    found = relative(weight, linalg.dense_sparse(weight, *size))
+    found = relative(weight, linalg.dense_sparse_code(weight, *size))
     assert found < svd_error(weight, rank)
     assert found <= 1.02 * noted
 
 
 def test_iterations_lower_the_error_of_the_start() -> None:
     errors = [
-        relative(PLANTED, linalg.dense_sparse(PLANTED, 64, 8, iterations=n)) for n in (0, 20, 80)
+        relative(PLANTED, linalg.dense_sparse_code(PLANTED, 64, 8, iterations=n))
+        for n in (0, 20, 80)
     ]
     assert errors[0] > 1.05 * errors[1] > 1.05 * errors[2]
 
@@ -188,7 +189,7 @@ def test_it_serves_the_outputs() -> None:
     """Fitted to the inputs it is nearer at the outputs, and farther from the weight."""
     rows = normal(400, 24, seed=1) * torch.logspace(0, -2, 24).double()
     weight, gram = normal(40, 24), rows.T @ rows / 400
-    aware, blind = (linalg.dense_sparse(weight, 12, 4, metric) for metric in (gram, None))
+    aware, blind = (linalg.dense_sparse_code(weight, 12, 4, metric) for metric in (gram, None))
     assert relative(weight, aware, gram) < 0.8 * relative(weight, blind, gram)
     assert relative(weight, aware) > relative(weight, blind)
 
@@ -198,26 +199,26 @@ def test_lines_are_found_whole(seed: int) -> None:
     """Every row a multiple of one of five atoms: nothing is lost, whatever the inputs are."""
     weight = union(24, 12, 5, 1, seed=seed)
     for gram in (None, grams(12)["good"], grams(12)["dead inputs"]):
-        assert relative(weight, linalg.dense_sparse(weight, 5, 1, gram), gram) < 1e-7
+        assert relative(weight, linalg.dense_sparse_code(weight, 5, 1, gram), gram) < 1e-7
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_weights_of_any_dtype_and_of_zeros(dtype: torch.dtype) -> None:
     for weight in (normal(12, 9).to(dtype), torch.zeros(12, 9, dtype=dtype)):
-        code = linalg.dense_sparse(weight, 5, 2)
+        code = linalg.dense_sparse_code(weight, 5, 2)
         assert code.basis.dtype == torch.float64
         assert (code.basis.norm(dim=1) > 0).all()
         assert relative(weight, code) < 1 if weight.any() else not code.value.any()
 
 
 def test_both_sides_are_equally_long() -> None:
-    code = linalg.dense_sparse(1e6 * normal(20, 16), 8, 3)
+    code = linalg.dense_sparse_code(1e6 * normal(20, 16), 8, 3)
     np.testing.assert_allclose(code.basis.norm(dim=1), code.coefficients().norm(dim=0), rtol=1e-9)
 
 
 def test_the_draw_of_further_atoms_is_seeded() -> None:
     weight = normal(20, 8)
-    one, same, other = (linalg.dense_sparse(weight, 15, 2, seed=seed) for seed in (0, 0, 1))
+    one, same, other = (linalg.dense_sparse_code(weight, 15, 2, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(one.basis, same.basis)
     assert not torch.equal(one.basis, other.basis)
 
@@ -231,7 +232,7 @@ def test_a_basis_that_runs_away_does_no_harm(
     monkeypatch.setattr(module, "HELD", 0.0)
     weight, gram = normal(48, 48), grams(48)["good"]
     start, code = (
-        linalg.dense_sparse(weight, 30, 3, gram, side=side, iterations=n) for n in (0, 400)
+        linalg.dense_sparse_code(weight, 30, 3, gram, side=side, iterations=n) for n in (0, 400)
     )
     errors = []
     for one in (start, code):
@@ -248,7 +249,7 @@ def test_a_basis_that_runs_away_does_no_harm(
 @pytest.mark.parametrize("size", [(10, 3), (24, 6), (50, 5)])
 def test_every_column_has_so_many_atoms_under_any_gram(name: str, size: tuple[int, int]) -> None:
     weight, gram = normal(32, 24), grams(24)[name]
-    code = linalg.dense_sparse(weight, *size, gram, side="in", iterations=4)
+    code = linalg.dense_sparse_code(weight, *size, gram, side="in", iterations=4)
     assert code.basis.shape == (size[0], 32)
     assert code.value.shape == code.atoms.shape == (24, size[1])
     assert (code.atoms.diff(dim=1) > 0).all()
@@ -261,14 +262,14 @@ def test_every_column_has_so_many_atoms_under_any_gram(name: str, size: tuple[in
 
 def test_without_data_it_is_the_code_of_the_transpose() -> None:
     weight = normal(20, 30)
-    one = linalg.dense_sparse(weight, 8, 3, side="in", iterations=20)
-    other = linalg.dense_sparse(weight.T, 8, 3, iterations=20)
+    one = linalg.dense_sparse_code(weight, 8, 3, side="in", iterations=20)
+    other = linalg.dense_sparse_code(weight.T, 8, 3, iterations=20)
     assert relative(weight.T, one) == pytest.approx(relative(weight.T, other), rel=0.02)
 
 
 def test_by_columns_with_all_atoms_it_is_the_best_of_that_rank() -> None:
     weight, gram = normal(20, 30), grams(30)["good"]
-    code = linalg.dense_sparse(weight, 6, 6, gram, side="in")
+    code = linalg.dense_sparse_code(weight, 6, 6, gram, side="in")
     error = linalg.squared_error(weight, (code.coefficients() @ code.basis).T, gram)
     assert error == pytest.approx(float(linalg.tails(linalg.energies(weight, gram))[6]), rel=1e-9)
 
@@ -280,7 +281,7 @@ def test_by_columns_it_serves_the_outputs() -> None:
     weight, gram = normal(40, 24), mixed.T @ mixed / 400
     errors = []
     for metric in (gram, None):
-        code = linalg.dense_sparse(weight, 12, 4, metric, side="in")
+        code = linalg.dense_sparse_code(weight, 12, 4, metric, side="in")
         errors.append(linalg.squared_error(weight, (code.coefficients() @ code.basis).T, gram))
     assert errors[0] < 0.6 * errors[1]
 
@@ -289,7 +290,7 @@ def test_by_columns_it_serves_the_outputs() -> None:
 def test_basis_and_values_are_least_squares_on_the_support(side: linalg.Side) -> None:
     """NumPy's lstsq for one when the other is held gains next to nothing."""
     weight, gram = normal(16, 12), grams(12)["good"]
-    code = linalg.dense_sparse(weight, 6, 2, gram, side=side)
+    code = linalg.dense_sparse_code(weight, 6, 2, gram, side=side)
     root = np.linalg.cholesky(gram.numpy()).T  # H = rootᵀ root
     target, found = weight.numpy(), code.coefficients().numpy()
     near = found @ code.basis.numpy()

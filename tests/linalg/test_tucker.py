@@ -50,7 +50,7 @@ def test_a_planted_multilinear_rank_is_recovered() -> None:
     assert float(table[3, 4]) < 1e-12
     assert float(table[2, 4]) > 1e-3
     assert float(table[3, 3]) > 1e-3
-    parts = tucker.tucker(weight, (3, 4))
+    parts = tucker.tucker_factors(weight, (3, 4))
     torch.testing.assert_close(tucker.rebuilt(parts), weight, rtol=0, atol=1e-12)
 
 
@@ -72,7 +72,7 @@ def test_hooi_is_below_hosvd_and_that_below_root_two_of_the_best(
 ) -> None:
     """T8."""
     weight = normal(*shape, seed=sum(ranks))
-    hosvd, parts = projected(weight, ranks), tucker.tucker(weight, ranks, sweeps=200)
+    hosvd, parts = projected(weight, ranks), tucker.tucker_factors(weight, ranks, sweeps=200)
     hooi = lost(weight, parts)
     tails = [
         (np.linalg.svd(u, compute_uv=False)[r:] ** 2).sum()
@@ -91,7 +91,7 @@ def test_hooi_is_below_hosvd_and_that_below_root_two_of_the_best(
 
 def test_sweeps_never_raise_the_error_and_lower_it() -> None:
     weight = normal(10, 10, 9, seed=4)
-    errors = [lost(weight, tucker.tucker(weight, (3, 4), sweeps=n)) for n in range(8)]
+    errors = [lost(weight, tucker.tucker_factors(weight, (3, 4), sweeps=n)) for n in range(8)]
     assert all(b <= a + 1e-10 for a, b in pairwise(errors))
     assert errors[-1] < errors[0] - 1e-3
     assert errors[0] == pytest.approx(projected(weight, (3, 4)))
@@ -99,7 +99,7 @@ def test_sweeps_never_raise_the_error_and_lower_it() -> None:
 
 def test_swapped_modes_show() -> None:
     weight = planted((7, 7, 9), (3, 3))
-    last, core, first = tucker.tucker(weight, (3, 3))
+    last, core, first = tucker.tucker_factors(weight, (3, 3))
     assert lost(weight, (first.T, core, last.T)) > 0.5 * float(weight.square().sum())
 
 
@@ -144,7 +144,7 @@ def test_alternation_never_raises_the_error_of_the_outputs(name: str) -> None:
 
 def test_without_a_metric_alternation_is_as_good_as_hooi() -> None:
     weight, ranks = normal(8, 8, 9, seed=3), (3, 4)
-    plain = lost(weight, tucker.tucker(weight, ranks, sweeps=100))
+    plain = lost(weight, tucker.tucker_factors(weight, ranks, sweeps=100))
     eye = torch.eye(72, dtype=torch.float64)
     _, errors = tucker.alternated(weight, started(weight, ranks, eye), eye, sweeps=60, steps=30)
     assert errors[-1] == pytest.approx(plain, rel=0.01)
@@ -160,7 +160,7 @@ def test_outputs_that_fit_are_found_in_the_metric_of_the_patches() -> None:
     weight = planted((7, 6, 4), (2, 3)) + noise.view(7, 6, 4)
     total = linalg.squared_error(weight.flatten(1), 0 * weight.flatten(1), gram)
     _, errors = tucker.alternated(weight, started(weight, (2, 3), gram), gram, sweeps=40, steps=20)
-    assert lost(weight, tucker.tucker(weight, (2, 3)), gram) > 0.05 * total
+    assert lost(weight, tucker.tucker_factors(weight, (2, 3)), gram) > 0.05 * total
     assert errors[-1] < 0.02 * total
 
 

@@ -108,7 +108,7 @@ def test_refit_is_the_optimum(shape: tuple[int, int], dense: float, sided: bool)
     h, cross = lean.T @ lean / 200, x.T @ lean / 200
     root = linalg.output_root(gram(out, 7)) if sided else None
     mixed = (1 - dense) * h + dense * cross
-    up, down = linalg.refit(weight, 4, h, mixed, root=root, ridge=1e-12)
+    up, down = linalg.refit_factors(weight, 4, h, mixed, root=root, ridge=1e-12)
     metric = torch.eye(out, dtype=torch.float64) if root is None else root
     targets = ((1 - dense) * lean + dense * x) @ weight.T
     found = ((targets - lean @ (up @ down).T) @ metric.T).square().sum() / 200
@@ -121,7 +121,9 @@ def test_refit_is_the_optimum(shape: tuple[int, int], dense: float, sided: bool)
 
 def test_refit_to_the_same_stream_is_the_whitened_factor() -> None:
     weight, h = normal(8, 12, seed=1), gram(12, 2)
-    products = [u @ d for u, d in (linalg.refit(weight, 3, h, h), linalg.factor(weight, 3, h))]
+    products = [
+        u @ d for u, d in (linalg.refit_factors(weight, 3, h, h), linalg.factor(weight, 3, h))
+    ]
     torch.testing.assert_close(*products, rtol=1e-3, atol=1e-3)
 
 
@@ -129,7 +131,7 @@ def test_an_input_that_is_always_zero_keeps_the_weight() -> None:
     zero = torch.zeros(5, 5, dtype=torch.float64)
     weight = normal(4, 5, seed=1)
     assert torch.equal(linalg.regressed(weight, zero, zero), weight)
-    up, down = linalg.refit(weight, 2, zero, zero)
+    up, down = linalg.refit_factors(weight, 2, zero, zero)
     assert bool(torch.isfinite(up @ down).all())
 
 
@@ -159,5 +161,5 @@ def test_what_is_all_rounding_keeps_the_weight() -> None:
     target = 1e-9 * normal(8, 8, seed=3)
     found = linalg.regressed(weight, noise, target, least=1e-6)
     assert float((found - weight).norm()) < 0.05 * float(weight.norm())
-    up, down = linalg.refit(weight, 6, noise, target, least=1e-6)
+    up, down = linalg.refit_factors(weight, 6, noise, target, least=1e-6)
     assert float((up @ down - found).norm()) < 0.05 * float(weight.norm())

@@ -70,9 +70,9 @@ def test_alternation_is_no_worse_and_near_the_best() -> None:
         def error(parts) -> float:
             return float((weight - numerics.rebuilt(parts)).square().sum())
 
-        start = numerics.tucker(weight, ranks, sweeps=0)
+        start = numerics.tucker_factors(weight, ranks, sweeps=0)
         assert error(start) == pytest.approx(float(table[ranks]), rel=1e-9)
-        found = error(numerics.tucker(weight, ranks, sweeps=50))
+        found = error(numerics.tucker_factors(weight, ranks, sweeps=50))
         assert found <= error(start) * (1 + 1e-12)
         best = min([found, *(from_random(weight, ranks, seed) for seed in range(12))])
         assert error(start) ** 0.5 <= 2**0.5 * best**0.5 + 1e-9
@@ -258,7 +258,7 @@ def test_full_ranks_are_the_convolution() -> None:
         (1, 2), (0, 1, 2), ("zeros", "reflect", "circular"), (True, False)
     ):
         conv = nn.Conv2d(4, 5, 3, stride, padding, bias=bias, padding_mode=mode)
-        new = TuckerConv.from_parts(conv, *numerics.tucker(conv.weight.flatten(2), (5, 4)))
+        new = TuckerConv.from_parts(conv, *numerics.tucker_factors(conv.weight.flatten(2), (5, 4)))
         x = torch.randn(2, 4, 7, 6)
         torch.testing.assert_close(new(x), conv(x), rtol=1e-5, atol=1e-5)
         again = TuckerConv.empty(**new.spec())

@@ -63,6 +63,8 @@ def test_every_law_has_its_tests(law: str) -> None:
 
 def test_the_list_is_whole() -> None:
     assert re.findall(r"^T\d+", __doc__, re.MULTILINE) == list(LAWS)
-    paths = [path for folder in ("linalg", "nn", "train") for path in (TESTS / folder).rglob("*.py")]
+    paths = [
+        path for folder in ("linalg", "nn", "train") for path in (TESTS / folder).rglob("*.py")
+    ]
     found = {(law, path.relative_to(TESTS).as_posix()) for path in paths for law in named(path)}
     assert found == {(law, file) for law, files in LAWS.items() for file in files}

@@ -96,7 +96,7 @@ def test_the_start_is_the_decomposition_and_the_rest_lies_below_it() -> None:
     target = drawn(20, 16)
     model = one_layer(target)
     weight = model[0].weight.detach().clone()
-    want = lowrank.linalg.dense_sparse(weight, 8, 3)
+    want = lowrank.linalg.dense_sparse_code(weight, 8, 3)
     STF(model, sgd(model), rank=8, density=3 / 8)
     layer = model[0]
     torch.testing.assert_close(
