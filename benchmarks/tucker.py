@@ -112,7 +112,7 @@ def by_outputs(net: nn.Module, images: Tensor, others: Tensor) -> list[dict[str,
         for part in (images, others)
     )
     rows = []
-    for site in lowrank.walk.sites.find(net):
+    for site in lowrank.walk.sites.find_sites(net):
         conv: Any = site.module
         if site.kind != "conv" or conv.in_channels == 3:
             continue

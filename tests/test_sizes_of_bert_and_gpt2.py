@@ -19,7 +19,8 @@ from lowrank.api.request import Request
 from lowrank.nn import build
 from lowrank.plans.entry import check_rank
 from lowrank.walk import layouts
-from lowrank.walk import sites as walk
+from lowrank.walk.sites import check_rank_pattern, find_sites, pattern_value, select_sites
+from lowrank.walk.surgery import put
 
 
 def bert() -> Any:
@@ -51,7 +52,7 @@ def rank_by_greenformer(shape: tuple[int, int], rank: int | float) -> int | None
 
 def pattern_of(model: nn.Module, rank: int | float) -> dict[str, int]:
     """Its walk never factors a child of the root; GPT-2's head is one (and tied besides)."""
-    linear = [site for site in walk.find(model) if site.kind == "linear"]
+    linear = [site for site in find_sites(model) if site.kind == "linear"]
     inner = [site for site in linear if "." in site.name]
     ranks = {site.name: rank_by_greenformer(site.shape, rank) for site in inner}
     return {name.replace(".", r"\."): found for name, found in ranks.items() if found}
@@ -63,11 +64,11 @@ def numbers(model: nn.Module) -> int:
 
 def factored_by(model: Any, pattern: dict[str, int]) -> Any:
     """Empty factors wherever the pattern says so."""
-    sites = walk.select(walk.find(model), model)
+    sites = select_sites(find_sites(model), model)
     patterns = Request(rank_pattern=pattern).rank_pattern or {}
-    walk.check_rank_pattern(patterns, sites)
+    check_rank_pattern(patterns, sites)
     for site in sites:
-        key = walk.pattern_value(patterns, site.names)
+        key = pattern_value(patterns, site.names)
         if key is None:
             continue
         check_rank(site.title, site.shape, patterns[key])
@@ -76,7 +77,7 @@ def factored_by(model: Any, pattern: dict[str, int]) -> Any:
             "type": "LowRankLinear", "in_features": in_features, "out_features": out_features,
             "rank": patterns[key], "bias": layouts.bias(site.module) is not None,
         }  # fmt: skip
-        model = walk.replace(model, site, build(spec, site.name))
+        model = put(model, site, build(spec, site.name))
     return model
 
 

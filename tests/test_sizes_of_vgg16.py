@@ -13,7 +13,8 @@ from torch import nn
 
 from lowrank.nn import ChannelConv, Geometry, LowRankLinear, build
 from lowrank.walk import layouts
-from lowrank.walk import sites as walk
+from lowrank.walk.sites import find_sites
+from lowrank.walk.surgery import put
 from tests.test_sizes_of_bert_and_gpt2 import numbers, rank_by_greenformer
 
 WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
@@ -39,7 +40,7 @@ def vgg16() -> nn.Module:
 def factored_by(model: nn.Module, rank: int | float) -> tuple[nn.Module, int]:
     """Its rule reads channels alone, of a convolution too: the kernel is not counted."""
     count = 0
-    for site in walk.find(model):
+    for site in find_sites(model):
         module = site.module
         if isinstance(module, nn.Conv2d):
             found = rank_by_greenformer((module.out_channels, module.in_channels), rank)
@@ -54,7 +55,7 @@ def factored_by(model: nn.Module, rank: int | float) -> tuple[nn.Module, int]:
             }  # fmt: skip
         if found:
             assert layouts.bias(module) is not None
-            model = walk.replace(model, site, build(spec, site.name))
+            model = put(model, site, build(spec, site.name))
             count += 1
     return model, count
 

@@ -174,9 +174,9 @@ def test_either_name_reaches_the_pair(name: str) -> None:
 
 
 def test_all_linear_leaves_embeddings_and_says_why() -> None:
-    found = by_name(sites.select(sites.find(make("gpt2")), make("gpt2")))
+    found = by_name(sites.select_sites(sites.find_sites(make("gpt2")), make("gpt2")))
     assert found["transformer.wte"].reason == "an embedding: name it, or target 'all'"
-    untied = by_name(sites.select(sites.find(make("llama")), make("llama"), "all"))
+    untied = by_name(sites.select_sites(sites.find_sites(make("llama")), make("llama"), "all"))
     assert not any(site.reason for site in untied.values())
     assert {"model.embed_tokens", "lm_head"} <= set(untied)
 
@@ -307,5 +307,5 @@ def test_memory_that_is_tied_against_the_config_is_one_site(tmp_path: Path) -> N
 def test_embeddings_with_other_options_are_not_one_table() -> None:
     one, other = nn.Embedding(9, 4, padding_idx=0), nn.Embedding(9, 4)
     other.weight = one.weight
-    (site,) = sites.find(nn.ModuleDict({"one": one, "other": other}))
+    (site,) = sites.find_sites(nn.ModuleDict({"one": one, "other": other}))
     assert "tied to other (Embedding), which has other options" in site.reason

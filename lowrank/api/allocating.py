@@ -12,7 +12,7 @@ from ..plans.entry import break_even, check_rank
 from ..policies import Energy, policy
 from ..policies.common import Choice, at_most, nearly_free_alignment, only_aligned, smallest
 from ..types import Allocation, Budget, Cost, Curve, Probe, Site
-from ..walk import sites as walk
+from ..walk.sites import pattern_value
 from .request import Request
 
 Curves = dict[str, Curve]
@@ -65,7 +65,7 @@ def _pinned(request: Request, sites: Sequence[Site], curves: Curves) -> Choice:
     found: Choice = {}
     patterns = request.rank_pattern or {}
     for site in sites:
-        key = walk.pattern_value(patterns, site.names)
+        key = pattern_value(patterns, site.names)
         if key is None:
             continue
         value = patterns[key]
@@ -90,7 +90,7 @@ def _check_one_rank(patterns: Mapping[str, int | float], site: Site) -> None:
     Raises:
         LowrankError: their first keys give different ranks.
     """
-    keys = [walk.pattern_value(patterns, [name]) for name in site.names]
+    keys = [pattern_value(patterns, [name]) for name in site.names]
     given = {key: patterns[key] for key in keys if key is not None}
     if len(site.modules) > 1 and len(set(given.values())) > 1:
         raise LowrankError(

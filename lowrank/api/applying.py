@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 from .. import io, linalg
 from ..calibration.statistics import Calibration, statistics_of
 from ..errors import LowrankError, listed
-from ..io.specs import factored, unchanged_on_error
 from ..measure.size import model_cost
 from ..plans import shared_basis as groups
 from ..plans.entry import Entry
@@ -26,7 +25,8 @@ from ..recover.recovery import Recovery
 from ..recover.run import Recovered, recover
 from ..types import Cost, Factored, Method, Site
 from ..walk import layouts
-from ..walk import sites as walk
+from ..walk.sites import find_sites
+from ..walk.surgery import factored, put, unchanged_on_error
 from .allocating import Curves
 from .building import Built, Way, Work, build, error_of, grouped, method_for
 from .notes import notes_of
@@ -61,7 +61,7 @@ def carry_out(
     with unchanged_on_error(model):
         for site, _, new, _ in built:
             if new is not None:
-                root = walk.replace(root, site, new)
+                root = put(root, site, new)
         io.attach(root, {"asked": dict(plan.asked)})
         hand_over(() if came is None else came.vectors.values())
     after = model_cost(root, [])
@@ -132,7 +132,7 @@ def matched(model: nn.Module, plan: Plan) -> Work:
         LowrankError: the plan was made for another model, or a site cannot be factored now.
     """
     groups.checked(plan.entries)
-    sites = walk.find(model)
+    sites = find_sites(model)
     by_name = {name: site for site in sites for name in site.names}
     for entry in plan.entries:
         _check_same(entry, by_name, model)

@@ -123,7 +123,9 @@ def _factored(work: Work, used: Method | JointMethod, stats: Statistics) -> list
             made = list(cast(JointMethod, used).factor(dense, option, stats))
         else:
             made = [cast(Method, used).factor(dense[0], option, stats)]
-    wanted: type[nn.Module] = LowRankEmbedding if layouts.heads(work[0][0].modules) else nn.Module
+    wanted: type[nn.Module] = (
+        LowRankEmbedding if layouts.head_count(work[0][0].modules) else nn.Module
+    )
     wrong = [type(new).__name__ for new in made if not isinstance(new, wanted)]
     if wrong or len(made) != len(work):
         said = f"must give an nn.Module ({wanted.__name__}), got {listed(wrong)}"

@@ -9,7 +9,7 @@ from torch import nn
 from ..errors import unknown
 from ..plans.report import Report
 from ..types import Unit
-from ..walk import sites as walk
+from ..walk.sites import ALL_LINEAR, Patterns
 from .request import Of
 from .verbs import compress
 
@@ -24,8 +24,8 @@ def factorize_by_design(
     *,
     of: Of = "targets",
     unit: Unit = "params",
-    target_modules: walk.Patterns = walk.ALL_LINEAR,
-    exclude_modules: walk.Patterns | None = None,
+    target_modules: Patterns = ALL_LINEAR,
+    exclude_modules: Patterns | None = None,
     align: int | None = None,
     seed: int = 0,
     copy: bool = False,

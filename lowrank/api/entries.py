@@ -36,7 +36,7 @@ def entry_of(
         rcond=None if curve is None else _rcond(curve),
         reason=site.reason if curve is None else _why_dense(option, stack, curve, request),
         kind=site.kind,
-        heads=layouts.heads(site.modules),
+        heads=layouts.head_count(site.modules),
         group="" if stack is site or option.dense else stack.name,
         repeats=repeats,
     )

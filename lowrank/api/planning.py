@@ -21,7 +21,7 @@ from ..plans.plan import Plan
 from ..plans.versions import versions
 from ..types import Curve, JointMethod, Method, Site, Statistics
 from ..walk import layouts
-from ..walk import sites as walk
+from ..walk.sites import pattern_value
 from .allocating import Curves, allocate
 from .entries import entry_of
 from .grouping import Group, groups_of, member_option
@@ -185,7 +185,7 @@ def _is_seen(site: Site, way: Method, seen: Calibration | None) -> bool:
 def _ranked(way: Method, group: Group, request: Request) -> Method:
     """A fixed rank of a convolution is one of channels: options of other sizes are left out."""
     names = [name for site in group for name in site.names]
-    fixed = walk.pattern_value(request.rank_pattern or {}, names) is not None
+    fixed = pattern_value(request.rank_pattern or {}, names) is not None
     if group[0].kind != "conv" or not (fixed or request.ratio is None):
         return way
     return Channels(way) if "conv" in way.kinds else way

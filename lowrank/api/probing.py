@@ -16,8 +16,7 @@ from ..measure.eval import NotFinite, judged
 from ..methods import for_kind
 from ..recover.run import recover
 from ..types import Allocation, JointMethod, Method, Option, Probe, Site
-from ..walk import sites as walk
-from ..walk.surgery import twin
+from ..walk.surgery import put, twin
 from .entries import entry_of
 from .grouping import Group
 from .request import Request
@@ -58,7 +57,7 @@ def probe_of(
             modules = made.modules
         lean = twin(model)
         for site, _, _ in work:
-            walk.replace(lean, walk.in_copy(site, lean), modules[site.name])
+            put(lean, site, modules[site.name])
         try:
             return judged(lean, model, held)
         except NotFinite:

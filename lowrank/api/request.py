@@ -17,7 +17,7 @@ from ..policies import policy as policy_of
 from ..recover.recovery import Recovery
 from ..types import UNITS, JointMethod, Method, Policy, Site, Storage, Unit
 from ..walk import layouts
-from ..walk import sites as walk
+from ..walk.sites import ALL_LINEAR, Patterns, check_rank_pattern, find_sites, select_sites
 from .efforts import Effort
 from .efforts import effort as effort_of
 
@@ -39,8 +39,8 @@ class Request:
     of: Of = "targets"
     unit: Unit = "params"
     prefer: Prefer = "size"
-    target_modules: walk.Patterns = walk.ALL_LINEAR
-    exclude_modules: walk.Patterns | None = None
+    target_modules: Patterns = ALL_LINEAR
+    exclude_modules: Patterns | None = None
     align: int | None = None
     on_missing: OnMissing = "dense"
     seed: int = 0
@@ -171,7 +171,7 @@ def targets_of(model: nn.Module, request: Request) -> list[Site]:
     Raises:
         LowrankError: a pattern matches nothing, no target is left, or a weight is not finite.
     """
-    sites = walk.select(walk.find(model), model, request.target_modules, request.exclude_modules)
+    sites = select_sites(find_sites(model), model, request.target_modules, request.exclude_modules)
     targets = [site for site in sites if not site.reason]
     if not targets:
         reasons = sorted({f"{site.title}: {site.reason}" for site in sites})
@@ -181,7 +181,7 @@ def targets_of(model: nn.Module, request: Request) -> list[Site]:
             f"no layer can be factored: {already if factored else ''}"
             f"{listed(reasons, 4) or 'the model has no dense linear layer'}"
         )
-    walk.check_rank_pattern(request.rank_pattern or {}, sites)
+    check_rank_pattern(request.rank_pattern or {}, sites)
     for site in targets:
         if not layouts.is_finite(site.module):
             raise LowrankError(f"{site.title}: the weight holds NaN or Inf")

@@ -28,8 +28,8 @@ from ..plans.versions import versions
 from ..recover.recovery import Recovery
 from ..tables import aligned
 from ..types import JointMethod, Method, Policy, Storage, Unit
-from ..walk import sites as walk
 from ..walk.checks import check_model
+from ..walk.sites import ALL_LINEAR, Patterns
 from ..walk.surgery import twin
 from .applying import carry_out
 from .efforts import Effort
@@ -142,8 +142,8 @@ def sweep(
     of: Of = "targets",
     unit: Unit = "params",
     prefer: Prefer = "size",
-    target_modules: walk.Patterns = walk.ALL_LINEAR,
-    exclude_modules: walk.Patterns | None = None,
+    target_modules: Patterns = ALL_LINEAR,
+    exclude_modules: Patterns | None = None,
     align: int | None = None,
     storage: Storage | None = None,
     on_missing: OnMissing = "dense",

@@ -18,8 +18,8 @@ from ..plans.plan import Plan
 from ..plans.report import Report
 from ..recover.recovery import Recovery
 from ..types import JointMethod, Method, Policy, Storage, Unit
-from ..walk import sites as walk
 from ..walk.checks import check_model
+from ..walk.sites import ALL_LINEAR, Patterns
 from .allocating import Curves
 from .applying import carry_out, matched
 from .building import method_for
@@ -45,8 +45,8 @@ def plan(
     of: Of = "targets",
     unit: Unit = "params",
     prefer: Prefer = "size",
-    target_modules: walk.Patterns = walk.ALL_LINEAR,
-    exclude_modules: walk.Patterns | None = None,
+    target_modules: Patterns = ALL_LINEAR,
+    exclude_modules: Patterns | None = None,
     align: int | None = None,
     storage: Storage | None = None,
     on_missing: OnMissing = "dense",
@@ -116,8 +116,8 @@ def compress(
     of: Of = "targets",
     unit: Unit = "params",
     prefer: Prefer = "size",
-    target_modules: walk.Patterns = walk.ALL_LINEAR,
-    exclude_modules: walk.Patterns | None = None,
+    target_modules: Patterns = ALL_LINEAR,
+    exclude_modules: Patterns | None = None,
     align: int | None = None,
     storage: Storage | None = None,
     on_missing: OnMissing = "dense",

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from ..errors import LowrankError
 from ..linalg.precision import full_precision
 from ..types import Site
-from ..walk import sites as walk
+from ..walk.sites import find_sites, select_sites
 from .batches import Batch, Forward, rebatched
 from .gradients import Found, Gradients
 from .running import forward, logits_of, mask_of, quiet, without_cache
@@ -51,7 +51,7 @@ def with_fisher(
     Raises:
         LowrankError: as `fisher`.
     """
-    chosen = walk.select(walk.find(model), model) if sites is None else sites
+    chosen = select_sites(find_sites(model), model) if sites is None else sites
     had = seen.statistics
     wanted = [
         site

@@ -13,8 +13,8 @@ from ..errors import LowrankError
 from ..linalg import gram_sum
 from ..types import Curve, Site, Statistics
 from ..walk import layouts, patches
-from ..walk import sites as walk
 from ..walk.checks import check_model
+from ..walk.sites import find_sites, tied_heads
 from . import self_written as selfwritten
 from .batches import LENGTH, Batch, Data, Forward, materialise, parted
 from .frequencies import Frequencies
@@ -85,9 +85,9 @@ def calibrate(
         return data
     batches, source = _batches(model, data, tokenizer, length, seed, progress)
     batches, held_out = parted(batches, hold_out)
-    free = [site for site in walk.find(model) if not site.reason]
+    free = [site for site in find_sites(model) if not site.reason]
     tables = [site for site in free if site.kind == "embedding"]
-    heads = walk.heads(model, tables)
+    heads = tied_heads(model, tables)
     sites = [site for site in free if site.kind in ("linear", "conv")] + list(heads.values())
     first = batches if callable(batches) else batches[:1]
     with Frequencies(tables):  # a bad id gets an error of ours, whichever pass meets it first

@@ -12,7 +12,6 @@ from torch import nn
 from .. import linalg
 from ..calibration.batches import LENGTH, Data
 from ..calibration.statistics import Calibration, calibrate, statistics_of
-from ..io.specs import factored
 from ..measure.timing import paired_ms
 from ..methods.common import low_rank_layer
 from ..plans.entry import break_even
@@ -20,8 +19,9 @@ from ..plans.versions import versions
 from ..tables import aligned
 from ..types import Factored, Option, Site
 from ..walk import layouts
-from ..walk import sites as walk
 from ..walk.checks import check_model
+from ..walk.sites import ALL_LINEAR, Patterns, find_sites, select_sites
+from ..walk.surgery import factored
 from .spectrum import EMPTY, Spectrum
 
 
@@ -121,8 +121,8 @@ def inspect(
     data: Data | Calibration | None = None,
     *,
     tokenizer: Any = None,
-    target_modules: walk.Patterns = walk.ALL_LINEAR,
-    exclude_modules: walk.Patterns | None = None,
+    target_modules: Patterns = ALL_LINEAR,
+    exclude_modules: Patterns | None = None,
     length: int = LENGTH,
     timing: bool = True,
     progress: bool = True,
@@ -140,9 +140,9 @@ def inspect(
         LowrankError: a pattern matches nothing, or the data is of no use.
     """
     check_model(model)
-    found = walk.find(model)
-    chosen = walk.select(found, model, target_modules, exclude_modules)
-    named = exclude_modules is not None or target_modules != walk.ALL_LINEAR
+    found = find_sites(model)
+    chosen = select_sites(found, model, target_modules, exclude_modules)
+    named = exclude_modules is not None or target_modules != ALL_LINEAR
     seen = None
     if data is not None:
         seen = calibrate(model, data, tokenizer=tokenizer, length=length, progress=progress)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,28 +13,8 @@ from ..calibration.statistics import Calibration, statistics_of
 from ..errors import LowrankError
 from ..measure.eval import divergence
 from ..types import Curve, Method, Option, Site
+from ..walk.surgery import replaced
 from .sensitivity_table import Sensitivity
-
-
-@contextmanager
-def replaced(model: nn.Module, site: Site, new: nn.Module) -> Iterator[nn.Module]:
-    """The model with `new` in every place of the site; exactly as before afterwards."""
-    if any(module is model for module in site.modules):
-        yield new
-        return
-    places = [
-        (parent, key, child)
-        for parent in model.modules()
-        for key, child in parent._modules.items()
-        if any(child is module for module in site.modules)
-    ]
-    try:
-        for parent, key, _ in places:
-            parent._modules[key] = new
-        yield model
-    finally:
-        for parent, key, child in places:
-            parent._modules[key] = child
 
 
 def measure(

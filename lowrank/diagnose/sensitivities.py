@@ -17,7 +17,7 @@ from ..errors import LowrankError
 from ..methods import method as method_of
 from ..plans.versions import versions
 from ..types import Method, Site
-from ..walk import sites as walk
+from ..walk.sites import ALL_LINEAR, Patterns
 from . import cache as disk
 from .one_layer import measure, name_of
 from .sensitivity_table import Sensitivity
@@ -34,8 +34,8 @@ def sensitivity(
     calibration: Data | Calibration | None = None,
     cache: str | Path | None = None,
     tokenizer: Any = None,
-    target_modules: walk.Patterns = walk.ALL_LINEAR,
-    exclude_modules: walk.Patterns | None = None,
+    target_modules: Patterns = ALL_LINEAR,
+    exclude_modules: Patterns | None = None,
     length: int = LENGTH,
     seed: int = 0,
     progress: bool = True,

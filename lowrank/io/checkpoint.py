@@ -12,9 +12,10 @@ from torch import nn
 
 from ..errors import LowrankError, listed
 from ..plans.versions import version
+from ..walk.surgery import modules_of, plain_name, swap, unchanged_on_error, unwrapped
 from . import pretrained, tensors
 from .declaration import is_transformers
-from .specs import Spec, check_specs, prepare, specs_of, swap, unchanged_on_error, walk
+from .specs import Spec, check_specs, prepare, specs_of
 
 FORMAT = "lowrank"
 VERSION = 1
@@ -43,7 +44,7 @@ def save(
             cannot be stored. Nothing is written then.
     """
     target = Path(folder)
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    model = unwrapped(model)
     if target.exists() and not target.is_dir():
         raise LowrankError(f"{target} is a file, expected a folder")
     other = INDEX if is_transformers(model) else CONFIG
@@ -123,14 +124,17 @@ def _filled(
     """The model with its layers swapped and its tensors from `path`; unchanged on an error."""
     stored = tensors.header(path)
     new = prepare(model, specs, INDEX)
-    named = {name: new[id(module)] for name, module in walk(model) if id(module) in new}
+    named = {name: new[id(module)] for name, module in modules_of(model) if id(module) in new}
     wanted = tensors.expected(model, named)
     tensors.check_match(wanted, stored, aliases, path)
     _check_unsaved_buffers(model)
     values = tensors.read(path, device or "cpu", dtype)
     with unchanged_on_error(model):
         filled = swap(model, new)
-        filled.load_state_dict(tensors.as_state(values, aliases, wanted), assign=True)
+        state = tensors.as_state(values, aliases, wanted)
+        filled.load_state_dict(
+            {key: state[plain_name(key)] for key in filled.state_dict()}, assign=True
+        )
     # What the file does not hold (unsaved buffers) follows.
     return filled.to(device=device, dtype=dtype)
 

@@ -11,8 +11,9 @@ from torch import nn
 from ..errors import LowrankError
 from ..nn import is_factored
 from ..plans.versions import version
+from ..walk.surgery import factored
 from . import ties
-from .specs import factored, specs_of
+from .specs import specs_of
 
 
 def attach(model: nn.Module, provenance: dict[str, Any] | None = None) -> bool:

@@ -19,10 +19,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import LowrankError, listed
+from ..walk.surgery import factored, modules_of, swap
 from . import ties
 from .card import REMOTE_FILE
 from .merging import densify
-from .specs import Spec, check_specs, factored, prepare, specs_of, swap, walk
+from .specs import Spec, check_specs, prepare, specs_of
 
 VERSION = 1
 SOURCE = "config.json: quantization_config"
@@ -161,7 +162,7 @@ def _renamed(model: nn.Module, specs: dict[str, Spec]) -> dict[str, Spec]:
     names lose or gain the prefix of the base model, and the factored layers of a head that is
     not there are left out, as their weights are.
     """
-    there = {name for name, _ in walk(model)}
+    there = {name for name, _ in modules_of(model)}
     prefix = getattr(model, "base_model_prefix", "")
     saved_as = getattr(getattr(model, "config", None), "architectures", None) or []
     if not prefix or not saved_as or type(model).__name__ in saved_as:
@@ -195,7 +196,7 @@ def _renamed(model: nn.Module, specs: dict[str, Spec]) -> dict[str, Spec]:
 
 def _with_heads(model: nn.Module, specs: dict[str, Spec]) -> dict[str, Spec]:
     """A head that this class ties to a factored embedding, and the saved class did not have."""
-    there = dict(walk(model))
+    there = dict(modules_of(model))
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     heads: dict[str, Spec] = {}
     for target, source in tied.items():

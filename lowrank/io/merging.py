@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import LowrankError, listed
 from ..nn import Geometry, LowRankEmbedding, TiedHead, build, describe, layout_of, table_of
-from .specs import factored, swap
+from ..walk.surgery import factored, swap
 
 
 def densify(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:

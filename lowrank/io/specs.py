@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from ..errors import LowrankError, listed
-from ..nn import Geometry, build, describe, is_factored
+from ..nn import Geometry, build, describe
 from ..nn.lowrank_embedding import table_options
 from ..walk import layouts
+from ..walk.surgery import adopt, factored, modules_of
 from . import ties
 
 Spec = dict[str, Any]
-
-# Names that wrappers put between a module and its parent, and take out of the names of tensors.
-_WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-
-
-def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Like named_modules with every name of a shared module, but not into factored modules.
-
-    A wrapper (FSDP, activation checkpointing) comes before what it wraps, by the same name.
-    """
-    yield prefix, module
-    if is_factored(module):
-        return
-    for key, child in module._modules.items():
-        if child is not None:
-            inner = prefix if key in _WRAPPERS else f"{prefix}.{key}" if prefix else key
-            yield from walk(child, inner)
-
-
-def factored(model: nn.Module) -> dict[str, nn.Module]:
-    """Every name under which the model reaches a factored module."""
-    return {name: module for name, module in walk(model) if is_factored(module)}
 
 
 def specs_of(model: nn.Module) -> dict[str, Spec]:
@@ -76,7 +54,7 @@ def prepare(model: nn.Module, specs: Mapping[str, Spec], source: str) -> dict[in
     Raises:
         LowrankError: a check fails; the module is named.
     """
-    there = dict(walk(model))
+    there = dict(modules_of(model))
     absent = [name for name in specs if name not in there]
     if absent:
         raise LowrankError(
@@ -96,46 +74,9 @@ def prepare(model: nn.Module, specs: Mapping[str, Spec], source: str) -> dict[in
                 )
             continue
         _check_fits(dense, spec, where)
-        built[id(dense)] = _adopt(build(spec, where), dense)
+        built[id(dense)] = adopt(build(spec, where), dense)
     ties.bind({name: built[id(there[name])] for name in specs}, specs, source)
     return built
-
-
-def swap(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
-    """Put `new[id(module)]` at every name of that module; returns the model, or the new root."""
-    if id(model) in new:
-        return new[id(model)]
-    places = [
-        (parent, key, new[id(child)])
-        for parent in model.modules()
-        for key, child in parent._modules.items()
-        if child is not None and id(child) in new
-    ]
-    for parent, key, module in places:
-        parent.register_module(key, module)
-    return model
-
-
-@contextmanager
-def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Put every module's own children and tensors back if the body raises."""
-    before = [
-        (module, dict(module._modules), dict(module._parameters), dict(module._buffers))
-        for module in model.modules()
-    ]
-    try:
-        yield
-    except BaseException:
-        for module, modules, parameters, buffers in before:
-            _restore(module._modules, modules)
-            _restore(module._parameters, parameters)
-            _restore(module._buffers, buffers)
-        raise
-
-
-def _restore(live: dict[str, Any], before: dict[str, Any]) -> None:
-    live.clear()
-    live.update(before)
 
 
 def _candidates(there: Mapping[str, nn.Module]) -> list[str]:
@@ -200,13 +141,3 @@ def _check_options(dense: nn.Module, spec: Spec, where: str) -> None:
             f"{where}: stored with the options {stored}, but {type(dense).__name__} has "
             f"{table_options(dense)}"
         )
-
-
-def _adopt(new: nn.Module, dense: nn.Module) -> nn.Module:
-    """Give an empty factored module what is not in its spec: training flag, gradients."""
-    weight, bias = layouts.matrix(dense), layouts.bias(dense)
-    new.train(dense.training)
-    for name, parameter in new.named_parameters():
-        source = bias if name.endswith("bias") and bias is not None else weight
-        parameter.requires_grad_(source.requires_grad)
-    return new

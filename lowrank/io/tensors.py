@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowrankError, listed
+from ..walk.surgery import plain_name
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ def collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     aliases: dict[str, str] = {}
     owners: dict[object, str] = {}
     memory: set[int] = set()
-    for name, value in model.state_dict(keep_vars=True).items():
+    for key, value in model.state_dict(keep_vars=True).items():
+        name = plain_name(key)
         if not isinstance(value, Tensor):
             raise LowrankError(f"{name}: {type(value).__name__} cannot be stored without pickle")
         if value.is_meta or value.layout != torch.strided:
@@ -101,9 +103,10 @@ def read(path: Path, device: torch.device | str, dtype: torch.dtype | None) -> d
 
 def expected(model: nn.Module, new: Mapping[str, nn.Module]) -> dict[str, Entry]:
     """What the model will want to load once the modules at these names are replaced."""
+    state = {plain_name(k): v for k, v in model.state_dict(keep_vars=True).items()}
     entries = {
         key: _entry(tensor)
-        for key, tensor in model.state_dict(keep_vars=True).items()
+        for key, tensor in state.items()
         if not any(name in new for name in _ancestors(key))
     }
     for name, module in new.items():

@@ -86,7 +86,7 @@ def factored_cost(site: Site, rank: int) -> Cost:
     """Of plain factors, for all modules that hold the weight together."""
     dtype = layouts.matrix(site.module).dtype
     if site.kind == "embedding":
-        return lookup_cost(*site.shape, rank, dtype, layouts.heads(site.modules))
+        return lookup_cost(*site.shape, rank, dtype, layouts.head_count(site.modules))
     return low_rank_cost(*site.shape, rank, dtype)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..calibration.batches import Batch
 from ..calibration.running import SameTensor, first_tensor, forward, quiet, without_cache
 from ..errors import LowrankError
+from ..walk.surgery import module_at
 
 Path = tuple[Any, ...]
 
@@ -44,7 +45,7 @@ class Chain:
             LowrankError: a block is not called once in every pass, after its predecessor.
         """
         self.names = tuple(names)
-        self._blocks = [model.get_submodule(name) for name in names]
+        self._blocks = [module_at(model, name) for name in names]
         self._calls: list[list[_Call]] = []
         self._out: Path | None = None
         self.hidden: list[Tensor] = []
@@ -54,7 +55,7 @@ class Chain:
 
     def refresh(self, model: nn.Module) -> None:
         """Take the blocks anew: one that is itself a layer may have been replaced."""
-        self._blocks = [model.get_submodule(name) for name in self.names]
+        self._blocks = [module_at(model, name) for name in self.names]
 
     def block(self, index: int) -> nn.Module:
         return self._blocks[index]

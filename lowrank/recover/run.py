@@ -36,8 +36,7 @@ from ..nn import (
 from ..plans.entry import Entry
 from ..types import Method, Site
 from ..walk import layouts
-from ..walk import sites as walk
-from ..walk.surgery import twin
+from ..walk.surgery import module_at, put, twin
 from .batchnorm import batch_norms, bn_recalibrate
 from .blocks import distill, refit_block
 from .chain import Chain
@@ -132,14 +131,14 @@ class _Job:
         refits = [s for s in refits if s.name in called and self._stats(s) and len(s.modules) == 1]
         for site, _, new in work:
             if site not in refits:
-                walk.replace(self.student, walk.in_copy(site, self.student), new)
+                put(self.student, site, new)
         self._sequential(refits)
         self._batchnorm()
         self._distill()
         for site in refits:  # training happens on plain factors: they are better conditioned
             self._store(site)
         self._judge(work)
-        found = {site.name: self.student.get_submodule(site.name) for site, _, _ in work}
+        found = {site.name: module_at(self.student, site.name) for site, _, _ in work}
         return Recovered(found, self.vectors, tuple(self.said), self.broken)
 
     def _stats(self, site: Site) -> bool:
@@ -201,7 +200,7 @@ class _Job:
         return cast(nn.Module, new)
 
     def _refit_block(self, lean: Chain, index: int, targets: list[Tensor]) -> None:
-        block = self.student.get_submodule(lean.names[index])
+        block = module_at(self.student, lean.names[index])
         trained = [*factors_in(block), *own_vectors(block, self.vectors)]
         if not factors_in(block):
             return
@@ -213,9 +212,9 @@ class _Job:
         self.refitted.append(came)
 
     def _store(self, site: Site) -> None:
-        new = self.student.get_submodule(site.name)
+        new = module_at(self.student, site.name)
         if self.entries[site.name].storage == "pivoted" and isinstance(new, LowRankLinear):
-            walk.replace(self.student, walk.in_copy(site, self.student), pivot_layer(new))
+            put(self.student, site, pivot_layer(new))
 
     def _batchnorm(self) -> None:
         norms = batch_norms(self.student)
@@ -271,7 +270,7 @@ class _Job:
         held = self._held()
         plain = twin(self.model)
         for site, _, new in work:
-            walk.replace(plain, walk.in_copy(site, plain), new)
+            put(plain, site, new)
         try:
             before, after = (judged(part, self.model, held) for part in (plain, self.student))
         except NotFinite:

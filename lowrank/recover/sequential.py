@@ -20,7 +20,7 @@ from ..calibration.statistics import counted_rows
 from ..errors import LowrankError
 from ..linalg import cross_sum, gram_sum
 from ..types import Site
-from ..walk import sites as walk
+from ..walk.surgery import module_at, put
 from .chain import Chain
 
 Runs = Callable[[], object]
@@ -139,7 +139,7 @@ def _replace(student: nn.Module, group: Sequence[Site], moments: Moments | None,
     if moments is None:
         return
     for site in group:
-        walk.replace(student, walk.in_copy(site, student), fit(site, moments))
+        put(student, site, fit(site, moments))
 
 
 def _moments(
@@ -151,8 +151,7 @@ def _moments(
 ) -> Moments | None:
     """Both streams' inputs of one site, batch by batch; None where it saw no token."""
     count, sums = 0, [torch.zeros(()) for _ in range(4)]
-    there = {name: part.get_submodule(site.name) for name, part in
-             (("dense", model), ("lean", student))}  # fmt: skip
+    there = {"dense": module_at(model, site.name), "lean": module_at(student, site.name)}
     for run_dense, run_lean, mask in zip(*runs, masks, strict=True):
         with quiet(model), quiet(student), without_cache(model), without_cache(student):
             x = _inputs(there["dense"], run_dense)

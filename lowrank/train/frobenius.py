@@ -18,7 +18,7 @@ from ..walk.sites import ALL_LINEAR, Patterns
 from .parts.attachment import Attachment, weights_of
 from .parts.factor_controller import FactorController
 from .parts.factors import decay
-from .parts.optimizer import unwrapped
+from .parts.optimizer import inner_optimizer
 
 
 class FrobeniusDecay(FactorController):
@@ -75,7 +75,7 @@ def refuse_decay(at: Attachment) -> None:
     Raises:
         LowrankError: it does, at the layer that is named; all claims are given up.
     """
-    groups = unwrapped(at.optimizer).param_groups
+    groups = inner_optimizer(at.optimizer).param_groups
     decayed = {id(p) for group in groups if group.get("weight_decay") for p in group["params"]}
     for site in at.sites:
         if any(id(weight) in decayed for weight in weights_of(site.module)):

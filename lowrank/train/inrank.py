@@ -28,7 +28,7 @@ from ..nn import LowRankLinear
 from ..walk.sites import ALL_LINEAR, Patterns
 from .parts.factor_controller import FactorController
 from .parts.factors import enter, resize
-from .parts.optimizer import unwrapped
+from .parts.optimizer import inner_optimizer
 
 
 class InRank(FactorController):
@@ -143,7 +143,7 @@ class InRank(FactorController):
     def _forget(self, module: LowRankLinear) -> None:
         """The SVD has mixed the components: their moments mean nothing any more."""
         for weight in (module.up.weight, module.down.weight):
-            unwrapped(self._at.optimizer).state.pop(weight, None)
+            inner_optimizer(self._at.optimizer).state.pop(weight, None)
 
     def _policy(self) -> dict[str, Any]:
         return {"explained": self.explained, "final": self._final}

@@ -27,7 +27,8 @@ from ..nn import LowRankSparseLinear, low_rank_sparse_cost
 from ..nn.lowrank_sparse import Act
 from ..types import Site
 from ..walk import layouts
-from ..walk import sites as walk
+from ..walk.sites import ALL_LINEAR, Patterns, find_sites, select_sites
+from ..walk.surgery import put
 
 Channels = Literal["tail", "random", "norm"]
 Values = Literal["weight", "residual"]
@@ -43,8 +44,8 @@ def lost(
     channels: Channels = "tail",
     tail_rank: int | None = None,
     values: Values = "weight",
-    target_modules: walk.Patterns = walk.ALL_LINEAR,
-    exclude_modules: walk.Patterns | None = None,
+    target_modules: Patterns = ALL_LINEAR,
+    exclude_modules: Patterns | None = None,
     seed: int = 0,
     copy: bool = False,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
@@ -77,7 +78,7 @@ def lost(
     """
     _check(rank, sparsity, gamma, act, channels, tail_rank, values)
     model = copies.deepcopy(model) if copy else model
-    every = walk.select(walk.find(model), model, target_modules, exclude_modules)
+    every = select_sites(find_sites(model), model, target_modules, exclude_modules)
     sizes = {site.name: _sizes(site, rank, sparsity) for site in every}
     reasons = {site.name: _reason(site, sizes[site.name]) for site in every}
     if all(reasons.values()):
@@ -99,7 +100,7 @@ def lost(
         new = LowRankSparseLinear.from_parts(
             down, up, columns, parts[3], bias, gamma=gamma, act=act
         )
-        model = walk.replace(model, site, new)
+        model = put(model, site, new)
         share = new.cost().params / site.cost.params
         lines.append(
             {"site": site.name, "event": "lost", "rank": lower, "channels": count, "share": share}

@@ -28,7 +28,7 @@ from ..linalg.nm import nm_bytes, nm_mask
 from ..nn import DenseSparseLinear, LowRankLinear, LowRankSparseLinear
 from ..types import Site
 from ..walk import layouts
-from ..walk import sites as walk
+from ..walk.sites import ALL_LINEAR, Patterns, find_sites
 from .parts.factor_controller import FactorController
 
 Way = Literal["linear", "exponential", "stepwise", "geometric", "densify", "sr-ste"]
@@ -56,8 +56,8 @@ class NM(FactorController):
         way: Way = "exponential",
         rate: float | None = None,
         strength: float = 2e-4,
-        target_modules: walk.Patterns = walk.ALL_LINEAR,
-        exclude_modules: walk.Patterns | None = None,
+        target_modules: Patterns = ALL_LINEAR,
+        exclude_modules: Patterns | None = None,
     ) -> None:
         """Begin the first phase with the chosen layers: dense ones, and factors of factored ones.
 
@@ -215,7 +215,7 @@ def frames(way: str, pattern: Pattern) -> list[Pattern]:
 def _find(root: nn.Module) -> list[Site]:
     """Dense layers, and layers of factors that are multiplied along their inputs."""
     modules = [(name, m) for name, m in root.named_modules() if isinstance(m, FACTORED)]
-    return walk.find(root) + [
+    return find_sites(root) + [
         Site(name, (name,), "linear", (m,), (m.out_features, m.in_features), m.cost())
         for name, m in modules
     ]

@@ -26,7 +26,7 @@ from ..methods.dense_sparse import DENSITY
 from ..nn import DenseSparseLinear, layout_of, remember_layout
 from ..types import Site
 from ..walk import layouts
-from ..walk import sites as walk
+from ..walk.sites import ALL_LINEAR, Patterns
 from .parts.coding import Size, find, sizes, start
 from .parts.distributed import agreed
 from .parts.factor_controller import FactorController
@@ -55,8 +55,8 @@ class STF(FactorController):
         every: int = 1,
         freeze: int | None = None,
         decay: float = 0.0,
-        target_modules: walk.Patterns = walk.ALL_LINEAR,
-        exclude_modules: walk.Patterns | None = None,
+        target_modules: Patterns = ALL_LINEAR,
+        exclude_modules: Patterns | None = None,
         seed: int = 0,
     ) -> None:
         """Put a latent in place of the chosen layers, in the model and in the optimizer.

@@ -60,11 +60,11 @@ def dense_cost(*modules: nn.Module) -> Cost:
     """Of one weight that all these modules hold: embeddings look up, linear layers multiply."""
     weight = matrix(modules[0])
     size = weight.numel()
-    products = heads(modules) * size if kind(modules[0]) == "embedding" else size
+    products = head_count(modules) * size if kind(modules[0]) == "embedding" else size
     return Cost(size, size * weight.dtype.itemsize, products)
 
 
-def heads(modules: Sequence[nn.Module]) -> int:
+def head_count(modules: Sequence[nn.Module]) -> int:
     """How many of the modules that hold a table (first) multiply by it: its output heads."""
     return sum(kind(m) != "embedding" for m in modules) if kind(modules[0]) == "embedding" else 0
 

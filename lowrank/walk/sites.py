@@ -1,4 +1,4 @@
-"""The walk: find the weights that may be factored, select by pattern, replace.
+"""The walk: find the weights that may be factored, and select them by pattern.
 
 Patterns have peft's meaning: a list holds names or their endings, a string is a regular expression
 for the full name (or one name), "all-linear" means every linear layer and convolution but the
@@ -8,16 +8,16 @@ No architecture is named here: everything is read from the modules themselves.
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace as changed
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
 from ..errors import LowrankError, listed
-from ..nn import LowRankEmbedding, TiedEmbedding, TiedHead, is_factored, remember_layout
 from ..types import Site
 from . import layouts
+from .surgery import modules_of
 from .ties import address, holders, tie_obstacle
 
 ALL_LINEAR = "all-linear"
@@ -26,7 +26,7 @@ STEM = 4  # channels of an image at most
 Patterns = str | Collection[str]
 
 
-def find(model: nn.Module) -> list[Site]:
+def find_sites(model: nn.Module) -> list[Site]:
     """Every weight of a known kind, in the model's own order; tied weights are one site.
 
     An embedding and the head that holds its weight are one site of kind "embedding", whose first
@@ -35,7 +35,7 @@ def find(model: nn.Module) -> list[Site]:
     """
     modules: dict[int, nn.Module] = {}
     names: dict[int, list[str]] = {}
-    for name, module in _walk(model):
+    for name, module in modules_of(model):
         modules[id(module)] = module
         names.setdefault(id(module), []).append(name)
     held = holders(model)
@@ -54,10 +54,10 @@ def find(model: nn.Module) -> list[Site]:
     return sites
 
 
-def heads(model: nn.Module, tables: Iterable[Site]) -> dict[str, Site]:
+def tied_heads(model: nn.Module, tables: Iterable[Site]) -> dict[str, Site]:
     """By the names of tied pairs: the linear layers that multiply by the table, as a site."""
     names: dict[int, list[str]] = {}
-    for name, module in _walk(model):
+    for name, module in modules_of(model):
         names.setdefault(id(module), []).append(name)
     found = {}
     for site in tables:
@@ -68,7 +68,7 @@ def heads(model: nn.Module, tables: Iterable[Site]) -> dict[str, Site]:
     return found
 
 
-def select(
+def select_sites(
     sites: Sequence[Site],
     model: nn.Module,
     target_modules: Patterns = ALL_LINEAR,
@@ -100,7 +100,7 @@ def select(
             reason = reason or "not in target_modules"
         if exclude_modules and any(_matches(exclude_modules, name) for name in site.names):
             reason = reason or "in exclude_modules"
-        chosen.append(changed(site, reason=reason))
+        chosen.append(dataclasses.replace(site, reason=reason))
     return chosen
 
 
@@ -140,57 +140,6 @@ def check_rank_pattern(patterns: Mapping[str, object], sites: Sequence[Site]) ->
                 f"rank_pattern {key!r} names only layers that stay dense; "
                 f"{named[0].title}: {named[0].reason}"
             )
-
-
-def replace(model: nn.Module, site: Site, new: nn.Module) -> nn.Module:
-    """Put `new` at every name of the site; returns the model, or `new` if the site is the root.
-
-    The training flag and `requires_grad` of the replaced layer are kept. Of a table that several
-    modules hold, the first gets `new`, and the others readers of it.
-    """
-    old = site.module
-    new.train(old.training)
-    remember_layout(new, layouts.layout(old))
-    weight, bias = layouts.matrix(old), layouts.bias(old)
-    for name, parameter in new.named_parameters():
-        source = bias if name.endswith("bias") and bias is not None else weight
-        parameter.requires_grad_(source.requires_grad)
-    readers = {id(module): _reader(module, old, new) for module in site.modules}
-    there = {name: model.get_submodule(name) for name in site.names}
-    root = model
-    for name, module in there.items():
-        if name == "":
-            root = readers[id(module)]
-            continue
-        parent_name, _, child = name.rpartition(".")
-        model.get_submodule(parent_name).register_module(child, readers[id(module)])
-    return root
-
-
-def in_copy(site: Site, model: nn.Module) -> Site:
-    """The same site in a copy of the model that it was found in."""
-    by_id = {id(module): module for module in map(model.get_submodule, site.names)}
-    return changed(site, modules=tuple(by_id.values()))
-
-
-def _reader(module: nn.Module, first: nn.Module, new: nn.Module) -> nn.Module:
-    """What takes the place of `module`, when `new` takes that of `first`."""
-    if module is first or not isinstance(new, LowRankEmbedding):
-        return new
-    if layouts.kind(module) == "embedding":
-        return TiedEmbedding.of(new).train(module.training)
-    bias = module._parameters.get("bias")
-    return TiedHead.of(new, bias).train(module.training)
-
-
-def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Like named_modules with every name of a shared module, but not into factored modules."""
-    yield prefix, model
-    if is_factored(model):
-        return
-    for name, child in model._modules.items():
-        if child is not None:
-            yield from _walk(child, f"{prefix}.{name}" if prefix else name)
 
 
 def _site(modules: tuple[nn.Module, ...], names: tuple[str, ...], reason: str) -> Site:

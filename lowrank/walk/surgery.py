@@ -1,11 +1,116 @@
-"""The one place that replaces modules."""
+"""The one place that replaces modules: in place, in a twin, for a moment, under wrappers.
+
+Modules are known by identity, and reached by the names that the user's own model gives them: what
+torch.compile, DDP, FSDP and activation checkpointing put around a module takes no part in a name.
+"""
 
 from __future__ import annotations
 
 import copy
-from itertools import chain as joined
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from ..errors import LowrankError
+from ..nn import LowRankEmbedding, TiedEmbedding, TiedHead, is_factored, remember_layout
+from ..types import Site
+from . import layouts
+
+# What wrappers call the module inside: torch.compile; FSDP and activation checkpointing.
+COMPILED = "_orig_mod"
+_WRAPPED = frozenset({COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_PARALLEL = (DataParallel, DistributedDataParallel)
+
+
+def modules_of(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module under every one of its names; what is inside factored modules is left out.
+
+    A wrapper comes before the module inside it, by the same name.
+    """
+    yield prefix, model
+    if is_factored(model):
+        return
+    for key, child in model._modules.items():
+        if child is not None:
+            yield from modules_of(child, _name(model, key, prefix))
+
+
+def factored(model: nn.Module) -> dict[str, nn.Module]:
+    """Every name under which the model reaches a factored module."""
+    return {name: module for name, module in modules_of(model) if is_factored(module)}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DDP, DataParallel and torch.compile; FSDP's wrapper owns the tensors."""
+    if isinstance(model, _PARALLEL):
+        return unwrapped(model.module)
+    inner = model._modules.get(COMPILED)
+    return model if inner is None else unwrapped(inner)
+
+
+def module_at(model: nn.Module, name: str) -> nn.Module:
+    """The module of that name, wrappers passed through.
+
+    Raises:
+        LowrankError: there is none.
+    """
+    module = _inside(model)
+    for key in name.split(".") if name else ():
+        child = module._modules.get(key)
+        if child is None:
+            raise LowrankError(f"{type(_inside(model)).__name__} has no module {name!r}")
+        module = _inside(child)
+    return module
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name without what torch.compile puts in; other wrappers take out their own."""
+    return ".".join(part for part in name.split(".") if part != COMPILED)
+
+
+def swap(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
+    """Put `new[id(module)]` in every place of that module; returns the model, or the new root."""
+    if id(model) in new:
+        return new[id(model)]
+    for parent, key, child in _places(model, new):
+        _set(parent, key, new[id(child)])
+    return model
+
+
+def put(model: nn.Module, site: Site, new: nn.Module) -> nn.Module:
+    """Put `new` in every place of the site; returns the model, or `new` if the site is the root.
+
+    The training flag and `requires_grad` of the replaced layer are kept. Of a table that several
+    modules hold, the first gets `new`, and the others readers of it.
+
+    Args:
+        site: of this model, or of one that it is a copy or a twin of.
+    """
+    modules = in_copy(site, model).modules
+    first = modules[0]
+    adopt(new, first)
+    remember_layout(new, layouts.layout(first))
+    return swap(model, {id(module): _reader(module, first, new) for module in modules})
+
+
+def adopt(new: nn.Module, dense: nn.Module) -> nn.Module:
+    """Give a factored module the training flag and `requires_grad` of the layer it replaces."""
+    bias, trained = layouts.bias(dense), layouts.matrix(dense).requires_grad
+    trained_bias = trained if bias is None else bias.requires_grad
+    new.train(dense.training)
+    for name, parameter in new.named_parameters():
+        parameter.requires_grad_(trained_bias if name.endswith("bias") else trained)
+    return new
+
+
+def in_copy(site: Site, model: nn.Module) -> Site:
+    """The same site in the model that it was found in, or in a copy of it."""
+    distinct = {id(module): module for module in (module_at(model, n) for n in site.names)}
+    return dataclasses.replace(site, modules=tuple(distinct.values()))
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -13,5 +118,92 @@ def twin(model: nn.Module) -> nn.Module:
 
     Modules can be replaced in one of the two without the other noticing.
     """
-    shared = {id(tensor): tensor for tensor in joined(model.parameters(), model.buffers())}
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, dict(shared))
+
+
+@contextmanager
+def replaced(model: nn.Module, site: Site, new: nn.Module) -> Iterator[nn.Module]:
+    """The model with `new` in every place of the site; exactly as before afterwards."""
+    if any(module is model for module in site.modules):
+        yield new
+        return
+    places = _places(model, {id(module): module for module in site.modules})
+    try:
+        for parent, key, _ in places:
+            _set(parent, key, new)
+        yield model
+    finally:
+        for parent, key, child in places:
+            _set(parent, key, child)
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Put every module's own children and tensors back if the body raises."""
+    before = [
+        (live, dict(live))
+        for module in model.modules()
+        for live in (module._modules, module._parameters, module._buffers)
+    ]
+    try:
+        yield
+    except BaseException:
+        for live, content in before:
+            live.clear()
+            live.update(content)  # type: ignore[arg-type]  # of the same dict
+        for module in model.modules():
+            if COMPILED in module._modules:
+                _renew(module)
+        raise
+
+
+def _places(
+    model: nn.Module, wanted: Mapping[int, object]
+) -> list[tuple[nn.Module, str, nn.Module]]:
+    """(parent, key, child) of every place at which one of these modules stands."""
+    return [
+        (parent, key, child)
+        for parent in model.modules()
+        for key, child in parent._modules.items()
+        if child is not None and id(child) in wanted
+    ]
+
+
+def _set(parent: nn.Module, key: str, child: nn.Module) -> None:
+    parent._modules[key] = child
+    if key == COMPILED:
+        _renew(parent)
+
+
+def _renew(compiled: nn.Module) -> None:
+    """torch.compile's wrapper keeps the forward of the module inside, and makes it anew here."""
+    compiled.__setstate__(dict(compiled.__dict__))
+
+
+def _reader(module: nn.Module, first: nn.Module, new: nn.Module) -> nn.Module:
+    """What takes the place of `module`, when `new` takes that of `first`."""
+    if module is first or not isinstance(new, LowRankEmbedding):
+        return new
+    if layouts.kind(module) == "embedding":
+        return TiedEmbedding.of(new).train(module.training)
+    bias = module._parameters.get("bias")
+    return TiedHead.of(new, bias).train(module.training)
+
+
+def _name(parent: nn.Module, key: str, prefix: str) -> str:
+    if _is_inside(parent, key):
+        return prefix
+    return f"{prefix}.{key}" if prefix else key
+
+
+def _is_inside(parent: nn.Module, key: str) -> bool:
+    """Whether the child of that key is what `parent` is a wrapper of."""
+    return key in _WRAPPED or (isinstance(parent, _PARALLEL) and key == "module")
+
+
+def _inside(module: nn.Module) -> nn.Module:
+    """The module inside all wrappers; one without a wrapper is itself."""
+    inner = (child for key, child in module._modules.items() if _is_inside(module, key))
+    child = next(inner, None)
+    return module if child is None else _inside(child)

@@ -80,7 +80,7 @@ def test_targets_are_the_sites_without_a_reason() -> None:
 
 def test_the_cost_of_a_model_counts_each_tensor_once() -> None:
     model = make("gpt2")  # the head is tied to the embedding
-    cost = model_cost(model, sites.find(model))
+    cost = model_cost(model, sites.find_sites(model))
     assert cost.params == sum(p.numel() for p in model.parameters()) == model.num_parameters()
     assert cost.bytes == 4 * cost.params
     half = make("gpt2").bfloat16()
@@ -91,5 +91,5 @@ def test_the_cost_of_a_model_counts_each_tensor_once() -> None:
 
 def test_macs_are_those_of_linear_layers_factored_ones_too() -> None:
     model = nn.Sequential(nn.Linear(8, 4), LowRankLinear(4, 6, 2), nn.LayerNorm(6))
-    assert model_cost(model, sites.find(model)).macs == 8 * 4 + 2 * (4 + 6)
-    assert model_cost(mlp(3, 5), sites.find(mlp(3, 5))).macs == 15
+    assert model_cost(model, sites.find_sites(model)).macs == 8 * 4 + 2 * (4 + 6)
+    assert model_cost(mlp(3, 5), sites.find_sites(mlp(3, 5))).macs == 15

@@ -13,7 +13,7 @@ from lowrank import LowrankError, with_fisher
 from lowrank.calibration import fisher as fisher_of
 from lowrank.calibration.running import forward, logits_of
 from lowrank.walk import layouts
-from lowrank.walk import sites as walk
+from lowrank.walk.sites import find_sites
 from tests import zoo
 from tests.zoo import calibration
 
@@ -170,7 +170,7 @@ def test_tokens_that_no_sequence_can_be_told_of_count_by_themselves() -> None:
 
     model = zoo.Custom(call, a=nn.Linear(4, 5), b=nn.Linear(5, 5))
     batches = [torch.randn(1, 4, 4), torch.randn(2, 4, 4)]
-    sites = [site for site in walk.find(model) if site.name == "b"]
+    sites = [site for site in find_sites(model) if site.name == "b"]
     found = with_fisher(model, calibration(model, batches), sites, seed=3).statistics["b"]
     logits = torch.cat([model(batch).flatten(0, 1) for batch in batches])
     labels = drawn(logits, 3)
@@ -218,7 +218,7 @@ def test_the_output_head_is_left_out_unless_it_is_asked_for() -> None:
     assert seen.statistics["lm_head"].count
     assert plain.statistics["lm_head"].out_gram is None
     assert plain.statistics["model.layers.0.mlp.up_proj"].out_gram is not None
-    sites = [site for site in walk.find(model) if site.name == "lm_head"]
+    sites = [site for site in find_sites(model) if site.name == "lm_head"]
     whole = with_fisher(model, plain, sites)
     assert whole.statistics["lm_head"].out_gram.shape == (zoo.VOCABULARY, zoo.VOCABULARY)
     up = "model.layers.0.mlp.up_proj"
@@ -230,7 +230,7 @@ def test_layers_gathered_apart_are_those_gathered_together() -> None:
     model = zoo.make("llama")
     seen = lowrank.calibrate(model, zoo.tokens(), progress=False)
     together = with_fisher(model, seen, seed=3).statistics
-    sites = [site for site in walk.find(model) if "mlp" in site.name]
+    sites = [site for site in find_sites(model) if "mlp" in site.name]
     apart = with_fisher(model, with_fisher(model, seen, sites, seed=3), seed=3).statistics
     for name, stats in together.items():
         if stats.out_gram is not None:

@@ -125,7 +125,8 @@ def test_config_is_no_way_to_compress_while_loading(zoo, tmp_path: Path) -> None
 def test_names_do_not_carry_what_activation_checkpointing_adds(zoo) -> None:
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-    from lowrank.io.specs import prepare, specs_of, swap
+    from lowrank.io.specs import prepare, specs_of
+    from lowrank.walk.surgery import swap
 
     model = zoo.factor(zoo.Net(), ("0", "shared", "again"), rank=4)
     plain = specs_of(model)

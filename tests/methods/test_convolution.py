@@ -96,7 +96,7 @@ def test_the_outputs_are_nearer_than_by_the_weight_and_by_channels() -> None:
     net, x = small_net(), images(64)
     seen = lowrank.calibrate(net, [x], progress=False)
     name = "stage2.1.conv2"
-    site = next(s for s in lowrank.walk.sites.find(net) if s.name == name)
+    site = next(s for s in lowrank.walk.sites.find_sites(net) if s.name == name)
     stats, conv = seen.statistics[name], net.get_submodule(name)
     curves = {way: way.curve(site, stats) for way in (Tucker(), WhitenedTucker())}
     with torch.no_grad():

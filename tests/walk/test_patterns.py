@@ -19,7 +19,7 @@ def names_of(found: list[sites.Site]) -> list[str]:
 
 def chosen(model: nn.Module, *patterns: Any) -> list[str]:
     """Names of the sites that stay targets."""
-    selected = sites.select(sites.find(model), model, *patterns)
+    selected = sites.select_sites(sites.find_sites(model), model, *patterns)
     return [site.name for site in selected if not site.reason]
 
 
@@ -82,7 +82,7 @@ def test_rank_pattern_means_what_it_means_in_peft() -> None:
         "layers.1.self_attn.q_proj": 3, "q_proj": 4, r"layers\.\d+\.mlp\..*": 5, "proj": 6,
         "^model.layers.0.self_attn.o_proj": 7, "v_proj|k_proj": 8, "head": 9, "lm_head": 10,
     }  # fmt: skip
-    names = names_of(sites.find(make("llama")))
+    names = names_of(sites.find_sites(make("llama")))
     hit = set()
     for name in names:
         expected = other.get_pattern_key(list(patterns), name)  # the name itself: no match
@@ -104,7 +104,7 @@ def test_the_output_head_is_left_unless_named() -> None:
     assert "lm_head" not in chosen(model)
     assert chosen(model, ["lm_head"]) == ["lm_head"]
     assert chosen(model, "lm_head") == ["lm_head"]
-    (head,) = [s for s in sites.select(sites.find(model), model) if s.name == "lm_head"]
+    (head,) = [s for s in sites.select_sites(sites.find_sites(model), model) if s.name == "lm_head"]
     assert "target_modules" in head.reason  # it says what to do
 
 
@@ -127,7 +127,9 @@ def test_any_of_a_shared_sites_names_selects_it() -> None:
 
 def test_the_others_say_why_they_are_left() -> None:
     model = make("llama")
-    found = by_name(sites.select(sites.find(model), model, ["q_proj", "k_proj"], ["k_proj"]))
+    found = by_name(
+        sites.select_sites(sites.find_sites(model), model, ["q_proj", "k_proj"], ["k_proj"])
+    )
     assert found["model.layers.0.self_attn.q_proj"].reason == ""
     assert found["model.layers.0.self_attn.k_proj"].reason == "in exclude_modules"
     assert found["model.layers.0.self_attn.v_proj"].reason == "not in target_modules"
@@ -136,7 +138,7 @@ def test_the_others_say_why_they_are_left() -> None:
 def test_a_reason_of_the_layer_itself_comes_before_that_of_a_pattern() -> None:
     model = make("opt")
     table = "model.decoder.embed_positions"
-    found = by_name(sites.select(sites.find(model), model, ["fc1"], [table]))
+    found = by_name(sites.select_sites(sites.find_sites(model), model, ["fc1"], [table]))
     assert "subclass of nn.Embedding" in found[table].reason
 
 
@@ -186,6 +188,6 @@ def test_nothing_excluded(nothing: Any) -> None:
 )
 def test_bad_rank_patterns_are_told(key: str, words: str) -> None:
     model = make("llama")
-    selected = sites.select(sites.find(model), model)
+    selected = sites.select_sites(sites.find_sites(model), model)
     with pytest.raises(LowrankError, match=re.escape(words)):
         sites.check_rank_pattern({"q_proj": 2, key: 4}, selected)

@@ -6,9 +6,9 @@ backward and `optimizer.step()` and once more after it, and holds one `Attachmen
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace as changed
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import LowrankError, listed
 from ...types import Site
-from ...walk import sites as walk
+from ...walk import surgery
+from ...walk.sites import ALL_LINEAR, Patterns, covers, find_sites, select_sites
 from . import distributed
-from .optimizer import holds, unwrapped
+from .optimizer import holds, inner_optimizer
 
 LINEAR = frozenset({"linear"})
 WIDE = (torch.float32, torch.float64)  # what can hold an orthonormal basis
@@ -45,11 +46,11 @@ class Attachment:
         optimizer: Any,
         who: str,
         *,
-        target_modules: walk.Patterns = walk.ALL_LINEAR,
-        exclude_modules: walk.Patterns | None = None,
+        target_modules: Patterns = ALL_LINEAR,
+        exclude_modules: Patterns | None = None,
         kinds: Collection[str] = LINEAR,
         wide: bool = True,
-        find: Callable[[nn.Module], list[Site]] = walk.find,
+        find: Callable[[nn.Module], list[Site]] = find_sites,
     ) -> None:
         """Every check comes here; nothing is changed.
 
@@ -64,11 +65,11 @@ class Attachment:
                 nothing to adapt; all reasons are listed.
         """
         self.who, self.model, self.optimizer = who, model, optimizer
-        self.root = unwrapped_model(model)
+        self.root = surgery.unwrapped(model)
         self.history: list[dict[str, Any]] = []
         self.step = 0
         distributed.refuse_sharded(model, optimizer, who)
-        unwrapped(optimizer)
+        inner_optimizer(optimizer)
         self._prepared = _is_prepared(self.root)
         if distributed.world() > 1 and not _has_ddp(model):
             raise LowrankError(
@@ -76,7 +77,7 @@ class Attachment:
                 "processes: call accelerate.prepare or DistributedDataParallel first"
             )
         _refuse_claimed(self.root, who, target_modules, kinds)
-        every = walk.select(find(self.root), self.root, target_modules, exclude_modules)
+        every = select_sites(find(self.root), self.root, target_modules, exclude_modules)
         reasons = {site.title: self._reason(site, kinds, wide) for site in every}
         self.sites = [site for site in every if not reasons[site.title]]
         if not self.sites:
@@ -109,8 +110,10 @@ class Attachment:
     def put(self, site: Site, new: nn.Module) -> None:
         """Replace the layer of a site and claim what is there now; the optimizer is not touched."""
         _CLAIMED.pop(site.module, None)
-        walk.replace(self.root, site, new)
-        self.sites = [changed(s, modules=(new,)) if s is site else s for s in self.sites]
+        surgery.put(self.root, site, new)
+        self.sites = [
+            dataclasses.replace(s, modules=(new,)) if s is site else s for s in self.sites
+        ]
         self.claim(site.name, new, site.kind)
 
     def claim(self, name: str, module: nn.Module, kind: str = "linear") -> None:
@@ -120,12 +123,9 @@ class Attachment:
 
     def set(self, name: str, new: nn.Module) -> None:
         """Put a module at the name of a site in place of what the controller trained there."""
-        old = self.root.get_submodule(name)
+        old = surgery.module_at(self.root, name)
         new.train(old.training)
-        for module in list(self.root.modules()):  # several names may lead to one module
-            for child, there in list(module._modules.items()):
-                if there is old:
-                    module.register_module(child, new)
+        surgery.swap(self.root, {id(old): new})
 
     def release(self) -> None:
         """Give up all claims: another controller may take the sites."""
@@ -161,7 +161,7 @@ class Attachment:
         states = getattr(scaler, "_per_optimizer_states", None)
         if states is None or not scaler.is_enabled():
             return 1.0
-        stage = states[id(unwrapped(self.optimizer))]["stage"]
+        stage = states[id(inner_optimizer(self.optimizer))]["stage"]
         return float(scaler.get_scale()) if stage.name == "READY" else 1.0
 
     def rebind(self, optimizer: Any) -> None:
@@ -170,7 +170,7 @@ class Attachment:
         Raises:
             LowrankError: the optimizer is another one.
         """
-        if unwrapped(optimizer) is not unwrapped(self.optimizer):
+        if inner_optimizer(optimizer) is not inner_optimizer(self.optimizer):
             raise LowrankError(
                 f"{self.who} was built with another optimizer than the trainer's: pass it as "
                 "optimizers=(optimizer, None), or give LowRankCallback a function that builds "
@@ -205,17 +205,6 @@ def weights_of(module: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in module.named_parameters() if not name.endswith("bias")]
 
 
-def unwrapped_model(model: nn.Module) -> nn.Module:
-    """The module inside DDP and torch.compile."""
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
-
-
 def refuse_not_finite(
     tensors: Mapping[str, torch.Tensor | None], what: str = "the gradient"
 ) -> None:
@@ -245,12 +234,10 @@ def _has_ddp(model: nn.Module) -> bool:
     return True
 
 
-def _refuse_claimed(
-    root: nn.Module, who: str, targets: walk.Patterns, kinds: Collection[str]
-) -> None:
+def _refuse_claimed(root: nn.Module, who: str, targets: Patterns, kinds: Collection[str]) -> None:
     for name, module in root.named_modules():
         first, kind = _CLAIMED.get(module, ("", ""))
-        if first and kind in kinds and walk.covers(targets, [name]):
+        if first and kind in kinds and covers(targets, [name]):
             raise LowrankError(
                 f"{name} already has a controller ({first}): {who} may take other layers "
                 "(target_modules), or call finish() or detach() on the first one"

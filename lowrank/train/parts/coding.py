@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...nn import DenseSparseLinear, dense_sparse_cost
 from ...nn.dense_sparse import MOST
 from ...types import Site
-from ...walk import sites as walk
+from ...walk.sites import find_sites
 
 Size = tuple[int, int]  # r, s
 BELOW = 0.99  # of the smallest chosen entry of a row: what others start with at most
@@ -46,7 +46,7 @@ def sizes(ratio: float | None, rank: int | None, density: float) -> Callable[[Si
 
 def find(root: nn.Module, size: Callable[[Site], Size | None]) -> list[Site]:
     sites = []
-    for site in walk.find(root):
+    for site in find_sites(root):
         reason = site.reason
         if not reason and site.kind == "linear" and size(site) is None:
             reason = "a dense layer: no ratio or rank that makes it smaller was given"

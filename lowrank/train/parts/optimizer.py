@@ -27,7 +27,7 @@ SIZES = frozenset({"exp_inf", "step_size"})  # not squared, never negative
 MEANS = (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col"))
 
 
-def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer itself, out of accelerate's wrapper.
 
     Raises:
@@ -48,7 +48,7 @@ def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
 
 def holds(optimizer: Any, parameter: Tensor) -> bool:
     """Whether the optimizer steps on this very parameter."""
-    return any(parameter is p for g in unwrapped(optimizer).param_groups for p in g["params"])
+    return any(parameter is p for g in inner_optimizer(optimizer).param_groups for p in g["params"])
 
 
 def two_sided(left: Tensor | None = None, right: Tensor | None = None) -> Carry:
@@ -100,7 +100,7 @@ def replace(
     Raises:
         LowrankError: `old` is not there, or its state cannot be carried; nothing is changed then.
     """
-    inner = unwrapped(optimizer)
+    inner = inner_optimizer(optimizer)
     fresh = [new] if isinstance(new, Tensor) else list(new)
     group = next((g for g in inner.param_groups if any(p is old for p in g["params"])), None)
     if group is None:
@@ -128,7 +128,7 @@ def insert(optimizer: Any, beside: Tensor, new: Iterable[Tensor]) -> None:
         LowrankError: `beside` is not in the optimizer.
     """
     fresh = list(new)
-    for group in unwrapped(optimizer).param_groups:
+    for group in inner_optimizer(optimizer).param_groups:
         for at, parameter in enumerate(group["params"]):
             if parameter is beside:
                 group["params"][at + 1 : at + 1] = fresh
@@ -165,7 +165,7 @@ def carried(state: Mapping[str, Any], old: Tensor, new: Tensor, carry: Carry) ->
 
 def linear_state(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
     """The live tensors of the parameter's state that are linear in its gradients (momentum)."""
-    state = unwrapped(optimizer).state.get(parameter, {})
+    state = inner_optimizer(optimizer).state.get(parameter, {})
     return {
         name: value
         for name, value in state.items()
@@ -182,7 +182,7 @@ def check_exact(optimizer: Any, model: nn.Module) -> None:
     Raises:
         LowrankError: it misses some, or holds some that are gone; both counts and names are given.
     """
-    held = {id(p) for g in unwrapped(optimizer).param_groups for p in g["params"]}
+    held = {id(p) for g in inner_optimizer(optimizer).param_groups for p in g["params"]}
     live = {id(p): name for name, p in model.named_parameters()}
     missing = [name for key, name in live.items() if key not in held]
     if missing or held - set(live):

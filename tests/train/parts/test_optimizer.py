@@ -156,7 +156,7 @@ def test_it_works_through_accelerates_wrapper() -> None:
 
     made, (_, old, _) = stepped("Adam")
     wrapped = Accelerator(cpu=True).prepare_optimizer(made)
-    assert live.unwrapped(wrapped) is made
+    assert live.inner_optimizer(wrapped) is made
     assert live.holds(wrapped, old)
     new = nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
     live.replace(wrapped, old, new, live.corner((2, 2)))
@@ -183,9 +183,9 @@ def test_what_cannot_be_carried_is_said_before_anything_changes() -> None:
 
 def test_other_things_than_optimizers_are_refused() -> None:
     with pytest.raises(LowrankError, match=r"expected a torch.optim.Optimizer.*got int"):
-        live.unwrapped(3)
+        live.inner_optimizer(3)
     with pytest.raises(LowrankError, match="LBFGS keeps one state"):
-        live.unwrapped(torch.optim.LBFGS([nn.Parameter(torch.zeros(1))]))
+        live.inner_optimizer(torch.optim.LBFGS([nn.Parameter(torch.zeros(1))]))
 
 
 def test_dead_and_missing_parameters_are_found() -> None:
