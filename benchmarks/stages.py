@@ -22,7 +22,8 @@ from machine import keep
 import lowrank
 from lowrank import Recovery, demo
 from lowrank.api.planning import make_plan
-from lowrank.api.request import Request, targets_of
+from lowrank.api.request import Request
+from lowrank.api.verbs import targets_of
 
 RATIO = 0.6
 WAYS = {

@@ -7,8 +7,6 @@ from .api import apply as apply
 from .api import compress as compress
 from .api import plan as plan
 from .api.by_design import factorize_by_design as factorize_by_design
-from .api.efforts import EFFORTS as EFFORTS
-from .api.efforts import Effort as Effort
 from .api.sweeping import Sweep as Sweep
 from .api.sweeping import sweep as sweep
 from .calibration.file import load_calibration as load_calibration
@@ -37,6 +35,8 @@ from .plans.report import Report as Report
 from .policies import POLICIES as POLICIES
 from .recover import MasterWeights as MasterWeights
 from .recover import lrc_parameters as lrc_parameters
+from .recover.recovery import EFFORTS as EFFORTS
+from .recover.recovery import Effort as Effort
 from .recover.recovery import Recovery as Recovery
 
 __version__ = "0.1.0"

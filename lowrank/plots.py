@@ -252,8 +252,8 @@ def _dots(names: Sequence[str], series: Series, *, title: str, xlabel: str, log:
 
 
 def _normalised(site: Inspected) -> list[float]:
-    assert site.seen is not None
-    values: list[float] = site.seen.values.tolist()
+    assert site.chosen is not None
+    values: list[float] = site.chosen.values.tolist()
     most = values[0] if values and values[0] > 0 else 1.0
     return [value / most for value in values]
 

@@ -162,8 +162,22 @@ Probe = Callable[[Allocation], float]
 Policy = Callable[[Sequence[Curve], Budget, Probe | None], Allocation]
 
 
+@runtime_checkable
+class Judging(Protocol):
+    """A policy that says whether it judges: a callable that does not say so counts as one that
+    does."""
+
+    @property
+    def judges(self) -> bool:
+        """Whether it compares allocations by the probe, on rows that no statistic may see."""
+
+
 class Method(Protocol):
-    """A way to factor one site: a frozen dataclass of options, in one file."""
+    """A way to factor one site: a frozen dataclass of options, in one file.
+
+    A method may say more of itself, by any of the protocols that follow; what a method does not
+    say has a plain answer. Nothing depends on how it is called.
+    """
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -180,6 +194,60 @@ class Method(Protocol):
         """The factored module; the input module is untouched, bit for bit."""
 
 
+@runtime_checkable
+class Named(Protocol):
+    """A method whose name depends on its options; else plans call it what its options do."""
+
+    @property
+    def name(self) -> str: ...
+
+
+@runtime_checkable
+class HandsOver(Protocol):
+    """A method that leaves sites of some kinds to another one, which fits them better."""
+
+    def for_kind(self, kind: str) -> Method:
+        """What factors sites of this kind: itself, or another method with the same options."""
+
+
+@runtime_checkable
+class OwnError(Protocol):
+    """A method whose curves have a norm of their own, beside "weight" and "output"."""
+
+    def error(self, module: nn.Module, weight: Tensor, stats: Statistics) -> float:
+        """The error of any weight (out, in) in place of the module's, in that norm."""
+
+
+@runtime_checkable
+class WeighsOutputs(Protocol):
+    """A method that weighs outputs, as the refit of what it made then does too."""
+
+    def output_metric(self, stats: Statistics) -> Tensor | None:
+        """S (out, out), upper triangular: the metric of the outputs is SᵀS; None where the
+        statistics do not tell."""
+
+
+@runtime_checkable
+class OwnForm(Protocol):
+    """A method that stores layers in a form of its own, sized by several numbers, not by a rank."""
+
+    @property
+    def own_form(self) -> str:
+        """The storage of its layers; of several, the one that a size given by hand is of."""
+
+
+@runtime_checkable
+class SeveralForms(Protocol):
+    """A method that chooses among forms, which held-out rows then compare one by one."""
+
+    def apart(self) -> Mapping[str, Method]:
+        """One method for each form, by the form's name."""
+
+    def joined(self, site: Site, curves: Sequence[Curve]) -> Curve:
+        """What none of the options of several curves of a site beats."""
+
+
+@runtime_checkable
 class JointMethod(Protocol):
     """A way to factor several sites that read one tensor: a frozen dataclass of options."""
 
@@ -208,7 +276,7 @@ class JointMethod(Protocol):
 
 @runtime_checkable
 class Factored(Protocol):
-    """Every module in lowrank.nn."""
+    """Every module in lowrank.nn; what else a form says of itself is declared by `nn.Form`."""
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The matrix (out, in) that the module stands for, multiplied in `dtype`."""

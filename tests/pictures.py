@@ -61,6 +61,6 @@ def made(layers: int = 100, *, names: list[str] | None = None) -> SimpleNamespac
     )
     kl = torch.rand(len(named), 3, generator=generator).double() * torch.tensor([0.01, 0.1, 1.0])
     found = Sensitivity(tuple(n for n, _ in named), (0.9, 0.7, 0.5), kl, (kl * 0).long(), kl,
-                        "whitened", 4096)  # fmt: skip
+                        "whitened", 4096, tuple((n,) for n, _ in named))  # fmt: skip
     return SimpleNamespace(plan=plan, report=report, inspection=Inspection(looked, 22171, ""),
                            sensitivity=found)  # fmt: skip

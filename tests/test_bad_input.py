@@ -127,7 +127,7 @@ def test_align(model: nn.Module, align: Any) -> None:
         ("prefer", "fast", "(known: size, speed)"),
         ("on_missing", "datafree", "did you mean 'data-free'?"),
         ("effort", "high", "(known: balanced, best, fast)"),
-        ("method", 5, "a method has the verbs curve and factor; got int"),
+        ("method", 5, "a method has kinds, needs, curve and factor (lowrank.types.Method), got 5"),
         ("policy", 5, "a policy is a name or a callable, got int"),
     ],
 )

@@ -147,7 +147,7 @@ def test_any_module_is_saved_and_loaded_and_a_part_of_it_is_refused(tmp_path: Pa
     index = json.loads((tmp_path / "lowrank.json").read_text())
     assert index["modules"]["a"]["shared"] == "c"
     assert "shared" not in index["modules"]["c"]
-    with pytest.raises(LowrankError, match="shares the `down` of a layer that is not in this"):
+    with pytest.raises(LowrankError, match="shares a factored layer that is not in this"):
         lowrank.save(nn.Sequential(model.a), tmp_path / "part")
     for wrong, said in ((None, "a must name"), ("d", "a must name"), ("b", "a: a SharedLow")):
         index["modules"]["a"]["shared"] = wrong
@@ -195,7 +195,7 @@ def test_members_of_other_kinds_of_numbers_stay_apart() -> None:
     model = parallel()
     model.call = lambda self, x: self.c(x) + self.b(x)[:, :1]
     seen = calibration(model, [X])
-    assert seen.seen.groups == (("c", "b"),)
+    assert seen.observation.groups == (("c", "b"),)
     model.b.double()
     plan = lowrank.plan(model, 0.7, method="basis-sharing", data=seen, progress=False)
     assert {entry.group for entry in plan.entries} == {""}
@@ -257,11 +257,11 @@ def test_speed_is_that_of_the_whole_group(monkeypatch: pytest.MonkeyPatch) -> No
                                                       "time"}  # fmt: skip
 
 
-def test_it_needs_data_and_stands_for_no_single_layer() -> None:
+def test_it_needs_data() -> None:
     assert "method basis-sharing works from calibration data (gram)" in refused(
         make("llama"), 0.5, method="basis-sharing", data=None
     )
-    with pytest.raises(LowrankError, match="'basis-sharing' factors groups of layers together"):
+    with pytest.raises(LowrankError, match=r"basis-sharing needs gram: pass calibration="):
         lowrank.sensitivity(make("llama"), [tokens()], method="basis-sharing", progress=False)
     with pytest.raises(LowrankError, match="did you mean 'basis-sharing'"):
         lowrank.plan(make("llama"), 0.5, method="basis_sharing")

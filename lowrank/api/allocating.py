@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from ..errors import LowrankError, listed
-from ..methods import own_form
+from ..methods.resolved import own_form
 from ..plans.entry import break_even, check_rank
-from ..policies import Energy, policy
+from ..policies import Energy, policy_of
 from ..policies.common import Choice, at_most, nearly_free_alignment, only_aligned, smallest
 from ..types import Allocation, Budget, Cost, Curve, Probe, Site
 from ..walk.sites import pattern_value
@@ -51,7 +51,7 @@ def allocate(
         return probe({**dense, **pinned, **allocation})
 
     judge = None if probe is None else beside_pinned
-    found = policy(request.policy or "uniform")(free, budget, judge)
+    found = policy_of(request.policy or "uniform")(free, budget, judge)
     forgotten = [site.title for site in sites if site.names not in found]
     if forgotten:
         raise LowrankError(f"the policy chose no option for {listed(forgotten)}")

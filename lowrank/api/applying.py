@@ -3,41 +3,43 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import cast
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import io, linalg
+from .. import io
 from ..calibration.statistics import Calibration, statistics_of
 from ..errors import LowrankError, listed
 from ..measure.size import model_cost
-from ..plans import shared_basis as groups
+from ..methods.resolved import Resolved
+from ..plans import shared_basis
 from ..plans.entry import Entry
 from ..plans.plan import Plan
 from ..plans.report import Report
 from ..plans.versions import versions
+from ..recover.chain import Workbench
 from ..recover.copies import hand_over
 from ..recover.recovery import Recovery
-from ..recover.run import Recovered, recover
-from ..types import Cost, Factored, Method, Site
+from ..recover.run import Recovered, recover_layers
+from ..types import Cost, Factored, Site
 from ..walk import layouts
-from ..walk.sites import find_sites
 from ..walk.surgery import factored, put, unchanged_on_error
 from .allocating import Curves
-from .building import Built, Way, Work, build, error_of, grouped, method_for
+from .building import Built, Work, build, together
 from .notes import notes_of
 
 
 def carry_out(
     model: nn.Module,
     plan: Plan,
-    seen: Calibration | None,
+    sites: Sequence[Site],
+    resolved: Resolved,
+    calibration: Calibration | None,
     *,
-    way: Way,
+    bench: Workbench | None,
     curves: Curves | None,
     started: float,
     progress: bool,
@@ -45,94 +47,111 @@ def carry_out(
     """Apply a plan; when anything raises, the model is as it was.
 
     Args:
-        way: the object that the plan's own method is, where no registry knows it.
+        sites: all of the dense model: this one, or one that it is a copy or a twin of.
+        bench: of that dense model, for the plan's recovery.
         curves: those that the plan was made from, where they are on the same statistics.
         started: when the caller's call began, by time.perf_counter.
     """
-    work = matched(model, plan)
+    work = matched(sites, plan, model)
     before = model_cost(model, [])
-    bar = tqdm(grouped(work), "factor", delay=2, disable=not progress, leave=False)
-    built = [item for group in bar for item in build(group, plan, seen, way, curves)]
-    came = _recovered(model, plan, built, seen, way, progress)
-    if came is not None:
-        built = [item._replace(new=came.modules.get(item.site.name)) for item in built]
-        built = [_remeasured(item, plan, seen, way) for item in built]
+    bar = tqdm(together(work), "factor", delay=2, disable=not progress, leave=False)
+    built = [item for group in bar for item in build(group, plan, calibration, resolved, curves)]
+    recovered = _recovered(plan, built, resolved, bench, progress)
+    if recovered is not None:
+        built = [item._replace(new=recovered.modules.get(item.site.name)) for item in built]
+        built = [_remeasured(item, resolved, calibration) for item in built]
     root = model
     with unchanged_on_error(model):
-        for site, _, new, _ in built:
-            if new is not None:
-                root = put(root, site, new)
+        for item in built:
+            if item.new is not None:
+                root = put(root, item.site, item.new)
         io.attach(root, {"asked": dict(plan.asked)})
-        hand_over(() if came is None else came.vectors.values())
+        if recovered is not None and recovered.vectors and bench is not None:
+            hand_over(recovered.vectors, bench.model, root)
+    notes = notes_of(built, plan, calibration, bench)
+    if recovered is not None:
+        notes = (*notes, *recovered.notes)
+    return root, _report(plan, built, before, root, calibration, notes, started)
+
+
+def _report(
+    plan: Plan,
+    built: Sequence[Built],
+    before: Cost,
+    root: nn.Module,
+    calibration: Calibration | None,
+    notes: tuple[str, ...],
+    started: float,
+) -> Report:
     after = model_cost(root, [])
-    report = Report(
+    now = {item.entry.name: _stored(item) for item in built}
+    unit = plan.unit
+    targets = [entry for entry in plan.entries if entry.target]
+    stored = sum(now.get(entry.name, entry.dense).of(unit) for entry in targets)
+    saved = sum(item.entry.dense.of(unit) - now[item.entry.name].of(unit) for item in built)
+    return Report(
         plan=plan,
         sites=tuple(item.measured for item in built),
-        achieved=_achieved(plan, built),
-        achieved_of_model=1 - _saved(plan, built) / max(plan.model.of(plan.unit), 1),
+        achieved=stored / max(sum(entry.dense.of(unit) for entry in targets), 1),
+        achieved_of_model=1 - saved / max(plan.model.of(unit), 1),
         params_before=before.params,
         params_after=after.params,
         bytes_before=before.bytes,
         bytes_after=after.bytes,
         seconds=time.perf_counter() - started,
-        tokens=0 if seen is None else seen.tokens,
+        tokens=0 if calibration is None else calibration.tokens,
         seed=plan.seed,
         versions=versions(),
-        notes=(*notes_of(built, plan, seen), *(() if came is None else came.notes)),
+        notes=notes,
     )
-    return root, report
 
 
 def _recovered(
-    model: nn.Module,
     plan: Plan,
     built: Sequence[Built],
-    seen: Calibration | None,
-    way: Way,
+    resolved: Resolved,
+    bench: Workbench | None,
     progress: bool,
 ) -> Recovered | None:
     """What the plan's recovery makes of the layers; None where it asks for none."""
     recovery = Recovery.from_json(plan.settings.get("recovery"))
     if recovery is None:
         return None
-    together = [item.entry.title for item in built if item.entry.group]
-    if together:
+    shared = [item.entry.title for item in built if item.entry.group]
+    if shared:
         raise LowrankError(
-            f"recovery refits layers one by one, and the plan gives {listed(together, 4)} one "
+            f"recovery refits layers one by one, and the plan gives {listed(shared, 4)} one "
             "basis: take 'recovery' out of its settings"
         )
     work = [(item.site, item.entry, item.new) for item in built if item.new is not None]
-    damp = getattr(way, "damp", linalg.DAMP)
-    came = recover(
-        model, work, seen, recovery, lambda entry: cast(Method, method_for(entry, plan, way)),
-        damp=damp, seed=plan.seed, progress=progress,
-    )  # fmt: skip
-    if came.broken:
+    if bench is None:
+        raise LowrankError("recovery runs the model on batches: pass data=… that holds them")
+    recovered = recover_layers(bench, work, recovery, resolved, seed=plan.seed, progress=progress)
+    if recovered.broken:
         raise LowrankError(
             "the compressed model's predictions on held-out rows hold NaN or Inf, and the dense "
             "model's do not: run it in float32 or bfloat16"
         )
-    return came
+    return recovered
 
 
-def _remeasured(item: Built, plan: Plan, seen: Calibration | None, way: Way) -> Built:
+def _remeasured(item: Built, resolved: Resolved, calibration: Calibration | None) -> Built:
     """Recovered layers serve other inputs: their error on the dense stream is no smaller."""
     if item.new is None or item.measured.measured is None:
         return item
-    used = method_for(item.entry, plan, way)
-    stats = statistics_of(item.site, seen)
-    error = error_of(item.site, item.measured.norm, item.new, stats, used)
+    stats = statistics_of(item.site, calibration)
+    error = resolved.error(item.site, item.curve, item.new, stats)
     return item._replace(measured=replace(item.measured, measured=error))
 
 
-def matched(model: nn.Module, plan: Plan) -> Work:
+def matched(sites: Sequence[Site], plan: Plan, model: nn.Module) -> Work:
     """The sites that the plan factors.
 
     Raises:
         LowrankError: the plan was made for another model, or a site cannot be factored now.
     """
-    groups.checked(plan.entries)
-    sites = find_sites(model)
+    if any(entry.group for entry in plan.entries):
+        shared_basis.consistent(plan.entries)
     by_name = {name: site for site in sites for name in site.names}
     for entry in plan.entries:
         _check_same(entry, by_name, model)
@@ -151,7 +170,7 @@ def matched(model: nn.Module, plan: Plan) -> Work:
     return work
 
 
-def _check_same(entry: Entry, by_name: dict[str, Site], model: nn.Module) -> None:
+def _check_same(entry: Entry, by_name: Mapping[str, Site], model: nn.Module) -> None:
     """Raises LowrankError unless the model has the layer that the entry was made for."""
     site = by_name.get(entry.name)
     if site is None and entry.name in factored(model):
@@ -170,19 +189,6 @@ def _check_same(entry: Entry, by_name: dict[str, Site], model: nn.Module) -> Non
 
 def _titles(names: Sequence[str]) -> str:
     return listed(name or "(root)" for name in names)
-
-
-def _achieved(plan: Plan, built: Sequence[Built]) -> float:
-    """Share of the targets that is stored now, counted on the new modules."""
-    now = {item.entry.name: _stored(item) for item in built}
-    targets = [entry for entry in plan.entries if entry.target]
-    stored = sum(now.get(entry.name, entry.dense).of(plan.unit) for entry in targets)
-    return stored / max(sum(entry.dense.of(plan.unit) for entry in targets), 1)
-
-
-def _saved(plan: Plan, built: Sequence[Built]) -> int:
-    unit = plan.unit
-    return sum(item.entry.dense.of(unit) - _stored(item).of(unit) for item in built)
 
 
 def _stored(item: Built) -> Cost:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..methods import own_form
+from ..methods.resolved import own_form
 from ..plans.entry import Entry, break_even
 from ..types import Curve, Option, Site
 from ..walk import layouts
@@ -14,12 +14,15 @@ def entry_of(
     option: Option | None,
     curve: Curve | None,
     request: Request,
-    target: bool,
     stack: Site,
     repeats: int = 1,
 ) -> Entry:
-    """Of one site; `stack` is the group whose curve it is, or the site itself; costs of all count
-    as many positions as `repeats` says."""
+    """A target's entry, or that of a site without a curve.
+
+    Args:
+        stack: the group whose curve it is, or the site itself.
+        repeats: costs count so many positions.
+    """
     option = option or Option("dense", None, "dense", site.cost, 0.0)
     return Entry(
         sites=site.names,
@@ -32,7 +35,7 @@ def entry_of(
         error=option.error,
         total=None if curve is None else curve.total,
         norm="" if curve is None else curve.norm,
-        target=target,
+        target=True,
         rcond=None if curve is None else _rcond(curve),
         reason=site.reason if curve is None else _why_dense(option, stack, curve, request),
         kind=site.kind,
@@ -46,14 +49,13 @@ def _why_dense(option: Option, site: Site, curve: Curve, request: Request) -> st
     if not option.dense:
         return ""
     largest, rank = break_even(site.shape, *request.stored(site)) - 1, request.rank
-    if len(curve.options) == 1 and own_form(request.method):
-        return "no size of this form makes a weight of this shape smaller"
+    form = own_form(request.method)
     if len(curve.options) == 1:
-        return "no rank makes a weight of this shape smaller"
-    if isinstance(rank, float) and own_form(request.method):
-        return f"keeping {rank} of its energy takes a size that is not smaller"
+        sizes = "size of this form" if form else "rank"
+        return f"no {sizes} makes a weight of this shape smaller"
     if isinstance(rank, float):
-        return f"keeping {rank} of its energy takes a rank above {largest}, which is not smaller"
+        size = "a size that" if form else f"a rank above {largest}, which"
+        return f"keeping {rank} of its energy takes {size} is not smaller"
     if rank is not None and rank > largest:
         return f"at rank {rank} it would not be smaller; the largest that is: {largest}"
     if request.align is not None and largest < request.align:

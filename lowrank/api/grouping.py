@@ -13,27 +13,26 @@ Group = tuple[Site, ...]  # the owner of what is shared first; a site alone is a
 
 
 def groups_of(
-    targets: Sequence[Site], way: JointMethod | None, seen: Calibration | None
+    targets: Sequence[Site], method: JointMethod, calibration: Calibration
 ) -> list[Group]:
     """The targets as groups: those that read one tensor at every call, by whichever comes first.
 
     The first in call order leads, the others follow in the model's order. Members lie in one block
     of the model, on one device and have one dtype: what is shared must be at hand wherever it is
-    read. Without a joint method every site is alone.
+    read.
     """
-    if way is None or seen is None:
-        return [(site,) for site in targets]
-    reads = {name: i for i, names in enumerate(seen.seen.groups) for name in names}
-    first = {name: place for names in seen.seen.groups for place, name in enumerate(names)}
-    found: dict[object, list[Site]] = {}
+    observed = calibration.observation.groups
+    reads = {name: i for i, names in enumerate(observed) for name in names}
+    first = {name: place for names in observed for place, name in enumerate(names)}
+    together: dict[object, list[Site]] = {}
     for site in targets:
         weight = layouts.matrix(site.module)
-        place = (_block(site.name, seen), site.shape[1], weight.dtype, weight.device)
-        joins = site.kind in way.kinds and site.name in reads
+        place = (_block(site.name, calibration), site.shape[1], weight.dtype, weight.device)
+        joins = site.kind in method.kinds and site.name in reads
         key = (reads[site.name], *place) if joins else site.name
-        found.setdefault(key, []).append(site)
+        together.setdefault(key, []).append(site)
     groups = []
-    for members in found.values():
+    for members in together.values():
         owner = min(members, key=lambda site: first.get(site.name, 0))
         groups.append((owner, *(site for site in members if site is not owner)))
     return groups
@@ -57,7 +56,7 @@ def _share(cost: Cost, part: int, whole: int) -> Cost:
     return Cost(*(getattr(cost, unit) * part // whole for unit in ("params", "bytes", "macs")))
 
 
-def _block(name: str, seen: Calibration) -> str:
+def _block(name: str, calibration: Calibration) -> str:
     """The block of a chain that the site lies in, "" for none."""
-    blocks = [block for chain in seen.seen.chains for block in chain]
+    blocks = [block for chain in calibration.observation.chains for block in chain]
     return next((block for block in blocks if name.startswith(f"{block}.")), "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,49 +12,56 @@ from torch import Tensor
 from ..calibration.batches import Batch, rebatched
 from ..calibration.statistics import Calibration, statistics_of
 from ..errors import listed
-from ..nn import DenseSparseLinear, LowRankMaskedLinear, SparseDenseLinear
+from ..nn import Form
 from ..plans.plan import Plan
+from ..recover.chain import Workbench
 from .building import Built
 
 
-def notes_of(built: Sequence[Built], plan: Plan, seen: Calibration | None) -> tuple[str, ...]:
+def notes_of(
+    built: Sequence[Built],
+    plan: Plan,
+    calibration: Calibration | None,
+    bench: Workbench | None,
+) -> tuple[str, ...]:
     """One sentence each."""
     slow = sum(item.new is None for item in built)
-    masked = sum(isinstance(item.new, LowRankMaskedLinear) for item in built)
-    coded = sum(_more_work(item.new) for item in built)
-    left = f"left dense because factors are not faster: {slow}; more is kept than was planned"
-    source = "" if seen is None else seen.source
+    source = "" if calibration is None else calibration.source
     forms = plan.settings.get("forms") or {}
     judged = ", ".join(
         f"{form} {away:.4g}" for form, away in sorted(forms.items(), key=itemgetter(1))
     )
+    on_seen = bench is not None and bench.judged_on_seen and bench.judge.asked > 0
     said = (
         (source, f"calibrated on {source}"),
-        (slow, left),
+        (slow, f"left dense because factors are not faster: {slow}; more is kept than was planned"),
         (forms, f"KL of the forms: {judged}"),
-        (masked, f"zeros of a mask are multiplied too, so that {masked} layers are not faster"),
-        (coded, f"zeros of coefficients are multiplied where tokens are many, in {coded} layers as "
-                "much as in a dense one or more: these are smaller, not faster"),
-    )  # fmt: skip
-    found = [note for holds, note in said if holds]
-    return tuple(found) if seen is None else (*found, *_on_data(built, seen))
+        (on_seen, "no rows were held out: choices were judged on rows that the statistics saw"),
+    )
+    notes = [note for holds, note in said if holds] + _of_forms(built)
+    return (*notes, *(() if calibration is None else _on_data(built, calibration)))
 
 
-def _more_work(new: object) -> bool:
-    """Whether basis and coefficients, zeros and all, have as many entries as the dense weight."""
-    if not isinstance(new, DenseSparseLinear | SparseDenseLinear):
-        return False
-    out, inner = new.out_features, new.in_features
-    return new.rank * (out + inner) >= out * inner
+def _of_forms(built: Sequence[Built]) -> list[str]:
+    """What each form has to say of all its layers; forms with one answer give it once."""
+    layers: dict[object, list[Form]] = {}
+    for item in built:
+        if isinstance(item.new, Form):
+            answer: Any = type(item.new).note
+            layers.setdefault(answer.__func__, []).append(item.new)
+    notes = (type(of_one[0]).note(of_one) for of_one in layers.values())
+    return [note for note in notes if note]
 
 
-def _on_data(built: Sequence[Built], seen: Calibration) -> list[str]:
+def _on_data(built: Sequence[Built], calibration: Calibration) -> list[str]:
     """Inputs that were zero throughout, and those with fewer vectors than directions."""
-    used = [(item.site, statistics_of(item.site, seen)) for item in built if item.new is not None]
+    used = [
+        (item.site, statistics_of(item.site, calibration)) for item in built if item.new is not None
+    ]
     read = [(site, stats) for site, stats in used if site.kind == "linear" and stats.count]
     grams = [(s, stats.gram) for s, stats in read if stats.gram is not None]
     zero = [s.title for s, gram in grams if float(gram.diagonal().sum()) == 0]
-    share = _distinct(seen)
+    share = _distinct(calibration)
     few = [s.title for s, stats in read if s.title not in zero and stats.count * share < s.shape[1]]
     said = []
     if zero:
@@ -69,11 +77,11 @@ def _on_data(built: Sequence[Built], seen: Calibration) -> list[str]:
     return said
 
 
-def _distinct(seen: Calibration) -> float:
+def _distinct(calibration: Calibration) -> float:
     """The share of the rows that no other row repeats; 1 of a callable's."""
-    if callable(seen.batches):
+    if callable(calibration.batches):
         return 1.0
-    rows = rebatched(seen.batches, 1)
+    rows = rebatched(calibration.batches, 1)
     return len({_key(row) for row in rows}) / max(len(rows), 1)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import is_dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass, field, is_dataclass, replace
+from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -15,11 +15,13 @@ from ..calibration.digests import add_tensor
 from ..calibration.statistics import Calibration, statistics_of
 from ..errors import LowrankError, listed
 from ..measure.size import model_cost
-from ..methods import JOINT, METHODS, SVD, Auto, Channels, for_kind, joint, method, stored_as
 from ..methods.common import stacked
+from ..methods.resolved import Resolved, own_form
+from ..plans.entry import Entry
 from ..plans.plan import Plan
 from ..plans.versions import versions
-from ..types import Curve, JointMethod, Method, Site, Statistics
+from ..recover.chain import Workbench
+from ..types import Allocation, Cost, Curve, Probe, SeveralForms, Site
 from ..walk import layouts
 from ..walk.sites import pattern_value
 from .allocating import Curves, allocate
@@ -30,136 +32,109 @@ from .repeats import counted, often, repeats
 from .request import Request
 
 
+@dataclass(frozen=True)
+class Decomposed:
+    """What there is to choose from.
+
+    Attributes:
+        sites: every site considered; those without a reason are the targets.
+        groups: the targets, sites that share a basis together, the owner first.
+        curves: by the name of a group's first site.
+        forms: of a method of several forms, the curves of each form alone.
+        times: where products are the budget, how often a layer works for one time of the one that
+            works least often; by name.
+    """
+
+    sites: Sequence[Site]
+    groups: Sequence[Group]
+    curves: Curves
+    forms: Mapping[str, Curves] = field(default_factory=dict)
+    times: Mapping[str, int] = field(default_factory=dict)
+
+    def stacks(self) -> list[Site]:
+        """Each group as one site."""
+        return [group[0] if len(group) == 1 else stacked(group) for group in self.groups]
+
+
 def make_plan(
     model: nn.Module,
     request: Request,
-    wanted: Sequence[Site],
-    seen: Calibration | None,
+    sites: Sequence[Site],
+    calibration: Calibration | None,
+    bench: Workbench | None,
     *,
-    progress: bool,
-) -> tuple[Plan, Curves]:
-    """The plan, and the curve of every target by its site's name, of a group by its first site's.
+    remember: bool = False,
+) -> tuple[Plan, Curves, Resolved]:
+    """The plan, the curve of every target by the name of its site, of a group by its first site's,
+    and what they were made by.
 
     Args:
-        wanted: every site considered; those without a reason are the targets.
+        sites: every site considered; those without a reason are the targets.
+        bench: to judge on; None where nothing can be judged.
+        remember: the calibration will be there for the next plan: let it keep the curves.
     """
-    way, shared = _method(request, seen), joint(request.method, request.seed)
-    sites = _workable(wanted, way, seen, request)
-    targets = [site for site in sites if not site.reason]
+    resolved = request.resolved(data=calibration is not None)
+    _check_data(request, resolved, calibration)
+    taken = _workable(sites, resolved, calibration, request)
     if request.policy is None and request.ratio is not None:
-        request = replace(request, policy=_default_policy(targets, seen))
-    groups, storage = groups_of(targets, shared, seen), request.storage or "factors"
-    bar = tqdm(groups, "decompose", delay=2, disable=not progress, leave=False)
-    forms = way.apart() if isinstance(way, Auto) else {}
-    apart: dict[str, Curves] = {form: {} for form in forms}
-    curves: Curves = {}
-    for group in bar:
-        name = group[0].name
-        if isinstance(way, Auto):
-            for form, one in forms.items():
-                apart[form][name] = _remembered(group, one, shared, seen, storage)
-            curves[name] = way.joined(group[0], [each[name] for each in apart.values()])
-        else:
-            ranked = _ranked(way, group, request)
-            curves[name] = _remembered(group, ranked, shared, seen, storage)
-    times = repeats(wanted, seen) if request.unit == "macs" else {}
-    curves, *single = (
-        {name: often(curve, times.get(name, 1)) for name, curve in some.items()}
-        for some in (curves, *apart.values())
+        request = replace(request, policy=_default_policy(taken, calibration))
+    parts = _decomposed(taken, resolved, calibration, request, remember)
+    resolved = resolved.knowing(
+        parts.curves[group[0].name]
+        for group in parts.groups
+        if len(group) > 1 or resolved.is_seen(group[0], calibration)  # others are data-free
     )
-    wanted, sites = counted(wanted, times), counted(sites, times)
-    groups = [tuple(counted(group, times)) for group in groups]
-    whole = model_cost(model, sites)
-    asked_for = {site.names for site in wanted if not site.reason}
-    goal = sum(site.cost.of(request.unit) for site in wanted if not site.reason)
-    stacks = [group[0] if len(group) == 1 else stacked(group) for group in groups]
-    together = {stack.names: group for stack, group in zip(stacks, groups, strict=True)}
-    probe = probe_of(model, together, way, shared, seen, request)
-    chosen = allocate(request, goal, stacks, curves, whole, probe)
-    compared: dict[str, float] = {}
-    if apart and probe is not None and request.ratio is not None:
-        tried = {"mixed": (chosen, curves)}
-        for form, some in zip(apart, single, strict=True):
-            with suppress(LowrankError):  # a form that cannot get so small
-                tried[form] = allocate(request, goal, stacks, some, whole, probe), some
-        compared = {form: probe(allocation) for form, (allocation, _) in tried.items()}
-        chosen, curves = tried[min(compared, key=compared.__getitem__)]
-    made = {
-        site.name: entry_of(
-            site, option, curves[stack.name], request, True, stack, times.get(site.name, 1)
-        )
-        for group, stack in zip(groups, stacks, strict=True)
-        for site, option in zip(group, member_option(group, chosen[stack.names]), strict=True)
-    }
-    entries = tuple(
-        made.get(site.name)
-        or entry_of(
-            site, None, None, request, site.names in asked_for, site, times.get(site.name, 1)
-        )
-        for site in sites
-    )
-    own = [g for g in groups if (len(g) > 1 if shared else _is_seen(g[0], way, seen))]
-    settings = {
-        "method": _name_of(shared or way, [curves[group[0].name] for group in own]),
-        "policy": "fixed" if request.ratio is None else _name(request.policy or "uniform"),
-        "align": request.align,
-        "storage": storage,
-        "prefer": request.prefer,
-        "on_missing": request.on_missing,
-        "seed": request.seed,
-        "tokens": 0 if seen is None else seen.tokens,
-        "data": "" if seen is None else seen.source,
-        "recovery": None if request.recovery is None else request.recovery.to_json(),
-        "versions": versions(),
-    }
+    if request.unit == "macs":
+        parts = _with_repeats(parts, sites, calibration)
+        sites = counted(sites, parts.times)
+    whole = model_cost(model, parts.sites)
+    targets = [site for site in sites if not site.reason]
+    goal = sum(site.cost.of(request.unit) for site in targets)
+    named = {s.names: g for s, g in zip(parts.stacks(), parts.groups, strict=True)}
+    is_layer = any(site.name == "" for site in parts.sites)  # and no model around it to judge
+    probe = None if bench is None or is_layer else probe_of(bench, named, resolved, request)
+    chosen, curves, compared = _chosen(request, goal, parts, whole, probe)
+    entries = _entries(parts, chosen, curves, request, {site.names for site in targets})
+    settings = _settings(request, resolved, calibration)
     if compared:
         settings["forms"] = compared
-    if shared is not None:
-        settings["alone"] = shared.alone
-    return Plan(entries, whole, request.asked(), settings), curves
+    return Plan(entries, whole, request.asked(), settings), curves, resolved
 
 
-def _default_policy(targets: Sequence[Site], seen: Calibration | None) -> str:
-    """Uniform, but for convolutions without data: errors of the weights then say where a cut does
-    the least harm (recipes/compress_resnet_cifar.py); those of a language model's do not."""
-    convs = sum(site.cost.params for site in targets if site.kind == "conv")
-    mostly = 2 * convs > sum(site.cost.params for site in targets)
-    return "spectrum" if seen is None and mostly else "uniform"
-
-
-def _method(request: Request, seen: Calibration | None) -> Method:
-    """The method of single sites; of a joint method, the one that it names for those alone."""
-    shared = joint(request.method, request.seed)
-    named = request.method if shared is None else shared.alone
-    way = method(cast(Any, named) or ("svd" if seen is None else "whitened"), request.seed)
-    lacking = way.needs if shared is None else way.needs | shared.needs
-    if lacking and seen is None:
-        needs = ", ".join(sorted(lacking))
+def _check_data(request: Request, resolved: Resolved, calibration: Calibration | None) -> None:
+    """Raises LowrankError for what works from data, where there is none."""
+    if calibration is not None:
+        return
+    if resolved.needs:
+        named = request.method if isinstance(request.method, str) else type(request.method).__name__
         raise LowrankError(
-            f"method {_name(request.method)} works from calibration data ({needs}): pass data=…"
+            f"method {named} works from calibration data ({', '.join(sorted(resolved.needs))}): "
+            "pass data=…"
         )
-    if request.prefer == "speed" and seen is None:
+    if request.prefer == "speed":
         raise LowrankError("prefer='speed' times the layers at the data's shape: pass data=…")
-    return way
 
 
 def _workable(
-    sites: Sequence[Site], way: Method, seen: Calibration | None, request: Request
+    sites: Sequence[Site], resolved: Resolved, calibration: Calibration | None, request: Request
 ) -> list[Site]:
     """Targets of a kind that the method does not take stay dense; unseen ones as `on_missing`."""
-    kept, unseen, kinds = [], [], ", ".join(sorted(way.kinds))
+    kinds = ", ".join(sorted(resolved.method.kinds))
+    kept: list[Site] = []
+    unseen: list[str] = []
     for site in sites:
-        if not site.reason and site.kind not in for_kind(way, site.kind).kinds:
-            site = replace(site, reason=f"the method takes {kinds}, not {site.kind}")
-        elif not site.reason and request.unit == "macs" and not site.cost.macs:
-            site = replace(site, reason="looking up takes no products, and factors would")
-        elif not site.reason and seen is not None and not _is_seen(site, way, seen):
+        reason = site.reason
+        if not reason and not resolved.takes(site.kind):
+            reason = f"the method takes {kinds}, not {site.kind}"
+        elif not reason and request.unit == "macs" and not site.cost.macs:
+            reason = "looking up takes no products, and factors would"
+        elif not reason and calibration is not None and not resolved.is_seen(site, calibration):
             unseen.append(site.title)
-            count, least = statistics_of(site, seen).count, max(seen.min_tokens, 1)
             if request.on_missing != "data-free":
-                said = f"the calibration gave it {count} tokens, fewer than {least}"
-                site = replace(site, reason=said)
-        kept.append(site)
+                count = statistics_of(site, calibration).count
+                least = max(calibration.min_tokens, 1)
+                reason = f"the calibration gave it {count} tokens, fewer than {least}"
+        kept.append(replace(site, reason=reason))
     if unseen and request.on_missing == "error":
         raise LowrankError(
             f"the calibration reached too little of {len(unseen)} layers: {listed(unseen, 4)}; "
@@ -174,64 +149,153 @@ def _workable(
     return kept
 
 
-def _is_seen(site: Site, way: Method, seen: Calibration | None) -> bool:
-    """Whether there are the statistics that the method needs."""
-    way = for_kind(way, site.kind)
-    if seen is None or not way.needs:
-        return True
-    return statistics_of(site, seen).count >= max(seen.min_tokens, 1)
+def _default_policy(sites: Sequence[Site], calibration: Calibration | None) -> str:
+    """Uniform, but for convolutions without data: errors of the weights then say where a cut does
+    the least harm (recipes/compress_resnet_cifar.py); those of a language model's do not."""
+    targets = [site for site in sites if not site.reason]
+    convs = sum(site.cost.params for site in targets if site.kind == "conv")
+    mostly = 2 * convs > sum(site.cost.params for site in targets)
+    return "spectrum" if calibration is None and mostly else "uniform"
 
 
-def _ranked(way: Method, group: Group, request: Request) -> Method:
-    """A fixed rank of a convolution is one of channels: options of other sizes are left out."""
-    names = [name for site in group for name in site.names]
-    fixed = pattern_value(request.rank_pattern or {}, names) is not None
-    if group[0].kind != "conv" or not (fixed or request.ratio is None):
-        return way
-    return Channels(way) if "conv" in way.kinds else way
-
-
-def _remembered(
-    group: Group, way: Method, shared: JointMethod | None, seen: Calibration | None, storage: str
-) -> Curve:
-    """The curve; from the calibration where the same statistics and weights gave it before."""
-    used = way if shared is None else shared
-    if seen is None or not is_dataclass(used):  # another object does not say what it depends on
-        return _curve(group, way, shared, seen, storage)
-    stats = statistics_of(group[0], seen)
-    key = _key(group, f"{type(used).__module__} {used!r} {storage}")
-    found = seen.spectra.get(key)
-    if found is None or found[0] is not stats:
-        found = seen.spectra[key] = stats, _curve(group, way, shared, seen, storage)
-    return found[1]
-
-
-def _key(group: Group, settings: str) -> str:
-    digest = hashlib.sha256(settings.encode())
-    for site in group:
-        add_tensor(digest, repr(site.names), layouts.matrix(site.module))
-    return digest.hexdigest()
+def _decomposed(
+    sites: Sequence[Site],
+    resolved: Resolved,
+    calibration: Calibration | None,
+    request: Request,
+    remember: bool,
+) -> Decomposed:
+    """Every target's curve, and where forms are compared those of each form."""
+    targets = [site for site in sites if not site.reason]
+    groups: list[Group] = [(site,) for site in targets]
+    if resolved.joint is not None and calibration is not None:
+        groups = groups_of(targets, resolved.joint, calibration)
+    several = resolved.method if isinstance(resolved.method, SeveralForms) else None
+    apart = {} if several is None else several.apart()
+    forms: dict[str, Curves] = {form: {} for form in apart}
+    curves: Curves = {}
+    for group in tqdm(groups, "decompose", delay=2, disable=not request.progress, leave=False):
+        name = group[0].name
+        for form, method in apart.items():
+            alone = replace(resolved, method=method)
+            forms[form][name] = _curve(group, alone, calibration, request, remember)
+        if several is None:
+            curves[name] = _curve(group, resolved, calibration, request, remember)
+        else:
+            curves[name] = several.joined(group[0], [each[name] for each in forms.values()])
+    return Decomposed(sites, groups, curves, forms)
 
 
 def _curve(
-    group: Group, way: Method, shared: JointMethod | None, seen: Calibration | None, storage: str
+    group: Group,
+    resolved: Resolved,
+    calibration: Calibration | None,
+    request: Request,
+    remember: bool,
 ) -> Curve:
-    site = group[0]
-    if shared is not None and len(group) > 1:
-        return shared.curve(group, statistics_of(site, seen))
-    if not _is_seen(site, way, seen):
-        return stored_as(SVD(), storage).curve(site, Statistics())  # on_missing="data-free"
-    return stored_as(for_kind(way, site.kind), storage).curve(site, statistics_of(site, seen))
+    """A group's curve; from the calibration where the same statistics and weights gave it."""
+    names = [name for site in group for name in site.names]
+    pinned = pattern_value(request.rank_pattern or {}, names) is not None
+    ranked = pinned or request.ratio is None
+    used = resolved.joint or resolved.method
+    # Another object does not say what its curves depend on.
+    if calibration is None or not remember or not is_dataclass(used):
+        return resolved.curve(group, calibration, ranked=ranked)
+    stats = statistics_of(group[0], calibration)
+    digest = hashlib.sha256(f"{type(used)} {used!r} {resolved.storage} {ranked}".encode())
+    for site in group:
+        add_tensor(digest, repr(site.names), layouts.matrix(site.module))
+    key = digest.hexdigest()
+    kept = calibration.spectra.get(key)
+    if kept is None or kept[0] is not stats:
+        curve = resolved.curve(group, calibration, ranked=ranked)
+        kept = calibration.spectra[key] = stats, curve
+    return kept[1]
 
 
-def _name_of(way: Method | JointMethod, curves: Sequence[Curve]) -> str:
-    """What the options of a method call it."""
-    every = (*METHODS.items(), *JOINT.items())
-    named = getattr(way, "name", "")  # where it depends on the options
-    known = [name for name, kind in every if type(way) is kind]
-    own = [option.method for curve in curves for option in curve.options if not option.dense]
-    return named or (known + own + [_name(way)])[0]
+def _with_repeats(
+    parts: Decomposed, sites: Sequence[Site], calibration: Calibration | None
+) -> Decomposed:
+    """Where products are the budget: costs count every position that a layer works at."""
+    times = repeats(sites, calibration)
+
+    def priced(curves: Curves) -> Curves:
+        return {name: often(curve, times.get(name, 1)) for name, curve in curves.items()}
+
+    return Decomposed(
+        sites=counted(parts.sites, times),
+        groups=[tuple(counted(group, times)) for group in parts.groups],
+        curves=priced(parts.curves),
+        forms={form: priced(curves) for form, curves in parts.forms.items()},
+        times=times,
+    )
 
 
-def _name(given: object) -> str:
-    return given if isinstance(given, str) else type(given).__name__
+def _chosen(
+    request: Request, goal: int, parts: Decomposed, whole: Cost, probe: Probe | None
+) -> tuple[Allocation, Curves, dict[str, float]]:
+    """An option for every group, the curves that it is of, and the KL of each form where a mix of
+    forms was compared with each of them alone."""
+    stacks = parts.stacks()
+    mixed = allocate(request, goal, stacks, parts.curves, whole, probe)
+    if not parts.forms or probe is None or request.ratio is None:
+        return mixed, parts.curves, {}
+    tried = {"mixed": (mixed, parts.curves)}
+    for form, curves in parts.forms.items():
+        with suppress(LowrankError):  # a form that cannot get so small
+            tried[form] = allocate(request, goal, stacks, curves, whole, probe), curves
+    compared = {form: probe(allocation) for form, (allocation, _) in tried.items()}
+    best = tried[min(compared, key=compared.__getitem__)]
+    return *best, compared
+
+
+def _entries(
+    parts: Decomposed,
+    chosen: Allocation,
+    curves: Curves,
+    request: Request,
+    targets: set[tuple[str, ...]],
+) -> tuple[Entry, ...]:
+    """One line for every site considered.
+
+    Args:
+        targets: names of the sites that were asked for.
+    """
+    made = {}
+    for group, stack in zip(parts.groups, parts.stacks(), strict=True):
+        options = member_option(group, chosen[stack.names])
+        for site, option in zip(group, options, strict=True):
+            curve, times = curves[stack.name], parts.times.get(site.name, 1)
+            made[site.name] = entry_of(site, option, curve, request, stack, times)
+    for site in parts.sites:
+        if site.name not in made:
+            wanted, times = site.names in targets, parts.times.get(site.name, 1)
+            made[site.name] = replace(
+                entry_of(site, None, None, request, site, times), target=wanted
+            )
+    return tuple(made[site.name] for site in parts.sites)
+
+
+def _settings(
+    request: Request, resolved: Resolved, calibration: Calibration | None
+) -> dict[str, Any]:
+    """What is needed to repeat the plan."""
+    policy = request.policy or "uniform"
+    named = policy if isinstance(policy, str) else type(policy).__name__
+    settings = {
+        "method": resolved.name(),
+        "called": list(resolved.called),
+        "policy": "fixed" if request.ratio is None else named,
+        "align": request.align,
+        "storage": request.storage or own_form(request.method) or "factors",
+        "prefer": request.prefer,
+        "on_missing": request.on_missing,
+        "seed": request.seed,
+        "tokens": 0 if calibration is None else calibration.tokens,
+        "data": "" if calibration is None else calibration.source,
+        "recovery": None if request.recovery is None else request.recovery.to_json(),
+        "versions": versions(),
+    }
+    if resolved.joint is not None:
+        settings["alone"] = resolved.joint.alone
+    return settings

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch import nn
 
-from .. import linalg
-from ..calibration.batches import ROWS, rebatched
+from ..calibration.batches import ROWS
 from ..calibration.statistics import Calibration, statistics_of
 from ..errors import LowrankError
-from ..measure.eval import NotFinite, judged
-from ..methods import for_kind
-from ..recover.run import recover
-from ..types import Allocation, JointMethod, Method, Option, Probe, Site
+from ..measure.eval import NotFinite
+from ..methods.resolved import Resolved
+from ..plans.entry import Entry
+from ..recover.chain import Workbench
+from ..recover.run import recover_layers
+from ..types import Allocation, Probe, Site
 from ..walk.surgery import put, twin
 from .entries import entry_of
 from .grouping import Group
@@ -24,42 +24,59 @@ from .request import Request
 PROBED = 96  # rows that a candidate's closed-form recovery is fitted to: enough to compare by
 
 
-def probe_of(
-    model: nn.Module,
-    groups: Mapping[tuple[str, ...], Group],
-    way: Method,
-    shared: JointMethod | None,
-    seen: Calibration | None,
-    request: Request,
-) -> Probe | None:
-    """Held-out KL of the model with an allocation; None where there is nothing to judge by.
-
-    Rows of the statistics serve where none was held out. All happens in a twin. Where recovery
-    follows, its closed form does here too: what is better before it need not be after.
-    """
-    if seen is None or callable(seen.batches) or any(g[0].name == "" for g in groups.values()):
+def workbench(
+    model: nn.Module, calibration: Calibration | None, request: Request
+) -> Workbench | None:
+    """Where what is tried can be fitted and judged; None where there are no rows to run."""
+    if calibration is None or callable(calibration.batches):
         return None
-    held = seen.held_out or rebatched(seen.batches)[-2:]
-    few = replace(seen, batches=rebatched(seen.batches)[: max(PROBED // ROWS, 1)])
+    recovery = request.recovery
+    return Workbench(model, calibration, ROWS if recovery is None else recovery.rows)
+
+
+def probe_of(
+    bench: Workbench,
+    groups: Mapping[tuple[str, ...], Group],
+    resolved: Resolved,
+    request: Request,
+) -> Probe:
+    """Held-out KL of the model with an allocation.
+
+    All happens in a twin. Where recovery follows, its closed form does here too: what is better
+    before it need not be after.
+
+    Args:
+        groups: by the names that an allocation gives them.
+    """
+    recovery = request.recovery
+    closed = recovery and replace(recovery, block_steps=0, distill_steps=0)
+
+    def tried(allocation: Allocation) -> list[tuple[Site, Entry, nn.Module]]:
+        work = []
+        for names, group in groups.items():
+            option = allocation[names]
+            if not option.dense:
+                stats = statistics_of(group[0], bench.calibration)
+                new = resolved.factor(group, option, stats)
+                work += [
+                    (site, _entry(site, allocation, names, request), module)
+                    for site, module in zip(group, new, strict=True)
+                ]
+        return work
 
     def probe(allocation: Allocation) -> float:
-        work = [
-            (site, entry_of(site, allocation[names], None, request, True, site), new)
-            for names, group in groups.items()
-            if not allocation[names].dense
-            for site, new in _tried(group, allocation[names], way, shared, seen)
-        ]
+        work = tried(allocation)
         modules = {site.name: new for site, _, new in work}
-        if request.recovery is not None and work:
-            closed = replace(request.recovery, block_steps=0, distill_steps=0)
-            damp = getattr(way, "damp", linalg.DAMP)
-            made = recover(model, work, few, closed, lambda _: way, damp=damp, progress=False)
-            modules = made.modules
-        lean = twin(model)
+        if closed is not None and work:
+            few = max(PROBED // closed.rows, 1)
+            modules = recover_layers(
+                bench, work, closed, resolved, most=few, progress=False
+            ).modules
+        lean = twin(bench.model)
         for site, _, _ in work:
             put(lean, site, modules[site.name])
         try:
-            return judged(lean, model, held)
+            return bench.judge.judged(lean)
         except NotFinite:
             raise
         except LowrankError as error:
@@ -68,14 +85,5 @@ def probe_of(
     return probe
 
 
-def _tried(
-    group: Group, option: Option, way: Method, shared: JointMethod | None, seen: Calibration
-) -> list[tuple[Site, nn.Module]]:
-    """The members of a group with their layers at that option."""
-    stats = statistics_of(group[0], seen)
-    with torch.no_grad():
-        if shared is not None and len(group) > 1:
-            new = list(shared.factor([site.module for site in group], option, stats))
-        else:
-            new = [for_kind(way, group[0].kind).factor(group[0].module, option, stats)]
-    return list(zip(group, new, strict=True))
+def _entry(site: Site, allocation: Allocation, names: tuple[str, ...], request: Request) -> Entry:
+    return entry_of(site, allocation[names], None, request, site)

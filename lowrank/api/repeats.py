@@ -1,4 +1,4 @@
-"""What a calibration says of a site: its statistics, and how much it is used."""
+"""How often layers work, where products are the budget."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ..calibration.statistics import Calibration, statistics_of
 from ..types import Curve, Site
 
 
-def repeats(sites: Sequence[Site], seen: Calibration | None) -> dict[str, int]:
+def repeats(sites: Sequence[Site], calibration: Calibration | None) -> dict[str, int]:
     """How many positions each layer works at for one of the layer that works at the fewest.
 
     Layers that the data did not reach are left out, and count once; all do without data.
     """
-    counts = {site.name: statistics_of(site, seen).count for site in sites}
+    counts = {site.name: statistics_of(site, calibration).count for site in sites}
     counts = {name: count for name, count in counts.items() if count}
     least = min(counts.values(), default=1)
     return {name: max(round(count / least), 1) for name, count in counts.items()}

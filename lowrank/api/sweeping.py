@@ -13,31 +13,30 @@ from typing import Any
 
 from torch import nn
 
+from ..calibration import self_written
 from ..calibration.batches import LENGTH, Batch, materialise, rebatched
 from ..calibration.digests import check_place, data_print
 from ..calibration.file import load_calibration, save_calibration
 from ..calibration.fisher import FISHER, with_fisher
 from ..calibration.running import first_tensor
-from ..calibration.self_written import described, writes
-from ..calibration.statistics import SELF, Calibration, calibrate
+from ..calibration.statistics import SELF, Calibration
 from ..errors import LowrankError
-from ..measure.eval import kl
+from ..measure.eval import Reference
 from ..plans.plan import Plan
 from ..plans.report import Report
 from ..plans.versions import versions
-from ..recover.recovery import Recovery
+from ..recover.chain import Workbench
 from ..tables import aligned
-from ..types import JointMethod, Method, Policy, Storage, Unit
+from ..types import Site
 from ..walk.checks import check_model
-from ..walk.sites import ALL_LINEAR, Patterns
+from ..walk.sites import find_sites
 from ..walk.surgery import twin
 from .applying import carry_out
-from .efforts import Effort
+from .arguments import flat
 from .planning import make_plan
-from .request import Of, OnMissing, Prefer, Request, targets_of
-from .verbs import HOLD_OUT, Source
-
-RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+from .probing import workbench
+from .request import Request, Sweeping
+from .verbs import statistics_for, targets_among
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,12 +70,15 @@ class Sweep:
             accepted as `data=` everywhere, so that one more ratio costs no new pass.
         seconds: before the first ratio: statistics and gradients.
         judged_rows: rows that the KL was taken on; 0: none.
+        judged_on_seen: the statistics come from those rows, on which factors look better than they
+            are: hold rows out (`judge=`) where that matters.
     """
 
     points: tuple[Point, ...]
     calibration: Calibration | None
     seconds: float
     judged_rows: int
+    judged_on_seen: bool = False
 
     def front(self) -> tuple[Point, ...]:
         """The points that no other one beats in both size and KL; all where none was judged."""
@@ -118,83 +120,91 @@ class Sweep:
             for p in self.points
         ]  # fmt: skip
         body = {"points": points, "seconds": self.seconds, "judged_rows": self.judged_rows,
-                "versions": versions()}  # fmt: skip
+                "judged_on_seen": self.judged_on_seen, "versions": versions()}  # fmt: skip
         return json.dumps(body, indent=1)
 
     def __str__(self) -> str:
         plan = self.points[0].plan
         head = f"{plan.method}, {plan.settings['policy']}: {self.seconds:.1f} s once, then"
         if self.judged_rows:
-            head += f" (KL: nats per position on {self.judged_rows} held-out rows)"
+            kind = "calibration rows, which the statistics saw" if self.judged_on_seen else ""
+            head += f" (KL: nats per position on {self.judged_rows} {kind or 'held-out rows'})"
         return "\n".join([head, *aligned(self.rows())])
 
 
-def sweep(
-    model: nn.Module,
-    ratios: Sequence[float] = RATIOS,
-    *,
-    method: str | Method | JointMethod | None = None,
-    policy: str | Policy | None = None,
-    data: Source = "default",
-    tokenizer: Any = None,
-    judge: Any = None,
-    effort: str | Recovery | Effort | None = None,
-    of: Of = "targets",
-    unit: Unit = "params",
-    prefer: Prefer = "size",
-    target_modules: Patterns = ALL_LINEAR,
-    exclude_modules: Patterns | None = None,
-    align: int | None = None,
-    storage: Storage | None = None,
-    on_missing: OnMissing = "dense",
-    cache: str | Path | None = None,
-    seed: int = 0,
-    progress: bool = True,
-) -> Sweep:
+@flat(Sweeping)
+def sweep(model: nn.Module, asked: Sweeping) -> Sweep:
     """Compress copies of the model to several ratios, and show size against loss.
 
     The model is run for its statistics once and every weight is decomposed once for all ratios;
-    each ratio then costs factors, recovery where an `effort` asks for it, and judging.
+    each ratio then costs factors, recovery where an `effort` asks for it, and judging. At each
+    ratio the result is that of `compress`.
 
     Args:
-        ratios: fractions kept, each as for `compress`.
-        judge: batches or texts to take the KL on, as for `kl`; None: the calibration rows that no
-            statistic saw (an eighth of them); without data nothing is judged.
-        cache: a file (safetensors) that the statistics, spectra and rows are written to, and read
-            from the next time; one made for another model or other data is refused. The model is
-            not run on `data` then.
-
-    The others are those of `compress`.
+        model: is not changed.
+        …
 
     Raises:
         LowrankError: as `compress`; no ratio, or one twice; a cache of something else.
     """
     check_model(model)
-    requests = [
-        Request(
-            ratio=ratio, method=method, policy=policy, effort=effort, of=of, unit=unit,
-            prefer=prefer, target_modules=target_modules, exclude_modules=exclude_modules,
-            align=align, storage=storage, on_missing=on_missing, seed=seed,
-        )
-        for ratio in _falling(ratios)
-    ]  # fmt: skip
+    requests = [asked.request(ratio) for ratio in _falling(asked.ratios)]
     first = requests[0]
-    wanted = targets_of(model, first)
-    path = None if cache is None else Path(cache)
+    sites = find_sites(model)
+    wanted = targets_among(sites, model, first)
+    path = None if asked.cache is None else Path(asked.cache)
     if path is not None:
         check_place(path)
     started = time.perf_counter()
-    seen = stored = _stored(model, path, data, tokenizer, seed)
-    if seen is None:
-        seen = _calibrated(model, first, data, tokenizer, progress)
-    if seen is not None and first.needs() & FISHER:
-        seen = with_fisher(model, seen, wanted, seed=seed, progress=progress)
-    held = _held(seen, judge, tokenizer)
-    seconds, known = time.perf_counter() - started, 0 if seen is None else len(seen.spectra)
-    points = [_point(model, request, wanted, seen, held, progress) for request in requests]
-    if path is not None and seen is not None and (seen is not stored or len(seen.spectra) > known):
-        save_calibration(seen, path, model)
-    return Sweep(tuple(points), seen, seconds, sum(map(_rows, held)))
+    stored = _stored(model, path, first)
+    calibration = stored or statistics_for(
+        model, sites, first.data, first.tokenizer,
+        needed=first.method is None or bool(first.needs()), seed=first.seed,
+        hold_out=first.hold_out, progress=first.progress,
+    )  # fmt: skip
+    if calibration is not None and first.needs() & FISHER:
+        calibration = with_fisher(
+            model, calibration, wanted, seed=first.seed, progress=first.progress
+        )
+    judge = _judge(model, calibration, asked)
+    bench = workbench(model, calibration, first)
+    seconds = time.perf_counter() - started
+    known = 0 if calibration is None else len(calibration.spectra)
+    swept = _Swept(model, sites, wanted, calibration, bench, judge)
+    points = [swept.point(request) for request in requests]
+    new = calibration is not None and (
+        calibration is not stored or len(calibration.spectra) > known
+    )
+    if path is not None and calibration is not None and new:
+        save_calibration(calibration, path, model)
+    return Sweep(tuple(points), calibration, seconds, *_judged_rows(judge, calibration))
+
+
+@dataclass(frozen=True)
+class _Swept:
+    """What all ratios have in common."""
+
+    model: nn.Module
+    sites: Sequence[Site]
+    wanted: Sequence[Site]
+    calibration: Calibration | None
+    bench: Workbench | None
+    judge: Reference | None
+
+    def point(self, request: Request) -> Point:
+        started = time.perf_counter()
+        plan, curves, resolved = make_plan(
+            self.model, request, self.wanted, self.calibration, self.bench, remember=True
+        )
+        # Recovery that trains hands norms and biases over: to a copy of its own.
+        trains = request.recovery is not None
+        student = copying.deepcopy(self.model) if trains else twin(self.model)
+        student, report = carry_out(
+            student, plan, self.sites, resolved, self.calibration,
+            bench=self.bench, curves=curves, started=started, progress=request.progress,
+        )  # fmt: skip
+        away = None if self.judge is None else self.judge.kl(student)
+        return Point(float(request.ratio or 0), report, away, time.perf_counter() - started)
 
 
 def _falling(ratios: Any) -> list[float]:
@@ -209,78 +219,60 @@ def _falling(ratios: Any) -> list[float]:
     return sorted(map(float, given), reverse=True)
 
 
-def _stored(
-    model: nn.Module, path: Path | None, data: Source, tokenizer: Any, seed: int
-) -> Calibration | None:
+def _stored(model: nn.Module, path: Path | None, request: Request) -> Calibration | None:
     """What the cache holds; None where there is none yet, or a finished calibration is given.
 
     Raises:
-        LowrankError: it was made from other data than those given.
+        LowrankError: it was made from other data than those given, or held other rows out.
     """
+    data = request.data
     if path is None or not path.exists() or isinstance(data, Calibration):
         return None
-    seen = load_calibration(path, model)
+    calibration = load_calibration(path, model)
+    held = calibration.held_out
     if data is None or (isinstance(data, str) and data in ("default", SELF)):
-        same = data is not None and seen.source == described(model, seed=seed)
+        same = data is not None and calibration.source == self_written.described(
+            model, seed=request.seed
+        )
     else:
-        given, held = materialise(data, tokenizer, length=LENGTH), seen.held_out
-        if callable(given) or callable(seen.batches):
+        given = materialise(data, request.tokenizer, length=LENGTH)
+        if callable(given) or callable(calibration.batches):
             raise LowrankError("a callable cannot be recognised again: calibrate first")
-        rows = [*rebatched(seen.batches, 1), *rebatched(held, 1)]
+        rows = [*rebatched(calibration.batches, 1), *rebatched(held, 1)]
         same = data_print(rebatched(given, 1)) == data_print(rows)
     if not same:
         raise LowrankError(f"the cache {path} was made from other data: choose another name")
-    return seen
+    if bool(held) != (request.hold_out > 0):
+        raise LowrankError(
+            f"the cache {path} was made with {'' if held else 'no '}rows held out for judging, "
+            "which is done where an effort, policy or method judges: choose another name"
+        )
+    return calibration
 
 
-def _calibrated(
-    model: nn.Module, request: Request, data: Source, tokenizer: Any, progress: bool
-) -> Calibration | None:
-    if isinstance(data, str) and data == "default":
-        needed = request.method is None or bool(request.needs())
-        data = SELF if needed and writes(model) else None
-    if data is None:
-        return None
-    return calibrate(
-        model, data, tokenizer=tokenizer, seed=request.seed, hold_out=HOLD_OUT, progress=progress
-    )
-
-
-def _held(seen: Calibration | None, judge: Any, tokenizer: Any) -> Sequence[Batch]:
-    """What the KL is taken on; nothing where there is nothing."""
-    if judge is not None:
-        found = materialise(judge, tokenizer, length=LENGTH)
-        if callable(found):
+def _judge(model: nn.Module, calibration: Calibration | None, asked: Sweeping) -> Reference | None:
+    """What the KL is taken on; None where there is nothing."""
+    if asked.judge is not None:
+        batches = materialise(asked.judge, asked.tokenizer, length=LENGTH)
+        if callable(batches):
             raise LowrankError("judge must hold batches that both models can be given")
-        return found
-    return () if seen is None else seen.held_out
-
-
-def _point(
-    model: nn.Module,
-    request: Request,
-    wanted: Sequence[Any],
-    seen: Calibration | None,
-    held: Sequence[Batch],
-    progress: bool,
-) -> Point:
-    started = time.perf_counter()
-    decided, curves = make_plan(model, request, wanted, seen, progress=progress)
-    # Recovery that trains hands norms and biases over: to a copy of its own.
-    trains = request.recovery is not None
-    student = copying.deepcopy(model) if trains else twin(model)
-    way = None if request.method is None or isinstance(request.method, str) else request.method
-    student, report = carry_out(
-        student, decided, seen, way=way, curves=curves, started=started, progress=progress
-    )
-    away = _judged(student, model, held)
-    return Point(float(request.ratio or 0), report, away, time.perf_counter() - started)
-
-
-def _judged(student: nn.Module, model: nn.Module, held: Sequence[Batch]) -> float | None:
-    if not held:
+        return Reference(model, batches)
+    if calibration is None or callable(calibration.batches):
         return None
-    return kl(student, model, list(held))
+    if calibration.source and not calibration.held_out:  # more of what the model writes
+        rows = max(self_written.COUNT // 8, 1)
+        written = self_written.batches(
+            model, rows=rows, seed=asked.seed + 2, progress=asked.progress
+        )
+        return Reference(model, written)
+    return Reference(model, calibration.held_out or calibration.batches)
+
+
+def _judged_rows(judge: Reference | None, calibration: Calibration | None) -> tuple[int, bool]:
+    """How many rows the KL is taken on, and whether the statistics come from them."""
+    rows = 0 if judge is None else sum(map(_rows, judge.batches))
+    seen = judge is not None and calibration is not None and judge.batches is calibration.batches
+    return rows, seen
 
 
 def _rows(batch: Batch) -> int:

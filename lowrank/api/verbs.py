@@ -3,64 +3,64 @@
 from __future__ import annotations
 
 import copy as copying
+import dataclasses
 import time
-from collections.abc import Mapping
-from typing import Any, Literal, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from ..calibration.batches import Data
 from ..calibration.fisher import FISHER, with_fisher
 from ..calibration.self_written import described, writes
 from ..calibration.statistics import SELF, Calibration, calibrate
-from ..errors import LowrankError
+from ..errors import LowrankError, listed
+from ..methods import JOINT, METHODS
+from ..methods.resolved import Given, Resolved, resolve
+from ..nn import is_factored
 from ..plans.plan import Plan
 from ..plans.report import Report
+from ..recover.chain import Workbench
 from ..recover.recovery import Recovery
-from ..types import JointMethod, Method, Policy, Storage, Unit
+from ..types import JointMethod, Method, Site
+from ..walk import layouts
 from ..walk.checks import check_model
-from ..walk.sites import ALL_LINEAR, Patterns
+from ..walk.sites import check_rank_pattern, find_sites, select_sites
 from .allocating import Curves
 from .applying import carry_out, matched
-from .building import method_for
-from .efforts import Effort
+from .arguments import flat
 from .planning import make_plan
-from .request import Of, OnMissing, Prefer, Request, check_beside_plan, targets_of
-
-HOLD_OUT = 1 / 8  # of the calibration rows, kept for judging where something is judged
-Source = Data | Calibration | Literal["default"] | None
+from .probing import workbench
+from .request import HOLD_OUT, Compression, Request, Source
 
 
-def plan(
-    model: nn.Module,
-    ratio: float | None = None,
-    *,
-    method: str | Method | JointMethod | None = None,
-    policy: str | Policy | None = None,
-    rank: int | float | None = None,
-    rank_pattern: Mapping[str, int | float] | None = None,
-    data: Source = "default",
-    tokenizer: Any = None,
-    effort: str | Recovery | Effort | None = None,
-    of: Of = "targets",
-    unit: Unit = "params",
-    prefer: Prefer = "size",
-    target_modules: Patterns = ALL_LINEAR,
-    exclude_modules: Patterns | None = None,
-    align: int | None = None,
-    storage: Storage | None = None,
-    on_missing: OnMissing = "dense",
-    seed: int = 0,
-    progress: bool = True,
-) -> Plan:
-    """Decide what every layer becomes, and change nothing. Arguments as for `compress`."""
-    request = Request(
-        ratio=ratio, method=method, policy=policy, rank=rank, rank_pattern=rank_pattern,
-        effort=effort, of=of, unit=unit, prefer=prefer, target_modules=target_modules,
-        exclude_modules=exclude_modules, align=align, storage=storage, on_missing=on_missing,
-        seed=seed,
-    )  # fmt: skip
-    return _decide(model, request, data, tokenizer, progress)[0]
+class Decision(NamedTuple):
+    """A plan with all that it was made from."""
+
+    plan: Plan
+    curves: Curves
+    resolved: Resolved
+    sites: list[Site]
+    calibration: Calibration | None
+    bench: Workbench | None
+
+
+@flat(Request)
+def plan(model: nn.Module, request: Request) -> Plan:
+    """Decide what every layer becomes, and change nothing.
+
+    Exactly one of ratio and rank is given, or a rank_pattern that says all.
+
+    Args:
+        model: any nn.Module.
+        …
+
+    Returns:
+        A Plan to print, edit and save; `apply` carries it out.
+
+    Raises:
+        LowrankError: with what was got, what was expected and where.
+    """
+    return decide(model, request).plan
 
 
 def apply(
@@ -76,10 +76,10 @@ def apply(
     """Carry out a plan, also one that was edited or read from JSON.
 
     Args:
-        data: statistics for the factors; needed where the plan's method is activation-aware.
-            "default": what the model wrote itself for the plan, which it writes again.
+        data: statistics for the factors; needed where the plan's method works from data. As for
+            `compress`; "default": what the model wrote itself for the plan, which it writes again.
         method: the method object, for a plan made with one that the registry does not know.
-        copy: work on a deep copy.
+        tokenizer, copy, progress: as for `compress`.
 
     Raises:
         LowrankError: the plan was made for another model, or lacks data; the model is unchanged.
@@ -88,83 +88,43 @@ def apply(
     if not isinstance(plan, Plan):
         raise LowrankError(f"apply carries out a Plan, got {plan!r:.80}; compress takes a ratio")
     check_model(model)
-    work = matched(model, plan)
-    ways = [method_for(entry, plan, method) for _, entry in work]
-    needed = any(used.needs for used in ways) and _wrote(model, plan)
-    recovers = plan.settings.get("recovery") is not None
-    hold_out = HOLD_OUT if recovers else 0.0
-    seen = _seen(model, data, tokenizer, needed, plan.seed, progress, hold_out)
-    read = [site for (site, _), used in zip(work, ways, strict=True) if used.needs & FISHER]
-    if seen is not None and read:
-        seen = with_fisher(model, seen, read, seed=plan.seed, progress=progress)
-    if copy:
-        model = copying.deepcopy(model)
-    return carry_out(model, plan, seen, way=method, curves=None, started=started, progress=progress)
+    model = copying.deepcopy(model) if copy else model
+    sites = find_sites(model)
+    work = matched(sites, plan, model)
+    resolved = _resolved_for(plan, method)
+    shared = {entry.name for _, entry in work if entry.group}
+    makers = [
+        resolved.maker(entry.method, site, grouped=entry.name in shared) for site, entry in work
+    ]
+    recovery = Recovery.from_json(plan.settings.get("recovery"))
+    needed = any(maker.needs for maker in makers) and _wrote(model, plan)
+    calibration = statistics_for(
+        model, sites, data, tokenizer, needed=needed, seed=plan.seed,
+        hold_out=0.0 if recovery is None else HOLD_OUT, progress=progress,
+    )  # fmt: skip
+    read = [site for (site, _), m in zip(work, makers, strict=True) if m.needs & FISHER]
+    if calibration is not None and read:
+        calibration = with_fisher(model, calibration, read, seed=plan.seed, progress=progress)
+    bench = None
+    if recovery is not None and calibration is not None:
+        bench = Workbench(model, calibration, recovery.rows)
+    return carry_out(
+        model, plan, sites, resolved, calibration,
+        bench=bench, curves=None, started=started, progress=progress,
+    )  # fmt: skip
 
 
-def compress(
-    model: nn.Module,
-    ratio: float | Plan | None = None,
-    *,
-    method: str | Method | JointMethod | None = None,
-    policy: str | Policy | None = None,
-    rank: int | float | None = None,
-    rank_pattern: Mapping[str, int | float] | None = None,
-    data: Source = "default",
-    tokenizer: Any = None,
-    effort: str | Recovery | Effort | None = None,
-    of: Of = "targets",
-    unit: Unit = "params",
-    prefer: Prefer = "size",
-    target_modules: Patterns = ALL_LINEAR,
-    exclude_modules: Patterns | None = None,
-    align: int | None = None,
-    storage: Storage | None = None,
-    on_missing: OnMissing = "dense",
-    seed: int = 0,
-    copy: bool = False,
-    progress: bool = True,
-) -> tuple[nn.Module, Report]:
-    """Replace linear layers by factored ones that keep `ratio` of their parameters.
+@flat(Compression)
+def compress(model: nn.Module, asked: Compression) -> tuple[nn.Module, Report]:
+    """Replace layers by factored ones that keep `ratio` of their parameters.
+
+    Exactly one of ratio and rank is given, or a rank_pattern that says all. In place of a ratio a
+    finished plan may stand, beside which only data, tokenizer, copy, progress and a method object
+    are taken.
 
     Args:
         model: changed in place and returned; a root that is itself a layer is returned anew.
-        ratio: the fraction kept, in (0, 1); or a finished plan, beside which only data, tokenizer,
-            copy, progress and a method object are taken.
-        method: "svd", "whitened", "asvd", "snmf", "random", "basis-sharing" (one input basis for
-            layers that read one tensor, "whitened" for the others), "dense-sparse" (a small basis,
-            few coefficients in each row or each column), "lowrank-sparse" (some inputs in full),
-            "lowrank-masked" and "lowrank-2:4" (single entries in full: smallest, never faster),
-            "blast" (blocks with shared bases), "auto" (the best of these forms for each layer),
-            "frequency", "head-aware" (the last two for embeddings) or an object; None: "whitened"
-            with data, given or self-written, else "svd". Embeddings that "whitened" meets are
-            factored by "head-aware".
-        policy: "uniform", "energy", "welore", "spectrum", "evbmf", "lossaware" or a callable; None:
-            "uniform", but "spectrum" for a net of convolutions without data. It shares out a ratio;
-            fixed ranks leave it nothing to do.
-        rank: instead of a ratio: an int for all sites, or a float in (0, 1], the share of energy.
-        rank_pattern: name or regular expression -> rank; alone, or on top of ratio or rank. Its
-            ranks are kept as they are, whatever `align` says.
-        data: texts (with `tokenizer`), tensors, dicts, a loader, a callable `forward(model)`, or
-            a `Calibration`. "self": a causal language model writes its calibration text itself,
-            as `seed` decides. "default": "self" for such models where the method works from
-            data, else None. None never runs the model.
-        of: "targets" or "model": what the ratio is a share of.
-        unit: "params", "bytes" or "macs".
-        prefer: "speed" leaves a layer dense that is not faster at the data's shape.
-        target_modules, exclude_modules: as in peft: names or endings, a regular expression, or
-            "all-linear" (every linear layer and convolution but the output head and convolutions
-            that read an image), or "all" (these and embeddings too; a head that shares the
-            embedding's weight is factored with it, once).
-        align: ranks are multiples of it; None rounds down to 8 where that is nearly free; 1: off.
-        storage: of factored linear layers: "factors" (None too), r(m + n) numbers at rank r; or
-            "pivoted", the same matrix in r(m + n − r), so that ranks are higher at equal cost;
-            not where layers share a basis.
-        on_missing: for layers that the data did not reach: "dense", "data-free" or "error".
-        effort: "fast" (ranks by the loss, pivoted storage, sequential refit in closed form),
-            "balanced" (and block refit), "best" (and distillation), or a `Recovery`; it sets what
-            of method, policy and storage is not given. None: the replacement alone.
-        copy: work on a deep copy.
+        …
 
     Returns:
         The model and a Report: print it.
@@ -173,55 +133,77 @@ def compress(
         LowrankError: with what was got, what was expected and where; the model is unchanged then.
     """
     started = time.perf_counter()
-    given: dict[str, Any] = {
-        "method": method, "policy": policy, "rank": rank, "rank_pattern": rank_pattern,
-        "effort": effort, "of": of, "unit": unit, "prefer": prefer, "align": align,
-        "target_modules": target_modules, "exclude_modules": exclude_modules,
-        "storage": storage, "on_missing": on_missing, "seed": seed,
-    }  # fmt: skip
-    way = None if method is None or isinstance(method, str) else method
-    if isinstance(ratio, Plan):
-        check_beside_plan(given)
+    if isinstance(asked.ratio, Plan):
+        asked.check_beside_plan()
+        method = cast(Any, None if isinstance(asked.method, str) else asked.method)
         return apply(
-            model, ratio, data=data, tokenizer=tokenizer, method=way, copy=copy, progress=progress
-        )
-    request = Request(ratio=ratio, **given)
-    decided, curves, seen = _decide(model, request, data, tokenizer, progress)
-    if copy:
-        model = copying.deepcopy(model)
-    return carry_out(
-        model, decided, seen, way=way, curves=curves, started=started, progress=progress
-    )
-
-
-def _decide(
-    model: nn.Module, request: Request, data: Source, tokenizer: Any, progress: bool
-) -> tuple[Plan, Curves, Calibration | None]:
-    """All checks that need no work come first: a typing error must not cost a calibration."""
+            model, asked.ratio, data=asked.data, tokenizer=asked.tokenizer, method=method,
+            copy=asked.copy, progress=asked.progress,
+        )  # fmt: skip
+    request = asked.request()
     check_model(model)
-    wanted = targets_of(model, request)
-    needed = request.method is None or bool(request.needs())
-    hold_out = HOLD_OUT if request.effort is not None or request.policy == "lossaware" else 0.0
-    seen = _seen(model, data, tokenizer, needed, request.seed, progress, hold_out)
-    if seen is not None and request.needs() & FISHER:
-        seen = with_fisher(model, seen, wanted, seed=request.seed, progress=progress)
-    return *make_plan(model, request, wanted, seen, progress=progress), seen
+    model = copying.deepcopy(model) if asked.copy else model
+    decision = decide(model, request)
+    return carry_out(
+        model, decision.plan, decision.sites, decision.resolved, decision.calibration,
+        bench=decision.bench, curves=decision.curves, started=started, progress=asked.progress,
+    )  # fmt: skip
 
 
-def _wrote(model: nn.Module, plan: Plan) -> bool:
-    """Whether the model can write what the plan was made on; a plan of given data asks for that."""
-    made_on = plan.settings.get("data")
-    return writes(model) and made_on in (None, described(model, seed=plan.seed))
+def decide(model: nn.Module, request: Request) -> Decision:
+    """A plan. All checks that need no work come first: a typing error must not cost a
+    calibration."""
+    check_model(model)
+    sites = find_sites(model)
+    wanted = targets_among(sites, model, request)
+    calibration = statistics_for(
+        model, sites, request.data, request.tokenizer,
+        needed=request.method is None or bool(request.needs()), seed=request.seed,
+        hold_out=request.hold_out, progress=request.progress,
+    )  # fmt: skip
+    if calibration is not None and request.needs() & FISHER:
+        calibration = with_fisher(
+            model, calibration, wanted, seed=request.seed, progress=request.progress
+        )
+    bench = workbench(model, calibration, request)
+    remember = isinstance(request.data, Calibration)
+    made = make_plan(model, request, wanted, calibration, bench, remember=remember)
+    return Decision(*made, sites, calibration, bench)
 
 
-def _seen(
+def targets_among(sites: Sequence[Site], model: nn.Module, request: Request) -> list[Site]:
+    """Every site considered; those without a reason are the targets.
+
+    Raises:
+        LowrankError: a pattern matches nothing, no target is left, or a weight is not finite.
+    """
+    chosen = select_sites(sites, model, request.target_modules, request.exclude_modules)
+    targets = [site for site in chosen if not site.reason]
+    if not targets:
+        reasons = sorted({f"{site.title}: {site.reason}" for site in chosen})
+        factored = sum(map(is_factored, model.modules()))
+        already = f"{factored} are factored already (lowrank.to_dense undoes it); "
+        raise LowrankError(
+            f"no layer can be factored: {already if factored else ''}"
+            f"{listed(reasons, 4) or 'the model has no dense linear layer'}"
+        )
+    check_rank_pattern(request.rank_pattern or {}, chosen)
+    for site in targets:
+        if not layouts.is_finite(site.module):
+            raise LowrankError(f"{site.title}: the weight holds NaN or Inf")
+    return chosen
+
+
+def statistics_for(
     model: nn.Module,
+    sites: Sequence[Site],
     data: Source,
     tokenizer: Any,
+    *,
     needed: bool,
     seed: int,
+    hold_out: float,
     progress: bool,
-    hold_out: float = 0.0,
 ) -> Calibration | None:
     """The statistics; "default" is the model's own text where that is needed and can be had."""
     if isinstance(data, str) and data == "default":
@@ -229,5 +211,23 @@ def _seen(
     if data is None:
         return None
     return calibrate(
-        model, cast(Any, data), tokenizer=tokenizer, seed=seed, hold_out=hold_out, progress=progress
-    )
+        model, cast(Any, data), tokenizer=tokenizer, seed=seed, hold_out=hold_out,
+        progress=progress, sites=sites,
+    )  # fmt: skip
+
+
+def _resolved_for(plan: Plan, method: Given) -> Resolved:
+    """What factors the sites of a finished plan: the object given, or the registry's."""
+    if method is None and plan.method not in {*METHODS, *JOINT}:
+        return resolve(
+            "svd", seed=plan.seed, data=True
+        )  # entries by other names say what is lacking
+    resolved = resolve(method or plan.method, seed=plan.seed, storage=plan.storage, data=True)
+    called = plan.settings.get("called") or [plan.method]
+    return dataclasses.replace(resolved, called=tuple(called))
+
+
+def _wrote(model: nn.Module, plan: Plan) -> bool:
+    """Whether the model can write what the plan was made on; a plan of given data asks for that."""
+    made_on = plan.settings.get("data")
+    return writes(model) and made_on in (None, described(model, seed=plan.seed))

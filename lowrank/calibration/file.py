@@ -25,7 +25,7 @@ FORMAT, VERSION = "lowrank-calibration", "1"
 MATRICES = ("gram", "mean", "freq", "out_gram", "row_fisher")  # of Statistics
 
 
-def save_calibration(seen: Calibration, path: str | Path, model: nn.Module) -> None:
+def save_calibration(calibration: Calibration, path: str | Path, model: nn.Module) -> None:
     """Keep a calibration of `model`; a file of that name is replaced if it is one of these.
 
     Raises:
@@ -35,27 +35,29 @@ def save_calibration(seen: Calibration, path: str | Path, model: nn.Module) -> N
     check_place(path)
     if path.exists():
         _opened(path)
-    if callable(seen.batches):
+    if callable(calibration.batches):
         raise LowrankError("a calibration from a callable cannot be kept: pass batches or texts")
     store = _Store()
     own: dict[int, int] = {}
     parts: list[dict[str, Any]] = []
-    for stats in seen.statistics.values():
+    for stats in calibration.statistics.values():
         if id(stats) not in own:
             own[id(stats)] = len(parts)
             tensors = {name: store.put(getattr(stats, name)) for name in MATRICES}
             parts.append({"count": stats.count, **tensors})
+    observation = calibration.observation
     body = {
         "statistics": parts,
-        "sites": {name: own[id(stats)] for name, stats in seen.statistics.items()},
-        "order": seen.seen.order, "groups": seen.seen.groups, "chains": seen.seen.chains,
-        "shapes": {name: list(shape) for name, shape in seen.seen.shapes.items()},
-        "batches": [_batch(batch, store) for batch in seen.batches],
-        "held_out": [_batch(batch, store) for batch in seen.held_out],
-        "tokens": seen.tokens, "min_tokens": seen.min_tokens, "source": seen.source,
+        "sites": {name: own[id(stats)] for name, stats in calibration.statistics.items()},
+        "order": observation.order, "groups": observation.groups, "chains": observation.chains,
+        "shapes": {name: list(shape) for name, shape in observation.shapes.items()},
+        "batches": [_batch(batch, store) for batch in calibration.batches],
+        "held_out": [_batch(batch, store) for batch in calibration.held_out],
+        "tokens": calibration.tokens, "min_tokens": calibration.min_tokens,
+        "source": calibration.source,
         "spectra": {
             key: [own[id(stats)], _curve(curve, store)]
-            for key, (stats, curve) in seen.spectra.items()
+            for key, (stats, curve) in calibration.spectra.items()
             if id(stats) in own
         },
     }  # fmt: skip
@@ -166,7 +168,7 @@ def _restored(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibra
     )
     return Calibration(
         statistics={name: parts[number] for name, number in body["sites"].items()},
-        seen=observed,
+        observation=observed,
         batches=[_batch_back(batch, tensors) for batch in body["batches"]],
         tokens=body["tokens"],
         min_tokens=body["min_tokens"],

@@ -39,11 +39,16 @@ def described(model: nn.Module, *, length: int = LENGTH, seed: int = 0) -> str:
 
 
 def batches(
-    model: nn.Module, *, length: int = LENGTH, seed: int = 0, progress: bool = False
+    model: nn.Module,
+    *,
+    length: int = LENGTH,
+    seed: int = 0,
+    rows: int | None = None,
+    progress: bool = False,
 ) -> list[Batch]:
-    """The rows that `write` gives, 16 to a batch."""
-    rows = write(model, length=length, seed=seed, progress=progress)
-    return list(rows.split(ROWS))
+    """The rows that `write` gives, 16 to a batch; COUNT of them where None."""
+    written = write(model, rows=rows or COUNT, length=length, seed=seed, progress=progress)
+    return list(written.split(ROWS))
 
 
 def write(

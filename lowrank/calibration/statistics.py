@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from .frequencies import Frequencies
 from .observation import Observation, observe
 from .running import SameTensor, first_tensor, forward, mask_of, quiet
 
+Groups = tuple[tuple[str, ...], ...]
 SELF = "self"  # as data: the model writes it
 
 
@@ -30,7 +31,7 @@ class Calibration:
 
     Attributes:
         statistics: per site name; sites that read one tensor share one object.
-        seen: order of calls, groups of sites that read one tensor, chains of blocks.
+        observation: order of calls, groups of sites that read one tensor, chains of blocks.
         batches: the data, ready to be run again, or the caller's own callable.
         tokens: the most input vectors that any linear layer saw; without one, the most lookups.
         min_tokens: a site that saw fewer follows `on_missing`.
@@ -41,7 +42,7 @@ class Calibration:
     """
 
     statistics: dict[str, Statistics]
-    seen: Observation
+    observation: Observation
     batches: list[Batch] | Forward
     tokens: int
     min_tokens: int = 1
@@ -60,6 +61,7 @@ def calibrate(
     seed: int = 0,
     hold_out: float = 0.0,
     progress: bool = True,
+    sites: Sequence[Site] | None = None,
 ) -> Calibration:
     """Gather E[x xᵀ] and E[x] of every linear layer's input, and how often ids are looked up.
 
@@ -75,6 +77,7 @@ def calibrate(
         min_tokens: a site that saw fewer tokens counts as unseen.
         seed: of the text that the model writes.
         hold_out: share of the rows, the last ones, that is kept for judging; none of a callable.
+        sites: all of the model, where they are known already.
 
     Raises:
         LowrankError: no layer was reached, an activation is NaN or Inf, or an id is out of range
@@ -85,33 +88,20 @@ def calibrate(
         return data
     batches, source = _batches(model, data, tokenizer, length, seed, progress)
     batches, held_out = parted(batches, hold_out)
-    free = [site for site in find_sites(model) if not site.reason]
+    free = [site for site in sites or find_sites(model) if not site.reason]
     tables = [site for site in free if site.kind == "embedding"]
     heads = tied_heads(model, tables)
-    sites = [site for site in free if site.kind in ("linear", "conv")] + list(heads.values())
+    readers = [site for site in free if site.kind in ("linear", "conv")] + list(heads.values())
     first = batches if callable(batches) else batches[:1]
     with Frequencies(tables):  # a bad id gets an error of ours, whichever pass meets it first
-        seen = observe(model, sites, lambda: _run(model, first, (), progress=False))
-    groups = seen.groups
-    unseen = tuple((site.name,) for site in sites if site.name not in seen.shapes)
-    by_name = {site.name: site for site in sites}
-    while True:
-        gather = _Gather([[by_name[name] for name in group] for group in (*groups, *unseen)])
-        lookups = Frequencies(tables)
-        with quiet(model), gather, lookups:
-            _run(model, batches, (gather.mask, lookups.mask), progress)
-        gather.check_calls()
-        if not gather.parted:
-            break
-        # A later batch gave members of a group different tensors: gather those one by one.
-        groups = _split(groups, gather.parted)
-    statistics = gather.statistics()
-    tokens = max((found.count for found in statistics.values()), default=0)
+        observation = observe(model, readers, lambda: _run(model, first, (), progress=False))
+    statistics, groups, lookups = _gathered(model, batches, observation, readers, tables, progress)
+    tokens = max((stats.count for stats in statistics.values()), default=0)
     for site in tables:
         head = heads.get(site.name)
-        seen_by_head = None if head is None else statistics.pop(head.name)
-        statistics[site.name] = lookups.statistics(site.name, seen_by_head)
-    tokens = tokens or max((found.count for found in statistics.values()), default=0)
+        read = None if head is None else statistics.pop(head.name)
+        statistics[site.name] = lookups.statistics(site.name, read)
+    tokens = tokens or max((stats.count for stats in statistics.values()), default=0)
     if tokens == 0:
         hint = (
             "it is called more than once, so it must not use up an iterator"
@@ -119,8 +109,54 @@ def calibrate(
             else "does it run this model?"
         )
         raise LowrankError(f"the calibration data reached none of {len(free)} layers: {hint}")
-    seen = Observation(seen.order, groups, seen.chains, seen.shapes)
-    return Calibration(statistics, seen, batches, tokens, min_tokens, source, held_out)
+    observation = replace(observation, groups=groups)
+    return Calibration(statistics, observation, batches, tokens, min_tokens, source, held_out)
+
+
+def statistics_of(site: Site, calibration: Calibration | None) -> Statistics:
+    """What the calibration saw of a site's input; count 0 where it saw nothing.
+
+    Raises:
+        LowrankError: the calibration saw inputs of another width.
+    """
+    stats = Statistics()
+    if calibration is not None:
+        stats = calibration.statistics.get(site.name, stats)
+    if stats.gram is not None and len(stats.gram) != site.shape[1]:
+        raise LowrankError(
+            f"{site.title}: the calibration saw inputs of width {len(stats.gram)}, the layer reads "
+            f"{site.shape[1]}: it was made for another model"
+        )
+    if stats.freq is not None and len(stats.freq) != site.shape[0]:
+        raise LowrankError(
+            f"{site.title}: the calibration counted {len(stats.freq)} ids, the table has "
+            f"{site.shape[0]}: it was made for another model"
+        )
+    return stats
+
+
+def _gathered(
+    model: nn.Module,
+    batches: list[Batch] | Forward,
+    observation: Observation,
+    readers: Sequence[Site],
+    tables: Sequence[Site],
+    progress: bool,
+) -> tuple[dict[str, Statistics], Groups, Frequencies]:
+    """Statistics by site, the groups of sites that read one tensor in every batch, and lookups."""
+    groups = observation.groups
+    unseen = tuple((site.name,) for site in readers if site.name not in observation.shapes)
+    by_name = {site.name: site for site in readers}
+    while True:
+        gather = _Gather([[by_name[name] for name in group] for group in (*groups, *unseen)])
+        lookups = Frequencies(tables)
+        with quiet(model), gather, lookups:
+            _run(model, batches, (gather.mask, lookups.mask), progress)
+        gather.check_calls()
+        if not gather.parted:
+            return gather.statistics(), groups, lookups
+        # A later batch gave members of a group different tensors: gather those one by one.
+        groups = _split(groups, gather.parted)
 
 
 def _batches(
@@ -257,26 +293,6 @@ def _run(
         forward(model, batch)
 
 
-def _split(groups: tuple[tuple[str, ...], ...], parted: set[str]) -> tuple[tuple[str, ...], ...]:
+def _split(groups: Groups, parted: set[str]) -> Groups:
     kept = [tuple(name for name in group if name not in parted) for group in groups]
     return (*(group for group in kept if group), *((name,) for name in sorted(parted)))
-
-
-def statistics_of(site: Site, seen: Calibration | None) -> Statistics:
-    """What the calibration saw of a site's input; count 0 where it saw nothing.
-
-    Raises:
-        LowrankError: the calibration saw inputs of another width.
-    """
-    stats = Statistics() if seen is None else seen.statistics.get(site.name, Statistics())
-    if stats.gram is not None and len(stats.gram) != site.shape[1]:
-        raise LowrankError(
-            f"{site.title}: the calibration saw inputs of width {len(stats.gram)}, the layer reads "
-            f"{site.shape[1]}: it was made for another model"
-        )
-    if stats.freq is not None and len(stats.freq) != site.shape[0]:
-        raise LowrankError(
-            f"{site.title}: the calibration counted {len(stats.freq)} ids, the table has "
-            f"{site.shape[0]}: it was made for another model"
-        )
-    return stats

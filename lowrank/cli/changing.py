@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..api.request import Compression, Request
 from ..calibration.self_written import writes
 from ..calibration.statistics import SELF, calibrate
 from ..errors import LowrankError
@@ -16,24 +17,12 @@ from ..tables import markdown
 from . import inputs, options
 from .console import hushed, on_terminal, say, say_reasons, show
 from .inputs import Force, Length, Out, Source
+from .options import options_of
 
 
-def plan(
-    context: typer.Context,
+@options_of(Request)
+def plan_command(
     path: Source,
-    ratio: options.Ratio = None,
-    rank: options.Rank = None,
-    method: options.Method = None,
-    policy: options.Policy = None,
-    data: options.Text = None,
-    of: options.Of = None,
-    unit: options.Unit = None,
-    align: options.Align = None,
-    storage: options.Storage = None,
-    effort: options.Effort = None,
-    target: options.Target = None,
-    exclude: options.Exclude = None,
-    seed: options.Seed = None,
     length: Length = None,
     out: Annotated[
         Path | None,
@@ -42,6 +31,7 @@ def plan(
         ),
     ] = None,
     force: Force = False,
+    **chosen: Any,
 ) -> None:
     """Show what every layer would become; nothing is changed.
 
@@ -50,45 +40,32 @@ def plan(
       lowrank plan PATH --ratio 0.6 --policy energy --data TEXT -o plan.json
       lowrank compress PATH --plan plan.json --data TEXT --out out
     """
-    from ..api import plan as decide
+    from ..api import plan
 
-    chosen = options.keywords(context.params)
+    keywords, data = options.keywords(chosen, Request), chosen["data"]
     text = inputs.read_data(data)
     if out is not None and out.exists() and not force:
         raise LowrankError(f"{out} exists: choose another name, or add --force")
     model = inputs.load_model(path)
-    ways = [method] if method else []
-    batches = _calibration(model, path, text, data, length, ways, seed or 0)
-    found = decide(model, **chosen, data=batches, progress=on_terminal())
-    show(found)
-    say(f"keeps {found.kept():.4f} of the targets' {found.unit}, "
-        f"{found.kept_of_model():.4f} of the model's")  # fmt: skip
-    if found.settings.get("data"):
-        say(f"calibrated on {found.settings['data']}")
+    methods = [chosen["method"]] if chosen["method"] else []
+    batches = _calibration(model, path, text, data, length, methods, chosen["seed"] or 0)
+    made = plan(model, **keywords, data=batches, progress=on_terminal())
+    show(made)
+    say(f"keeps {made.kept():.4f} of the targets' {made.unit}, "
+        f"{made.kept_of_model():.4f} of the model's")  # fmt: skip
+    if made.settings.get("data"):
+        say(f"calibrated on {made.settings['data']}")
     if out is not None:
-        found.save(out)
+        made.save(out)
         again = "" if data is None else f" --data {data}"
         again += "" if length is None else f" --length {length}"
         say(f"wrote {out}; to apply it: lowrank compress {path} --plan {out}{again} --out out")
 
 
-def compress(
-    context: typer.Context,
+@options_of(Compression)
+def compress_command(
     path: Source,
     out: Out,
-    ratio: options.Ratio = None,
-    rank: options.Rank = None,
-    method: options.Method = None,
-    policy: options.Policy = None,
-    data: options.Text = None,
-    of: options.Of = None,
-    unit: options.Unit = None,
-    align: options.Align = None,
-    storage: options.Storage = None,
-    effort: options.Effort = None,
-    target: options.Target = None,
-    exclude: options.Exclude = None,
-    seed: options.Seed = None,
     length: Length = None,
     saved: Annotated[
         Path | None,
@@ -97,6 +74,7 @@ def compress(
         ),
     ] = None,
     force: Force = False,
+    **chosen: Any,
 ) -> None:
     """Replace linear layers by products of two smaller ones, and save.
 
@@ -106,24 +84,26 @@ def compress(
       lowrank compress PATH --rank 32 --target q_proj --target k_proj --out out
       lowrank compress PATH --plan plan.json --out out
     """
-    from ..api import apply
-    from ..api import compress as squeeze
+    from ..api import apply, compress
 
-    todo = None if saved is None else options.saved_plan(saved, context.params)
-    chosen = {} if todo is not None else options.keywords(context.params)
-    text = inputs.read_data(data)
+    plan = None if saved is None else options.saved_plan(saved, chosen)
+    keywords = {} if plan is not None else options.keywords(chosen, Compression)
+    text = inputs.read_data(chosen["data"])
     inputs.check_folder(out, force, source=path)
     model = inputs.load_model(path)
-    ways = options.used_by(todo) if todo else [method] if method else []
-    batches = _calibration(model, path, text, data, length, ways, todo.seed if todo else seed or 0)
-    if todo is not None:
-        model, report = apply(model, todo, data=batches, progress=on_terminal())
+    methods = [chosen["method"]] if chosen["method"] else []
+    seed = chosen["seed"] or 0
+    if plan is not None:
+        methods, seed = options.used_by(plan), plan.seed
+    batches = _calibration(model, path, text, chosen["data"], length, methods, seed)
+    if plan is not None:
+        model, report = apply(model, plan, data=batches, progress=on_terminal())
     else:
-        model, report = squeeze(model, **chosen, data=batches, progress=on_terminal())
+        model, report = compress(model, **keywords, data=batches, progress=on_terminal())
     _write(model, report, path, out)
 
 
-def merge(
+def merge_command(
     path: Source,
     out: Out,
     force: Force = False,
@@ -145,7 +125,11 @@ def merge(
     say(f"wrote {out}: an ordinary {type(model).__name__}, loads without lowrank")
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"plan": plan, "compress": compress, "merge": merge}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "plan": plan_command,
+    "compress": compress_command,
+    "merge": merge_command,
+}
 
 
 def _calibration(

@@ -37,7 +37,7 @@ def show(renderable: Any) -> None:
     console.print(renderable)
 
 
-def table(rows: Sequence[Mapping[str, str]]) -> Any:
+def table_of(rows: Sequence[Mapping[str, str]]) -> Any:
     """Columns of words to the left, of numbers to the right; empty columns are left out."""
     from rich import box
     from rich.table import Table

@@ -10,12 +10,14 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..api.request import Sweeping
 from ..errors import LowrankError
 from ..methods import JOINT, METHODS
 from ..policies import POLICIES
 from . import inputs, layers, options
-from .console import on_terminal, say, say_reasons, show, table
+from .console import on_terminal, say, say_reasons, show, table_of
 from .inputs import Length, Source
+from .options import options_of
 
 Reference = Annotated[
     str | None,
@@ -26,7 +28,7 @@ Reference = Annotated[
 ]  # fmt: skip
 
 
-def inspect(
+def inspect_command(
     path: Source,
     data: Annotated[
         str | None,
@@ -50,7 +52,7 @@ def inspect(
       lowrank inspect PATH
       lowrank inspect PATH --data TEXT --json figures.json
     """
-    from ..diagnose import inspect as look
+    from ..diagnose import inspect
 
     if json is not None and json.exists() and not force:
         raise LowrankError(f"{json} exists: choose another name, or add --force")
@@ -61,9 +63,9 @@ def inspect(
     if text is not None:
         inputs.check_reads_tokens(model, "--data")
         batches = inputs.text_batches(text, path, rows)
-    found = look(model, batches, length=rows, progress=on_terminal())
+    found = inspect(model, batches, length=rows, progress=on_terminal())
     say(_headline(model))
-    show(table(layers.shown(found)))
+    show(table_of(layers.shown(found)))
     for line in layers.legend(found):
         say(line)
     say_reasons("left dense", ((site.title, site.reason) for site in found.sites))
@@ -72,7 +74,7 @@ def inspect(
         say(f"wrote {json}")
 
 
-def evaluate(
+def eval_command(
     path: Source,
     text: Annotated[
         Path, typer.Option(metavar="TEXT", help="Text to be predicted.", show_default=False)
@@ -106,14 +108,14 @@ def evaluate(
         one, other = models
         away = kl(one, other, content, tokenizer=tokenizer, length=rows, progress=shown)
         found[0]["KL"] = f"{away:.4f}"
-    show(table(found))
+    show(table_of(found))
     tokens = len(tokenizer(content, verbose=False)["input_ids"])
     say(f"{tokens:,} tokens of {text}, in rows of {rows}")
     if reference is not None:
         say("KL: nats per token by which the predictions differ from the reference's; 0 is equal")
 
 
-def bench(
+def bench_command(
     path: Source,
     reference: Reference = None,
     tokens: Annotated[
@@ -146,10 +148,10 @@ def bench(
     ids = torch.randint(words, (1, count), generator=torch.Generator().manual_seed(0))
     found = benchmark(models[0], {"input_ids": ids}, *models[1:], repeats=repeats)
     say(found.head())
-    show(table(found.rows()))
+    show(table_of(found.rows()))
 
 
-def methods() -> None:
+def methods_command() -> None:
     """List the methods, and the policies that share out the budget."""
     ways, policies = [], []
     every: dict[str, Any] = {**METHODS, **JOINT}
@@ -158,12 +160,12 @@ def methods() -> None:
         ways.append({"method": name, "needs": needs, "what it does": _first_line(way)})
     for name, policy in POLICIES.items():
         policies.append({"policy": name, "what it does": _first_line(policy)})
-    show(table(ways))
+    show(table_of(ways))
     say()
-    show(table(policies))
+    show(table_of(policies))
 
 
-def demo(
+def demo_command(
     out: Annotated[
         Path | None,
         typer.Option(
@@ -182,38 +184,10 @@ def demo(
     return run(None if out is None else inputs.check_folder(out, force))
 
 
-def sweep(
+@options_of(Sweeping)
+def sweep_command(
     path: Source,
-    ratios: Annotated[
-        str,
-        typer.Option(metavar="SHARES", help="Shares kept, with commas between them."),
-    ] = "0.9,0.8,0.7,0.6,0.5,0.4",
-    method: options.Method = None,
-    policy: options.Policy = None,
-    data: options.Text = None,
-    judge: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="TEXT",
-            show_default=False,
-            help="Text on which the predictions are compared; if not given, an eighth of the "
-            "calibration rows, which nothing else sees.",
-        ),
-    ] = None,
-    storage: options.Storage = None,
-    effort: options.Effort = None,
-    target: options.Target = None,
-    exclude: options.Exclude = None,
-    seed: options.Seed = None,
     length: Length = None,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            show_default=False,
-            help="Keep statistics and spectra here, and start from them the next time.",
-        ),
-    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Draw size against loss (PNG, SVG).", show_default=False),
@@ -223,6 +197,7 @@ def sweep(
         typer.Option(metavar="FILE", help="Write figures and plans here.", show_default=False),
     ] = None,
     force: inputs.Force = False,
+    **chosen: Any,
 ) -> None:
     """Size against loss for several ratios; nothing is changed.
 
@@ -231,43 +206,38 @@ def sweep(
       lowrank sweep PATH --ratios 0.9,0.7,0.5 --effort fast --plot front.png
       lowrank sweep PATH --ratios 0.8,0.6 --cache seen.safetensors
     """
-    from ..api.sweeping import sweep as run
+    from ..api.sweeping import sweep
 
-    shares = [options.number("--ratios", part) for part in ratios.split(",")]
-    given = {"ratio": shares[0], "method": method, "policy": policy, "storage": storage,
-             "effort": effort, "target": target, "exclude": exclude, "seed": seed}  # fmt: skip
-    chosen = options.keywords({**dict.fromkeys(options.CHOICES), **given})
-    del chosen["ratio"]
+    keywords = options.keywords(chosen, Sweeping)
     for file in (plot, json):
         if file is not None and file.exists() and not force:
             raise LowrankError(f"{file} exists: choose another name, or add --force")
-    text, judged = inputs.read_data(data), None if judge is None else inputs.read_text(judge)
+    text, judge = inputs.read_data(chosen["data"]), chosen["judge"]
+    judged = None if judge is None else inputs.read_text(judge)
     model = inputs.load_model(path)
     rows = inputs.row_length(model, length, option="--length")
     batches: Any = "default" if text is None else inputs.text_batches(text, path, rows)
     held = None if judged is None else inputs.text_batches(judged, path, rows)
-    found = run(
-        model, shares, data=batches, judge=held, cache=cache, progress=on_terminal(), **chosen
-    )
-    say(str(found).partition("\n")[0])
-    show(table(found.rows()))
+    swept = sweep(model, data=batches, judge=held, progress=on_terminal(), **keywords)
+    say(str(swept).partition("\n")[0])
+    show(table_of(swept.rows()))
     if plot is not None:
         from ..plots import pareto
 
-        pareto(found.triples()).savefig(plot)
+        pareto(swept.triples()).savefig(plot)
         say(f"wrote {plot}")
     if json is not None:
-        json.write_text(found.to_json() + "\n", encoding="utf-8")
+        json.write_text(swept.to_json() + "\n", encoding="utf-8")
         say(f"wrote {json}")
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
-    "inspect": inspect,
-    "eval": evaluate,
-    "bench": bench,
-    "sweep": sweep,
-    "methods": methods,
-    "demo": demo,
+    "inspect": inspect_command,
+    "eval": eval_command,
+    "bench": bench_command,
+    "sweep": sweep_command,
+    "methods": methods_command,
+    "demo": demo_command,
 }
 
 

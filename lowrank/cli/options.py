@@ -1,148 +1,112 @@
-"""The choices that plan and compress share, as options of the command line."""
+"""The arguments of plan, compress and sweep as options of the command line."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+from ..api.arguments import ARGUMENTS
+from ..api.request import Compression, Options, Sweeping
 from ..errors import LowrankError
 from ..methods import JOINT, METHODS
 from ..plans.plan import Plan
-from ..policies import POLICIES
 
-CHOICES = (
-    "ratio", "rank", "method", "policy", "of", "unit", "align", "storage", "effort", "target",
-    "exclude", "seed",
-)  # fmt: skip
-
-
-def _option(*names: str, metavar: str, help: str) -> Any:
-    """An option without a default of its own; where there is one, its help says it."""
-    return typer.Option(*names, metavar=metavar, help=help, show_default=False)
-
-
-Ratio = Annotated[
-    float | None,
-    _option("--ratio", metavar="SHARE", help="Share of the targeted weights kept, in (0, 1)."),
-]
-Rank = Annotated[
-    str | None,
-    _option(
-        "--rank", metavar="RANK",
-        help="Instead of a ratio. An integer: the rank of every layer; a decimal number in (0, 1]: "
-        "the share of energy that every layer keeps.",
-    ),
-]  # fmt: skip
-Method = Annotated[
-    str | None,
-    _option(
-        "--method", metavar="NAME",
-        help=f"{', '.join((*METHODS, *JOINT))}; if not given: whitened, or svd where there is no "
-        "--data and the model writes no text.",
-    ),
-]  # fmt: skip
-Policy = Annotated[
-    str | None,
-    _option(
-        "--policy", metavar="NAME",
-        help=f"Shares the budget among the layers: {', '.join(POLICIES)}; uniform if not given.",
-    ),
-]  # fmt: skip
-Text = Annotated[
-    str | None,
-    _option(
-        "--data", metavar="TEXT",
-        help="Calibration text: what the layers' inputs look like. self, or not given: what a "
-        "causal language model writes itself.",
-    ),
-]  # fmt: skip
-Of = Annotated[
-    str | None,
-    _option("--of", metavar="WHAT", help="The ratio is a share of: targets (if not given), model."),
-]
-Unit = Annotated[
-    str | None,
-    _option("--unit", metavar="WHAT", help="Counted: params (if not given), bytes, macs."),
-]
-Align = Annotated[
-    int | None,
-    _option(
-        "--align", metavar="INT",
-        help="Ranks are multiples of this, 1 is any; if not given, of 8 where that costs < 1 %.",
-    ),
-]  # fmt: skip
-Storage = Annotated[
-    str | None,
-    _option(
-        "--storage", metavar="FORM",
-        help="Of the factors: factors (if not given), or pivoted: the same matrices in fewer "
-        "numbers, so that ranks are higher at equal size.",
-    ),
-]  # fmt: skip
-Effort = Annotated[
-    str | None,
-    _option(
-        "--effort", metavar="WORD",
-        help="fast: ranks by the loss, pivoted storage, layers refitted one after the other; "
-        "balanced: blocks are trained too; best: and the whole model, to the dense one's words.",
-    ),
-]  # fmt: skip
-Target = Annotated[
-    list[str] | None,
-    _option(
-        "--target", metavar="NAME",
-        help="Layers to compress, by name or its ending; may be repeated. One alone may be a "
-        "regular expression. If not given: all linear layers and convolutions but the output head.",
-    ),
-]  # fmt: skip
-Exclude = Annotated[
-    list[str] | None,
-    _option("--exclude", metavar="NAME", help="Layers to leave dense, written as for --target."),
-]
-Seed = Annotated[int | None, _option("--seed", metavar="INT", help="Of random numbers; 0.")]
+# Of the values that are no text; a rank and ratios are text that is read here.
+TYPES: dict[str, Any] = {
+    "ratio": float,
+    "align": int,
+    "seed": int,
+    "target_modules": list[str],
+    "exclude_modules": list[str],
+    "judge": Path,
+    "cache": Path,
+}
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def keywords(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Keywords of `lowrank.compress`, checked before a model is loaded.
+def options_of(request: type[Options]) -> Callable[[Command], Command]:
+    """Give a command an option for each argument of a request that has a flag.
+
+    The command takes them as `**chosen`; they stand where that stands in its signature.
+    """
+
+    def decorate(command: Command) -> Command:
+        every = inspect.signature(command, eval_str=True).parameters.values()
+        own = [p for p in every if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        required = [p for p in own if p.default is inspect.Parameter.empty]
+        made = [*required, *_parameters(request), *(p for p in own if p not in required)]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        made = [p if p in required else p.replace(kind=keyword) for p in made]
+        command.__signature__ = inspect.Signature(made)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in made}
+        return command
+
+    return decorate
+
+
+def _parameters(request: type[Options]) -> list[inspect.Parameter]:
+    made = []
+    taken = {each.name for each in fields(request)}
+    for name, about in ARGUMENTS.items():
+        if name in taken and about.flag:
+            text = about.typed or f"{about.text[0].upper()}{about.text[1:]}"
+            option = typer.Option(about.flag, metavar=about.metavar, help=text, show_default=False)
+            kind: Any = Annotated[TYPES.get(name, str) | None, option]
+            keyword = inspect.Parameter.KEYWORD_ONLY
+            made.append(inspect.Parameter(name, keyword, default=None, annotation=kind))
+    return made
+
+
+def keywords(chosen: Mapping[str, Any], request: type[Any]) -> dict[str, Any]:
+    """Keywords of a verb, checked before a model is loaded; data, judge and cache are left out.
 
     Args:
-        given: the command's own parameters, by name.
+        chosen: what a command was given, by the names of the request's fields.
 
     Raises:
-        LowrankError: as `lowrank.compress`.
+        LowrankError: as the verb.
     """
-    from ..api.request import Request
-
-    if given["ratio"] is None and given["rank"] is None:
+    given = {name: value for name, value in chosen.items() if value not in (None, [], ())}
+    for name in ("data", "judge"):
+        given.pop(name, None)
+    if request is not Sweeping and "ratio" not in given and "rank" not in given:
         raise LowrankError("say how small: --ratio 0.8, or --rank 32")
-    found: dict[str, Any] = {k: given[k] for k in CHOICES if given[k] not in (None, [], ())}
-    if "rank" in found:
-        found["rank"] = number("--rank", found["rank"])
-    for name in ("target", "exclude"):
-        if name in found:
-            patterns = list(found.pop(name))
-            found[f"{name}_modules"] = patterns[0] if len(patterns) == 1 else patterns
-    Request(**found)
-    return found
+    if "rank" in given:
+        given["rank"] = number("--rank", given["rank"])
+    if "ratios" in given:
+        given["ratios"] = [number("--ratios", part) for part in given["ratios"].split(",")]
+    for name in ("target_modules", "exclude_modules"):
+        if name in given and len(given[name]) == 1:
+            given[name] = given[name][0]
+    asked = request(**given)
+    if isinstance(asked, Compression):
+        asked.request()
+    if isinstance(asked, Sweeping):
+        for ratio in asked.ratios:
+            asked.request(ratio)
+    return given
 
 
-def saved_plan(path: Path, given: Mapping[str, Any]) -> Plan:
+def saved_plan(path: Path, chosen: Mapping[str, Any]) -> Plan:
     """The plan in a file.
 
     Raises:
         LowrankError: choices are given beside it, or the text that its methods need is not.
     """
-    beside = [f"--{name}" for name in CHOICES if given[name] not in (None, [], ())]
+    given = [name for name, value in chosen.items() if value not in (None, [], ())]
+    beside = [ARGUMENTS[name].flag for name in given if name != "data"]
     if beside:
         raise LowrankError(f"--plan has decided already: leave out {', '.join(beside)}")
-    found = Plan.load(path)
-    needing = needs_data(used_by(found))
-    if given["data"] is None and needing and found.settings.get("data") == "":
+    plan = Plan.load(path)
+    needing = needs_data(used_by(plan))
+    if chosen["data"] is None and needing and plan.settings.get("data") == "":
         raise LowrankError(f"the plan was made on a text, by {needing}: add --data TEXT")
-    return found
+    return plan
 
 
 def used_by(plan: Plan) -> list[str]:

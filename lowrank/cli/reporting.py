@@ -13,7 +13,7 @@ from .console import say
 from .inputs import Force
 
 
-def report(
+def report_command(
     plan: Annotated[
         Path,
         typer.Argument(
@@ -52,4 +52,4 @@ def report(
     say(f"wrote {place}: open it in a browser")
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"report": report}
+COMMANDS: dict[str, Callable[..., Any]] = {"report": report_command}

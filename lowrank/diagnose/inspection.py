@@ -14,10 +14,11 @@ from ..calibration.batches import LENGTH, Data
 from ..calibration.statistics import Calibration, calibrate, statistics_of
 from ..measure.timing import paired_ms
 from ..methods.common import low_rank_layer
+from ..nn import Form
 from ..plans.entry import break_even
 from ..plans.versions import versions
 from ..tables import aligned
-from ..types import Factored, Option, Site
+from ..types import Option, Site
 from ..walk import layouts
 from ..walk.checks import check_model
 from ..walk.sites import ALL_LINEAR, Patterns, find_sites, select_sites
@@ -62,7 +63,7 @@ class Inspected:
         return break_even(self.shape)
 
     @property
-    def seen(self) -> Spectrum | None:
+    def chosen(self) -> Spectrum | None:
         """What ranks should be chosen by: the outputs' spectrum where there is one."""
         return self.output or self.weight
 
@@ -75,7 +76,7 @@ class Inspected:
             "rank": "" if self.rank is None else str(self.rank),
             "kept": "" if self.rank is None else f"{kept:.3f}",
             "even": "dense" if self.reason else str(self.break_even),
-            **(EMPTY if self.seen is None else self.seen.row()),
+            **(EMPTY if self.chosen is None else self.chosen.row()),
             "eff W": "" if not (self.output and self.weight) else self.weight.row()["eff"],
             "ms": "" if self.dense_ms is None else f"{self.dense_ms:.3g}",
             "ms even": "" if self.factored_ms is None else f"{self.factored_ms:.3g}",
@@ -140,17 +141,16 @@ def inspect(
         LowrankError: a pattern matches nothing, or the data is of no use.
     """
     check_model(model)
-    found = find_sites(model)
-    chosen = select_sites(found, model, target_modules, exclude_modules)
+    chosen = select_sites(find_sites(model), model, target_modules, exclude_modules)
     named = exclude_modules is not None or target_modules != ALL_LINEAR
-    seen = None
+    calibration = None
     if data is not None:
-        seen = calibrate(model, data, tokenizer=tokenizer, length=length, progress=progress)
+        calibration = calibrate(model, data, tokenizer=tokenizer, length=length, progress=progress)
     sites = {site.name: site for site in chosen}
     done = factored(model)
     order = [name for name, _ in model.named_modules() if name in sites or name in done]
     looked = [
-        _inspected(sites[name], seen, skip=named and bool(sites[name].reason), timing=timing)
+        _inspected(sites[name], calibration, skip=named and bool(sites[name].reason), timing=timing)
         if name in sites
         else _already(name, done[name])
         for name in _progress(order, progress)
@@ -158,10 +158,14 @@ def inspect(
     timed = any(site.dense_ms is not None for site in looked)
     threads = torch.get_num_threads()
     conditions = f"{threads} thread{'s' * (threads != 1)}, one call at the data's shape"
-    return Inspection(tuple(looked), 0 if seen is None else seen.tokens, conditions * timed)
+    return Inspection(
+        tuple(looked), 0 if calibration is None else calibration.tokens, conditions * timed
+    )
 
 
-def _inspected(site: Site, seen: Calibration | None, *, skip: bool, timing: bool) -> Inspected:
+def _inspected(
+    site: Site, calibration: Calibration | None, *, skip: bool, timing: bool
+) -> Inspected:
     def told(reason: str) -> Inspected:
         return Inspected(site.name, site.shape, site.cost.params, reason=reason)
 
@@ -171,22 +175,21 @@ def _inspected(site: Site, seen: Calibration | None, *, skip: bool, timing: bool
         return told("the weight holds NaN or Inf")
     matrix = layouts.matrix(site.module)
     weight, output, reason = Spectrum(linalg.energies(matrix).cpu()), None, site.reason
-    gram = statistics_of(site, seen).gram
+    gram = statistics_of(site, calibration).gram
     if gram is not None:
         output = Spectrum(linalg.energies(matrix, gram).cpu())
-    elif seen is not None:
+    elif calibration is not None:
         reason = reason or "the data did not reach it"
-    shape = None if seen is None else seen.seen.shapes.get(site.name)
+    shape = None if calibration is None else calibration.observation.shapes.get(site.name)
     times = _times(site, shape) if timing and shape is not None else (None, None)
     return Inspected(
         site.name, site.shape, site.cost.params, weight, output, reason, None, shape, *times
     )
 
 
-def _already(name: str, module: nn.Module) -> Inspected:
-    assert isinstance(module, Factored)
+def _already(name: str, module: Form) -> Inspected:
     out_features, in_features = module.dense_weight().shape
-    rank = getattr(module, "rank", None)
+    rank = module.spec().get("rank")
     return Inspected(name, (out_features, in_features), module.cost().params, rank=rank)
 
 

@@ -1,55 +1,80 @@
-"""One layer at a time: put factors in its place, compare predictions, put it back."""
+"""One layer or group at a time: put factors in its place, compare predictions, put it back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from tqdm.auto import tqdm
 
 from ..calibration.batches import Batch
-from ..calibration.running import forward, logits_of, mask_of, quiet
+from ..calibration.running import mask_of, quiet
 from ..calibration.statistics import Calibration, statistics_of
-from ..errors import LowrankError
-from ..measure.eval import divergence
-from ..types import Curve, Method, Option, Site
-from ..walk.surgery import replaced
+from ..measure.eval import Reference
+from ..methods.resolved import Group, Resolved
+from ..types import Curve, Option
+from ..walk.surgery import replaced, twin
 from .sensitivity_table import Sensitivity
 
 
 def measure(
     model: nn.Module,
     batches: Sequence[Batch],
-    targets: Sequence[Site],
-    way: Method,
-    seen: Calibration | None,
+    groups: Sequence[Group],
+    resolved: Resolved,
+    calibration: Calibration | None,
     ratios: tuple[float, ...],
+    *,
+    data_free: bool,
     progress: bool,
 ) -> Sensitivity:
-    from tqdm.auto import tqdm
+    """What the predictions lose when one group alone keeps each of the ratios.
 
-    kl = torch.full((len(targets), len(ratios)), torch.nan, dtype=torch.float64)
+    Args:
+        groups: sites that share a basis together; most are of one site.
+        data_free: of a site that the calibration did not reach, measure what plain SVD gives; else
+            its row stays NaN.
+    """
+    kl = torch.full((len(groups), len(ratios)), torch.nan, dtype=torch.float64)
     rank, error = torch.zeros_like(kl, dtype=torch.int64), torch.full_like(kl, torch.nan)
+    dense = Reference(twin(model), batches)  # which stays dense
     with quiet(model):
-        dense = [logits_of(forward(model, batch)) for batch in batches]
-        bar = tqdm(targets, "sensitivity", delay=2, disable=not progress, leave=False)
-        for row, site in enumerate(bar):
-            stats = statistics_of(site, seen)
-            if way.needs and stats.count == 0:
-                continue  # the calibration did not reach it: its row stays NaN
-            curve = way.curve(site, stats)
+        bar = tqdm(groups, "sensitivity", delay=2, disable=not progress, leave=False)
+        for row, group in enumerate(bar):
+            if not data_free and not resolved.is_seen(group[0], calibration):
+                continue
+            curve = resolved.curve(group, calibration)
+            if resolved.is_seen(group[0], calibration):
+                resolved = resolved.knowing([curve])
             for column, ratio in enumerate(ratios):
                 option = _option(curve, ratio)
                 if option is None or option.size is None:
                     continue
-                new = way.factor(site.module, option, stats).eval()
-                with replaced(model, site, new) as root:
-                    kl[row, column] = _distance(root, batches, dense)
+                kl[row, column] = _loss(model, group, option, resolved, calibration, dense)
                 rank[row, column] = option.size[0]
                 error[row, column] = option.error / curve.total if curve.total > 0 else 0.0
-    positions = sum(_positions(*each) for each in zip(batches, dense, strict=True))
-    names = tuple(site.name for site in targets)
-    return Sensitivity(names, ratios, kl, rank, error, name_of(way), positions)
+    positions = sum(_positions(batch, dense.logits(n)) for n, batch in enumerate(batches))
+    names = tuple(tuple(site.name for site in group) for group in groups)
+    sites = tuple(group[0].name for group in groups)
+    return Sensitivity(sites, ratios, kl, rank, error, resolved.name(), positions, names)
+
+
+def _loss(
+    model: nn.Module,
+    group: Group,
+    option: Option,
+    resolved: Resolved,
+    calibration: Calibration | None,
+    dense: Reference,
+) -> float:
+    stats = statistics_of(group[0], calibration)
+    root = model
+    with ExitStack() as stack:
+        for site, new in zip(group, resolved.factor(group, option, stats), strict=True):
+            root = stack.enter_context(replaced(model, site, new.eval()))
+        return dense.kl(root)
 
 
 def _option(curve: Curve, ratio: float) -> Option | None:
@@ -59,20 +84,6 @@ def _option(curve: Curve, ratio: float) -> Option | None:
     return fitting[-1] if fitting else None
 
 
-def _distance(model: nn.Module, batches: Sequence[Batch], dense: Sequence[Tensor]) -> float:
-    total, count = 0.0, 0
-    for batch, want in zip(batches, dense, strict=True):
-        each = divergence(want, logits_of(forward(model, batch)), mask_of(batch))
-        total, count = total + float(each.double().sum()), count + each.numel()
-    if count == 0:
-        raise LowrankError("there is no position to compare: the data is empty, or all padding")
-    return total / count
-
-
-def _positions(batch: Batch, logits: Tensor) -> int:
+def _positions(batch: Batch, logits: torch.Tensor) -> int:
     mask = mask_of(batch)
     return logits[..., 0].numel() if mask is None else int(mask.sum())
-
-
-def name_of(way: Method) -> str:
-    return type(way).__name__.lower()

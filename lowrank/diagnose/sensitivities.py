@@ -9,17 +9,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..api.request import Request, targets_of
+from ..api.grouping import groups_of
+from ..api.request import OnMissing, Request
+from ..api.verbs import targets_among
 from ..calibration.batches import LENGTH, Batch, Data, materialise
 from ..calibration.fisher import FISHER, with_fisher
 from ..calibration.statistics import Calibration, calibrate
 from ..errors import LowrankError
-from ..methods import method as method_of
+from ..methods.resolved import Group, Resolved
 from ..plans.versions import versions
-from ..types import Method, Site
-from ..walk.sites import ALL_LINEAR, Patterns
+from ..types import JointMethod, Method, Site
+from ..walk.sites import ALL_LINEAR, Patterns, find_sites
 from . import cache as disk
-from .one_layer import measure, name_of
+from .one_layer import measure
 from .sensitivity_table import Sensitivity
 
 RATIOS = (0.9, 0.7, 0.5, 0.3)
@@ -30,13 +32,14 @@ def sensitivity(
     data: Data | Calibration,
     *,
     ratios: Sequence[float] = RATIOS,
-    method: str | Method | None = None,
+    method: str | Method | JointMethod | None = None,
     calibration: Data | Calibration | None = None,
     cache: str | Path | None = None,
     tokenizer: Any = None,
     target_modules: Patterns = ALL_LINEAR,
     exclude_modules: Patterns | None = None,
     length: int = LENGTH,
+    on_missing: OnMissing = "dense",
     seed: int = 0,
     progress: bool = True,
 ) -> Sensitivity:
@@ -49,42 +52,61 @@ def sensitivity(
         data: held-out batches on which predictions are compared; as for `kl`. Of a `Calibration`
             the batches are taken, and its statistics where `calibration` is None.
         ratios: shares in (0, 1) that the one layer keeps of its own parameters.
-        method: None: "whitened" with calibration, else "svd".
+        method: as for `compress`; None: "whitened" with calibration, else "svd". Layers that a
+            joint method gives one basis are reduced together, and share a row.
         calibration: what the method's statistics are taken from; best not the held-out data.
         cache: a file. What was computed is written there, and read instead of computed when
             model, data and settings are the same; a file made for others is refused.
+        on_missing: "data-free" measures layers that the calibration did not reach by plain SVD;
+            else their rows are NaN.
+        tokenizer, target_modules, exclude_modules, length, seed, progress: as for `compress` and
+            `calibrate`.
 
     Raises:
         LowrankError: no data, a ratio out of range, a cache made for something else.
     """
     wanted = _ratios(ratios)
-    # Its ratio is not used: it checks method and patterns as `compress` does.
-    request = Request(ratio=0.5, method=method, target_modules=target_modules,
-                      exclude_modules=exclude_modules, seed=seed)  # fmt: skip
-    targets = [site for site in targets_of(model, request) if not site.reason]
-    batches, path = _batches(data, tokenizer, length), None if cache is None else Path(cache)
     source = data if calibration is None and isinstance(data, Calibration) else calibration
-    way = method_of(method or ("svd" if source is None else "whitened"), seed)
-    if way.needs and source is None:
-        raise LowrankError(f"{name_of(way)} needs {', '.join(way.needs)}: pass calibration=…")
+    # Its ratio is not used: it checks method and patterns as `compress` does.
+    request = Request(
+        ratio=0.5, method=method, target_modules=target_modules, exclude_modules=exclude_modules,
+        on_missing=on_missing, seed=seed,
+    )  # fmt: skip
+    resolved = request.resolved(data=source is not None)
+    sites = find_sites(model)
+    targets = [site for site in targets_among(sites, model, request) if not site.reason]
+    batches, path = _batches(data, tokenizer, length), None if cache is None else Path(cache)
+    if resolved.needs and source is None:
+        needs = ", ".join(sorted(resolved.needs))
+        raise LowrankError(f"{resolved.name()} needs {needs}: pass calibration=…")
     if source is not None and not isinstance(source, Calibration):
-        source = _materialised(source, tokenizer, length)
+        source = materialise(source, tokenizer, length=length)
     made_for: dict[str, Any] = {}
     if path is not None:
         disk.check_place(path)
-        made_for = _made_for(model, batches, source, way, targets, wanted)
+        made_for = _made_for(model, batches, source, resolved, targets, wanted)
         stored = disk.read(path, made_for)
         if stored is not None:
             return _restored(*stored)
-    seen = None if source is None or not way.needs else calibrate(model, source, progress=progress)
-    if seen is not None and way.needs & FISHER:
-        seen = with_fisher(model, seen, targets, seed=seed, progress=progress)
-    found = measure(model, batches, targets, way, seen, wanted, progress)
+    statistics = None
+    if source is not None and resolved.needs:
+        statistics = calibrate(model, source, progress=progress, sites=sites)
+    if statistics is not None and resolved.needs & FISHER:
+        statistics = with_fisher(model, statistics, targets, seed=seed, progress=progress)
+    taken = [site for site in targets if resolved.takes(site.kind)]
+    groups: Sequence[Group] = [(site,) for site in taken]
+    if resolved.joint is not None and statistics is not None:
+        groups = groups_of(taken, resolved.joint, statistics)
+    table = measure(
+        model, batches, groups, resolved, statistics, wanted,
+        data_free=on_missing == "data-free", progress=progress,
+    )  # fmt: skip
     if path is not None:
-        body = {"made_for": made_for, "sites": found.sites, "method": found.method,
-                "positions": found.positions, "versions": versions()}  # fmt: skip
-        disk.write(path, body, {name: getattr(found, name) for name in disk.TENSORS})
-    return found
+        body = {"made_for": made_for, "sites": table.sites, "members": table.members,
+                "method": table.method, "positions": table.positions,
+                "versions": versions()}  # fmt: skip
+        disk.write(path, body, {name: getattr(table, name) for name in disk.TENSORS})
+    return table
 
 
 def _batches(data: Any, tokenizer: Any, length: int) -> list[Batch]:
@@ -92,16 +114,11 @@ def _batches(data: Any, tokenizer: Any, length: int) -> list[Batch]:
         raise LowrankError(
             "sensitivity compares predictions: pass data=…, held-out text or batches"
         )
-    found = (
-        data.batches if isinstance(data, Calibration) else _materialised(data, tokenizer, length)
-    )
-    if callable(found):
+    given = isinstance(data, Calibration)
+    batches = data.batches if given else materialise(data, tokenizer, length=length)
+    if callable(batches):
         raise LowrankError("sensitivity needs batches that are run again and again, not a callable")
-    return found
-
-
-def _materialised(data: Any, tokenizer: Any, length: int) -> Any:
-    return materialise(data, tokenizer, length=length)
+    return batches
 
 
 def _ratios(ratios: Any) -> tuple[float, ...]:
@@ -116,7 +133,7 @@ def _made_for(
     model: nn.Module,
     batches: Sequence[Batch],
     source: Any,
-    way: Method,
+    resolved: Resolved,
     targets: Sequence[Site],
     ratios: tuple[float, ...],
 ) -> dict[str, Any]:
@@ -131,7 +148,7 @@ def _made_for(
         "model": disk.model_print(model),
         "held-out data": disk.data_print(batches),
         "calibration": said,
-        "method": repr(way),
+        "method": f"{resolved.joint or resolved.method!r}, {resolved.method!r}",
         "set of layers": [site.name for site in targets],
         "ratios": list(ratios),
         "version of lowrank": versions().get("lowrank"),
@@ -141,6 +158,7 @@ def _made_for(
 def _restored(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sensitivity:
     return Sensitivity(
         sites=tuple(body["sites"]),
+        members=tuple(map(tuple, body["members"])),
         ratios=tuple(body["made_for"]["ratios"]),
         kl=tensors["kl"],
         rank=tensors["rank"],

@@ -23,6 +23,7 @@ class Sensitivity:
         error: share of the layer's energy lost, in the norm of the method.
         method: what the layers were factored by.
         positions: how many predictions were compared.
+        members: by row, the layers that are reduced together: one, but for a joint method.
         computed: False when it was read from the cache.
     """
 
@@ -33,6 +34,7 @@ class Sensitivity:
     error: Tensor
     method: str
     positions: int
+    members: tuple[tuple[str, ...], ...]
     computed: bool = True
 
     def at(self, ratio: float) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -97,7 +98,7 @@ def check_attachable(model: nn.Module) -> None:
                 )
 
 
-def _is_own_bias(names: dict[str, nn.Module], key: str) -> bool:
+def _is_own_bias(names: Mapping[str, nn.Module], key: str) -> bool:
     name, _, tensor = key.rpartition(".")
     return tensor in names[name]._parameters
 

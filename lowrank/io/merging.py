@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowrankError, listed
-from ..nn import Geometry, LowRankEmbedding, TiedHead, build, describe, layout_of, table_of
+from ..nn import Form, LowRankEmbedding, TiedHead, build, describe
+from ..nn.factored_conv import FactoredConv
+from ..walk import layouts
 from ..walk.surgery import factored, swap
 
 
@@ -28,21 +30,23 @@ def densify(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
             f"model without offloading"
         )
     for name, module in modules.items():
-        if reason := getattr(module, "not_linear", ""):
-            raise LowrankError(f"{name or '(root)'} cannot be merged: {reason}")
+        if module.not_linear:
+            raise LowrankError(f"{name or '(root)'} cannot be merged: {module.not_linear}")
         _check_plain(module, name or "(root)")
     distinct = {id(module): module for module in modules.values()}
-    tables = {id(owner): owner for m in distinct.values() if (owner := table_of(m)) is not None}
-    plain = {key: _dense(m, dtype) for key, m in {**distinct, **tables}.items() if not table_of(m)}
-    readers = {
-        key: _reader(module, plain[id(owner)])
-        for key, module in distinct.items()
-        if (owner := table_of(module)) is not None
-    }
+    tables = {key: t for key, m in distinct.items() if (t := _table_of(m)) is not None}
+    whole = {**distinct, **{id(table): table for table in tables.values()}}
+    plain = {key: _dense(m, dtype) for key, m in whole.items() if key not in tables}
+    readers = {key: _reader(distinct[key], t, plain[id(t)]) for key, t in tables.items()}
     return swap(model, {**plain, **readers})
 
 
-def _reader(module: nn.Module, table: nn.Module) -> nn.Module:
+def _table_of(module: Form) -> LowRankEmbedding | None:
+    """The factored table that a module reads, if it reads one."""
+    return module.owner if isinstance(module.owner, LowRankEmbedding) else None
+
+
+def _reader(module: Form, factors: LowRankEmbedding, table: nn.Module) -> nn.Module:
     """A head or a second embedding that holds the very weight of `table` (V, D) again."""
     weight: nn.Parameter = table.weight  # type: ignore[assignment]
     if isinstance(module, TiedHead):
@@ -54,21 +58,21 @@ def _reader(module: nn.Module, table: nn.Module) -> nn.Module:
         dense.bias = bias  # type: ignore[assignment] # the object itself, for others may hold it
         dense.weight = weight
     else:
-        dense = table_of(module).dense(weight)  # type: ignore[union-attr]
+        dense = factors.dense(weight)
     return dense.train(module.training)
 
 
-def _dense(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+def _dense(module: Form, dtype: torch.dtype | None) -> nn.Module:
     """An nn.Linear, a convolution or an embedding; transformers' Conv1D where that was there."""
     stored = next(p.dtype for p in module.parameters() if p.dtype.is_floating_point)
     weight = _weight(module, stored).to(dtype or stored)  # (out, in)
-    bias: Tensor | None = getattr(module, "bias", None)
+    bias = layouts.bias(module)
     dense: nn.Module
     if isinstance(module, LowRankEmbedding):
         dense = module.dense(nn.Parameter(weight))
-    elif isinstance(geometry := getattr(module, "geometry", None), Geometry):
-        dense = geometry.dense(weight, bias)
-    elif layout_of(module) == "conv1d":
+    elif isinstance(module, FactoredConv):
+        dense = module.geometry.dense(weight, bias)
+    elif module.layout == "conv1d":
         dense = _conv1d(weight, bias)
     else:
         out_features, in_features = weight.shape
@@ -81,12 +85,12 @@ def _dense(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     return dense.train(module.training)
 
 
-def _weight(module: nn.Module, stored: torch.dtype) -> Tensor:
+def _weight(module: Form, stored: torch.dtype) -> Tensor:
     """The product (out, in), formed in float32 or better."""
     device = next(module.parameters()).device
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         wide = torch.promote_types(stored, torch.float32)
-        weight: Tensor = module.dense_weight(wide)  # type: ignore[operator]
+        weight = module.dense_weight(wide)
     return weight.detach().contiguous()
 
 
@@ -103,7 +107,7 @@ def _conv1d(weight: Tensor, bias: Tensor | None) -> nn.Module:
     return dense
 
 
-def _check_plain(module: nn.Module, where: str) -> None:
+def _check_plain(module: Form, where: str) -> None:
     """A product of the factors alone would silently drop what peft and others add to them."""
     extra = set(module.state_dict()) - set(build(describe(module), where).state_dict())
     if extra:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import LowrankError, listed
-from ..nn import Geometry, build, describe
+from ..nn import Form, Geometry, LowRankEmbedding, build, describe
 from ..nn.lowrank_embedding import table_options
 from ..walk import layouts
 from ..walk.surgery import adopt, factored, modules_of
@@ -45,7 +45,7 @@ def check_specs(specs: object, source: str) -> dict[str, Spec]:
     return dict(specs)
 
 
-def prepare(model: nn.Module, specs: Mapping[str, Spec], source: str) -> dict[int, nn.Module]:
+def prepare(model: nn.Module, specs: Mapping[str, Spec], source: str) -> dict[int, Form]:
     """An empty factored module for the id of each dense layer that `specs` names.
 
     All checks are here, and nothing is changed: the names exist, the layers are plain ones with
@@ -61,7 +61,7 @@ def prepare(model: nn.Module, specs: Mapping[str, Spec], source: str) -> dict[in
             f"{source} names modules that {type(model).__name__} does not have: {listed(absent)}; "
             f"it has, for example: {listed(_candidates(there), 3)}"
         )
-    built: dict[int, nn.Module] = {}
+    built: dict[int, Form] = {}
     used: dict[int, str] = {}
     for name, spec in specs.items():
         dense, where = there[name], name or "(root)"
@@ -73,8 +73,10 @@ def prepare(model: nn.Module, specs: Mapping[str, Spec], source: str) -> dict[in
                     f"{specs[first]} and {spec}"
                 )
             continue
-        _check_fits(dense, spec, where)
-        built[id(dense)] = adopt(build(spec, where), dense)
+        empty = build(spec, where)
+        _check_fits(dense, empty, spec, where)
+        adopt(empty, dense)
+        built[id(dense)] = empty
     ties.bind({name: built[id(there[name])] for name in specs}, specs, source)
     return built
 
@@ -85,13 +87,11 @@ def _candidates(there: Mapping[str, nn.Module]) -> list[str]:
 
 
 NAMES = {"linear": "a linear layer", "embedding": "an embedding", "conv": "a convolution"}
-EMBEDDINGS = frozenset({"LowRankEmbedding", "TiedEmbedding"})
 
 
-def _check_fits(dense: nn.Module, spec: Spec, where: str) -> None:
+def _check_fits(dense: nn.Module, form: Form, spec: Spec, where: str) -> None:
     """Raises LowrankError unless `dense` is a plain layer of the sizes and layout in `spec`."""
-    wanted = "embedding" if spec.get("type") in EMBEDDINGS else "linear"
-    wanted = "conv" if "kernel_size" in spec else wanted
+    wanted = form.KIND
     if layouts.kind(dense) != wanted:
         raise LowrankError(
             f"{where}: expected {NAMES[wanted]} to replace by {spec.get('type')!r}, "
@@ -118,7 +118,7 @@ def _check_fits(dense: nn.Module, spec: Spec, where: str) -> None:
             f"{where}: stored as (out, in) = {stored}, but {type(dense).__name__} is "
             f"{(rows, columns)}: this is another architecture"
         )
-    if spec.get("type") == "LowRankEmbedding":
+    if isinstance(form, LowRankEmbedding):
         _check_options(dense, spec, where)
 
 

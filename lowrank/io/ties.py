@@ -16,30 +16,29 @@ from typing import Any
 from torch import nn
 
 from ..errors import LowrankError
-from ..nn import owner_of, table_of
+from ..nn import Form
 
-Names = Mapping[str, nn.Module]
-_WHAT = ("a factored embedding", "the `down` of a layer")
+Names = Mapping[str, Form]
 
 
 class _Kept(dict[str, str]):
     """`_tied_weights_keys` without the factored pairs; marks what is ours to undo."""
 
 
-def name_owner(name: str, module: nn.Module, modules: Names) -> dict[str, str]:
+def name_owner(name: str, module: Form, modules: Names) -> dict[str, str]:
     """The entry "shared" of a reader's spec; {} for other modules.
 
     Raises:
         LowrankError: the owner is not in the model.
     """
-    owner = owner_of(module)
+    owner = module.owner
     if owner is None:
         return {}
     for there, candidate in modules.items():
         if candidate is owner:
             return {"shared": there}
     raise LowrankError(
-        f"{name or '(root)'} shares {_WHAT[table_of(module) is None]} that is not in this model: "
+        f"{name or '(root)'} shares a {module.READS} that is not in this model: "
         f"save the whole model, or merge it first (lowrank.to_dense)"
     )
 
@@ -51,20 +50,16 @@ def bind(built: Names, specs: Mapping[str, Mapping[str, Any]], source: str) -> N
         LowrankError: there is no such owner, or it has other sizes.
     """
     for name, spec in specs.items():
-        reader = built[name]
-        if not callable(getattr(reader, "bind", None)):
-            if "shared" in spec:
-                raise LowrankError(f"{source}: {name}: a {spec['type']} shares nothing")
+        reader, owner = built[name], spec.get("shared")
+        if not reader.READS and "shared" not in spec:
             continue
-        owner = spec.get("shared")
-        if not isinstance(owner, str) or owner not in built:
-            what = "factored embedding" if "num_embeddings" in spec else "factored layer"
+        if reader.READS and owner not in built:
             raise LowrankError(
-                f"{source}: {name} must name the {what} that it shares, got {owner!r}; "
+                f"{source}: {name} must name the {reader.READS} that it shares, got {owner!r}; "
                 f"it is not among the factored modules: save or load the whole model"
             )
         try:
-            reader.bind(built[owner])  # type: ignore[operator]
+            reader.bind(built.get(str(owner), reader))
         except LowrankError as error:
             raise LowrankError(f"{source}: {name}: {error}") from error
 
@@ -76,7 +71,7 @@ def is_pair(modules: Names, target: str, source: str) -> bool:
     ends = [modules.get(key.rpartition(".")[0]) for key in (target, source)]
     if None in ends:
         return False
-    owners = [table_of(end) or end for end in ends if end is not None]
+    owners = [end.owner or end for end in ends if end is not None]
     return owners[0] is owners[1]
 
 

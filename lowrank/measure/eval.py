@@ -15,6 +15,8 @@ from ..calibration.running import forward, logits_of, mask_of, quiet
 from ..calibration.statistics import Calibration
 from ..errors import LowrankError
 
+KEPT_BYTES = 1 << 30  # of a reference's predictions
+
 
 class NotFinite(LowrankError):
     """NaN or Inf where a choice hangs on a number."""
@@ -69,42 +71,81 @@ def kl(
         batches = materialise(data, tokenizer, length=length)
     if callable(batches):
         raise LowrankError("kl needs batches that both models can be given, not a callable")
-    total, count = 0.0, 0
-    with quiet(model), quiet(reference):
-        for batch in _progress(batches, "kl", progress):
-            want = logits_of(forward(reference, batch))
-            got = logits_of(forward(model, batch)).to(want.device)
-            if want.shape != got.shape:
-                raise LowrankError(
-                    f"the logits have shape {tuple(got.shape)}, the reference's {tuple(want.shape)}"
-                )
-            each = divergence(want, got, mask_of(batch))
-            total += float(each.double().sum())
-            count += each.numel()
-    if count == 0:
-        raise LowrankError("there is no position to compare: the data is empty, or all padding")
-    return total / count
+    return Reference(reference, batches).kl(model, progress=progress)
 
 
-def judged(model: nn.Module, reference: nn.Module, held: Sequence[Batch]) -> float:
-    """`kl` on held-out rows, to choose by: inf where the predictions of `model` are not finite.
+class Reference:
+    """A model's predictions on some batches, to compare others with: each is made once.
 
-    Raises:
-        NotFinite: the reference's predictions hold NaN or Inf.
-        LowrankError: there are no predictions to compare.
+    Attributes:
+        model: the reference, in evaluation mode while it runs.
+        batches: what both models are given.
+        asked: how many comparisons were made.
     """
-    found = kl(model, reference, held)
-    if math.isfinite(found):
-        return found
-    with quiet(reference):
-        for batch in held:
-            logits = logits_of(forward(reference, batch))
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], most: int = KEPT_BYTES) -> None:
+        """
+        Args:
+            most: bytes of predictions that are kept; those of the other batches are made anew.
+        """
+        self.model, self.batches = model, batches
+        self.asked = 0
+        self._left = most
+        self._kept: dict[int, Tensor] = {}
+
+    def logits(self, number: int) -> Tensor:
+        """The reference's logits (…, classes) on a batch."""
+        if number in self._kept:
+            return self._kept[number]
+        with quiet(self.model):
+            logits = logits_of(forward(self.model, self.batches[number]))
+        if logits.nbytes <= self._left:
+            self._left -= logits.nbytes
+            self._kept[number] = logits
+        return logits
+
+    def kl(self, model: nn.Module, *, progress: bool = False) -> float:
+        """Mean KL(reference ‖ model) in nats per position.
+
+        Raises:
+            LowrankError: there is no position to compare, or the logits differ in shape.
+        """
+        total, count = 0.0, 0
+        self.asked += 1
+        with quiet(model):
+            for number, batch in enumerate(_progress(list(self.batches), "kl", progress)):
+                want = self.logits(number)
+                got = logits_of(forward(model, batch)).to(want.device)
+                if want.shape != got.shape:
+                    raise LowrankError(
+                        f"the logits have shape {tuple(got.shape)}, the reference's "
+                        f"{tuple(want.shape)}"
+                    )
+                each = divergence(want, got, mask_of(batch))
+                total += float(each.double().sum())
+                count += each.numel()
+        if count == 0:
+            raise LowrankError("there is no position to compare: the data is empty, or all padding")
+        return total / count
+
+    def judged(self, model: nn.Module) -> float:
+        """`kl`, to choose by: inf where the predictions of `model` are not finite.
+
+        Raises:
+            NotFinite: the reference's predictions hold NaN or Inf.
+            LowrankError: there are no predictions to compare.
+        """
+        away = self.kl(model)
+        if math.isfinite(away):
+            return away
+        for number in range(len(self.batches)):
+            logits = self.logits(number)
             if bool((logits.isnan() | logits.isposinf()).any()):
                 raise NotFinite(
                     "the dense model's predictions on held-out rows hold NaN or Inf: look for them "
                     "in the last rows of the data, or run the model in float32 or bfloat16"
                 )
-    return math.inf
+        return math.inf
 
 
 def divergence(reference: Tensor, logits: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -13,18 +13,23 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..errors import unknown
-from ..nn import OWN_FORMS
 from ..types import Curve, Method, Option, Site, Statistics
 from .blast import Blast
+from .common import pivoted_curve
 from .dense_sparse import DenseSparse
 from .lowrank_masked import LowRankMasked
 from .lowrank_sparse import LowRankSparse
 from .sampled import pareto
-from .storage import stored_as
 from .whitened import Whitened
 
-# "dense-sparse" stands for both sides of it.
-KNOWN = ("factors", "pivoted", *(form for form in OWN_FORMS if form != "sparse-dense"))
+# By the form's name, which "dense-sparse" gives to both of its sides.
+OWN: dict[str, type[Method]] = {
+    "dense-sparse": DenseSparse,
+    "lowrank-sparse": LowRankSparse,
+    "blast": Blast,
+    "lowrank-masked": LowRankMasked,
+}
+KNOWN = ("factors", "pivoted", *OWN)
 FORMS = tuple(form for form in KNOWN if form != "lowrank-masked")  # which multiplies as dense does
 
 
@@ -41,7 +46,7 @@ class Auto:
     forms: tuple[str, ...] = FORMS
     kinds = frozenset({"linear"})
     needs = frozenset({"gram"})
-    own_form = True
+    own_form = "factors"
 
     def __post_init__(self) -> None:
         for form in self.forms or ("",):
@@ -49,7 +54,7 @@ class Auto:
                 raise unknown("form", str(form), KNOWN)
 
     def curve(self, site: Site, stats: Statistics) -> Curve:
-        return self.joined(site, [self._way(form).curve(site, stats) for form in self.forms])
+        return self.joined(site, [self._curve(form, site, stats) for form in self.forms])
 
     def joined(self, site: Site, curves: Sequence[Curve]) -> Curve:
         """What none of the options of several curves of a site beats."""
@@ -63,13 +68,14 @@ class Auto:
         return {form: replace(self, forms=(form,)) for form in self.forms}
 
     def factor(self, module: nn.Module, option: Option, stats: Statistics) -> nn.Module:
-        return self._way(option.storage).factor(module, option, stats)
+        # The one form that is stored in two ways goes by the name of one of them.
+        form = "dense-sparse" if option.storage == "sparse-dense" else option.storage
+        return self._method(form).factor(module, option, stats)
 
-    def _way(self, form: str) -> Method:
-        own: dict[str, type[Method]] = {
-            "dense-sparse": DenseSparse, "sparse-dense": DenseSparse, "blast": Blast,
-            "lowrank-sparse": LowRankSparse, "lowrank-masked": LowRankMasked,
-        }  # fmt: skip
-        if form in own:
-            return own[form](seed=self.seed)  # type: ignore[call-arg]
-        return stored_as(Whitened(seed=self.seed), form)
+    def _curve(self, form: str, site: Site, stats: Statistics) -> Curve:
+        curve = self._method(form).curve(site, stats)
+        return pivoted_curve(curve, site) if form == "pivoted" else curve
+
+    def _method(self, form: str) -> Method:
+        method: type[Method] = OWN.get(form, Whitened)
+        return method(seed=self.seed)  # type: ignore[call-arg]

@@ -40,7 +40,7 @@ class Blast:
     sweeps: int = SWEEPS
     kinds = frozenset({"linear"})
     needs = frozenset({"gram"})
-    own_form = True
+    own_form = "blast"
 
     def __post_init__(self) -> None:
         for name in ("blocks", "sweeps"):

@@ -2,10 +2,8 @@
 
 By the weight, `channel` (the kernel first or last), `tucker` (HOSVD, then HOOI; Kim et al., arXiv
 1511.06530), `spatial` (Tai et al., arXiv 1511.06067) and `cp` (ALS; Lebedev et al., arXiv
-1412.6553) minimise ‖W − Ŵ‖. By the outputs, `whitened-channel`, `whitened-tucker` and
-`whitened-spatial` minimise ‖(W − Ŵ)H^½‖ with the Gram matrix H of the patches; `two-sided-…` weighs
-the outputs too, by the gradients of the model's own loss. What `whitened` and `two-sided` hand
-their convolutions to joins channels, Tucker, and rows and columns.
+1412.6553) minimise ‖W − Ŵ‖. The same forms by the outputs stand in whitened.py, and by the
+predictions in two_sided.py: they say in which metric a weight has to be near.
 
 A curve holds the options that no other beats: storage "factors" of size (r,) is ChannelConv,
 "kernel-last" (r,) its mirror image, "tucker" (r_out, r_in) TuckerConv, "spatial" (r,) SpatialConv,
@@ -20,16 +18,12 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from .. import linalg
 from ..nn import Geometry
 from ..types import Curve, Method, Option, Site, Statistics
 from ..walk import layouts
-from .common import Wrapped, gram_of, out_gram_of
 from .conv_forms import FORMS, Metric, fitted, size_of
 from .sampled import pareto
 from .svd import SVD
-from .two_sided import TwoSided
-from .whitened import Whitened
 
 JOINED = ("tucker", "spatial")  # the kernel last stands apart, in the methods of channels
 
@@ -94,77 +88,6 @@ class CP(Tucker):
 
     forms = ("cp",)
     name = "cp"
-
-
-@dataclass(frozen=True)
-class WhitenedTucker(Tucker):
-    """By the outputs. Options: `seed` as for `Whitened`."""
-
-    name = "whitened-tucker"
-    needs = frozenset({"gram"})
-
-    def _channels(self) -> Method:
-        return Whitened(self.seed)
-
-    def _metric(self, module: nn.Module, stats: Statistics) -> Metric:
-        return Metric(gram_of(stats, layouts.matrix(module).shape[1]))
-
-
-@dataclass(frozen=True)
-class WhitenedChannel(WhitenedTucker):
-    """By the outputs, the kernel first or last. Options: `seed` as for `Whitened`."""
-
-    forms = ("kernel-last",)
-    name = "whitened-channel"
-
-
-@dataclass(frozen=True)
-class WhitenedSpatial(WhitenedTucker):
-    """By the outputs. Options: `seed` as for `Whitened`."""
-
-    forms = ("spatial",)
-    name = "whitened-spatial"
-
-
-@dataclass(frozen=True)
-class WhitenedConv(WhitenedTucker):
-    """By the outputs, the best of all forms. Options: `seed` as for `Whitened`."""
-
-    forms = JOINED
-    name = "whitened-conv"
-
-
-@dataclass(frozen=True)
-class TwoSidedTucker(Tucker):
-    """By the predictions. Options: `damp` as for `TwoSided`, `seed`."""
-
-    damp: float = linalg.DAMP
-    name = "two-sided-tucker"
-    needs = frozenset({"gram", "out_gram"})
-
-    def error(self, module: nn.Module, weight: Tensor, stats: Statistics) -> float:
-        return TwoSided(self.damp, self.seed).error(module, weight, stats)
-
-    def _channels(self) -> Method:
-        return TwoSided(self.damp, self.seed)
-
-    def _metric(self, module: nn.Module, stats: Statistics) -> Metric:
-        outputs, inputs = layouts.matrix(module).shape
-        root = linalg.output_root(out_gram_of(stats, outputs), self.damp)
-        return Metric(gram_of(stats, inputs), root)
-
-
-@dataclass(frozen=True)
-class TwoSidedConv(TwoSidedTucker):
-    """By the predictions, the best of all forms. Options: `damp` as for `TwoSided`, `seed`."""
-
-    forms = JOINED
-    name = "two-sided-conv"
-
-
-@dataclass(frozen=True)
-class Channels(Wrapped):
-    """A method as it is, where its convolutions are to have a rank: no other form beside it."""
 
 
 def joined(plain: Curve, site: Site, method: str, forms: Sequence[str], metric: Metric) -> Curve:

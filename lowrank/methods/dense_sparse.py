@@ -50,7 +50,7 @@ class DenseSparse:
     iterations: int = ITERATIONS
     kinds = frozenset({"linear"})
     needs = frozenset({"gram"})
-    own_form = True
+    own_form = NAME
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:

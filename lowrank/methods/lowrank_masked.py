@@ -46,7 +46,7 @@ class LowRankMasked:
     iterations: int = ITERATIONS
     kinds = frozenset({"linear"})
     needs = frozenset({"gram"})
-    own_form = True
+    own_form = STORAGE
 
     def __post_init__(self) -> None:
         pair = self.pattern

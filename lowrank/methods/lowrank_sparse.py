@@ -41,7 +41,7 @@ class LowRankSparse:
     rounds: int = ROUNDS
     kinds = frozenset({"linear"})
     needs = frozenset({"gram"})
-    own_form = True
+    own_form = "lowrank-sparse"
 
     def __post_init__(self) -> None:
         if not self.shares or not all(0 < share < 1 for share in self.shares):

@@ -4,6 +4,10 @@ min ‖G^½ (W − Ŵ) H^½‖², H = E[x xᵀ] and G = E[g gᵀ] of the gradien
 labels drawn from the model itself (the true Fisher). IO-SVD and OBD-LLM; K-FAC's approximation of
 the Fisher. G is damped, for it is estimated from few tokens and holds near the dense model only.
 Errors are estimates of twice the KL to the dense model, and so compare across layers.
+
+`two-sided-…` find the other forms of convolutions (convolution.py) in the same metric. `two-sided`
+leaves convolutions to `two-sided-conv`, which takes for each the best form, and embeddings to
+`head-aware`.
 """
 
 from __future__ import annotations
@@ -16,9 +20,12 @@ from torch import Tensor, nn
 from .. import linalg
 from ..errors import LowrankError
 from ..linalg.precision import full_precision
-from ..types import Curve, Option, Site, Statistics
+from ..types import Curve, Method, Option, Site, Statistics
 from ..walk import layouts
 from .common import gram_of, low_rank_curve, low_rank_layer, out_gram_of, rank_of
+from .conv_forms import Metric
+from .convolution import JOINED, Tucker
+from .head_aware import HeadAware
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,11 @@ class TwoSided:
     def __post_init__(self) -> None:
         if not 0 < self.damp < math.inf:
             raise LowrankError(f"damp must be a finite number above 0, got {self.damp}")
+
+    def for_kind(self, kind: str) -> Method:
+        if kind == "conv":
+            return TwoSidedConv(seed=self.seed, damp=self.damp)
+        return HeadAware(self.seed) if kind == "embedding" else self
 
     def curve(self, site: Site, stats: Statistics) -> Curve:
         root, gram = self._root(stats, site.shape[0]), gram_of(stats, site.shape[1])
@@ -59,6 +71,10 @@ class TwoSided:
         root, gram = self._root(stats, off.shape[0]), gram_of(stats, off.shape[1])
         return linalg.squared_error(_rooted(root, off), off.new_zeros(()), gram)
 
+    def output_metric(self, stats: Statistics) -> Tensor | None:
+        """S with SᵀS = G, damped; None without gradients."""
+        return None if stats.out_gram is None else linalg.output_root(stats.out_gram, self.damp)
+
     def _root(self, stats: Statistics, out_features: int) -> Tensor:
         return linalg.output_root(out_gram_of(stats, out_features), self.damp)
 
@@ -67,3 +83,34 @@ def _rooted(root: Tensor, weight: Tensor) -> Tensor:
     """S W (out, in), float64."""
     with full_precision(weight):
         return root @ weight.detach().to(root)
+
+
+@dataclass(frozen=True)
+class TwoSidedTucker(Tucker):
+    """By the predictions. Options: `damp` as for `TwoSided`, `seed`."""
+
+    damp: float = linalg.DAMP
+    name = "two-sided-tucker"
+    needs = frozenset({"gram", "out_gram"})
+
+    def output_metric(self, stats: Statistics) -> Tensor | None:
+        return TwoSided(self.damp, self.seed).output_metric(stats)
+
+    def error(self, module: nn.Module, weight: Tensor, stats: Statistics) -> float:
+        return TwoSided(self.damp, self.seed).error(module, weight, stats)
+
+    def _channels(self) -> Method:
+        return TwoSided(self.damp, self.seed)
+
+    def _metric(self, module: nn.Module, stats: Statistics) -> Metric:
+        outputs, inputs = layouts.matrix(module).shape
+        root = linalg.output_root(out_gram_of(stats, outputs), self.damp)
+        return Metric(gram_of(stats, inputs), root)
+
+
+@dataclass(frozen=True)
+class TwoSidedConv(TwoSidedTucker):
+    """By the predictions, the best of all forms. Options: `damp` as for `TwoSided`, `seed`."""
+
+    forms = JOINED
+    name = "two-sided-conv"

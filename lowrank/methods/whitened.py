@@ -5,6 +5,10 @@ squared singular values of W H^½. SVD-LLM (arXiv 2403.07378), its v2 (arXiv 250
 Swift-SVD reach this same optimum; DRONE had it in 2021. Unlike their code we neither take a
 Cholesky factor of H nor invert one: Ŵ = U_r U_rᵀ W needs neither (see linalg/svd.py), and
 directions that the calibration never showed are treated as the output basis treats the others.
+
+Of convolutions it is the matrix that patches are multiplied by; `whitened-…` find the other forms
+(convolution.py) that are nearest in ‖(W − Ŵ)H^½‖, H of the patches. `whitened` leaves convolutions
+to `whitened-conv`, which takes for each the best form, and embeddings to `head-aware`.
 """
 
 from __future__ import annotations
@@ -14,9 +18,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from .. import linalg
-from ..types import Curve, Option, Site, Statistics
+from ..types import Curve, Method, Option, Site, Statistics
 from ..walk import layouts
 from .common import gram_of, low_rank_curve, low_rank_layer, rank_of
+from .conv_forms import Metric
+from .convolution import JOINED, Tucker
+from .head_aware import HeadAware
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,51 @@ class Whitened:
             exact=True,
         )
 
+    def for_kind(self, kind: str) -> Method:
+        if kind == "conv":
+            return WhitenedConv(self.seed)
+        return HeadAware(self.seed) if kind == "embedding" else self
+
     def factor(self, module: nn.Module, option: Option, stats: Statistics) -> nn.Module:
         weight, rank = layouts.matrix(module), rank_of(option, module)
         gram = gram_of(stats, weight.shape[1])
         up, down = linalg.factor(weight, rank, gram, seed=self.seed)
         return low_rank_layer(module, down, up, option)
+
+
+@dataclass(frozen=True)
+class WhitenedTucker(Tucker):
+    """By the outputs. Options: `seed` as for `Whitened`."""
+
+    name = "whitened-tucker"
+    needs = frozenset({"gram"})
+
+    def _channels(self) -> Method:
+        return Whitened(self.seed)
+
+    def _metric(self, module: nn.Module, stats: Statistics) -> Metric:
+        return Metric(gram_of(stats, layouts.matrix(module).shape[1]))
+
+
+@dataclass(frozen=True)
+class WhitenedChannel(WhitenedTucker):
+    """By the outputs, the kernel first or last. Options: `seed` as for `Whitened`."""
+
+    forms = ("kernel-last",)
+    name = "whitened-channel"
+
+
+@dataclass(frozen=True)
+class WhitenedSpatial(WhitenedTucker):
+    """By the outputs. Options: `seed` as for `Whitened`."""
+
+    forms = ("spatial",)
+    name = "whitened-spatial"
+
+
+@dataclass(frozen=True)
+class WhitenedConv(WhitenedTucker):
+    """By the outputs, the best of all forms. Options: `seed` as for `Whitened`."""
+
+    forms = JOINED
+    name = "whitened-conv"

@@ -10,15 +10,16 @@ from .dense_sparse import DenseSparseLinear as DenseSparseLinear
 from .dense_sparse import SparseDenseLinear as SparseDenseLinear
 from .dense_sparse import dense_sparse_cost as dense_sparse_cost
 from .dense_sparse import sparse_dense_cost as sparse_dense_cost
-from .forms import FACTORED as FACTORED
-from .forms import LAYOUTS as LAYOUTS
-from .forms import OWN_FORMS as OWN_FORMS
-from .forms import build as build
-from .forms import describe as describe
-from .forms import is_factored as is_factored
-from .forms import layout_of as layout_of
-from .forms import owner_of as owner_of
-from .forms import remember_layout as remember_layout
+from .form import FACTORED as FACTORED
+from .form import LAYOUTS as LAYOUTS
+from .form import Form as Form
+from .form import LinearForm as LinearForm
+from .form import build as build
+from .form import describe as describe
+from .form import form_of as form_of
+from .form import is_factored as is_factored
+from .form import register as register
+from .form import remember_layout as remember_layout
 from .geometry import Geometry as Geometry
 from .lowrank_embedding import LowRankEmbedding as LowRankEmbedding
 from .lowrank_linear import LowRankLinear as LowRankLinear
@@ -36,7 +37,27 @@ from .spatial_conv import SpatialConv as SpatialConv
 from .spatial_conv import spatial_cost as spatial_cost
 from .tied import TiedEmbedding as TiedEmbedding
 from .tied import TiedHead as TiedHead
-from .tied import table_of as table_of
 from .tucker_conv import TuckerConv as TuckerConv
 from .tucker_conv import tucker_cost as tucker_cost
 from .usv_linear import USVLinear as USVLinear
+
+FACTORED.update(
+    {
+        "LowRankLinear": LowRankLinear,
+        "PivotedLinear": PivotedLinear,
+        "SharedLowRankLinear": SharedLowRankLinear,
+        "ChannelConv": ChannelConv,
+        "TuckerConv": TuckerConv,
+        "SpatialConv": SpatialConv,
+        "CPConv": CPConv,
+        "LowRankEmbedding": LowRankEmbedding,
+        "TiedEmbedding": TiedEmbedding,
+        "TiedHead": TiedHead,
+        "DenseSparseLinear": DenseSparseLinear,
+        "SparseDenseLinear": SparseDenseLinear,
+        "LowRankSparseLinear": LowRankSparseLinear,
+        "LowRankMaskedLinear": LowRankMaskedLinear,
+        "BlastLinear": BlastLinear,
+        "USVLinear": USVLinear,
+    }
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -10,18 +11,22 @@ from torch.nn import functional as F
 
 from .. import linalg
 from ..errors import LowrankError
-from ..types import Cost
-from .lazy import LazyProduct
+from ..types import Cost, Size
+from .form import LinearForm
 from .lowrank_linear import own
 
 
-class BlastLinear(nn.Module):
+class BlastLinear(LinearForm):
     """y_i = B_i Σ_j d_ij ∘ (C_j x_j), all blocks of a kind in one batched product.
 
     Tensors: `right` C (b, r, q), `mix` d (b, b, r), of block row i and block column j, `left` B
     (b, p, r), `bias` (out,); p = ⌈out / b⌉, q = ⌈in / b⌉. Where b does not divide a side, inputs
     are padded by zeros and the outputs beyond the last are dropped; what pads is stored too.
     """
+
+    STORAGE = "blast"
+    SIZE = ("blocks", "rank")
+    REFITTED = True
 
     bias: nn.Parameter | None
 
@@ -104,11 +109,9 @@ class BlastLinear(nn.Module):
     def rank(self) -> int:
         return self.mix.shape[2]
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight (out, in), multiplied when it is used: for code that reads `.weight`."""
-        shape = (self.out_features, self.in_features)
-        return LazyProduct.of(shape, self.left, self.dense_weight)
+    @classmethod
+    def size_cost(cls, shape: Sequence[int], size: Size, *, itemsize: int, heads: int = 0) -> Cost:
+        return blast_cost(*shape, *size, itemsize=itemsize)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""

@@ -8,15 +8,17 @@ of its factors. In a grouped convolution every group has r channels of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import unknown
-from ..types import Cost
+from ..types import Cost, Size
 from .factored_conv import FactoredConv
 from .geometry import Geometry, fill, fill_bias, per_group
+from .lowrank_linear import low_rank_cost
 
 Wide = Literal["first", "last"]
 
@@ -30,7 +32,9 @@ class ChannelConv(FactoredConv):
     attributes of an nn.Conv, and its `rank` r is that of one group.
     """
 
-    WORDS = ("padding_mode", "wide")
+    STORAGE = "factors"
+    WORDS = frozenset({"padding_mode", "wide"})
+    REFITTED = True
     OUT = "up"
 
     def __init__(self, geometry: Geometry, rank: int, *, bias: bool, wide: Wide = "first") -> None:
@@ -76,6 +80,11 @@ class ChannelConv(FactoredConv):
     @classmethod
     def empty(cls, *, rank: int, bias: bool, wide: Wide = "first", **geometry: Any) -> Self:
         return cls(Geometry.from_spec(geometry), rank, bias=bias, wide=wide)
+
+    @classmethod
+    def size_cost(cls, shape: Sequence[int], size: Size, *, itemsize: int, heads: int = 0) -> Cost:
+        """With the kernel first, where both factors are those of the matrix (O, I · K)."""
+        return low_rank_cost(*shape, *size, itemsize=itemsize)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, I, *space) -> (B, O, *space')."""

@@ -28,6 +28,7 @@ class CPConv(FactoredConv):
     its `rank` R is that of one group.
     """
 
+    STORAGE = "cp"
     OUT = "last"
 
     def __init__(self, geometry: Geometry, rank: int, *, bias: bool) -> None:

@@ -6,6 +6,7 @@ format and forward pass are ours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import LowrankError
-from ..types import Cost
-from .lazy import LazyProduct
+from ..types import Cost, Size
+from .form import LinearForm
 from .lowrank_linear import own
 
 SMALL = 256  # atoms that a byte can number
@@ -24,11 +25,14 @@ LEAST = 4  # tokens from which on coefficients are gathered
 GATHERED = 128  # tokens · s / r up to which coefficients are gathered; benchmarks/sparse_speed.py
 
 
-class Coded(nn.Module):
+class Coded(LinearForm):
     """What both have: `basis`, and of each row of C the coefficients and their atoms.
 
     Tensors: `value` (rows, s), `index` (rows, s) in one byte (two above 256 atoms).
     """
+
+    SIZE = ("rank", "count")
+    REFITTED = True
 
     basis: nn.Linear
     value: nn.Parameter
@@ -87,15 +91,17 @@ class Coded(nn.Module):
     def count(self) -> int:
         return self.value.shape[1]
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight (out, in), multiplied when it is used: for code that reads `.weight`."""
-        shape = (self.out_features, self.in_features)
-        return LazyProduct.of(shape, self.value, self.dense_weight)
-
-    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(out, in), multiplied in `dtype` (None: that of the factors)."""
-        raise NotImplementedError
+    @classmethod
+    def note(cls, layers: Sequence[Coded]) -> str:
+        """Where basis and coefficients, zeros and all, have as many entries as the dense weight."""
+        sides = [(m.out_features, m.in_features, m.rank) for m in layers]
+        slow = sum(rank * (out + inner) >= out * inner for out, inner, rank in sides)
+        if not slow:
+            return ""
+        return (
+            f"zeros of coefficients are multiplied where tokens are many, in {slow} layers as much "
+            "as in a dense one or more: these are smaller, not faster"
+        )
 
     def coefficients(self, dtype: torch.dtype | None = None) -> Tensor:
         """C (rows, r), with its zeros."""
@@ -129,6 +135,8 @@ class DenseSparseLinear(Coded):
     Tensors: `basis.weight` (r, in), `value` (out, s), `index` (out, s): which atoms an output is
     made of; `bias` (out,).
     """
+
+    STORAGE = "dense-sparse"
 
     bias: nn.Parameter | None
 
@@ -192,6 +200,10 @@ class DenseSparseLinear(Coded):
         dtype = dtype or self.value.dtype
         return self.coefficients(dtype) @ self.basis.weight.to(dtype)
 
+    @classmethod
+    def size_cost(cls, shape: Sequence[int], size: Size, *, itemsize: int, heads: int = 0) -> Cost:
+        return dense_sparse_cost(*shape, *size, itemsize=itemsize)
+
     def cost(self) -> Cost:
         shape, itemsize = (self.out_features, self.in_features), self.value.dtype.itemsize
         return dense_sparse_cost(*shape, self.rank, self.count, itemsize=itemsize)
@@ -215,6 +227,8 @@ class SparseDenseLinear(Coded):
     Tensors: `value` (in, s), `index` (in, s): which atoms an input goes to; `basis.weight`
     (out, r), `basis.bias` (out,).
     """
+
+    STORAGE = "sparse-dense"
 
     def __init__(
         self,
@@ -273,6 +287,10 @@ class SparseDenseLinear(Coded):
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.value.dtype
         return self.basis.weight.to(dtype) @ self.coefficients(dtype).T
+
+    @classmethod
+    def size_cost(cls, shape: Sequence[int], size: Size, *, itemsize: int, heads: int = 0) -> Cost:
+        return sparse_dense_cost(*shape, *size, itemsize=itemsize)
 
     def cost(self) -> Cost:
         shape, itemsize = (self.out_features, self.in_features), self.value.dtype.itemsize

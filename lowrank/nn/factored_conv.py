@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .form import Form
 from .geometry import Conv, Geometry
 from .lazy import LazyProduct
 
 
-class FactoredConv(nn.Module):
+class FactoredConv(Form):
     """Real convolutions one after the other in place of one; the bias is the last one's.
 
     Attributes:
@@ -19,7 +19,8 @@ class FactoredConv(nn.Module):
         OUT: the name of the child that gives the outputs.
     """
 
-    WORDS: ClassVar[tuple[str, ...]] = ("padding_mode",)
+    KIND = "conv"
+    WORDS = frozenset({"padding_mode"})
     OUT: ClassVar[str]
     geometry: Geometry
 
@@ -32,10 +33,6 @@ class FactoredConv(nn.Module):
         """The dense weight (O, I/g, *kernel), multiplied when it is used."""
         shape = self.geometry.weight_shape
         return LazyProduct.of(shape, self._out().weight, lambda: self.dense_weight().view(shape))
-
-    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(O, I/g · K), multiplied in `dtype` (None: that of the factors)."""
-        raise NotImplementedError
 
     def _out(self) -> Conv:
         found: Conv = getattr(self, self.OUT)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LowrankError
-from ..types import Cost
+from ..types import Cost, Size
+from .form import Form
+from .lowrank_linear import own
 
 BAGS = ("sum", "mean")  # "max" is not linear: it does not commute with the product
 Table = nn.Embedding | nn.EmbeddingBag
 
 
-class LowRankEmbedding(nn.Module):
+class LowRankEmbedding(Form):
     """Two real children, so that sparse gradients, hooks and optimisers work as they did.
 
     Tensors: `rows.weight` (num_embeddings, rank), `up.weight` (embedding_dim, rank). `rows` keeps
@@ -22,7 +25,9 @@ class LowRankEmbedding(nn.Module):
     padding row that is zero stays zero whatever is trained; one that is not is a row like others.
     """
 
-    WORDS = frozenset({"mode"})  # entries of the spec that are text
+    STORAGE = "factors"
+    KIND = "embedding"
+    WORDS = frozenset({"mode"})
 
     def __init__(
         self,
@@ -64,14 +69,18 @@ class LowRankEmbedding(nn.Module):
             num_embeddings=rows.shape[0], embedding_dim=up.shape[0], rank=rows.shape[1],
             **table_options(like),
         )  # fmt: skip
-        table.rows.weight = _own(rows)
-        table.up.weight = _own(up)
+        table.rows.weight = own(rows)
+        table.up.weight = own(up)
         return table
 
     @classmethod
     def empty(cls, *, num_embeddings: int, embedding_dim: int, rank: int, **options: Any) -> Self:
         """`options`: those of `table_options`; unknown ones are a TypeError."""
         return cls(num_embeddings, embedding_dim, rank, **options, device="meta")
+
+    @classmethod
+    def size_cost(cls, shape: Sequence[int], size: Size, *, itemsize: int, heads: int = 0) -> Cost:
+        return lookup_cost(*shape, *size, itemsize=itemsize, heads=heads)
 
     @property
     def num_embeddings(self) -> int:
@@ -123,7 +132,8 @@ class LowRankEmbedding(nn.Module):
 
     def cost(self) -> Cost:
         """Products are counted per vector given out: reading a row costs none."""
-        return lookup_cost(self.num_embeddings, self.embedding_dim, self.rank, self.up.weight.dtype)
+        shape, itemsize = (self.num_embeddings, self.embedding_dim), self.up.weight.dtype.itemsize
+        return lookup_cost(*shape, self.rank, itemsize=itemsize)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"
@@ -143,16 +153,12 @@ def table_options(table: nn.Module) -> dict[str, Any]:
     return kept
 
 
-def lookup_cost(rows: int, columns: int, rank: int, dtype: torch.dtype, heads: int = 0) -> Cost:
+def lookup_cost(rows: int, columns: int, rank: int, *, itemsize: int, heads: int = 0) -> Cost:
     """Cost of a factored table (V, D): rank · (V + D) numbers, stored once for all its readers.
 
     Args:
+        itemsize: bytes of one number.
         heads: output heads that read the same factors.
     """
     params = rank * (rows + columns)
-    return Cost(params, params * dtype.itemsize, rank * columns + heads * params)
-
-
-def _own(tensor: Tensor) -> nn.Parameter:
-    copy = tensor.detach().clone(memory_format=torch.contiguous_format)
-    return nn.Parameter(copy, requires_grad=tensor.dtype.is_floating_point)
+    return Cost(params, params * itemsize, rank * columns + heads * params)

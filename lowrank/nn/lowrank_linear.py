@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ..types import Cost
-from .down_up import DownUp
+from ..types import Cost, Size
+from .form import LinearForm
 from .last_product import LastProduct
-from .lazy import LazyProduct
+
+
+class DownUp(LinearForm):
+    """A layer with two real `nn.Linear` children, and something beside or between them."""
+
+    down: nn.Linear
+    up: nn.Linear
+
+    @property
+    def in_features(self) -> int:
+        return self.down.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.up.out_features
+
+    @property
+    def rank(self) -> int:
+        return self.down.out_features
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.up.bias
 
 
 class LowRankLinear(DownUp):
@@ -20,6 +42,9 @@ class LowRankLinear(DownUp):
     Tensors: `down.weight` (rank, in), `up.weight` (out, rank), `up.bias` (out,). Others may share
     its `down` (SharedLowRankLinear); it keeps its last product for them then.
     """
+
+    STORAGE = "factors"
+    REFITTED = True
 
     _last: LastProduct | None = None  # only where others share `down`
 
@@ -56,10 +81,9 @@ class LowRankLinear(DownUp):
     def empty(cls, *, in_features: int, out_features: int, rank: int, bias: bool) -> Self:
         return cls(in_features, out_features, rank, bias=bias, device="meta")
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight (out, in), multiplied when it is used: for code that reads `.weight`."""
-        return LazyProduct(self.up.weight, self.down.weight)
+    @classmethod
+    def size_cost(cls, shape: Sequence[int], size: Size, *, itemsize: int, heads: int = 0) -> Cost:
+        return low_rank_cost(*shape, *size, itemsize=itemsize)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
@@ -100,16 +124,21 @@ class LowRankLinear(DownUp):
         }
 
     def cost(self) -> Cost:
-        return low_rank_cost(self.out_features, self.in_features, self.rank, self.up.weight.dtype)
+        shape, itemsize = (self.out_features, self.in_features), self.up.weight.dtype.itemsize
+        return low_rank_cost(*shape, self.rank, itemsize=itemsize)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
-def low_rank_cost(out_features: int, in_features: int, rank: int, dtype: torch.dtype) -> Cost:
-    """Cost of plain factors: rank · (out + in) numbers and as many products per token."""
+def low_rank_cost(out_features: int, in_features: int, rank: int, *, itemsize: int) -> Cost:
+    """Cost of plain factors: rank · (out + in) numbers and as many products per token.
+
+    Args:
+        itemsize: bytes of one number.
+    """
     params = rank * (out_features + in_features)
-    return Cost(params=params, bytes=params * dtype.itemsize, macs=params)
+    return Cost(params, params * itemsize, params)
 
 
 def own(tensor: Tensor) -> nn.Parameter:

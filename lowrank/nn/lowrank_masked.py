@@ -8,6 +8,7 @@ and multiplied as a dense weight is: the layer is smaller than the dense one, an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -15,9 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import LowrankError
-from ..types import Cost
-from .down_up import DownUp
-from .lowrank_linear import own
+from ..types import Cost, Size
+from .lowrank_linear import DownUp, own
 
 BITS = 8
 
@@ -63,6 +63,10 @@ class LowRankMaskedLinear(DownUp):
     Tensors: `down.weight` (rank, in), `up.weight` (out, rank), `up.bias` (out,), `sparse.weight`
     (k,), `sparse.mask` (out, ⌈in / 8⌉) uint8.
     """
+
+    STORAGE = "lowrank-masked"
+    SIZE = ("rank", "count")
+    REFITTED = True
 
     def __init__(
         self,
@@ -121,6 +125,17 @@ class LowRankMaskedLinear(DownUp):
         cls, *, in_features: int, out_features: int, rank: int, count: int, bias: bool
     ) -> Self:
         return cls(in_features, out_features, rank, count, bias=bias, device="meta")
+
+    @classmethod
+    def size_cost(cls, shape: Sequence[int], size: Size, *, itemsize: int, heads: int = 0) -> Cost:
+        return low_rank_masked_cost(*shape, *size, itemsize=itemsize)
+
+    @classmethod
+    def note(cls, layers: Sequence[Self]) -> str:
+        return (
+            f"zeros of a mask are multiplied too, so that {len(layers)} layers are not faster than "
+            "the dense ones"
+        )
 
     @property
     def count(self) -> int:

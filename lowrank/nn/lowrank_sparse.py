@@ -9,6 +9,7 @@ bias is added where there was none.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -16,9 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
 from ..errors import LowrankError, unknown
-from ..types import Cost
-from .down_up import DownUp
-from .lowrank_linear import own
+from ..types import Cost, Size
+from .lowrank_linear import DownUp, own
 
 Act = Literal["silu"]
 JOINED = 512  # tokens from which on both parts are one product; benchmarks/sparse_speed.py
@@ -55,8 +55,11 @@ class LowRankSparseLinear(DownUp):
         act: "silu" between the factors, or None.
     """
 
-    WORDS = frozenset({"act"})  # entries of the spec that are text
-    SHARES = frozenset({"gamma"})  # that are numbers in [0, 1]
+    STORAGE = "lowrank-sparse"
+    SIZE = ("rank", "count")
+    WORDS = frozenset({"act"})
+    SHARES = frozenset({"gamma"})
+    REFITTED = True
 
     def __init__(
         self,
@@ -208,6 +211,10 @@ class LowRankSparseLinear(DownUp):
     def _mixed(self) -> dict[str, Any]:
         both = {"gamma": self.gamma, "act": self.act}
         return {key: value for key, value in both.items() if value is not None}
+
+    @classmethod
+    def size_cost(cls, shape: Sequence[int], size: Size, *, itemsize: int, heads: int = 0) -> Cost:
+        return low_rank_sparse_cost(*shape, *size, itemsize=itemsize)
 
     def cost(self) -> Cost:
         shape, itemsize = (self.out_features, self.in_features), self.up.weight.dtype.itemsize

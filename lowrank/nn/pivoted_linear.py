@@ -6,6 +6,7 @@ also its mirror image: the other inputs are mixed into r of them, y = U (x_p + C
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -13,14 +14,14 @@ from torch import Tensor, nn
 
 from .. import linalg
 from ..errors import LowrankError, unknown
-from ..types import Cost
-from .lazy import LazyProduct
+from ..types import Cost, Size
+from .form import LinearForm
 from .lowrank_linear import LowRankLinear
 
 Side = Literal["out", "in"]
 
 
-class PivotedLinear(nn.Module):
+class PivotedLinear(LinearForm):
     """Two real `nn.Linear` children and the order of the features on one side.
 
     Tensors, side "out": `down.weight` (rank, in), `mix.weight` (out − rank, rank), `order` (out,)
@@ -29,7 +30,9 @@ class PivotedLinear(nn.Module):
     are kept, then those that are mixed into them. On either side `bias` (out,) is the layer's own.
     """
 
-    WORDS = frozenset({"side"})  # entries of the spec that are text
+    STORAGE = "pivoted"
+    WORDS = frozenset({"side"})
+    REFITTED = True
 
     order: Tensor
     bias: nn.Parameter | None
@@ -111,10 +114,9 @@ class PivotedLinear(nn.Module):
     ) -> Self:
         return cls(in_features, out_features, rank, side=side, bias=bias, device="meta")
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight (out, in), multiplied when it is used: for code that reads `.weight`."""
-        return LazyProduct.of((self.out_features, self.in_features), self._kept, self.dense_weight)
+    @classmethod
+    def size_cost(cls, shape: Sequence[int], size: Size, *, itemsize: int, heads: int = 0) -> Cost:
+        return pivoted_cost(*shape, *size, itemsize=itemsize)
 
     @property
     def _kept(self) -> Tensor:

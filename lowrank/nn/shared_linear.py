@@ -14,16 +14,19 @@ from torch import Tensor, nn
 
 from ..errors import LowrankError
 from ..types import Cost
-from .lazy import LazyProduct
+from .form import LinearForm
 from .lowrank_linear import LowRankLinear, own
 
 
-class SharedLowRankLinear(nn.Module):
+class SharedLowRankLinear(LinearForm):
     """It holds the owner outside `_modules`: no file has `down` twice, and `.to()` reaches it once.
 
     Tensors: `up.weight` (out, rank), `up.bias` (out,). A deep copy of the whole model binds the
     copies to each other.
     """
+
+    STORAGE = "shared"
+    READS = "factored layer"
 
     def __init__(
         self,
@@ -101,11 +104,6 @@ class SharedLowRankLinear(nn.Module):
         self.__dict__["_owner"] = owner  # not by setattr, which would register it
         self.owner.last_product().readers += 1
         return self
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight (out, in), multiplied when it is used: for code that reads `.weight`."""
-        return LazyProduct(self.up.weight, self.down.weight)
 
     @property
     def bias(self) -> Tensor | None:

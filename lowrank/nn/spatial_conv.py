@@ -26,6 +26,8 @@ class SpatialConv(FactoredConv):
     nn.Conv2d, and its `rank` r is that of one group, at most min(O/g · kw, I/g · kh).
     """
 
+    STORAGE = "spatial"
+    REFITTED = True
     OUT = "up"
 
     def __init__(self, geometry: Geometry, rank: int, *, bias: bool) -> None:

@@ -15,11 +15,14 @@ from torch.nn.functional import linear
 
 from ..errors import LowrankError
 from ..types import Cost
+from .form import Form
 from .lowrank_embedding import LowRankEmbedding
 
 
-class _Reader(nn.Module):
+class _Reader(Form):
     """What both readers share: the table, by reference."""
+
+    READS = "factored embedding"
 
     def __init__(self, num_embeddings: int, embedding_dim: int, rank: int) -> None:
         super().__init__()
@@ -70,6 +73,8 @@ class _Reader(nn.Module):
 
 class TiedEmbedding(_Reader):
     """A second nn.Embedding that had the same weight."""
+
+    KIND = "embedding"
 
     @classmethod
     def of(cls, owner: LowRankEmbedding) -> Self:
@@ -137,8 +142,3 @@ class TiedHead(_Reader):
 
     def cost(self) -> Cost:
         return Cost(0, 0, self.rank * (self.num_embeddings + self.embedding_dim))
-
-
-def table_of(module: nn.Module) -> LowRankEmbedding | None:
-    """The table that a reader shares; None for every other module."""
-    return module.owner if isinstance(module, _Reader) else None

@@ -26,6 +26,9 @@ class TuckerConv(FactoredConv):
     It has the attributes of an nn.Conv; `ranks` are those of one group.
     """
 
+    STORAGE = "tucker"
+    SIZE = ("r_out", "r_in")
+    REFITTED = True
     OUT = "last"
 
     def __init__(self, geometry: Geometry, ranks: tuple[int, int], *, bias: bool) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..types import Cost
-from .down_up import DownUp
+from .lowrank_linear import DownUp
 
 
 class USVLinear(DownUp):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import LowrankError
-from ..nn import OWN_FORMS, pivoted_cost
+from ..nn import Form, form_of
 from ..types import Cost, Option, Size
 from .schema import COST, Checks, are_integers, checked, is_cost, is_integer, is_number, is_text
 
@@ -74,53 +75,60 @@ class Entry:
             reason=reason,
         )  # fmt: skip
 
-    def with_rank(self, rank: Any, method: str, storage: str = "factors") -> Entry:
-        """Factors of that rank; by `method`, in `storage`, where the site was dense.
+    def with_size(self, size: int | Size, method: str, storage: str = "factors") -> Entry:
+        """Factors of that size, a rank or as many integers as the form has; errors are unknown.
 
-        A form that is sized by several numbers (`OWN_FORMS`) takes a tuple of them in place of a
-        rank; a method of the same name stores so.
+        Args:
+            method, storage: where the site was dense. What the site is stored as stays, unless the
+                shape of the weight does not say what a size of it costs: then it is plain factors.
 
         Raises:
-            LowrankError: no such rank for this shape, or it would not be smaller.
+            LowrankError: the form has no such size for this shape, or it would not be smaller.
         """
         if self.storage != "dense":
             method, storage = self.method, self.storage
-        form = method if self.storage == "dense" else storage
-        if form in OWN_FORMS:
-            return self._of_size(rank, method, form)
-        if storage != "pivoted" or self.kind != "linear":
-            storage = "factors"
-        itemsize = self.dense.bytes // max(self.dense.params, 1)
-        check_rank(self.title, self.shape, rank, storage, itemsize)
-        numbers = rank * sum(self.shape)
-        cost = Cost(numbers, numbers * itemsize, numbers)
-        if storage == "pivoted":
-            cost = pivoted_cost(*self.shape, rank, itemsize=itemsize)
-        elif self.kind == "embedding":
-            cost = replace(cost, macs=rank * self.shape[1] + self.heads * numbers)
+        form = self._sizable(storage)
+        if form is None:
+            storage, form = "factors", self._sizable("factors")
+        assert form is not None
+        if form.SIZE == ("rank",):
+            rank = size if isinstance(size, int) or len(size) != 1 else size[0]
+            check_rank(self.title, self.shape, rank, storage, self._itemsize, self.kind)
+            size = (rank,)  # type: ignore[assignment]  # checked
+        cost = self._priced(form, size)
         return replace(
-            self, method=method, size=(rank,), storage=storage, cost=cost.often(self.repeats),
-            error=None, reason="",
+            self, method=method, size=tuple(size), storage=storage,  # type: ignore[arg-type]
+            cost=cost.often(self.repeats), error=None, reason="",
         )  # fmt: skip
 
-    def _of_size(self, size: Any, method: str, form: str) -> Entry:
+    def _sizable(self, storage: str) -> type[Form] | None:
+        """The form of a storage, if the shape of the weight says what each of its sizes costs."""
+        form = form_of(storage, self.kind)
+        trial = (1,) * len(form.SIZE) if form else ()
+        priced = form and form.size_cost(self.shape, trial, itemsize=self._itemsize)
+        return form if priced else None
+
+    def _priced(self, form: type[Form], size: Any) -> Cost:
+        """What a layer of this size costs; it has to be less than the dense one."""
+        count = len(form.SIZE)
         numbers = tuple(size) if isinstance(size, Sequence) and not isinstance(size, str) else ()
-        if len(numbers) != 2 or not all(is_integer(n) and n >= 1 for n in numbers):
+        if len(numbers) != count or not all(is_integer(n) and n >= 1 for n in numbers):
             raise LowrankError(
-                f"{self.title}: a layer stored as {form} is sized by two integers >= 1, as in "
-                f"(64, 16), got {size!r}"
+                f"{self.title}: the size of a layer stored as {form.STORAGE} is {count} integers "
+                f">= 1 ({', '.join(form.SIZE)}), got {size!r}"
             )
-        itemsize = self.dense.bytes // max(self.dense.params, 1)
-        cost = OWN_FORMS[form](*self.shape, *numbers, itemsize=itemsize)
+        cost = form.size_cost(self.shape, numbers, itemsize=self._itemsize, heads=self.heads)
+        assert cost is not None
         if cost.params >= self.dense.params or cost.bytes >= self.dense.bytes:
             raise LowrankError(
-                f"{self.title}: {form} of size {numbers} is not smaller than the dense layer of "
-                f"shape {self.shape}: it stores {cost.bytes} bytes for {self.dense.bytes}"
+                f"{self.title}: {form.STORAGE} of size {numbers} is not smaller than the dense "
+                f"layer of shape {self.shape}: it stores {cost.bytes} bytes for {self.dense.bytes}"
             )
-        return replace(
-            self, method=method, size=numbers, storage=form, cost=cost.often(self.repeats),
-            error=None, reason="",
-        )  # fmt: skip
+        return cost
+
+    @property
+    def _itemsize(self) -> int:
+        return self.dense.bytes // max(self.dense.params, 1)
 
     def sharing(self, rank: int, owner: bool) -> Entry:
         """Factors of that rank with a basis that others share; the owner stores it."""
@@ -151,8 +159,6 @@ class Entry:
         Raises:
             LowrankError: a field is missing, unknown or of the wrong type; the site is named.
         """
-        if isinstance(item, dict):  # older plans know less
-            item = {"kind": "linear", "heads": 0, "group": "", "repeats": 1, **item}
         checked(item, _FIELDS, "an entry of the plan")
         size = None if item["size"] is None else tuple(item["size"])
         body = {**item, "sites": tuple(item["sites"]), "shape": tuple(item["shape"]), "size": size}
@@ -160,9 +166,9 @@ class Entry:
         if size is None:
             same = entry.cost == entry.dense
             return entry if same else entry.left_dense("left dense by hand")
-        if entry.storage not in ("factors", "pivoted", "dense", *OWN_FORMS):
+        if entry.storage != "dense" and entry._sizable(entry.storage) is None:
             return entry
-        anew = entry.with_rank(size[0] if len(size) == 1 else size, method, storage)
+        anew = entry.with_size(size, method, storage)
         return entry if anew.cost == entry.cost else anew
 
 
@@ -174,11 +180,16 @@ def relative(error: float | None, total: float | None) -> str:
 
 
 def check_rank(
-    title: str, shape: Sequence[int], rank: Any, storage: str = "factors", itemsize: int = 4
+    title: str,
+    shape: Sequence[int],
+    rank: Any,
+    storage: str = "factors",
+    itemsize: int = 4,
+    kind: str = "linear",
 ) -> None:
     """Raises LowrankError unless the rank exists for this shape and makes the layer smaller."""
     out_features, in_features = shape
-    even = break_even(shape, storage, itemsize)
+    even = break_even(shape, storage, itemsize, kind)
     if not is_integer(rank) or not 1 <= rank <= min(shape) or rank >= even:
         raise LowrankError(
             f"rank must be in [1, {min(shape)}] for {title} of shape "
@@ -188,20 +199,25 @@ def check_rank(
         )
 
 
-def break_even(shape: Sequence[int], storage: str = "factors", itemsize: int = 4) -> int:
-    """The least rank at which factors are not smaller than the matrix (out, in).
+def break_even(
+    shape: Sequence[int], storage: str = "factors", itemsize: int = 4, kind: str = "linear"
+) -> int:
+    """The least rank at which a layer of this storage is not smaller than the matrix (out, in).
 
     Args:
-        storage: pivoted factors are smaller up to nearly full rank: all numbers that they save
-            there have to outweigh the order of the features.
         itemsize: bytes of one number.
+        kind: of the layer.
     """
-    if storage != "pivoted":
-        return -(-math.prod(shape) // max(sum(shape), 1))
-    (rows, columns), whole = shape, math.prod(shape) * itemsize
-    ranks = range(min(shape) - 1, 0, -1)
-    fits = (r for r in ranks if pivoted_cost(rows, columns, r, itemsize=itemsize).bytes < whole)
-    return next(fits, 0) + 1
+    form = form_of(storage, kind) or form_of("factors", kind)
+    assert form is not None
+    numbers = math.prod(shape)
+
+    def is_smaller(rank: int) -> bool:
+        cost = form.size_cost(shape, (rank,), itemsize=itemsize)
+        return cost is not None and cost.params < numbers and cost.bytes < numbers * itemsize
+
+    ranks = range(1, min(shape) + 1)  # cost rises with the rank
+    return 1 + bisect.bisect_left(ranks, True, key=lambda rank: not is_smaller(rank))
 
 
 def _is_size(value: Any) -> bool:

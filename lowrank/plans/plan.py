@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from ..errors import LowrankError, listed
+from ..nn import form_of
 from ..tables import aligned, rich_table
-from ..types import UNITS, Cost, Size, Storage, Unit
-from . import shared_basis as groups
+from ..types import UNITS, Cost, Size, Unit
+from . import shared_basis
 from .entry import Entry
 from .schema import COST, Checks, checked, is_cost, is_integer, is_number, is_text
 
@@ -87,7 +88,7 @@ class Plan:
             if name not in by_name:
                 raise LowrankError(f"no site {name!r} in the plan; there are {listed(by_name, 4)}")
             how = (self.single, self.storage)
-            for entry in groups.changed(by_name[name], self.entries, rank, *how):
+            for entry in shared_basis.changed(by_name[name], self.entries, rank, *how):
                 if changed.setdefault(entry.name, entry) != entry:
                     raise LowrankError(
                         f"{entry.title} is given two ranks: {listed(ranks)} share one basis or one "
@@ -119,7 +120,7 @@ class Plan:
         twice = [name for name, times in names.items() if times > 1]
         if twice:
             raise LowrankError(f"{listed(twice)}: in more than one entry of the plan")
-        return replace(plan, entries=groups.checked(entries))
+        return replace(plan, entries=shared_basis.consistent(entries))
 
     def save(self, path: str | Path) -> None:
         """Write the JSON to a file."""
@@ -191,7 +192,7 @@ _SETTINGS: Checks = {
     "method": (lambda v: v is None or is_text(v), "text"),
     "alone": (lambda v: v is None or is_text(v), "text"),
     "seed": (lambda v: v is None or is_integer(v), "an integer"),
-    "storage": (lambda v: v in (None, *get_args(Storage)), f"one of {listed(get_args(Storage))}"),
+    "storage": (lambda v: v is None or form_of(v) is not None, "a storage of a registered form"),
     "data": (lambda v: v is None or is_text(v), "text"),
     "recovery": (lambda v: v is None or isinstance(v, dict), "an object or null"),
 }

@@ -9,12 +9,12 @@ from typing import Any
 from ..errors import LowrankError, listed
 from .entry import Entry, check_rank
 
-Group = list[Entry]  # the owner of the basis first
+Sharers = list[Entry]  # the owner of the basis first
 
 
-def grouped(entries: Sequence[Entry]) -> dict[str, Group]:
+def by_owner(entries: Sequence[Entry]) -> dict[str, Sharers]:
     """Groups by the name of their owner, the others in the order of the plan."""
-    found: dict[str, Group] = {}
+    found: dict[str, Sharers] = {}
     for entry in entries:
         if entry.group:
             found.setdefault(entry.group, []).append(entry)
@@ -24,7 +24,7 @@ def grouped(entries: Sequence[Entry]) -> dict[str, Group]:
     }
 
 
-def with_rank(group: Group, rank: Any) -> Group:
+def with_rank(group: Sharers, rank: Any) -> Sharers:
     """All members at that rank; their planned errors become unknown.
 
     Raises:
@@ -36,12 +36,14 @@ def with_rank(group: Group, rank: Any) -> Group:
     return [entry.sharing(rank, number == 0) for number, entry in enumerate(group)]
 
 
-def left_dense(group: Group, reason: str) -> Group:
+def left_dense(group: Sharers, reason: str) -> Sharers:
     """All members dense; they are a group no longer."""
     return [replace(entry.left_dense(reason), group="") for entry in group]
 
 
-def changed(entry: Entry, entries: Sequence[Entry], rank: Any, method: str, storage: str) -> Group:
+def changed(
+    entry: Entry, entries: Sequence[Entry], rank: Any, method: str, storage: str
+) -> Sharers:
     """An entry at another rank, and with it all that share its basis; rank None leaves them dense.
 
     Args:
@@ -53,19 +55,19 @@ def changed(entry: Entry, entries: Sequence[Entry], rank: Any, method: str, stor
     reason = "left dense by hand"
     if not entry.group:
         alone = entry.left_dense(reason) if rank is None else None
-        return [alone or entry.with_rank(rank, method, storage)]
-    group = grouped(entries)[entry.group]
+        return [alone or entry.with_size(rank, method, storage)]
+    group = by_owner(entries)[entry.group]
     return left_dense(group, reason) if rank is None else with_rank(group, rank)
 
 
-def checked(entries: Sequence[Entry]) -> tuple[Entry, ...]:
+def consistent(entries: Sequence[Entry]) -> tuple[Entry, ...]:
     """The entries of a plan that was read; costs follow from the ranks that stand in it.
 
     Raises:
         LowrankError: a group has no owner, several ranks, or inputs of several widths.
     """
     settled: dict[str, Entry] = {}
-    for owner, group in grouped(entries).items():
+    for owner, group in by_owner(entries).items():
         names = listed(entry.title for entry in group)
         if group[0].name != owner:
             raise LowrankError(f"{names}: they share the basis of {owner!r}, which is not theirs")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..errors import LowrankError
 from ..types import Allocation, Budget, Curve, Option, Probe
@@ -19,6 +20,8 @@ class Energy:
     """
 
     share: float | None = None
+
+    judges: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.share is not None and not 0 < self.share <= 1:

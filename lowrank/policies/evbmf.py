@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..errors import LowrankError, listed
 from ..linalg import evbmf_count
@@ -24,6 +25,8 @@ class EVBMF:
     """
 
     least: int = 1
+
+    judges: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.least < 1:

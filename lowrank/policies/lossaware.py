@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from ..errors import LowrankError, listed
 from ..types import Allocation, Budget, Curve, Option, Probe
@@ -40,6 +41,8 @@ class LossAware:
 
     share: float = 0.7
     floor: float = 0.0
+
+    judges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, value in (("share", self.share), ("floor", self.floor)):

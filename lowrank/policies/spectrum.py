@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 from ..errors import LowrankError
 from ..types import Allocation, Budget, Curve, Option, Probe, Unit
@@ -22,6 +23,8 @@ from .common import check_reachable, disjoint, smallest
 @dataclass(frozen=True)
 class Spectrum:
     """No options."""
+
+    judges: ClassVar[bool] = False
 
     def __call__(
         self, curves: Sequence[Curve], budget: Budget, probe: Probe | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar
 
 from ..types import Allocation, Budget, Curve, Option, Probe
 from .common import Choice, check_reachable, disjoint, spent
@@ -16,6 +17,8 @@ class Uniform:
 
     A site whose smallest option is above its share keeps that one, and all the others give way.
     """
+
+    judges: ClassVar[bool] = False
 
     def __call__(
         self, curves: Sequence[Curve], budget: Budget, probe: Probe | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,8 @@ class WeLore:
     """The threshold is solved for the budget, or fixed by `threshold`."""
 
     threshold: float | None = None
+
+    judges: ClassVar[bool] = False
 
     def __call__(
         self, curves: Sequence[Curve], budget: Budget, probe: Probe | None = None

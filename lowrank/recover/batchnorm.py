@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..calibration.batches import Batch, Data, materialise
 from ..calibration.running import forward, quiet
 from ..errors import LowrankError
-from ..measure.eval import judged
+from ..measure.eval import Reference
 from .training import split
 
 State = dict[str, tuple[Tensor, Tensor]]
@@ -71,10 +71,11 @@ def bn_recalibrate(
     if not held:
         fitted, kept = split(len(batches))
         batches, held = [batches[i] for i in fitted], [batches[i] for i in kept]
-    before = judged(model, reference, held)
+    judge = Reference(reference, held)
+    before = judge.judged(model)
     old = {name: _state(part) for name, part in norms.items()}
     put(model, moved(reference, gathered(model, batches), gathered(reference, batches)))
-    if judged(model, reference, held) < before:
+    if judge.judged(model) < before:
         return True
     put(model, old)
     return False

@@ -7,18 +7,16 @@ reconstruction). A held-out share of the rows decides; a block that did not impr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..calibration.batches import Batch
 from ..calibration.running import forward, logits_of, mask_of, quiet, without_cache
-from ..measure.eval import divergence
+from ..measure.eval import Reference, divergence
 from .chain import Chain
 from .training import Trained, Training, split, train
-
-KEPT_BYTES = 1 << 30  # of the teacher's predictions during distillation
 
 
 def refit_block(
@@ -62,38 +60,17 @@ def distill(
 ) -> Trained:
     """Train the compressed model to the dense one's predictions: mean KL(dense ‖ compressed).
 
-    The teacher's predictions are kept as far as KEPT_BYTES go; for the other batches, of a large
+    The teacher's predictions are kept as far as memory allows; for the other batches, of a large
     vocabulary, the teacher runs along. `fitted`: see `split`.
     """
-    predicted = _kept(teacher, batches)
+    predicted = Reference(teacher, batches)
 
     def loss(batch: int) -> Tensor:
         got = logits_of(forward(student, batches[batch]))
-        return divergence(predicted(batch), got, mask_of(batches[batch])).mean()
+        return divergence(predicted.logits(batch), got, mask_of(batches[batch])).mean()
 
     with quiet(teacher), quiet(student), without_cache(teacher), without_cache(student):
         return train(parameters, loss, *split(len(batches), fitted), options)
-
-
-def _kept(teacher: nn.Module, batches: Sequence[Batch]) -> Callable[[int], Tensor]:
-    """The teacher's logits of a batch, by its number: the first ones met are kept."""
-    kept: dict[int, Tensor] = {}
-    used = 0
-
-    def predicted(batch: int) -> Tensor:
-        nonlocal used
-        if batch in kept:
-            return kept[batch]
-        with torch.no_grad():
-            logits = logits_of(forward(teacher, batches[batch]))
-        used += logits.nbytes
-        if used <= KEPT_BYTES:
-            kept[batch] = logits
-        else:
-            used -= logits.nbytes
-        return logits
-
-    return predicted
 
 
 def _scale(targets: Sequence[Tensor]) -> Tensor:

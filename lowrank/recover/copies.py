@@ -62,7 +62,14 @@ def own_buffers(parts: Iterable[nn.Module], names: Iterable[str], pairs: Pairs) 
 
 
 @torch.no_grad()
-def hand_over(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Give the model the values that the copies came to have."""
-    for original, copy in pairs:
-        original.copy_(copy)
+def hand_over(pairs: Pairs, model: nn.Module, target: nn.Module) -> None:
+    """Give a model the values that the copies came to have.
+
+    Args:
+        model: whose own tensors the pairs begin with.
+        target: it, or a copy of it that was compressed: tensors are found by their names.
+    """
+    names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
+    there = dict((*target.named_parameters(), *target.named_buffers()))
+    for original, trained in pairs.values():
+        there[names[id(original)]].copy_(trained)

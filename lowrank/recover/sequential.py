@@ -7,23 +7,21 @@ their calls, so that each corrects what those before it lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..calibration.batches import Batch
-from ..calibration.observation import Observation
-from ..calibration.running import first_tensor, forward, mask_of, quiet, without_cache
+from ..calibration.running import first_tensor, forward, quiet, without_cache
 from ..calibration.statistics import counted_rows
 from ..errors import LowrankError
 from ..linalg import cross_sum, gram_sum
 from ..types import Site
 from ..walk.surgery import module_at, put
-from .chain import Chain
+from .chain import Chain, Workbench
 
-Runs = Callable[[], object]
+Run = Callable[[], object]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,125 +42,106 @@ class Moments:
     dense_mean: Tensor
 
 
-Fit = Callable[[Site, Moments], nn.Module]
-AfterBlock = Callable[[Chain, int, list[Tensor]], None]
+@dataclass
+class SequentialPass:
+    """One pass over a compressed twin of the workbench's model.
 
-
-def sequential(
-    model: nn.Module,
-    student: nn.Module,
-    sites: Sequence[Site],
-    seen: Observation,
-    batches: Sequence[Batch],
-    fit: Fit,
-    *,
-    counted: int | None = None,
-    after_block: AfterBlock | None = None,
-    on_block: Callable[[str], None] = lambda _: None,
-) -> None:
-    """Replace the sites in `student`, block by block; `model` is the dense one and is not changed.
-
-    Args:
-        student: a twin of the model. Layers outside every chain are refitted in passes of the whole
-            model, those called before the first chain first.
-        sites: of the model, to be replaced; one that was never called is left to the caller.
+    Attributes:
+        student: the twin; layers are replaced in it.
+        numbers: of the batches that run along.
+        fitted: how many of them, the first ones, the moments are taken from.
         fit: makes the new layer of a site from the moments of its input.
-        counted: how many of the batches, the first ones, the moments are taken from; None: all. The
-            others run along, for whoever judges by them.
         after_block: called with the student's chain, the block's index and the dense outputs when
             all sites of a block are replaced; it may train the block.
-        on_block: told the name of each block before it is worked on.
-
-    Raises:
-        LowrankError: a chain cannot be run block by block.
+        on_block: told the name of each block before it is worked on; "" outside of blocks.
     """
-    wanted = {site.name: site for site in sites}
-    groups = [[wanted[name] for name in group if name in wanted] for group in seen.groups]
-    groups = [group for group in groups if group]
-    inside = {name for chain in seen.chains for name in chain}
-    first = _first_call(seen, inside)
-    outer = [group for group in groups if not _within(group[0].name, inside)]
-    early = [g for g in outer if seen.order.index(g[0].name) < first]
-    masks = [mask_of(batch) for batch in batches[:counted]]
 
-    def whole(some: Iterable[list[Site]]) -> None:
-        for group in some:
-            on_block("")
-            runs = [_passes(part, batches[:counted]) for part in (model, student)]
-            _replace(student, group, _moments(model, student, group[0], runs, masks), fit)
+    bench: Workbench
+    student: nn.Module
+    numbers: Sequence[int]
+    fitted: int
+    fit: Callable[[Site, Moments], nn.Module]
+    after_block: Callable[[Chain, int, list[Tensor]], None] | None = None
+    on_block: Callable[[str], None] = lambda _: None
 
-    whole(early)
-    for names in seen.chains:
-        mine = [group for group in groups if _within(group[0].name, set(names))]
-        if mine:
-            _chain(model, student, names, mine, batches, masks, fit, after_block, on_block)
-    whole(group for group in outer if group not in early)
+    def run(self, sites: Sequence[Site]) -> None:
+        """Replace the sites, block by block. Layers outside every chain are refitted in passes of
+        the whole model, those called before the first chain first.
 
+        Args:
+            sites: of the dense model; one that was never called is left to the caller.
 
-def _chain(
-    model: nn.Module,
-    student: nn.Module,
-    names: Sequence[str],
-    groups: Sequence[list[Site]],
-    batches: Sequence[Batch],
-    masks: Sequence[Tensor | None],
-    fit: Fit,
-    after_block: AfterBlock | None,
-    on_block: Callable[[str], None],
-) -> None:
-    dense, lean = Chain(model, names, batches), Chain(student, names, batches)
-    for index, name in enumerate(names):
-        on_block(name)
+        Raises:
+            LowrankError: a chain cannot be run block by block.
+        """
+        observed = self.bench.calibration.observation
+        wanted = {site.name: site for site in sites}
+        groups = [[wanted[name] for name in group if name in wanted] for group in observed.groups]
+        groups = [group for group in groups if group]
+        inside = {name for chain in observed.chains for name in chain}
+        first = next((i for i, name in enumerate(observed.order) if _within(name, inside)), 0)
+        outer = [group for group in groups if not _within(group[0].name, inside)]
+        early = [group for group in outer if observed.order.index(group[0].name) < first]
+        self._whole(early)
+        for names in observed.chains:
+            mine = [group for group in groups if _within(group[0].name, names)]
+            if mine:
+                self._chain(names, mine)
+        self._whole(group for group in outer if group not in early)
+
+    def _whole(self, groups: Iterable[list[Site]]) -> None:
+        batches = [self.bench.batches[number] for number in self.numbers[: self.fitted]]
         for group in groups:
-            if _within(group[0].name, {name}):
-                runs = [_block_runs(chain, index)[: len(masks)] for chain in (dense, lean)]
-                _replace(student, group, _moments(model, student, group[0], runs, masks), fit)
-        lean.refresh(student)
-        after = dense.outputs(index)
-        if after_block is not None:
-            after_block(lean, index, after)
-        dense.hidden, lean.hidden = after, lean.outputs(index)
+            self.on_block("")
+            dense, lean = (
+                [lambda b=batch, m=model: forward(m, b) for batch in batches]
+                for model in (self.bench.model, self.student)
+            )
+            self._replace(group, self._moments(group[0], dense, lean))
+
+    def _chain(self, names: Sequence[str], groups: Sequence[list[Site]]) -> None:
+        dense = self.bench.dense_chain(names, self.numbers)
+        lean = self.bench.chain(self.student, names, self.numbers)
+        for index, name in enumerate(names):
+            self.on_block(name)
+            for group in groups:
+                if _within(group[0].name, [name]):
+                    runs = [_block_runs(chain, index)[: self.fitted] for chain in (dense, lean)]
+                    self._replace(group, self._moments(group[0], *runs))
+            lean.refresh(self.student)
+            after = dense.outputs(index)
+            if self.after_block is not None:
+                self.after_block(lean, index, after)
+            dense.hidden, lean.hidden = after, lean.outputs(index)
+
+    def _replace(self, group: Sequence[Site], moments: Moments | None) -> None:
+        if moments is not None:
+            for site in group:
+                put(self.student, site, self.fit(site, moments))
+
+    def _moments(self, site: Site, dense: Sequence[Run], lean: Sequence[Run]) -> Moments | None:
+        """Of both streams' inputs of one site, batch by batch; None where it saw no token."""
+        count, sums = 0, [torch.zeros(()) for _ in range(4)]
+        model, student = self.bench.model, self.student
+        wide, narrow = module_at(model, site.name), module_at(student, site.name)
+        masks = [self.bench.masks[number] for number in self.numbers[: self.fitted]]
+        for run_dense, run_lean, mask in zip(dense, lean, masks, strict=True):
+            with quiet(model), quiet(student), without_cache(model), without_cache(student):
+                x, y = _inputs(wide, run_dense), _inputs(narrow, run_lean)
+            if [t.shape for t in x] != [t.shape for t in y]:
+                raise LowrankError(f"{site.title}: the streams differ in shape")
+            for dense_rows, rows in _pairs(site.module, x, y, mask):
+                new = _sums(site, dense_rows, rows)
+                sums = [n if not count else s + n for s, n in zip(sums, new, strict=True)]
+                count += len(rows)
+        return Moments(count, *(each / count for each in sums)) if count else None
 
 
-def _block_runs(chain: Chain, index: int) -> list[Runs]:
+def _block_runs(chain: Chain, index: int) -> list[Run]:
     return [
         lambda b=batch, h=hidden: chain.run(index, b, h)  # type: ignore[misc]
         for batch, hidden in enumerate(chain.hidden)
     ]
-
-
-def _passes(model: nn.Module, batches: Sequence[Batch]) -> list[Runs]:
-    return [lambda b=batch: forward(model, b) for batch in batches]  # type: ignore[misc]
-
-
-def _replace(student: nn.Module, group: Sequence[Site], moments: Moments | None, fit: Fit) -> None:
-    if moments is None:
-        return
-    for site in group:
-        put(student, site, fit(site, moments))
-
-
-def _moments(
-    model: nn.Module,
-    student: nn.Module,
-    site: Site,
-    runs: Sequence[Sequence[Runs]],
-    masks: Sequence[Tensor | None],
-) -> Moments | None:
-    """Both streams' inputs of one site, batch by batch; None where it saw no token."""
-    count, sums = 0, [torch.zeros(()) for _ in range(4)]
-    there = {"dense": module_at(model, site.name), "lean": module_at(student, site.name)}
-    for run_dense, run_lean, mask in zip(*runs, masks, strict=True):
-        with quiet(model), quiet(student), without_cache(model), without_cache(student):
-            x = _inputs(there["dense"], run_dense)
-            y = _inputs(there["lean"], run_lean)
-        if [t.shape for t in x] != [t.shape for t in y]:
-            raise LowrankError(f"{site.title}: the streams differ in shape")
-        for dense_rows, rows in _pairs(site.module, x, y, mask):
-            found = _sums(site, dense_rows, rows)
-            sums = [new if not count else old + new for old, new in zip(sums, found, strict=True)]
-            count += len(rows)
-    return Moments(count, *(each / count for each in sums)) if count else None
 
 
 def _pairs(
@@ -175,36 +154,31 @@ def _pairs(
 
 def _sums(site: Site, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     """Of rows (rows, in) of the dense and of the compressed stream."""
-    found = (gram_sum(y), cross_sum(x, y), y.double().sum(0), x.double().sum(0))
-    if not bool(torch.isfinite(found[0].diagonal()).all()):
+    sums = (gram_sum(y), cross_sum(x, y), y.double().sum(0), x.double().sum(0))
+    if not bool(torch.isfinite(sums[0].diagonal()).all()):
         raise LowrankError(
             f"{site.title}: its input holds NaN or Inf in the compressed model, and not in the "
             "dense one: run it in float32 or bfloat16, or leave out the layers before it"
         )
-    return found
+    return sums
 
 
-def _inputs(module: nn.Module, run: Runs) -> list[Tensor]:
+def _inputs(module: nn.Module, run: Run) -> list[Tensor]:
     """Every tensor that the module reads in one run, safe from later changes in place."""
-    found: list[Tensor] = []
+    read: list[Tensor] = []
 
     def hook(_module: nn.Module, args: object, kwargs: object) -> None:
         tensor = first_tensor((args, kwargs))
         if tensor is not None:
-            found.append(tensor.clone())
+            read.append(tensor.clone())
 
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         run()
     finally:
         handle.remove()
-    return found
+    return read
 
 
-def _within(name: str, blocks: set[str] | Mapping[str, object]) -> bool:
+def _within(name: str, blocks: Collection[str] | Mapping[str, object]) -> bool:
     return any(name == block or name.startswith(f"{block}.") for block in blocks)
-
-
-def _first_call(seen: Observation, inside: set[str]) -> int:
-    """Position in the order of calls at which the first chain begins."""
-    return next((i for i, name in enumerate(seen.order) if _within(name, inside)), 0)

@@ -23,7 +23,7 @@ from ..errors import LowrankError, unknown
 from ..linalg.precision import full_precision
 from ..linalg.sparse import spread
 from ..methods.dense_sparse import DENSITY
-from ..nn import DenseSparseLinear, layout_of, remember_layout
+from ..nn import DenseSparseLinear, remember_layout
 from ..types import Site
 from ..walk import layouts
 from ..walk.sites import ALL_LINEAR, Patterns
@@ -124,10 +124,9 @@ class STF(FactorController):
                 replace(self._at.optimizer, old.value, new.latent)
         else:
             new = self._decomposed(old, bias, size or (1, 1))
-        layout = layout_of(old)
         self._at.put(site, new)
-        if layout != "linear":
-            remember_layout(new, layout)
+        if isinstance(old, DenseSparseLinear):
+            remember_layout(new, old.layout)
         at = {"rank": new.rank, "count": new.count, "shape": list(site.shape)}
         self._at.note("attach", site.name, **at)
         return new
@@ -182,7 +181,7 @@ class STF(FactorController):
             value, index = module.code()
             new = DenseSparseLinear.from_code(module.basis.weight, value, index, None)
             new.basis.weight, new.bias = module.basis.weight, module.bias  # the objects themselves
-            remember_layout(new, layout_of(module))
+            remember_layout(new, module.layout)
             carry = _gathering(index) if isinstance(module, LatentCoefficients) else None
             replace(self._at.optimizer, module.latent, new.value, carry)
             self._at.set(name, new)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..errors import LowrankError
-from ..nn import LowRankEmbedding, TiedEmbedding, TiedHead, is_factored, remember_layout
+from ..nn import Form, LowRankEmbedding, TiedEmbedding, TiedHead, is_factored, remember_layout
 from ..types import Site
 from . import layouts
 
@@ -39,9 +39,13 @@ def modules_of(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mod
             yield from modules_of(child, _name(model, key, prefix))
 
 
-def factored(model: nn.Module) -> dict[str, nn.Module]:
+def factored(model: nn.Module) -> dict[str, Form]:
     """Every name under which the model reaches a factored module."""
-    return {name: module for name, module in modules_of(model) if is_factored(module)}
+    return {
+        name: module
+        for name, module in modules_of(model)
+        if isinstance(module, Form) and is_factored(module)
+    }
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -128,10 +132,11 @@ def replaced(model: nn.Module, site: Site, new: nn.Module) -> Iterator[nn.Module
     if any(module is model for module in site.modules):
         yield new
         return
-    places = _places(model, {id(module): module for module in site.modules})
+    readers = {id(module): _reader(module, site.module, new) for module in site.modules}
+    places = _places(model, readers)
     try:
-        for parent, key, _ in places:
-            _set(parent, key, new)
+        for parent, key, child in places:
+            _set(parent, key, readers[id(child)])
         yield model
     finally:
         for parent, key, child in places:

@@ -12,7 +12,7 @@ import lowrank
 from lowrank import LowrankError
 from lowrank.measure.eval import kl
 from lowrank.methods import BasisSharing
-from lowrank.policies import policy
+from lowrank.policies import policy_of
 from tests.zoo import calibration, make, refused, tokens, unchanged
 
 
@@ -41,7 +41,7 @@ def test_a_policy_probes_the_groups_as_they_will_be() -> None:
     heard = []
 
     def uniform(curves: Any, budget: Any, probe: Any) -> Any:
-        found = policy("uniform")(curves, budget, None)
+        found = policy_of("uniform")(curves, budget, None)
         heard.append(probe(found))
         return found
 

@@ -100,7 +100,7 @@ def test_a_failure_in_the_middle_leaves_the_model_as_it_was(copy_: bool) -> None
         lowrank.compress(model, 0.5, method=Halves(fail_at=16), copy=copy_)
 
 
-@pytest.mark.parametrize("stage", ["replace", "attach"])
+@pytest.mark.parametrize("stage", ["put", "attach"])
 def test_a_failure_while_it_is_put_in_place_is_undone(
     stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,7 +113,7 @@ def test_a_failure_while_it_is_put_in_place_is_undone(
             raise KeyboardInterrupt
         return real(*args)
 
-    where = applying.io if stage == "attach" else applying.walk
+    where = applying.io if stage == "attach" else applying
     real = getattr(where, stage)
     monkeypatch.setattr(where, stage, fail)
     with unchanged(model), pytest.raises(KeyboardInterrupt):

@@ -10,10 +10,12 @@ import pytest
 from torch import nn
 
 from lowrank import LowrankError
-from lowrank.api.request import Request, targets_of
+from lowrank.api.request import Request
+from lowrank.api.verbs import targets_among
 from lowrank.measure.size import model_cost
 from lowrank.nn import LowRankLinear
 from lowrank.walk import sites
+from lowrank.walk.sites import find_sites
 from tests.zoo import make, mlp, said
 
 
@@ -73,7 +75,7 @@ def test_contradictions_are_told(given: dict[str, Any], words: str) -> None:
 
 def test_targets_are_the_sites_without_a_reason() -> None:
     model = make("llama")
-    found = targets_of(model, Request(ratio=0.5, target_modules=["q_proj"]))
+    found = targets_among(find_sites(model), model, Request(ratio=0.5, target_modules=["q_proj"]))
     assert len(found) == 16  # all that were considered
     assert sum(not site.reason for site in found) == 2
 

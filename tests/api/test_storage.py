@@ -12,7 +12,8 @@ import lowrank
 from lowrank import LowrankError, Plan
 from lowrank.api import building
 from lowrank.measure.size import model_cost
-from lowrank.methods import SVD, pivoted_curve
+from lowrank.methods import SVD
+from lowrank.methods.common import pivoted_curve
 from lowrank.nn import LowRankLinear, PivotedLinear
 from lowrank.policies import POLICIES
 from lowrank.types import Curve, Option, Site, Statistics

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,7 @@ from torch import nn
 import lowrank
 from lowrank import LowrankError, Recovery
 from lowrank.methods import whitened
-
-from .. import zoo
+from tests import zoo
 
 RATIOS = [0.8, 0.6]
 
@@ -47,16 +47,32 @@ class Counted:
         self.runs += 1
 
 
-def test_each_point_is_what_compress_gives(model: nn.Module) -> None:
+WAYS: dict[str, dict[str, Any]] = {
+    "closed": {},
+    "judging policy": {"method": "two-sided", "policy": "lossaware"},
+    "forms": {"method": "auto"},
+    "effort": {"effort": Recovery()},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_point_is_what_compress_gives_byte_for_byte(model: nn.Module, way: str) -> None:
+    """From the same data, which nobody calibrated on before."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = lowrank.sweep(model, RATIOS, data=rows(), progress=False)
-    assert [point.ratio for point in found.points] == [0.8, 0.6]
-    seen = found.calibration
-    for point in found.points:
-        lean, report = lowrank.compress(model, point.ratio, data=seen, copy=True, progress=False)
-        assert report.plan.entries == point.plan.entries
-        assert point.kl == lowrank.kl(lean, model, list(seen.held_out))
+    swept = lowrank.sweep(model, RATIOS, data=rows(), progress=False, **WAYS[way])
+    assert [point.ratio for point in swept.points] == [0.8, 0.6]
+    held = swept.calibration.held_out
+    assert bool(held) == (way != "closed") == (not swept.judged_on_seen)
+    for point in swept.points:
+        lean, report = lowrank.compress(
+            model, point.ratio, data=rows(), copy=True, progress=False, **WAYS[way]
+        )
+        assert report.plan == point.plan
+        judged_on = list(held) or list(swept.calibration.batches)
+        assert point.kl == lowrank.kl(lean, model, judged_on)
         assert report.achieved == point.report.achieved
+        same = lowrank.apply(model, point.plan, data=swept.calibration, copy=True, progress=False)
+        assert all(torch.equal(v, same[0].state_dict()[k]) for k, v in lean.state_dict().items())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert not any(isinstance(m, lowrank.nn.LowRankLinear) for m in model.modules())
 
@@ -68,8 +84,8 @@ def test_the_model_is_decomposed_once_for_all_ratios(model, monkeypatch) -> None
     assert once == 14  # two blocks of seven layers
     lowrank.sweep(model, [0.9, 0.7, 0.5], data=found.calibration, progress=False)
     assert count.curves == once
-    # No statistics again: three students are not this object, the reference is judged thrice.
-    assert count.runs - runs == 3
+    # No statistics again: students are not this object, and the dense model predicts once.
+    assert count.runs - runs == len(found.calibration.batches)
     count.curves = 0
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(2)
@@ -91,7 +107,7 @@ def test_a_cache_spares_the_second_day(model, monkeypatch, tmp_path: Path) -> No
     count.runs = count.curves = 0
     second = lowrank.sweep(model, RATIOS, data=rows(), cache=cache, progress=False)
     assert count.curves == 0
-    assert count.runs == len(RATIOS)  # judging alone
+    assert count.runs == len(first.calibration.batches)  # judging alone
     for one, other in zip(first.points, second.points, strict=True):
         assert one.plan == other.plan
         assert one.kl == other.kl
@@ -123,6 +139,7 @@ def test_self_written_text_is_recognised(model, tmp_path: Path) -> None:
         first = lowrank.sweep(model, [0.6], cache=cache, progress=False)
         again = lowrank.sweep(model, [0.6], cache=cache, progress=False)
         assert first.points[0].plan == again.points[0].plan
+        assert (first.judged_rows, first.judged_on_seen) == (1, False)
         with pytest.raises(LowrankError, match="other data"):
             lowrank.sweep(model, [0.6], cache=cache, seed=1, progress=False)
 

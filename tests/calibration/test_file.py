@@ -35,7 +35,7 @@ def test_everything_comes_back(model: nn.Module, tmp_path: Path) -> None:
         lowrank.plan(model, 0.6, method="two-sided", data=seen, storage=storage, progress=False)
     lowrank.save_calibration(seen, path, model)
     back = lowrank.load_calibration(path, model)
-    assert back.seen == seen.seen
+    assert back.observation == seen.observation
     assert (back.tokens, back.min_tokens, back.source) == (seen.tokens, seen.min_tokens, "")
     for name, stats in seen.statistics.items():
         other = back.statistics[name]

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from lowrank.calibration.observation import Observation, observe
 from lowrank.calibration.running import SameTensor, first_tensor, forward, quiet, tensors_in
-from lowrank.walk.sites import find
+from lowrank.walk.sites import find_sites
 from tests.zoo import Custom, example, make, mlp, state_of, unchanged
 
 LLAMA = "model.layers.{}."
 
 
 def look(model: nn.Module, run: Callable[[], object]) -> Observation:
-    return observe(model, [site for site in find(model) if not site.reason], run)
+    return observe(model, [site for site in find_sites(model) if not site.reason], run)
 
 
 def watched(kind: str) -> Observation:
@@ -54,7 +54,7 @@ def test_groups_read_one_tensor_and_no_two_groups_do(kind: str) -> None:
     model = make(kind)
     held: dict[str, list[Tensor]] = {}
     handles = []
-    for site in find(model):
+    for site in find_sites(model):
         if not site.reason and site.kind in ("linear", "conv"):
             hook = lambda _m, args, n=site.name: held.setdefault(n, []).append(args[0])  # noqa: E731
             handles.append(site.module.register_forward_pre_hook(hook))

@@ -63,14 +63,14 @@ def test_members_of_a_group_share_one_object() -> None:
     q, k, v, o = (found.statistics[f"{at}{name}_proj"] for name in "qkvo")
     assert q is k is v
     assert q is not o
-    assert (f"{at}q_proj", f"{at}k_proj", f"{at}v_proj") in found.seen.groups
+    assert (f"{at}q_proj", f"{at}k_proj", f"{at}v_proj") in found.observation.groups
 
 
 def test_observation_is_kept() -> None:
     found = calibration(make("t5"), example("t5"))
-    assert len(found.seen.chains) == 2
-    assert found.seen.order[0] == "encoder.block.0.layer.0.SelfAttention.q"
-    assert found.seen.shapes["decoder.block.0.layer.0.SelfAttention.q"] == (2, 5, 32)
+    assert len(found.observation.chains) == 2
+    assert found.observation.order[0] == "encoder.block.0.layer.0.SelfAttention.q"
+    assert found.observation.shapes["decoder.block.0.layer.0.SelfAttention.q"] == (2, 5, 32)
 
 
 # Padding
@@ -139,9 +139,9 @@ def test_groups_that_part_in_a_later_batch_are_exact(call: Callable[..., Any]) -
     oracle = inputs_of(model, ["a", "b", "c"], lambda: [model(batch) for batch in batches])
     for name, rows in oracle.items():
         assert_moments(found.statistics[name], rows)
-    grouped = [name for group in found.seen.groups for name in group]
+    grouped = [name for group in found.observation.groups for name in group]
     assert len(grouped) == len(set(grouped))
-    for group in found.seen.groups:
+    for group in found.observation.groups:
         assert len({id(found.statistics[name]) for name in group}) == 1
 
 
@@ -223,7 +223,7 @@ def test_autocast_and_inference_mode_around_the_callers_run() -> None:
     found = calibration(model, run)
     assert_moments(found.statistics["0"], torch.cat(batches).double().numpy())
     assert not found.statistics["2"].gram.is_inference()
-    assert found.seen.groups == (("0",), ("2",))
+    assert found.observation.groups == (("0",), ("2",))
 
 
 def test_leading_dimensions_and_none_at_all() -> None:
@@ -277,7 +277,7 @@ def test_experts_have_counts_of_their_own() -> None:
     assert counts == [5, 2, 0]
     assert_moments(found.statistics["experts.1"], x[5:].double().numpy())
     assert found.statistics["experts.2"].gram is None
-    assert "experts.2" not in found.seen.order
+    assert "experts.2" not in found.observation.order
 
 
 def test_a_layer_that_is_given_no_rows_counts_nothing() -> None:

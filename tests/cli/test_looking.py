@@ -72,7 +72,7 @@ def test_inspect_lists_what_is_factored(made: SimpleNamespace) -> None:
 
 def test_long_names_cost_no_number(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"site": "model." * 20, "params": "1,234,567", "what it does": "many words " * 9}]
-    console.show(console.table(rows))
+    console.show(console.table_of(rows))
     said = capsys.readouterr().out
     assert "model." * 20 in said
     assert "1,234,567" in said

@@ -17,7 +17,7 @@ from torch import nn
 import lowrank
 from lowrank.errors import LowrankError
 from lowrank.io import attach, load, save, to_dense
-from lowrank.nn import LowRankLinear, PivotedLinear, layout_of, pivot_layer, remember_layout
+from lowrank.nn import LowRankLinear, PivotedLinear, pivot_layer, remember_layout
 
 REPO = Path(__file__).parents[2]
 SCRIPT = """
@@ -37,7 +37,7 @@ def pivoted(model: nn.Module) -> nn.Module:
         for key, child in parent._modules.items():
             if isinstance(child, LowRankLinear) and child.rank < child.out_features:
                 new = done.setdefault(id(child), pivot_layer(child))
-                remember_layout(new, layout_of(child))
+                remember_layout(new, child.layout)
                 parent.register_module(key, new)
     return model
 

@@ -59,7 +59,7 @@ SPEC = {"type": "LowRankLinear", "in_features": 32, "out_features": 32, "rank": 
         ({"model..layers": SPEC}, "is not a module name"),
         ({"model.": SPEC}, "is not a module name"),
         ({Q: {**SPEC, "out_features": 31}}, rf"{Q}: stored as \(out, in\) = \(31, 32\)"),
-        ({Q: {**SPEC, "in_features": "32"}}, rf"{Q}: stored as"),
+        ({Q: {**SPEC, "in_features": "32"}}, f"{Q}: sizes must be integers >= 0"),
         ({Q: {**SPEC, "rank": -1}}, f"{Q}: sizes must be integers >= 0"),
         ({Q: {**SPEC, "rank": 10**30}}, f"{Q}: LowRankLinear cannot be built"),
         ({Q: {**SPEC, "width": 2}}, f"{Q}: LowRankLinear cannot be built"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank import LowrankError, kl, perplexity
-from lowrank.measure.eval import NotFinite, divergence, judged
+from lowrank.measure.eval import NotFinite, Reference, divergence
 from tests.zoo import Custom, Tokenizer, calibration, example, make, said, tokens, unchanged
 
 
@@ -183,8 +183,8 @@ def test_what_is_judged_by() -> None:
     x, nan = [torch.ones(2, 3)], lambda self, x: self.a(x) * math.nan
     layer = nn.Linear(3, 4)
     good, bad = Custom(lambda self, x: self.a(x), a=layer), Custom(nan, a=layer)
-    assert judged(good, good, x) == 0
-    assert judged(bad, good, x) == math.inf
+    assert Reference(good, x).judged(good) == 0
+    assert Reference(good, x).judged(bad) == math.inf
     for model in (good, bad):
         with pytest.raises(NotFinite, match="the dense model's predictions on held-out rows"):
-            judged(model, bad, x)
+            Reference(bad, x).judged(model)

@@ -17,10 +17,10 @@ from lowrank.methods import (
     LowRankMasked,
     LowRankSparse,
     Whitened,
-    own_form,
-    refitted_form,
-    stored_as,
 )
+from lowrank.methods.common import pivoted_curve
+from lowrank.methods.refitting import refitted_form
+from lowrank.methods.resolved import own_form
 from lowrank.nn import (
     BlastLinear,
     DenseSparseLinear,
@@ -243,9 +243,9 @@ def test_auto_is_never_farther_than_any_form_by_its_own_curve() -> None:
     forms = ("factors", "pivoted", "lowrank-sparse")
     way = Auto(forms=forms)
     curve, rows = way.curve(site(layer), stats), inputs(48)
-    parts = [LowRankSparse(), Whitened(), stored_as(Whitened(), "pivoted")]
-    for part in parts:
-        for option in part.curve(site(layer), stats).options:
+    parts = [LowRankSparse().curve(site(layer), stats), Whitened().curve(site(layer), stats)]
+    for part in (*parts, pivoted_curve(parts[1], site(layer))):
+        for option in part.options:
             bytes_, params = 1.03 * option.cost.bytes, 1.03 * option.cost.params
             if bytes_ < 0.3 * curve.dense.cost.bytes:
                 continue  # of few ranks the order of the features weighs more than it saves

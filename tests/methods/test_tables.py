@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import lowrank
-from lowrank.methods import METHODS, SVD, Frequency, HeadAware, Whitened, for_kind
+from lowrank.methods import METHODS, SVD, Frequency, HeadAware, Whitened
+from lowrank.methods.resolved import Resolved
 from lowrank.testing import embedding_case
 from lowrank.types import Statistics
 from tests.zoo import calibration, inputs_of, make, tokens
@@ -123,11 +124,11 @@ def test_padding_is_no_token() -> None:
 
 
 def test_which_method_a_kind_gets() -> None:
-    assert type(for_kind(Whitened(), "embedding")) is HeadAware
-    assert for_kind(Whitened(), "linear") == Whitened()
+    assert type(Resolved(Whitened()).for_kind("embedding")) is HeadAware
+    assert Resolved(Whitened()).for_kind("linear") == Whitened()
     for name in ("svd", "frequency", "head-aware"):
         way = METHODS[name]()
-        assert for_kind(way, "embedding") is way
+        assert Resolved(way).for_kind("embedding") is way
 
 
 def test_no_statistics_no_factors() -> None:

@@ -15,11 +15,11 @@ from torch.nn.functional import linear
 
 from lowrank.nn import (
     FACTORED,
-    OWN_FORMS,
     LowRankMaskedLinear,
     SparseDenseLinear,
     build,
     describe,
+    form_of,
     is_factored,
     remember_layout,
 )
@@ -163,22 +163,10 @@ def test_a_fresh_layer_computes_something(made: Any) -> None:
     assert 0.05 < float(y.std()) < 20
 
 
-def test_the_registries_agree() -> None:
-    assert {*FORMS} <= {*FACTORED}
-    assert [*OWN_FORMS] == [
-        "dense-sparse",
-        "sparse-dense",
-        "lowrank-sparse",
-        "blast",
-        "lowrank-masked",
-    ]
-    sizes = {
-        "dense-sparse": (5, 2),
-        "sparse-dense": (3, 2),
-        "lowrank-sparse": (2, 3),
-        "blast": (3, 2),
-    }
-    sizes["lowrank-masked"] = 2, FORMS["LowRankMaskedLinear"](7, 10).layer.count
-    for (storage, cost), make in zip(OWN_FORMS.items(), FORMS.values(), strict=True):
-        layer = make(7, 10).layer
-        assert layer.cost() == cost(7, 10, *sizes[storage], itemsize=8)
+def test_a_size_tells_the_cost_of_the_layer(made: Any) -> None:
+    layer = made(7, 10).layer
+    assert type(layer) is FACTORED[type(layer).__name__] is form_of(type(layer).STORAGE)
+    size = tuple(layer.spec()[name] for name in type(layer).SIZE)
+    assert layer.cost() == type(layer).size_cost((7, 10), size, itemsize=8)
+    assert len(size) == 2
+    assert layer.REFITTED

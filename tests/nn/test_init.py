@@ -18,7 +18,6 @@ from lowrank.nn import (
     build,
     describe,
     is_factored,
-    layout_of,
     remember_layout,
 )
 from lowrank.types import Factored
@@ -48,7 +47,7 @@ def test_what_is_described_can_be_built(layout: str, bias: bool) -> None:
     again = build(spec, "fc")
     assert type(again) is type(module)
     assert describe(again) == describe(module)
-    assert layout_of(again) == layout
+    assert again.layout == layout
     assert all(parameter.is_meta for parameter in again.parameters())
     shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (module, again)]
     assert shapes[0] == shapes[1]
@@ -61,7 +60,7 @@ def test_the_usual_layout_is_not_written_down() -> None:
 def test_the_layout_survives_a_copy_and_can_be_set_back() -> None:
     module = small()
     remember_layout(module, "conv1d")
-    assert layout_of(copy.deepcopy(module)) == "conv1d"
+    assert copy.deepcopy(module).layout == "conv1d"
     remember_layout(module, "linear")
     assert describe(module) == SPEC
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import LowrankError
-from lowrank.nn import LowRankLinear, SharedLowRankLinear, owner_of
+from lowrank.nn import LowRankLinear, SharedLowRankLinear
 from lowrank.types import Cost
 
 WIDTH, RANK, OUTS = 8, 3, (6, 4, 5)
@@ -66,8 +66,8 @@ def test_each_layer_is_a_product_with_the_one_down() -> None:
             assert torch.equal(layer.dense_weight(), layer.up.weight @ layers[0].down.weight)
     assert [m.in_features for m in layers] == [WIDTH] * 3
     assert [m.out_features for m in layers] == list(OUTS)
-    assert owner_of(layers[1]) is layers[0]
-    assert owner_of(layers[0]) is None
+    assert layers[1].owner is layers[0]
+    assert layers[0].owner is None
 
 
 def test_it_is_stored_once_and_counted_once() -> None:

@@ -45,12 +45,12 @@ def test_names() -> None:
 
 def test_a_rank_is_priced_as_the_module_that_it_becomes() -> None:
     dense = nn.Linear(128, 64).bfloat16()
-    entry = replace(ENTRY, dense=dense_cost(dense)).with_rank(7, "whitened")
+    entry = replace(ENTRY, dense=dense_cost(dense)).with_size(7, "whitened")
     assert entry.cost == LowRankLinear(128, 64, 7).bfloat16().cost()
     assert (entry.size, entry.storage, entry.error) == ((7,), "factors", None)
     assert entry.method == "svd"  # it was factored before: its method stays
-    assert KEPT.with_rank(7, "whitened").method == "whitened"
-    assert KEPT.with_rank(7, "whitened").reason == ""
+    assert KEPT.with_size(7, "whitened").method == "whitened"
+    assert KEPT.with_size(7, "whitened").reason == ""
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (128, 64), (64, 64)])
@@ -60,18 +60,18 @@ def test_pivoted_entries_stay_pivoted_at_their_own_cost(
 ) -> None:
     dense = dense_cost(nn.Linear(shape[1], shape[0]).to(dtype))
     entry = replace(PIVOTED, shape=shape, dense=dense)
-    found = entry.with_rank(50, "whitened")
+    found = entry.with_size(50, "whitened")
     assert (found.storage, found.method, found.size) == ("pivoted", "svd", (50,))
     layer = PivotedLinear.from_factors(torch.ones(50, shape[1]), torch.ones(shape[0], 50), None)
     assert found.cost == layer.to(dtype).cost()
     assert found.row()["method"] == "svd, pivoted"
     assert found.left_dense("why").row()["method"] == "dense"
     kept = entry.left_dense("why")
-    assert kept.with_rank(7, "whitened", "pivoted").storage == "pivoted"
-    assert kept.with_rank(7, "whitened").storage == "factors"
+    assert kept.with_size(7, "whitened", "pivoted").storage == "pivoted"
+    assert kept.with_size(7, "whitened").storage == "factors"
     table = replace(entry, kind="embedding", storage="dense")
-    assert table.with_rank(7, "frequency", "pivoted").storage == "factors"
-    assert replace(entry, storage="factors").with_rank(7, "svd", "pivoted").storage == "factors"
+    assert table.with_size(7, "frequency", "pivoted").storage == "factors"
+    assert replace(entry, storage="factors").with_size(7, "svd", "pivoted").storage == "factors"
 
 
 def test_left_dense() -> None:
@@ -81,7 +81,7 @@ def test_left_dense() -> None:
 
 def test_the_option_of_an_entry() -> None:
     assert ENTRY.option().error == 4.0
-    assert ENTRY.with_rank(7, "svd").option().error == 0.0  # unknown
+    assert ENTRY.with_size(7, "svd").option().error == 0.0  # unknown
     assert KEPT.option().dense
 
 
@@ -134,7 +134,7 @@ def test_ranks_of_pivoted_layers_go_further() -> None:
     with pytest.raises(LowrankError, match="from 63 on a pivoted layer is not smaller"):
         check_rank("a", (64, 128), 63, "pivoted", 2)
     check_rank("a", (64, 128), 63, "pivoted", 4)
-    assert Entry.from_json(as_json(PIVOTED, size=[62]), "svd") == PIVOTED.with_rank(62, "svd")
+    assert Entry.from_json(as_json(PIVOTED, size=[62]), "svd") == PIVOTED.with_size(62, "svd")
     with pytest.raises(LowrankError, match=r"rank must be in \[1, 64\] for a.fc"):
         Entry.from_json(as_json(PIVOTED, size=[64]), "svd")
 
@@ -157,7 +157,7 @@ def test_rows_show_what_people_want_to_know() -> None:
 
 
 @pytest.mark.parametrize(
-    "entry", [ENTRY, KEPT, ENTRY.with_rank(3, "svd"), PIVOTED.with_rank(60, "svd")]
+    "entry", [ENTRY, KEPT, ENTRY.with_size(3, "svd"), PIVOTED.with_size(60, "svd")]
 )
 def test_json_round_trip(entry: Entry) -> None:
     assert Entry.from_json(as_json(entry), "whitened") == entry
@@ -169,8 +169,8 @@ def test_other_storages_are_taken_as_they_are() -> None:
 
 
 def test_an_edited_size_brings_its_cost_up_to_date() -> None:
-    assert Entry.from_json(as_json(size=[7]), "svd") == ENTRY.with_rank(7, "svd")
-    assert Entry.from_json(as_json(KEPT, size=[7]), "whitened") == KEPT.with_rank(7, "whitened")
+    assert Entry.from_json(as_json(size=[7]), "svd") == ENTRY.with_size(7, "svd")
+    assert Entry.from_json(as_json(KEPT, size=[7]), "whitened") == KEPT.with_size(7, "whitened")
     dense = Entry.from_json(as_json(size=None), "svd")
     assert dense == ENTRY.left_dense("left dense by hand")
 

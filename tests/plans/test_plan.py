@@ -49,7 +49,7 @@ def test_a_plan_tells_how_it_was_made(plan: Plan) -> None:
     assert made == {
         "method": "whitened", "policy": "uniform", "align": None, "prefer": "size",
         "on_missing": "dense", "seed": 3, "tokens": 64, "data": "", "storage": "factors",
-        "recovery": None,
+        "recovery": None, "called": ["whitened"],
     }  # fmt: skip
     assert (plan.method, plan.seed, plan.unit) == ("whitened", 3, "params")
 

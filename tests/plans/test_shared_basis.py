@@ -77,9 +77,3 @@ def test_the_text_says_the_same(plan: Plan) -> None:
             Plan.from_json(text_of(plan, lambda e, s=size: resize(e, s, (Q, K, V))))
     with pytest.raises(LowrankError, match="share the basis of 'elsewhere', which is not theirs"):
         Plan.from_json(text_of(plan, lambda e: e[K].update(group="elsewhere")))
-
-
-def test_older_plans_know_no_groups() -> None:
-    plan = lowrank.plan(make("llama"), 0.6)
-    text = text_of(plan, lambda e: [entry.pop("group") for entry in e.values()])
-    assert Plan.from_json(text) == plan

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import lowrank
 from lowrank import LowrankError
 from lowrank.calibration.running import forward, without_cache
-from lowrank.recover.chain import Chain
-from lowrank.walk.surgery import twin
+from lowrank.nn import LowRankLinear
+from lowrank.recover.chain import Workbench
+from lowrank.walk.sites import find_sites
+from lowrank.walk.surgery import put, twin
 from tests import zoo
+
+
+def bench_of(model: torch.nn.Module, batch: Any) -> Workbench:
+    return Workbench(model, lowrank.calibrate(model, [batch], progress=False))
 
 
 @pytest.mark.parametrize("make", [zoo.llama, zoo.gpt2, zoo.opt, zoo.bert])
@@ -18,8 +26,8 @@ def test_a_chain_run_block_by_block_is_the_chain(make) -> None:
     torch.manual_seed(0)
     model = make().eval()
     ids = torch.randint(0, 60, (3, 9))
-    seen = lowrank.calibrate(model, [ids], progress=False)
-    (names,) = seen.seen.chains
+    bench = bench_of(model, ids)
+    (names,) = bench.calibration.observation.chains
     found: list[torch.Tensor] = []
     last = model.get_submodule(names[-1])
     handle = last.register_forward_hook(
@@ -28,7 +36,7 @@ def test_a_chain_run_block_by_block_is_the_chain(make) -> None:
     with torch.no_grad():
         forward(model, ids)
     handle.remove()
-    chain = Chain(model, names, [ids])
+    chain = bench.dense_chain(names, [0])
     for index in range(len(names)):
         chain.hidden = chain.outputs(index)
     assert torch.equal(chain.hidden[0], found[0])
@@ -38,10 +46,11 @@ def test_two_chains_and_what_passes_between_them() -> None:
     torch.manual_seed(0)
     model = zoo.t5().eval()
     batch = {"input_ids": torch.randint(0, 60, (2, 7)), "labels": torch.randint(0, 60, (2, 5))}
-    seen = lowrank.calibrate(model, [batch], progress=False)
-    assert len(seen.seen.chains) == 2
-    for names in seen.seen.chains:
-        chain = Chain(model, names, [batch])
+    bench = bench_of(model, batch)
+    chains = bench.calibration.observation.chains
+    assert len(chains) == 2
+    for names in chains:
+        chain = bench.dense_chain(names, [0])
         first = chain.hidden[0]
         for index in range(len(names)):
             chain.hidden = chain.outputs(index)
@@ -67,6 +76,46 @@ def test_the_cache_is_off_inside_and_on_again() -> None:
 
 
 def test_blocks_that_are_no_chain_are_refused() -> None:
+    bench = bench_of(zoo.llama().eval(), torch.arange(6)[None])
+    with pytest.raises(LowrankError, match="called out of its chain's order"):
+        bench.dense_chain(["model.layers.1", "model.layers.0"], [0])
+
+
+def test_the_dense_model_is_run_once_for_all_that_is_tried() -> None:
+    """A twin that is still dense is given what the dense model was; one that differs is run."""
     model = zoo.llama().eval()
-    with pytest.raises(LowrankError):
-        Chain(model, ["model.layers.1", "model.layers.0"], [torch.arange(6)[None]])
+    rows = torch.randint(0, 60, (40, 9))
+    calibration = lowrank.calibrate(model, [rows], hold_out=0.2, progress=False)
+    bench = Workbench(model, calibration)
+    assert [len(batch) for batch in bench.batches] == [16, 16, 8]
+    assert bench.numbers() == ([0, 1, 2], 2)
+    assert bench.numbers(most=1) == ([0, 2], 1)
+    runs: list[torch.nn.Module] = []
+    for student in (model, other := twin(model)):
+        student.register_forward_pre_hook(lambda module, _: runs.append(module))
+    (names,) = calibration.observation.chains
+    for _ in range(2):
+        bench.dense_chain(names, [0, 2])
+        chain = bench.chain(other, names, [0, 2])
+        for index in range(len(names)):
+            chain.hidden = chain.outputs(index)
+    assert runs == [model] * 2
+    site = next(s for s in find_sites(model) if s.name.endswith("0.mlp.up_proj"))
+    weight = site.module.weight
+    put(other, site, LowRankLinear.from_factors(weight[:2], weight[:, :2], None))
+    bench.dense_chain(names, [0, 1, 2])
+    bench.chain(other, names, [0, 1, 2])
+    assert runs == [model] * 3 + [other] * 3
+    first, again = bench.judge.kl(other), bench.judge.kl(other)
+    assert first == again > 0
+    assert runs == [model] * 3 + [other] * 3 + [model] + [other] * 2
+
+
+def test_without_rows_held_out_the_last_ones_judge() -> None:
+    model = zoo.llama().eval()
+    rows = torch.randint(0, 60, (40, 9))
+    bench = Workbench(model, lowrank.calibrate(model, [rows], progress=False))
+    assert bench.judged_on_seen
+    assert torch.equal(bench.judge.batches[0], rows[32:])
+    with pytest.raises(LowrankError, match="pass data=… that holds them"):
+        Workbench(model, lowrank.calibrate(model, lambda m: m(rows), progress=False))

@@ -71,11 +71,11 @@ def test_one_tensor_read_in_two_ways_is_two_inputs() -> None:
     import lowrank
 
     seen = lowrank.calibrate(small_net(), [images(4)], progress=False)
-    groups = {group for group in seen.seen.groups if "stage2.0.conv1" in group}
+    groups = {group for group in seen.observation.groups if "stage2.0.conv1" in group}
     assert groups == {("stage2.0.conv1",)}  # the shortcut reads it by a 1×1 kernel
     assert seen.statistics["stage2.0.down"].gram.shape == (8, 8)
     stages = ("stage1.0", "stage1.1"), ("stage2.0", "stage2.1")
-    assert seen.seen.chains == stages
+    assert seen.observation.chains == stages
 
 
 def test_the_fisher_of_a_convolution_is_that_of_its_patches() -> None:

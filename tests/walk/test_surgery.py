@@ -12,7 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import lowrank
 from lowrank import LowrankError
-from lowrank.nn import LowRankLinear, layout_of
+from lowrank.nn import LowRankLinear
 from lowrank.types import Site
 from lowrank.walk import layouts
 from lowrank.walk.sites import find_sites
@@ -90,7 +90,7 @@ def test_the_layout_is_remembered() -> None:
         new = factors(found[name])
         put(model, found[name], new)
         assert model.get_submodule(name) is new
-        assert layout_of(new) == layout
+        assert new.layout == layout
 
 
 # In a twin, for a moment, or not at all

@@ -13,9 +13,10 @@ from torch.nn.functional import linear
 from ...linalg.precision import full_precision
 from ...linalg.sparse import ROUNDS, pursuit, spread
 from ...linalg.svd import compute_dtype
+from ...nn import Form
 
 
-class Latent(nn.Module):
+class Latent(Form):
     """What both have: `basis.weight` D (r, in), `latent`, `bias` (out,), and s = `count`."""
 
     latent: nn.Parameter

@@ -13,7 +13,7 @@ from ...io.merging import densify
 from ...linalg import retract, svd
 from ...linalg.precision import full_precision
 from ...linalg.spectra import rank_for
-from ...nn import LowRankLinear, USVLinear, layout_of, remember_layout
+from ...nn import LowRankLinear, USVLinear, remember_layout
 from ...types import Site
 from ...walk import layouts
 from .attachment import Attachment
@@ -123,7 +123,7 @@ def leave(at: Attachment, name: str, module: USVLinear) -> nn.Module:
             LowRankLinear.from_factors(*_stored(down, up, module), module.bias),
             "factors",
         )
-        remember_layout(new, layout_of(module))
+        remember_layout(new, module.layout)
     holder = new.up if isinstance(new, LowRankLinear) else new
     if module.bias is not None:
         holder.bias = module.bias  # the object itself: its state in the optimizer stays

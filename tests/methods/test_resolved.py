@@ -1,4 +1,4 @@
-"""The pivoted storage: every law holds for a method with it, and no error changes."""
+"""What a request's method makes of a site: its storage, the method of its kind, and its errors."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank.errors import LowrankError
-from lowrank.methods import METHODS, SVD, Pivoted, own_form, pivoted_curve, stored_as
+from lowrank import Calibration, LowrankError
+from lowrank.calibration.observation import Observation
+from lowrank.methods import METHODS, SVD
+from lowrank.methods.common import pivoted_curve
+from lowrank.methods.resolved import Resolved, own_form
 from lowrank.nn import LowRankLinear, PivotedLinear
 from lowrank.testing import CASES, DTYPES
-from lowrank.types import Cost, Curve, Option, Site, Statistics
+from lowrank.types import Cost, Curve, Method, Option, Site, Statistics
 from tests.roster import ROSTER
 
 from .layers import at_rank, inputs, linear, ranks, site, statistics
 
 LINEAR = [name for name in CASES if CASES[name](dtype=torch.float64).site.kind == "linear"]
 METHODS_OF_LAYERS = [
-    name for name, way in METHODS.items() if "linear" in way().kinds and not own_form(name)
+    name for name, method in METHODS.items() if "linear" in method().kinds and not own_form(name)
 ]
 # Every law meets every case, and every dtype; not each pair of the two.
 CROSSED = [
@@ -27,6 +30,33 @@ CROSSED = [
     for i, law in enumerate(ROSTER["svd"])
     for j, case in enumerate(LINEAR)
 ]
+
+
+@dataclass(frozen=True)
+class Pivoted:
+    """A method as a request for pivoted storage uses it."""
+
+    method: Method
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        return self.method.kinds
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.method.needs
+
+    def curve(self, site: Site, stats: Statistics) -> Curve:
+        seen = Calibration({site.name: stats}, Observation((), (), ()), [], stats.count)
+        return self._resolved().curve([site], seen)
+
+    def factor(self, module: nn.Module, option: Option, stats: Statistics) -> nn.Module:
+        known = self._resolved().knowing([Curve((), (option,), 0.0, None, "", exact=False)])
+        (new,) = known.factor([site(module)], option, stats)
+        return new
+
+    def _resolved(self) -> Resolved:
+        return Resolved(self.method, storage="pivoted")
 
 
 @pytest.mark.parametrize(("law", "case", "dtype"), CROSSED)
@@ -43,16 +73,16 @@ def test_every_method_of_layers_gives_the_matrix_that_it_gave(name: str) -> None
         out_gram=gradients.T @ gradients / len(gradients),
         row_fisher=gradients.square().mean(0),
     )
-    plain, way = METHODS[name](), stored_as(METHODS[name](), "pivoted")
-    assert (way.kinds, way.needs) == (plain.kinds, plain.needs)
-    before, after = plain.curve(site(layer), stats), way.curve(site(layer), stats)
+    plain, stored = METHODS[name](), Pivoted(METHODS[name]())
+    assert (stored.kinds, stored.needs) == (plain.kinds, plain.needs)
+    before, after = plain.curve(site(layer), stats), stored.curve(site(layer), stats)
     assert ranks(after.options) == list(range(1, 9))
     assert [o.error for o in after.options[: len(before.options) - 1]] == [
         o.error for o in before.options[:-1]
     ]
     for option in after.options[:-1]:
         assert (option.method, option.storage) == (name, "pivoted")
-        new = way.factor(layer, option, stats)
+        new = stored.factor(layer, option, stats)
         assert isinstance(new, PivotedLinear)
         assert new.cost() == option.cost
         want = plain.factor(layer, replace(option, storage="factors"), stats)
@@ -124,14 +154,14 @@ class Foreign:
 
 
 def test_plain_factors_of_any_method_are_converted() -> None:
-    layer, way = linear(9, 14), Pivoted(Foreign())
-    (option,) = way.curve(site(layer), Statistics()).options[:-1]
+    layer, stored = linear(9, 14), Pivoted(Foreign())
+    (option,) = stored.curve(site(layer), Statistics()).options[:-1]
     assert (option.size, option.storage) == ((2,), "pivoted")
-    new = way.factor(layer, option, Statistics())
+    new = stored.factor(layer, option, Statistics())
     assert isinstance(new, PivotedLinear)
     want = Foreign().factor(layer, option, Statistics())
     torch.testing.assert_close(new.dense_weight(), want.dense_weight(), rtol=0, atol=1e-11)
-    same = way.factor(layer, replace(option, storage="factors"), Statistics())
+    same = stored.factor(layer, replace(option, storage="factors"), Statistics())
     assert isinstance(same, LowRankLinear)
 
 
@@ -143,9 +173,3 @@ def test_what_is_no_plain_factor_is_refused() -> None:
     option = other.curve(site(layer), Statistics()).options[0]
     with pytest.raises(LowrankError, match="svd gives Identity: leave storage out"):
         other.factor(layer, option, Statistics())
-
-
-def test_only_known_storages_change_anything() -> None:
-    way = SVD()
-    assert stored_as(way, "factors") is way
-    assert stored_as(way, "own") is way
