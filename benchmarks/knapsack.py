@@ -11,8 +11,8 @@ site's own energy: lossaware solves both.
 The two older solvers are no longer in the library; this file keeps a compact version of each.
 `bisected` (lossaware's) bisects the price of a unit; `skipping` (spectrum's) passes over hull steps
 that do not fit, and fills by error saved instead of error saved per unit. above: error above the
-Lagrangian lower bound; differ: sites with another option than `solve` gives; ms: medians of runs
-taken in turn.
+Lagrangian lower bound; differ: sites with another option than `solve` gives, for the older two;
+ms: medians of runs taken in turn.
 """
 
 from __future__ import annotations
@@ -51,9 +51,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    print(f"{'':61} above, %: {'':18} differ: ms:")
+    names = " ".join(f"{name:>9}" for name in SOLVERS)
     print(
-        f"{'model':10} {'method':9} {'storage':7} keep {'errors':8} sites options {'bound':>9}  "
-        f"above, %: {' '.join(f'{name:>8}' for name in SOLVERS)}  differ {'':7}ms"
+        f"{'model':11} {'method':9} {'storage':7} keep {'errors':8} sites options {'bound':>9} "
+        f"{names} bi sk {names}"
     )
     rows: list[dict[str, Any]] = []
     for name in args.models:
@@ -150,25 +152,27 @@ def compared(curves: list[Curve], budget: Budget, repeats: int) -> dict[str, Any
 
 
 def line(row: dict[str, Any]) -> str:
-    above = " ".join(f"{100 * value:8.4f}" for value in row["above_bound"].values())
+    above = " ".join(f"{100 * value:9.4f}" for value in row["above_bound"].values())
     differ = " ".join(f"{count:2}" for count in list(row["differ"].values())[1:])
-    spent = " ".join(f"{1000 * value:6.1f}" for value in row["seconds"].values())
-    return (
-        "{model:11}{method:9} {storage:7} {keep:4} {errors:8} {sites:5} {options:7} {bound:9.3g}"
-    ).format(**row) + f"  {'':10}{above}  {differ}  {spent}"
+    spent = " ".join(f"{1000 * value:9.1f}" for value in row["seconds"].values())
+    case = (
+        "{model:11} {method:9} {storage:7} {keep:4} {errors:8} {sites:5} {options:7} {bound:9.3g}"
+    )
+    return f"{case.format(**row)} {above} {differ} {spent}"
 
 
 def summary(rows: list[dict[str, Any]]) -> None:
     """What `solve` is against each of the older ones, over all problems."""
     for name in list(SOLVERS)[1:]:
-        ratios = [row["error"]["solve"] / row["error"][name] - 1 for row in rows]
+        other = sum(row["differ"][name] > 0 for row in rows)
+        ratios = [100 * (row["error"]["solve"] / row["error"][name] - 1) for row in rows]
+        lower, higher = [-r for r in ratios if r < -1e-10], [r for r in ratios if r > 1e-10]
         faster = [row["seconds"][name] / row["seconds"]["solve"] for row in rows]
         print(
-            f"solve against {name}: another allocation in "
-            f"{sum(row['differ'][name] > 0 for row in rows)} of {len(rows)} problems; error "
-            f"lower in {sum(r < -1e-12 for r in ratios)} (at most by {-100 * min(ratios):.4f} %), "
-            f"higher in {sum(r > 1e-12 for r in ratios)} (at most by {100 * max(ratios):.4f} %); "
-            f"{min(faster):.1f} to {max(faster):.1f} times as fast, median {median(faster):.1f}"
+            f"solve against {name}: another allocation in {other} of {len(rows)} problems; error "
+            f"lower in {len(lower)} (at most by {max(lower, default=0):.4f} %), higher in "
+            f"{len(higher)} (at most by {max(higher, default=0):.4f} %); {min(faster):.1f} to "
+            f"{max(faster):.1f} times as fast, median {median(faster):.1f}"
         )
 
 
@@ -212,7 +216,7 @@ def skipping(curves: list[Curve], budget: Budget) -> Choice:
     ]
     stopped: set[int] = set()
     for gain, index, option in sorted(steps, key=lambda step: -step[0]):
-        extra = cost([option], budget) - cost([choice[index]], budget)
+        extra = option.cost.of(budget.unit) - choice[index].cost.of(budget.unit)
         if index in stopped or extra > left or gain <= 0:
             stopped.add(index)
             continue
@@ -239,12 +243,11 @@ def filled(curves: list[Curve], choice: Choice, budget: Budget, *, per_unit: boo
     while True:
         left, best = budget.limit - cost(choice, budget), (0.0, 0, choice[0])
         for index, curve in enumerate(curves):
-            now = choice[index]
+            now, most = choice[index], choice[index].cost.of(budget.unit) + left
             for option in curve.options:
-                saved, more = now.error - option.error, cost([option], budget) - cost([now], budget)
-                if saved > 0 and more <= left:
-                    gain = rate(now, option, budget) if per_unit else saved
-                    best = max(best, (gain, index, option), key=lambda change: change[0])
+                if option.error < now.error and option.cost.of(budget.unit) <= most:
+                    gain = rate(now, option, budget) if per_unit else now.error - option.error
+                    best = best if best[0] >= gain else (gain, index, option)
         if not best[0]:
             return choice
         choice[best[1]] = best[2]
@@ -252,7 +255,7 @@ def filled(curves: list[Curve], choice: Choice, budget: Budget, *, per_unit: boo
 
 def rate(one: Option, other: Option, budget: Budget) -> float:
     """Error saved per unit."""
-    more = cost([other], budget) - cost([one], budget)
+    more = other.cost.of(budget.unit) - one.cost.of(budget.unit)
     return (one.error - other.error) / more if more > 0 else math.inf
 
 
