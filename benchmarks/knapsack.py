@@ -8,12 +8,12 @@ as efforts do. Budgets in parameters, no rank alignment. Efforts solve `two-side
 storage; convolutions have no pivoted form. Errors are those of the method, or relative to each
 site's own energy: lossaware solves both.
 
-The two older solvers are no longer in the library; this file keeps a compact version of each (that
-of lossaware's is faster than it was there, for it knows no curves that share sites).
-`bisected` (lossaware's) bisects the price of a unit; `skipping` (spectrum's) passes over hull steps
-that do not fit, and fills by error saved instead of error saved per unit. above: error above the
-Lagrangian lower bound; differ: sites with another option than `solve` gives, for the older two;
-ms: medians of runs taken in turn, of the process's own time.
+The two older solvers are no longer in the library; this file keeps a compact version of each. The
+copy of lossaware's is faster than the original, for it knows no curves that share sites. `bisected`
+(lossaware's) bisects the price of a unit; `skipping` (spectrum's) passes over hull steps that do
+not fit, and fills by error saved instead of error saved per unit. above: error above the Lagrangian
+lower bound; differ: sites with another option than `solve` gives, for the older two; ms: medians of
+runs taken in turn, of the process's own time.
 """
 
 from __future__ import annotations
