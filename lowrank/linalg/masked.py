@@ -125,14 +125,15 @@ class _Blocks:
     def __init__(self, target: Tensor, basis: Tensor, metric: Tensor, keep: Keep) -> None:
         self.target, self.basis, self.metric, self.keep = target, basis, metric, keep
         self.low, self.whole = _low(target, basis), target @ metric
-        power, self.turn = torch.linalg.eigh(metric)
-        self.power = power.clamp(min=0)
+        power, turn = torch.linalg.eigh(metric)
+        self.power, self.turn = power.clamp(min=0), turn
 
     def free(self, sparse: Tensor, dual: Tensor, rho: float) -> Tensor:
         """(R H − Y + ρ S) (H + ρ I)⁻¹ with R = T − L."""
         low = self.basis @ ((self.basis.T @ self.low) @ self.metric)
         pull = self.whole - low - dual + rho * sparse
-        return ((pull @ self.turn) / (self.power + rho)) @ self.turn.T
+        free: Tensor = ((pull @ self.turn) / (self.power + rho)) @ self.turn.T
+        return free
 
     def project(self, wish: Tensor) -> tuple[Tensor, Tensor]:
         mask = self.keep(wish.abs())

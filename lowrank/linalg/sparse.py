@@ -266,7 +266,8 @@ class _Blocks:
         power, turn = self.own
         bent, axes = torch.linalg.eigh(gram)
         inner = (turn.T @ pull @ axes) / (power.clamp(min=0)[:, None] * bent.clamp(min=0) + rho)
-        return turn @ inner @ axes.T
+        free: Tensor = turn @ inner @ axes.T
+        return free
 
     def project(self, wish: Tensor) -> tuple[Tensor, Tensor]:
         return _largest(wish, self.count)
