@@ -123,6 +123,8 @@ class Option:
 class Curve:
     """The Pareto set of options of one site, or of a group of sites that read one tensor.
 
+    A policy is given every site in exactly one curve, alone or in its group.
+
     Attributes:
         sites: names of the sites that an option covers.
         options: cost rising, error falling; the last one is the dense weight.

@@ -350,11 +350,32 @@ MUTANTS = (
         ("tests/linalg/test_sparse.py::test_basis_and_values_are_least_squares_on_the_support",),
     ),
     Mutant(
-        "coefficients and their dual drift apart",
-        "lowrank/linalg/sparse.py",
-        "dual = dual + rho * (free - sparse)",
-        "dual = dual - rho * (free - sparse)",
-        ("tests/linalg/test_sparse.py::test_iterations_lower_the_error_of_the_start",),
+        "the free and the sparse part drift apart",
+        "lowrank/linalg/admm.py",
+        "dual = dual + rho * (free - projected)",
+        "dual = dual - rho * (free - projected)",
+        (
+            "tests/linalg/test_admm.py::test_on_a_fixed_mask_it_converges_to_the_least_squares",
+            "tests/linalg/test_sparse.py::test_iterations_lower_the_error_of_the_start",
+            "tests/linalg/test_masked.py::test_it_is_nearer_than_svd_and_thresholding_in_turn",
+        ),
+    ),
+    Mutant(
+        "values on a support that leave it on their second step",
+        "lowrank/linalg/admm.py",
+        "curvature(direction) * mask",
+        "curvature(direction)",
+        (
+            "tests/linalg/test_admm.py::test_rows_coupled_by_a_metric_of_their_own",
+            "tests/linalg/test_masked.py::test_values_on_a_mask_are_least_squares",
+        ),
+    ),
+    Mutant(
+        "the rest of a budget goes where most is saved, whatever it costs",
+        "lowrank/policies/knapsack.py",
+        "_Step(_rate(chosen[sites], point), sites, point)",
+        "_Step(chosen[sites].error - point.error, sites, point)",
+        ("tests/policies/test_knapsack.py::test_the_rest_goes_where_a_unit_saves_most",),
     ),
     Mutant(
         "a form of its own made anew of the old weight, whatever the stream asks for",

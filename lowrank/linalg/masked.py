@@ -2,10 +2,10 @@
 
 OATS (arXiv 2409.13652) alternates a truncated SVD with thresholding, both scaled by the inputs'
 sizes alone; 3BASiL (arXiv 2603.01376) is an ADMM of three blocks in the whole metric. So is this,
-by our own numerics: inputs are scaled to unit size, S is split into a part that obeys the metric
-and one that obeys the mask, and in every iteration one step of subspace iteration turns the basis
-of L. That decides which entries stay; their values are least squares on the mask (conjugate
-gradients, all rows at once), in turn with the best L.
+by our own numerics (admm.py): inputs are scaled to unit size, S is split into a part that obeys the
+metric and one that obeys the mask, and in every iteration one step of subspace iteration turns the
+basis of L. That decides which entries stay; their values are least squares on the mask, all rows at
+once, in turn with the best L.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .admm import STEPS, alternate, on_support
 from .precision import full_precision
 from .svd import balance, compute_dtype, output_basis
 
 ITERATIONS = 80
 WEAK, STRONG = 0.01, 1.0  # how much the two parts of S are held together, at first and at last
-STEPS = 20  # of conjugate gradients
 LEAST = 1e-12  # of the largest diagonal entry of H: inputs below count as that large
 
 Keep = Callable[[Tensor], Tensor]
@@ -98,51 +98,53 @@ def on_mask(
     Every row is a problem of its own; the error of none rises. What a row shares with no input that
     varies stays as it is.
     """
-    eps, tiny = torch.finfo(metric.dtype).eps, torch.finfo(metric.dtype).tiny
-    scale = metric.diagonal().clamp(min=eps * float(metric.diagonal().max()) or 1.0)
     sparse = start * mask
-    left = ((target - sparse) @ metric) * mask
-    way = left / scale
-    size = (left * way).sum(1, keepdim=True)
-    done = eps * size  # below it only rounding errors are left, and where nothing bends
-    for _ in range(steps):
-        along = (way @ metric) * mask
-        bent = (way * along).sum(1, keepdim=True)
-        flat = (size <= done) | (bent <= eps * (scale * way * way).sum(1, keepdim=True))
-        stride = (size / bent.clamp(min=tiny)).where(~flat, 0)
-        sparse, left = sparse + stride * way, left - stride * along
-        again = (left * left / scale).sum(1, keepdim=True)
-        way = left / scale + (again / size.clamp(min=tiny)).where(~flat, 0) * way
-        size = again
-    return sparse
+    slope = (target - sparse) @ metric
+    return on_support(
+        sparse, slope, lambda s: s @ metric, mask, metric.diagonal(), apart=True, steps=steps
+    )
 
 
 def _chosen(
     target: Tensor, basis: Tensor, metric: Tensor, keep: Keep, iterations: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The basis of L, S and its mask, by ADMM.
-
-    `free` obeys the metric and `sparse` the mask; ρ rises, so that they agree in the end.
-    """
-    low = _low(target, basis)
-    mask = keep((target - low).abs())
-    sparse, dual = (target - low) * mask, torch.zeros_like(target)
+    """The basis of L, S and its mask, by ADMM from what the basis given leaves."""
+    rest = target - _low(target, basis)
+    mask = keep(rest.abs())
+    sparse = rest * mask
     if not iterations:
         return basis, sparse, mask
-    power, turn = torch.linalg.eigh(metric)
-    power, whole = power.clamp(min=0), target @ metric
-    for rho in torch.linspace(0, 1, iterations).tolist():
-        rho = WEAK * (STRONG / WEAK) ** rho
-        pull = whole - basis @ ((basis.T @ low) @ metric) - dual + rho * sparse
-        free = ((pull @ turn) / (power + rho)) @ turn.T
-        wish = free + dual / rho
-        mask = keep(wish.abs())
-        sparse = wish * mask
-        dual = dual + rho * (free - sparse)
-        rest = target - sparse
-        basis = torch.linalg.qr(rest @ (metric @ (rest.T @ basis))).Q
-        low = _low(rest, basis)
-    return basis, sparse, mask
+    blocks = _Blocks(target, basis, metric, keep)
+    sparse, mask = alternate(blocks, sparse, mask, iterations=iterations, weak=WEAK, strong=STRONG)
+    return blocks.basis, sparse, mask
+
+
+class _Blocks:
+    """S, free and masked, and the basis U (out, r) of the L beside it."""
+
+    def __init__(self, target: Tensor, basis: Tensor, metric: Tensor, keep: Keep) -> None:
+        self.target, self.basis, self.metric, self.keep = target, basis, metric, keep
+        self.low, self.whole = _low(target, basis), target @ metric
+        power, turn = torch.linalg.eigh(metric)
+        self.power, self.turn = power.clamp(min=0), turn
+
+    def free(self, sparse: Tensor, dual: Tensor, rho: float) -> Tensor:
+        """(R H − Y + ρ S) (H + ρ I)⁻¹ with R = T − L."""
+        low = self.basis @ ((self.basis.T @ self.low) @ self.metric)
+        pull = self.whole - low - dual + rho * sparse
+        free: Tensor = ((pull @ self.turn) / (self.power + rho)) @ self.turn.T
+        return free
+
+    def project(self, wish: Tensor) -> tuple[Tensor, Tensor]:
+        mask = self.keep(wish.abs())
+        return wish * mask, mask
+
+    def follow(self, sparse: Tensor, dual: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of subspace iteration on R H Rᵀ with R = T − S."""
+        rest = self.target - sparse
+        self.basis = torch.linalg.qr(rest @ (self.metric @ (rest.T @ self.basis))).Q
+        self.low = _low(rest, self.basis)
+        return sparse, dual
 
 
 def _low(rest: Tensor, basis: Tensor) -> Tensor:

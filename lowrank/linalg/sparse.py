@@ -1,10 +1,10 @@
 """A dense basis with sparse coefficients: exactly s of r atoms in every row, or in every column.
 
 DSFormer (arXiv 2312.13211) factors W ≈ C · D so; of it only the abstract was at hand, and what
-follows is our own: an ADMM, as linalg/masked.py's, in which the basis is learned too. Coefficients
-are split into a part that obeys the norm of the outputs and one that has s entries a row; after
-each exchange D is refitted, held back towards what it was, for a basis that follows at once runs
-away. Neither the inputs' Gram matrix nor a root of it is ever inverted.
+follows is our own: an ADMM (admm.py) in which the basis is learned too. Coefficients are split into
+a part that obeys the norm of the outputs and one that has s entries a row; after each exchange D is
+refitted, held back towards what it was, for a basis that follows at once runs away. Neither the
+inputs' Gram matrix nor a root of it is ever inverted.
 
 The start is an orthonormal basis of the outputs, turned by Procrustes' rotation until thresholding
 loses least (COMPOT does the same).
@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .admm import alternate, on_support
 from .gram import safe_root
 from .precision import full_precision
 from .svd import compute_dtype, output_basis
@@ -27,9 +28,8 @@ Side = Literal["out", "in"]
 ITERATIONS = 80
 WEAK, STRONG = 0.2, 1.0  # how much the two parts of C are held together, at first and at last
 HELD = 3.0  # how much a basis is held back, against the least squares that move it
-RUNAWAY = 1e3  # times the start's coefficients: where the exchange ends, whatever it has found
+RUNAWAY = 1e3  # times the norm of the start's coefficients: there the exchange ends
 POLISH = 3  # times that basis and values are fitted to each other on the support found
-STEPS = 20  # of conjugate gradients
 TURNS = 30  # of the orthonormal start
 CHUNK = 2**24  # numbers of the rows' own Gram matrices at once
 ROUNDS = 8  # of a pursuit: so many times it looks at what is left
@@ -111,9 +111,9 @@ def pursuit(
     for turn in range(1, rounds + 1):
         more = count * turn // rounds - index.shape[1]
         score = (left.square() / size).masked_fill(chosen, -1.0)
-        found = score.topk(more, dim=1, sorted=False).indices
-        chosen.scatter_(1, found, True)
-        index = torch.cat([index, found], 1).sort(1).values
+        further = score.topk(more, dim=1, sorted=False).indices
+        chosen.scatter_(1, further, True)
+        index = torch.cat([index, further], 1).sort(1).values
         value = _on_support(products, gram, index)
         left = products - spread(value, index, rank) @ gram
     return value, index
@@ -152,12 +152,12 @@ def dense_sparse_code(
         if side == "in":
             problem = _Problem(matrix.T, metric, None)
         basis = _start(problem, rank, count, seed)
-        found = [_thresholded(problem, basis, count)]
+        candidates = [_thresholded(problem, basis, count)]
         if count == 1:  # rows are points on lines then, and a bad start stays bad
-            found.append(_thresholded(problem, _far_rows(problem, basis), count))
+            candidates.append(_thresholded(problem, _far_rows(problem, basis), count))
         if iterations:
-            found.append(_alternated(problem, basis, count, iterations))
-        polished = [_polished(problem, *one) for one in found]
+            candidates.append(_alternated(problem, basis, count, iterations))
+        polished = [_polished(problem, *one) for one in candidates]
         _, basis, coefficients, index = min(polished, key=itemgetter(0))
         return balanced(SparseCode(basis, coefficients.gather(1, index), index))
 
@@ -234,35 +234,50 @@ def _largest(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _alternated(
     problem: _Problem, basis: Tensor, count: int, iterations: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Basis, C (a, r) and its support (a, s), by ADMM from a basis of unit atoms.
-
-    Without L the free part of a row is one solve; with it, L and the atoms' Gram matrix are
-    diagonal together in the bases of both.
-    """
-    whole = problem.of_rows(problem.weighed(problem.target, problem.right))
-    power, turn = (None, None) if problem.left is None else torch.linalg.eigh(problem.left)
+    """Basis, C (a, r) and its support (a, s), by ADMM from a basis of unit atoms."""
     sparse, index = _largest(problem.dot(problem.target, basis), count)
-    dual, most = torch.zeros_like(sparse), RUNAWAY * float(sparse.norm())
-    eye = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
-    for rho in torch.linspace(0, 1, iterations).tolist():
-        rho = WEAK * (STRONG / WEAK) ** rho
-        pull, gram = whole @ basis.T - dual + rho * sparse, problem.dot(basis, basis)
-        if power is None or turn is None:
-            root = torch.linalg.cholesky(gram + rho * eye)
-            free = torch.cholesky_solve(pull.T, root).T
-        else:
-            own, axes = torch.linalg.eigh(gram)
-            inner = (turn.T @ pull @ axes) / (power.clamp(min=0)[:, None] * own.clamp(min=0) + rho)
-            free = turn @ inner @ axes.T
-        tried, where = _largest(free + dual / rho, count)
-        if not float(tried.norm()) <= most:
-            break
-        sparse, index = tried, where
-        dual = dual + rho * (free - sparse)
-        basis = _least_squares(problem, sparse, basis, HELD)
-        length = problem.unit(basis)
-        basis, sparse, dual = basis / length[:, None], sparse * length, dual / length
-    return basis, sparse, index
+    blocks, most = _Blocks(problem, basis, count), RUNAWAY * float(sparse.norm())
+    sparse, index = alternate(
+        blocks, sparse, index, iterations=iterations, weak=WEAK, strong=STRONG, most=most
+    )
+    return blocks.basis, sparse, index
+
+
+class _Blocks:
+    """C, free and with `count` entries a row, and the basis D (r, b) of unit atoms below it."""
+
+    def __init__(self, problem: _Problem, basis: Tensor, count: int) -> None:
+        self.problem, self.basis, self.count = problem, basis, count
+        self.whole = problem.of_rows(problem.weighed(problem.target, problem.right))
+        self.own = None if problem.left is None else torch.linalg.eigh(problem.left)
+        self.eye = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
+
+    def free(self, sparse: Tensor, dual: Tensor, rho: float) -> Tensor:
+        """L C G + ρ C = L T R Dᵀ − Y + ρ S with G = D R Dᵀ.
+
+        Without L that is one solve for all rows; with it, L and G are diagonal together in the
+        bases of both.
+        """
+        pull = self.whole @ self.basis.T - dual + rho * sparse
+        gram = self.problem.dot(self.basis, self.basis)
+        if self.own is None:
+            root = torch.linalg.cholesky(gram + rho * self.eye)
+            return torch.cholesky_solve(pull.T, root).T
+        power, turn = self.own
+        bent, axes = torch.linalg.eigh(gram)
+        inner = (turn.T @ pull @ axes) / (power.clamp(min=0)[:, None] * bent.clamp(min=0) + rho)
+        free: Tensor = turn @ inner @ axes.T
+        return free
+
+    def project(self, wish: Tensor) -> tuple[Tensor, Tensor]:
+        return _largest(wish, self.count)
+
+    def follow(self, sparse: Tensor, dual: Tensor) -> tuple[Tensor, Tensor]:
+        """Refit the basis, held back; what the atoms lose in length C gains."""
+        basis = _least_squares(self.problem, sparse, self.basis, HELD)
+        length = self.problem.unit(basis)
+        self.basis = basis / length[:, None]
+        return sparse * length, dual / length
 
 
 def _polished(
@@ -278,26 +293,14 @@ def _polished(
 
 def _on_mask(problem: _Problem, basis: Tensor, start: Tensor, mask: Tensor) -> Tensor:
     """C (a, r) on the mask of less error, by conjugate gradients from `start`."""
-    gram, eps = problem.dot(basis, basis), torch.finfo(basis.dtype).eps
-    scale = gram.diagonal().expand_as(start)
+    gram = problem.dot(basis, basis)
+    diagonal = gram.diagonal().expand_as(start)
     if problem.left is not None:
-        scale = scale * problem.left.diagonal()[:, None]
-    scale = scale.clamp(min=eps * float(scale.max()) or 1.0)
-    sparse = start
-    left = problem.of_rows(problem.dot(problem.target, basis) - sparse @ gram) * mask
-    way = left / scale
-    size = float((left * way).sum())
-    done = eps * size  # below it only rounding errors are left
-    for _ in range(STEPS):
-        along = problem.of_rows(way @ gram) * mask
-        bent = float((way * along).sum())
-        if not size > done or not bent > eps * float((scale * way * way).sum()):
-            break
-        stride = size / bent
-        sparse, left = sparse + stride * way, left - stride * along
-        again = float((left * left / scale).sum())
-        way, size = left / scale + again / size * way, again
-    return sparse
+        diagonal = diagonal * problem.left.diagonal()[:, None]
+    slope = problem.of_rows(problem.dot(problem.target, basis) - start @ gram)
+    return on_support(
+        start, slope, lambda c: problem.of_rows(c @ gram), mask, diagonal, apart=False
+    )
 
 
 def _least_squares(
@@ -322,10 +325,10 @@ def _least_squares(
 
 def _on_support(products: Tensor, gram: Tensor, index: Tensor) -> Tensor:
     """Least squares of every row on its own atoms, (rows, s)."""
-    found = []
+    solved = []
     wanted = products.gather(1, index)[..., None]
     step = max(1, CHUNK // index.shape[1] ** 2)
     for some, right in zip(torch.split(index, step), torch.split(wanted, step), strict=True):
         parts = gram[some[:, :, None], some[:, None, :]]  # (rows, s, s)
-        found.append(torch.cholesky_solve(right, safe_root(parts))[..., 0])
-    return torch.cat(found)
+        solved.append(torch.cholesky_solve(right, safe_root(parts))[..., 0])
+    return torch.cat(solved)

@@ -337,6 +337,7 @@ def test_auto_gives_each_layer_its_own_form(tmp_path: Path) -> None:
 def test_auto_is_never_worse_than_one_form_alone_on_held_out_rows() -> None:
     """The mix and each form alone are judged by the KL; what is kept is the least of them."""
     rng = torch.Generator().manual_seed(1)
+    torch.manual_seed(2)  # of a net that one form alone serves better than the mix
     model = nn.Sequential(
         nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 7)
     )
@@ -347,14 +348,14 @@ def test_auto_is_never_worse_than_one_form_alone_on_held_out_rows() -> None:
     for forms, policy in [*cases, (("factors", "pivoted"), "spectrum")]:
         way = lowrank.METHODS["auto"](forms=forms)
         options = {"policy": policy, "align": 1, "copy": True, "progress": False}
-        new, report = lowrank.compress(model, 0.4, method=way, data=seen, **options)
+        new, report = lowrank.compress(model, 0.5, method=way, data=seen, **options)
         judged = report.plan.settings["forms"]
         assert set(judged) == {"mixed", *forms}
         away = lowrank.kl(new, model, seen.held_out)
         assert away == pytest.approx(min(judged.values()), rel=1e-5)
         for form in forms:
             one = lowrank.METHODS["auto"](forms=(form,))
-            alone, _ = lowrank.compress(model, 0.4, method=one, data=seen, **options)
+            alone, _ = lowrank.compress(model, 0.5, method=one, data=seen, **options)
             assert away <= lowrank.kl(alone, model, seen.held_out) * (1 + 1e-5)
         assert any("KL of the forms" in note for note in report.notes)
         best.add(min(judged, key=judged.__getitem__))
