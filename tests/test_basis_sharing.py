@@ -247,9 +247,9 @@ def test_data_on_which_they_read_several_tensors_is_refused() -> None:
 
 
 def test_speed_is_that_of_the_whole_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowrank.api import building
+    from lowrank.api import applying
 
-    monkeypatch.setattr(building, "paired_ratio", lambda one, other: len(one()) / len(other()))
+    monkeypatch.setattr(applying, "paired_ratio", lambda one, other: len(one()) / len(other()))
     model, report = shared(parallel(), prefer="speed")
     assert all(type(m) is nn.Linear for m in (model.a, model.b, model.c))
     assert report.achieved == 1.0

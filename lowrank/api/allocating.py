@@ -1,21 +1,32 @@
-"""Which option every target gets: pinned ranks, fixed ranks, or a budget and a policy."""
+"""Which option every target gets: pinned or fixed ranks, or a budget, a policy and a judge."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
+from torch import nn
+
+from ..calibration.batches import ROWS
+from ..calibration.statistics import Calibration, statistics_of
 from ..errors import LowrankError, listed
-from ..methods.resolved import own_form
-from ..plans.entry import break_even, check_rank
+from ..measure.eval import NotFinite
+from ..methods.resolved import Resolved, own_form
+from ..plans.entry import Entry, break_even, check_rank
 from ..policies import Energy, policy_of
 from ..policies.common import Choice, at_most, nearly_free_alignment, only_aligned, smallest
-from ..types import Allocation, Budget, Cost, Curve, Probe, Site
+from ..recover.chain import Workbench
+from ..recover.run import recover_layers
+from ..types import Allocation, Budget, Cost, Curve, Option, Probe, Site
 from ..walk.sites import pattern_value
+from ..walk.surgery import put, twin
+from .grouping import Group
 from .request import Request
 
 Curves = dict[str, Curve]
+PROBED = 96  # rows that a candidate's closed-form recovery is fitted to: enough to compare by
 
 
 def allocate(
@@ -58,6 +69,86 @@ def allocate(
     if request.align is None:
         found = nearly_free_alignment(free, found, request.unit)
     return {**found, **pinned}
+
+
+def why_dense(option: Option, site: Site, curve: Curve, request: Request) -> str:
+    """Why a target stays dense, in a few words; "" if it does not."""
+    if not option.dense:
+        return ""
+    largest, rank = break_even(site.shape, *request.stored(site)) - 1, request.rank
+    form = own_form(request.method)
+    if len(curve.options) == 1:
+        sizes = "size of this form" if form else "rank"
+        return f"no {sizes} makes a weight of this shape smaller"
+    if isinstance(rank, float):
+        size = "a size that" if form else f"a rank above {largest}, which"
+        return f"keeping {rank} of its energy takes {size} is not smaller"
+    if rank is not None and rank > largest:
+        return f"at rank {rank} it would not be smaller; the largest that is: {largest}"
+    if request.align is not None and largest < request.align:
+        return f"no multiple of {request.align} makes it smaller; the largest rank is {largest}"
+    return "not in rank_pattern" if request.ratio is None else "the policy keeps it dense"
+
+
+def workbench(
+    model: nn.Module, calibration: Calibration | None, request: Request
+) -> Workbench | None:
+    """Where what is tried can be fitted and judged; None where there are no rows to run."""
+    if calibration is None or callable(calibration.batches):
+        return None
+    recovery = request.recovery
+    return Workbench(model, calibration, ROWS if recovery is None else recovery.rows)
+
+
+def probe_of(
+    bench: Workbench,
+    groups: Mapping[tuple[str, ...], Group],
+    resolved: Resolved,
+    request: Request,
+) -> Probe:
+    """Held-out KL of the model with an allocation.
+
+    All happens in a twin. Where recovery follows, its closed form does here too: what is better
+    before it need not be after.
+
+    Args:
+        groups: by the names that an allocation gives them.
+    """
+    recovery = request.recovery
+    closed = recovery and replace(recovery, block_steps=0, distill_steps=0)
+
+    def tried(allocation: Allocation) -> list[tuple[Site, Entry, nn.Module]]:
+        work = []
+        for names, group in groups.items():
+            option = allocation[names]
+            if not option.dense:
+                stats = statistics_of(group[0], bench.calibration)
+                new = resolved.factor(group, option, stats)
+                work += [
+                    (site, Entry.of(site, option), module)
+                    for site, module in zip(group, new, strict=True)
+                ]
+        return work
+
+    def probe(allocation: Allocation) -> float:
+        work = tried(allocation)
+        modules = {site.name: new for site, _, new in work}
+        if closed is not None and work:
+            few = max(PROBED // closed.rows, 1)
+            modules = recover_layers(
+                bench, work, closed, resolved, most=few, progress=False
+            ).modules
+        lean = twin(bench.model)
+        for site, _, _ in work:
+            put(lean, site, modules[site.name])
+        try:
+            return bench.judge.judged(lean)
+        except NotFinite:
+            raise
+        except LowrankError as error:
+            raise LowrankError(f"{error}; policy='uniform' compares nothing") from None
+
+    return probe
 
 
 def _pinned(request: Request, sites: Sequence[Site], curves: Curves) -> Choice:

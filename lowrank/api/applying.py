@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from .. import io
-from ..calibration.statistics import Calibration, statistics_of
+from ..calibration.statistics import Calibration, doubts, statistics_of
 from ..errors import LowrankError, listed
 from ..measure.size import model_cost
+from ..measure.timing import paired_ratio
 from ..methods.resolved import Resolved
-from ..plans import shared_basis
+from ..nn import LowRankEmbedding, TiedHead
+from ..nn.form import notes_of
 from ..plans.entry import Entry
-from ..plans.plan import Plan
-from ..plans.report import Report
-from ..plans.versions import versions
+from ..plans.plan import Plan, Work, matched, versions
+from ..plans.report import Measured, Report
 from ..recover.chain import Workbench
 from ..recover.copies import hand_over
 from ..recover.recovery import Recovery
 from ..recover.run import Recovered, recover_layers
-from ..types import Cost, Factored, Site
+from ..types import Cost, Curve, Factored, Option, Site, Statistics
 from ..walk import layouts
-from ..walk.surgery import factored, put, unchanged_on_error
+from ..walk.surgery import put, unchanged_on_error
 from .allocating import Curves
-from .building import Built, Work, build, together
-from .notes import notes_of
+
+MARGIN = 0.98  # prefer="speed": a factored layer has to need less than this share of dense time
+
+
+class Built(NamedTuple):
+    """A factored layer that is ready to be put in place; `new` None leaves the site dense."""
+
+    site: Site
+    entry: Entry
+    new: nn.Module | None
+    measured: Measured
+    curve: Curve
 
 
 def carry_out(
@@ -68,10 +81,67 @@ def carry_out(
         io.attach(root, {"asked": dict(plan.asked)})
         if recovered is not None and recovered.vectors and bench is not None:
             hand_over(recovered.vectors, bench.model, root)
-    notes = notes_of(built, plan, calibration, bench)
+    notes = _notes(built, plan, calibration, bench)
     if recovered is not None:
-        notes = (*notes, *recovered.notes)
+        notes += recovered.notes
     return root, _report(plan, built, before, root, calibration, notes, started)
+
+
+def together(work: Work) -> list[Work]:
+    """What is factored together, the owner of what is shared first."""
+    groups: dict[str, Work] = {}
+    for site, entry in work:
+        groups.setdefault(entry.group or entry.name, []).append((site, entry))
+    return [
+        sorted(group, key=lambda each: each[1].name != owner) for owner, group in groups.items()
+    ]
+
+
+def build(
+    work: Work,
+    plan: Plan,
+    calibration: Calibration | None,
+    resolved: Resolved,
+    curves: Curves | None,
+) -> list[Built]:
+    """A site alone, or a group that shares its basis: its errors are those of all together.
+
+    Args:
+        curves: of the plan, where they are on the same statistics.
+
+    Raises:
+        LowrankError: statistics or the method are not at hand, or it gave no modules.
+    """
+    started = time.perf_counter()
+    sites, entry = [site for site, _ in work], work[0][1]
+    stats = _statistics(sites, calibration)
+    option = replace(entry.option(), cost=sum((e.cost for _, e in work), Cost(0, 0, 0)))
+    modules = resolved.factor(sites, option, stats)
+    _check_table(sites[0], entry, modules[0])
+    # A plan made on other statistics, or edited, gets a curve of its own here, in its storage.
+    curve = (curves or {}).get(sites[0].name)
+    if curve is None:
+        curve = _own_curve(sites, entry, calibration, resolved)
+    fast = plan.settings.get("prefer") == "speed"
+    reason = _too_slow(sites, modules, calibration, plan.seed) if fast else ""
+    errors = [
+        resolved.error(site, curve, new, stats) for site, new in zip(sites, modules, strict=True)
+    ]
+    known = [error for error in errors if error is not None]
+    measured = Measured(
+        name=entry.name,
+        norm=curve.norm,
+        planned=entry.error if entry.norm == curve.norm else None,
+        predicted=_predicted(option, curve),
+        measured=0.0 if reason else sum(known) if len(known) == len(errors) else None,
+        total=curve.total,
+        seconds=(time.perf_counter() - started) / len(work),
+        reason=reason,
+    )
+    return [
+        Built(site, entry, None if reason else new, replace(measured, name=entry.name), curve)
+        for (site, entry), new in zip(work, modules, strict=True)
+    ]
 
 
 def _report(
@@ -80,7 +150,7 @@ def _report(
     before: Cost,
     root: nn.Module,
     calibration: Calibration | None,
-    notes: tuple[str, ...],
+    notes: Sequence[str],
     started: float,
 ) -> Report:
     after = model_cost(root, [])
@@ -102,8 +172,34 @@ def _report(
         tokens=0 if calibration is None else calibration.tokens,
         seed=plan.seed,
         versions=versions(),
-        notes=notes,
+        notes=tuple(notes),
     )
+
+
+def _notes(
+    built: Sequence[Built],
+    plan: Plan,
+    calibration: Calibration | None,
+    bench: Workbench | None,
+) -> list[str]:
+    """What the report says beside its figures, one sentence each."""
+    slow = sum(item.new is None for item in built)
+    source = "" if calibration is None else calibration.source
+    forms = plan.settings.get("forms") or {}
+    judged = ", ".join(
+        f"{form} {away:.4g}" for form, away in sorted(forms.items(), key=itemgetter(1))
+    )
+    on_seen = bench is not None and bench.judged_on_seen and bench.judge.asked > 0
+    said = (
+        (source, f"calibrated on {source}"),
+        (slow, f"left dense because factors are not faster: {slow}; more is kept than was planned"),
+        (forms, f"KL of the forms: {judged}"),
+        (on_seen, "no rows were held out: choices were judged on rows that the statistics saw"),
+    )
+    notes = [note for holds, note in said if holds] + notes_of(item.new for item in built)
+    if calibration is None:
+        return notes
+    return notes + doubts([item.site for item in built if item.new is not None], calibration)
 
 
 def _recovered(
@@ -144,53 +240,6 @@ def _remeasured(item: Built, resolved: Resolved, calibration: Calibration | None
     return item._replace(measured=replace(item.measured, measured=error))
 
 
-def matched(sites: Sequence[Site], plan: Plan, model: nn.Module) -> Work:
-    """The sites that the plan factors.
-
-    Raises:
-        LowrankError: the plan was made for another model, or a site cannot be factored now.
-    """
-    if any(entry.group for entry in plan.entries):
-        shared_basis.consistent(plan.entries)
-    by_name = {name: site for site in sites for name in site.names}
-    for entry in plan.entries:
-        _check_same(entry, by_name, model)
-    unknown = sorted(by_name.keys() - {name for entry in plan.entries for name in entry.sites})
-    if unknown:
-        raise LowrankError(
-            f"the plan says nothing of {listed(unknown, 4)}: it was made for another model, or "
-            "entries were taken out (an entry of size null leaves a layer dense)"
-        )
-    work = [(by_name[entry.name], entry) for entry in plan.entries if entry.size is not None]
-    for site, _ in work:
-        if site.reason:
-            raise LowrankError(f"{site.title} cannot be factored: {site.reason}")
-        if not layouts.is_finite(site.module):
-            raise LowrankError(f"{site.title}: the weight holds NaN or Inf")
-    return work
-
-
-def _check_same(entry: Entry, by_name: Mapping[str, Site], model: nn.Module) -> None:
-    """Raises LowrankError unless the model has the layer that the entry was made for."""
-    site = by_name.get(entry.name)
-    if site is None and entry.name in factored(model):
-        raise LowrankError(f"{entry.title} is factored already: apply the plan to the dense model")
-    if site is None:
-        raise LowrankError(
-            f"the plan was made for another model: it names {entry.title}, the model has "
-            f"{listed(by_name, 4) or 'no linear layer'}"
-        )
-    if site.shape != entry.shape or set(site.names) != set(entry.sites):
-        raise LowrankError(
-            f"{entry.title}: the plan was made for another model: shape {entry.shape} under the "
-            f"names {_titles(entry.sites)}; here it is {site.shape} under {_titles(site.names)}"
-        )
-
-
-def _titles(names: Sequence[str]) -> str:
-    return listed(name or "(root)" for name in names)
-
-
 def _stored(item: Built) -> Cost:
     """What a site costs now: its tensors, biases excluded; macs of modules not ours as planned."""
     if item.new is None:
@@ -204,3 +253,69 @@ def _stored(item: Built) -> Cost:
     params = sum(t.numel() for t in tensors if t.is_floating_point())
     stored = sum(t.numel() * t.dtype.itemsize for t in tensors)
     return Cost(params, stored, item.entry.cost.macs)
+
+
+def _statistics(sites: Sequence[Site], calibration: Calibration | None) -> Statistics:
+    """Of the one input that all these sites read.
+
+    Raises:
+        LowrankError: with this data they read several tensors.
+    """
+    first, *others = (statistics_of(site, calibration) for site in sites)
+    parted = [
+        site.title
+        for site, stats in zip(sites[1:], others, strict=True)
+        if stats.count != first.count or stats.gram is not first.gram
+    ]
+    if parted:
+        raise LowrankError(
+            f"the plan gives {listed(site.title for site in sites)} one input basis, but with this "
+            f"data {listed(parted)} did not read the same tensor as {sites[0].title}: make a new "
+            "plan"
+        )
+    return first
+
+
+def _own_curve(
+    sites: Sequence[Site], entry: Entry, calibration: Calibration | None, resolved: Resolved
+) -> Curve:
+    """Of an entry whose plan was made elsewhere: by the method that the entry names."""
+    if len(sites) > 1:
+        return resolved.curve(sites, calibration)
+    method: Any = resolved.maker(entry.method, sites[0], grouped=False)
+    alone = replace(resolved, method=method, joint=None, storage=entry.storage)
+    return alone.curve(sites, calibration)
+
+
+def _check_table(site: Site, entry: Entry, new: nn.Module) -> None:
+    """Raises LowrankError where the readers of a tied table could not read the new one."""
+    if layouts.head_count(site.modules) and not isinstance(new, LowRankEmbedding):
+        raise LowrankError(
+            f"{entry.title}: {entry.method} must give a LowRankEmbedding, which the output head "
+            f"reads too, got {type(new).__name__}"
+        )
+
+
+def _predicted(option: Option, curve: Curve) -> float | None:
+    same = (o for o in curve.options if (o.size, o.storage) == (option.size, option.storage))
+    return next((o.error for o in same), None)
+
+
+def _too_slow(
+    sites: Sequence[Site], modules: Sequence[nn.Module], calibration: Calibration | None, seed: int
+) -> str:
+    """prefer="speed": why dense layers stay, from paired timings on the caller's shape."""
+    dense, new = [site.module for site in sites], list(modules)
+    if isinstance(new[0], LowRankEmbedding):  # its lookups are slower; a head may make up for it
+        heads = [m for m in sites[0].modules if layouts.kind(m) != "embedding"]
+        if not heads:
+            return "a factored lookup takes a product more than the dense one"
+        dense, new = heads[:1], [TiedHead.of(new[0])]
+    shapes = {} if calibration is None else calibration.observation.shapes
+    shape = next((shapes[name] for name in sites[0].names if name in shapes), None)
+    if shape is None:
+        return "the data does not run it, so that it cannot be timed"
+    generator = torch.Generator().manual_seed(seed)
+    example = torch.randn(shape, generator=generator).to(layouts.matrix(sites[0].module))
+    ratio = paired_ratio(lambda: [m(example) for m in new], lambda: [m(example) for m in dense])
+    return "" if ratio < MARGIN else f"factored it takes {ratio:.2f} of the dense layer's time"

@@ -1,12 +1,11 @@
-"""Which sites a joint method factors together, and what its options mean for each of them."""
+"""Which sites a joint method factors together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from ..calibration.statistics import Calibration
-from ..types import Cost, JointMethod, Option, Site
+from ..types import JointMethod, Site
 from ..walk import layouts
 
 Group = tuple[Site, ...]  # the owner of what is shared first; a site alone is a group of one
@@ -36,24 +35,6 @@ def groups_of(
         owner = min(members, key=lambda site: first.get(site.name, 0))
         groups.append((owner, *(site for site in members if site is not owner)))
     return groups
-
-
-def member_option(group: Group, option: Option) -> list[Option]:
-    """An option of a group, told for each member: the owner bears the cost of what is shared."""
-    if len(group) == 1:
-        return [option]
-    if option.dense:
-        return [replace(option, cost=site.cost) for site in group]
-    rows = sum(site.shape[0] for site in group)
-    costs = [_share(option.cost, site.shape[0], rows + group[0].shape[1]) for site in group[1:]]
-    rest = Cost(*(sum(cost.of(unit) for cost in costs) for unit in ("params", "bytes", "macs")))
-    own = option.cost
-    first = Cost(own.params - rest.params, own.bytes - rest.bytes, own.macs - rest.macs)
-    return [replace(option, cost=cost) for cost in (first, *costs)]
-
-
-def _share(cost: Cost, part: int, whole: int) -> Cost:
-    return Cost(*(getattr(cost, unit) * part // whole for unit in ("params", "bytes", "macs")))
 
 
 def _block(name: str, calibration: Calibration) -> str:

@@ -17,17 +17,15 @@ from ..errors import LowrankError, listed
 from ..measure.size import model_cost
 from ..methods.common import stacked
 from ..methods.resolved import Resolved, own_form
+from ..plans import shared_basis
 from ..plans.entry import Entry
-from ..plans.plan import Plan
-from ..plans.versions import versions
+from ..plans.plan import Plan, versions
 from ..recover.chain import Workbench
 from ..types import Allocation, Cost, Curve, Probe, SeveralForms, Site
 from ..walk import layouts
 from ..walk.sites import pattern_value
-from .allocating import Curves, allocate
-from .entries import entry_of
-from .grouping import Group, groups_of, member_option
-from .probing import probe_of
+from .allocating import Curves, allocate, probe_of, why_dense
+from .grouping import Group, groups_of
 from .repeats import counted, often, repeats
 from .request import Request
 
@@ -263,16 +261,19 @@ def _entries(
     """
     made = {}
     for group, stack in zip(parts.groups, parts.stacks(), strict=True):
-        options = member_option(group, chosen[stack.names])
-        for site, option in zip(group, options, strict=True):
-            curve, times = curves[stack.name], parts.times.get(site.name, 1)
-            made[site.name] = entry_of(site, option, curve, request, stack, times)
+        option, curve = chosen[stack.names], curves[stack.name]
+        options = [option] if len(group) == 1 else shared_basis.parted(group, option)
+        shared = "" if len(group) == 1 or option.dense else stack.name
+        reason = why_dense(option, stack, curve, request)
+        for site, part in zip(group, options, strict=True):
+            times = parts.times.get(site.name, 1)
+            made[site.name] = Entry.of(
+                site, part, curve, reason=reason, group=shared, repeats=times
+            )
     for site in parts.sites:
         if site.name not in made:
-            wanted, times = site.names in targets, parts.times.get(site.name, 1)
-            made[site.name] = replace(
-                entry_of(site, None, None, request, site, times), target=wanted
-            )
+            left = Entry.of(site, repeats=parts.times.get(site.name, 1))
+            made[site.name] = replace(left, target=site.names in targets)
     return tuple(made[site.name] for site in parts.sites)
 
 

@@ -22,21 +22,18 @@ from ..calibration.running import first_tensor
 from ..calibration.statistics import SELF, Calibration
 from ..errors import LowrankError
 from ..measure.eval import Reference
-from ..plans.plan import Plan
+from ..plans.plan import Plan, versions
 from ..plans.report import Report
-from ..plans.versions import versions
 from ..recover.chain import Workbench
 from ..tables import aligned
 from ..types import Site
-from ..walk.checks import check_model
-from ..walk.sites import find_sites
+from ..walk.sites import check_model, find_sites
 from ..walk.surgery import twin
+from .allocating import workbench
 from .applying import carry_out
-from .arguments import flat
 from .planning import make_plan
-from .probing import workbench
 from .request import Request, Sweeping
-from .verbs import statistics_for, targets_among
+from .verbs import flat, statistics_for, targets_among
 
 
 @dataclass(frozen=True, eq=False)

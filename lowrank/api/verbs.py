@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy as copying
 import dataclasses
+import functools
+import inspect
+import textwrap
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 from torch import nn
 
@@ -17,20 +20,23 @@ from ..errors import LowrankError, listed
 from ..methods import JOINT, METHODS
 from ..methods.resolved import Given, Resolved, resolve
 from ..nn import is_factored
-from ..plans.plan import Plan
+from ..plans.plan import Plan, matched
 from ..plans.report import Report
 from ..recover.chain import Workbench
 from ..recover.recovery import Recovery
 from ..types import JointMethod, Method, Site
 from ..walk import layouts
-from ..walk.checks import check_model
-from ..walk.sites import check_rank_pattern, find_sites, select_sites
-from .allocating import Curves
-from .applying import carry_out, matched
-from .arguments import flat
+from ..walk.sites import check_model, check_rank_pattern, find_sites, select_sites
+from .allocating import Curves, workbench
+from .applying import carry_out
+from .arguments import ARGUMENTS
 from .planning import make_plan
-from .probing import workbench
 from .request import HOLD_OUT, Compression, Request, Source
+
+P = ParamSpec("P")
+T = TypeVar("T")
+R = TypeVar("R")
+Verb = Callable[[nn.Module, R], T]
 
 
 class Decision(NamedTuple):
@@ -42,6 +48,44 @@ class Decision(NamedTuple):
     sites: list[Site]
     calibration: Calibration | None
     bench: Workbench | None
+
+
+def _documented(doc: str, names: Sequence[str]) -> str:
+    lines = []
+    for name in names:
+        about = ARGUMENTS[name]
+        text = f"{name}: {about.text} {about.more}".rstrip()
+        lines.append(textwrap.fill(text, 92, subsequent_indent=" " * 4))
+    return doc.replace("…", textwrap.indent("\n".join(lines), " " * 8).lstrip())
+
+
+def flat(request: Callable[P, R]) -> Callable[[Verb[R, T]], Callable[Concatenate[nn.Module, P], T]]:
+    """Let a function of (model, request) take the request's fields as arguments of its own.
+
+    Signature and documentation of the arguments are those of the fields: `…` in the docstring
+    stands for them.
+    """
+
+    def decorate(verb: Verb[R, T]) -> Callable[Concatenate[nn.Module, P], T]:
+        model = inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        own = list(inspect.signature(request).parameters.values())
+        own.sort(key=lambda parameter: [*ARGUMENTS].index(parameter.name))
+        result = inspect.signature(verb).return_annotation
+        signature = inspect.Signature([model, *own], return_annotation=result)
+
+        @functools.wraps(verb)
+        def call(*args: Any, **kwargs: Any) -> T:
+            try:
+                given = signature.bind(*args, **kwargs).arguments
+            except TypeError as error:
+                raise TypeError(f"{verb.__name__}() {error}") from None
+            return verb(given.pop("model"), cast(Any, request)(**given))
+
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        call.__doc__ = _documented(verb.__doc__ or "", [parameter.name for parameter in own])
+        return cast(Any, call)
+
+    return decorate
 
 
 @flat(Request)

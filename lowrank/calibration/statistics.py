@@ -9,16 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import LowrankError
+from ..errors import LowrankError, listed
 from ..linalg import gram_sum
 from ..types import Curve, Site, Statistics
-from ..walk import layouts, patches
-from ..walk.checks import check_model
-from ..walk.sites import find_sites, tied_heads
+from ..walk import layouts
+from ..walk.sites import check_model, find_sites, tied_heads
 from . import self_written as selfwritten
-from .batches import LENGTH, Batch, Data, Forward, materialise, parted
-from .frequencies import Frequencies
-from .observation import Observation, observe
+from .batches import LENGTH, Batch, Data, Forward, materialise, parted, rebatched
+from .observation import Frequencies, Observation, observe
 from .running import SameTensor, first_tensor, forward, mask_of, quiet
 
 Groups = tuple[tuple[str, ...], ...]
@@ -135,6 +133,32 @@ def statistics_of(site: Site, calibration: Calibration | None) -> Statistics:
     return stats
 
 
+def doubts(sites: Sequence[Site], calibration: Calibration) -> list[str]:
+    """Where the data said too little of linear layers, in a sentence each: inputs that were zero
+    throughout, and those with fewer vectors than directions."""
+    read = [
+        (site, stats)
+        for site, stats in ((site, statistics_of(site, calibration)) for site in sites)
+        if site.kind == "linear" and stats.count
+    ]
+    grams = [(s, stats.gram) for s, stats in read if stats.gram is not None]
+    zero = [s.title for s, gram in grams if float(gram.diagonal().sum()) == 0]
+    share = _distinct(calibration)
+    few = [s.title for s, stats in read if s.title not in zero and stats.count * share < s.shape[1]]
+    said = []
+    if zero:
+        said.append(
+            f"the data gave {len(zero)} layers nothing but zeros, so that their factors are "
+            f"arbitrary: {listed(zero, 3)}"
+        )
+    if few:
+        said.append(
+            f"the data gave {len(few)} layers fewer different inputs than they have features, so "
+            f"that their factors are poorly determined: {listed(few, 3)}"
+        )
+    return said
+
+
 def _gathered(
     model: nn.Module,
     batches: list[Batch] | Forward,
@@ -239,7 +263,7 @@ class _Sums:
 
     @torch.inference_mode(False)  # sums outlive the caller's inference mode
     def add(self, tensor: Tensor, mask: Tensor | None) -> None:
-        if not patches.fits(self.site.module, tensor):
+        if not layouts.fits(self.site.module, tensor):
             return  # the layer itself will refuse it, and say it better
         self.last = SameTensor(tensor)
         self.owner_calls += 1
@@ -268,9 +292,9 @@ def counted_rows(module: nn.Module, tensor: Tensor, mask: Tensor | None) -> Iter
     """The input vectors (rows, in) of a layer, some at a time, without those that are padding."""
     padded = mask is not None and tensor.shape[:-1] in (mask.shape, (mask.numel(),))
     if mask is None or not padded or layouts.kind(module) == "conv":
-        yield from patches.chunks(module, tensor)
+        yield from layouts.chunks(module, tensor)
         return
-    for rows in patches.chunks(module, tensor):
+    for rows in layouts.chunks(module, tensor):
         yield rows[mask.flatten().to(rows.device)]
 
 
@@ -296,3 +320,18 @@ def _run(
 def _split(groups: Groups, parted: set[str]) -> Groups:
     kept = [tuple(name for name in group if name not in parted) for group in groups]
     return (*(group for group in kept if group), *((name,) for name in sorted(parted)))
+
+
+def _distinct(calibration: Calibration) -> float:
+    """The share of the rows that no other row repeats; 1 of a callable's."""
+    if callable(calibration.batches):
+        return 1.0
+    rows = rebatched(calibration.batches, 1)
+    return len({_key(row) for row in rows}) / max(len(rows), 1)
+
+
+def _key(row: Batch) -> int:
+    """Equal for equal rows."""
+    parts = {"": row} if isinstance(row, Tensor) else row
+    tensors = [v.cpu().flatten() for _, v in sorted(parts.items()) if isinstance(v, Tensor)]
+    return hash(tuple(v.contiguous().view(torch.uint8).numpy().tobytes() for v in tensors))

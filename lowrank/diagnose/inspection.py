@@ -16,12 +16,11 @@ from ..measure.timing import paired_ms
 from ..methods.common import low_rank_layer
 from ..nn import Form
 from ..plans.entry import break_even
-from ..plans.versions import versions
+from ..plans.plan import versions
 from ..tables import aligned
 from ..types import Option, Site
 from ..walk import layouts
-from ..walk.checks import check_model
-from ..walk.sites import ALL_LINEAR, Patterns, find_sites, select_sites
+from ..walk.sites import ALL_LINEAR, Patterns, check_model, find_sites, select_sites
 from ..walk.surgery import factored
 from .spectrum import EMPTY, Spectrum
 

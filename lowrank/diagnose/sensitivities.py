@@ -17,7 +17,7 @@ from ..calibration.fisher import FISHER, with_fisher
 from ..calibration.statistics import Calibration, calibrate
 from ..errors import LowrankError
 from ..methods.resolved import Group, Resolved
-from ..plans.versions import versions
+from ..plans.plan import versions
 from ..types import JointMethod, Method, Site
 from ..walk.sites import ALL_LINEAR, Patterns, find_sites
 from . import cache as disk

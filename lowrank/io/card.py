@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import LowrankError
-from ..plans.versions import version
+from ..plans.plan import version
 from .specs import specs_of
 
 REMOTE_FILE = "modeling_lowrank.py"

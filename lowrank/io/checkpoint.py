@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import LowrankError, listed
-from ..plans.versions import version
+from ..plans.plan import version
 from ..walk.surgery import modules_of, plain_name, swap, unchanged_on_error, unwrapped
 from . import pretrained, tensors
 from .declaration import is_transformers

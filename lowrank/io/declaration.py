@@ -11,10 +11,9 @@ from torch import nn
 
 from ..errors import LowrankError
 from ..nn import is_factored
-from ..plans.versions import version
+from ..plans.plan import version
 from ..walk.surgery import factored
-from . import ties
-from .specs import specs_of
+from .specs import other_ties, retie, specs_of, untie
 
 
 def attach(model: nn.Module, provenance: dict[str, Any] | None = None) -> bool:
@@ -43,7 +42,7 @@ def attach(model: nn.Module, provenance: dict[str, Any] | None = None) -> bool:
         detach(model)
         return False
     _forget(model)
-    ties.untie(model, factored(model))
+    untie(model, factored(model))
     from .hf import LowRankConfig, LowRankHfQuantizer
 
     config = LowRankConfig(modules=specs, lowrank=notes)
@@ -59,7 +58,7 @@ def detach(model: nn.Module) -> None:
     What another quantizer wrote is left alone.
     """
     if is_transformers(model):
-        ties.retie(model)
+        retie(model)
         _forget(model)
 
 
@@ -88,7 +87,7 @@ def check_attachable(model: nn.Module) -> None:
                 f"dequantize it, compress, then quantize again"
             )
     names = factored(model)
-    for target, source in ties.other_ties(model, names).items():
+    for target, source in other_ties(model, names).items():
         for key in (target, source):
             # The bias of a factored head is tied as it was.
             if key.rpartition(".")[0] in names and not _is_own_bias(names, key):

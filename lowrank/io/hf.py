@@ -20,10 +20,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import LowrankError, listed
 from ..walk.surgery import factored, modules_of, swap
-from . import ties
 from .card import REMOTE_FILE
 from .merging import densify
-from .specs import Spec, check_specs, prepare, specs_of
+from .specs import Spec, check_specs, prepare, specs_of, untie
 
 VERSION = 1
 SOURCE = "config.json: quantization_config"
@@ -105,7 +104,7 @@ class LowRankHfQuantizer(HfQuantizer):
         check_version(config.version, SOURCE)
         specs = _with_heads(model, _renamed(model, check_specs(config.modules, SOURCE)))
         swap(model, prepare(model, specs, SOURCE))
-        ties.untie(model, factored(model))
+        untie(model, factored(model))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # Ordinary floating-point weights: half(), float() and Trainer need not be on their guard.

@@ -8,9 +8,12 @@ from .cp import rebuilt_cp as rebuilt_cp
 from .evbmf import evbmf_count as evbmf_count
 from .evbmf import evbmf_rank as evbmf_rank
 from .evbmf import evbmf_ranks as evbmf_ranks
+from .gram import DAMP as DAMP
 from .gram import cross_sum as cross_sum
 from .gram import gram_sum as gram_sum
+from .gram import output_root as output_root
 from .gram import squared_error as squared_error
+from .gram import unrooted as unrooted
 from .lowrank_sparse import ColumnParts as ColumnParts
 from .lowrank_sparse import channels as channels
 from .lowrank_sparse import low_rank_sparse as low_rank_sparse
@@ -54,6 +57,3 @@ from .tokens import output_metric as output_metric
 from .tokens import token_energies as token_energies
 from .tokens import token_error as token_error
 from .tokens import token_weights as token_weights
-from .two_sided import DAMP as DAMP
-from .two_sided import output_root as output_root
-from .two_sided import unrooted as unrooted

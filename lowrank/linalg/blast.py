@@ -17,8 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gram import safe_root
-from .precision import full_precision
+from .gram import full_precision, safe_root
 from .svd import compute_dtype, factor
 
 SWEEPS = 300

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LowrankError
-from .precision import full_precision
+from .gram import full_precision
 
 RIDGE = 1e-6  # of the mean diagonal of a step's normal equations
 LIMIT = 30.0  # times the weight's length that all components may have: what cancels is lost

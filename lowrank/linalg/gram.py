@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .precision import full_precision
-
 
 def gram_sum(rows: Tensor) -> Tensor:
     """Σ x xᵀ over the rows of (tokens, in): product in fp32 (fp64 stays), returned in float64.
@@ -51,3 +49,40 @@ def safe_root(normal: Tensor, shift: Tensor | float = 0.0) -> Tensor:
     ridge = ridge.clamp(min=torch.finfo(normal.dtype).tiny ** 0.5) + shift
     root: Tensor = torch.linalg.cholesky(normal + torch.diag_embed(ridge.expand_as(side)))
     return root
+
+
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """A `with` block in which autocast is off on the device of `tensor`."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+DAMP = 0.1
+FLOOR = 1e-11  # of the trace: above what rounding does to a singular G
+TINY = 1e-30  # of a G that is zero
+
+
+def output_root(out_gram: Tensor, damp: float = DAMP) -> Tensor:
+    """S (out, out) float64, upper triangular, with SᵀS = G + damp · mean(diag G) · I.
+
+    Cholesky's factor, for outputs are many and an eigendecomposition costs far more products; S V
+    has the singular values that G^½ V has.
+
+    Args:
+        out_gram: G = E[g gᵀ] (out, out), symmetric positive semi-definite. The zero matrix, and
+            one that is undamped and singular, are floored: S is always invertible.
+        damp: relative to the mean of the diagonal.
+    """
+    with full_precision(out_gram):
+        exact = out_gram.double()
+        size = float(exact.diagonal().mean())
+        least = size * len(exact) * FLOOR or TINY
+        eye = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
+        root: Tensor = torch.linalg.cholesky(exact + max(damp * size, least) * eye)
+        return root.T
+
+
+def unrooted(root: Tensor, up: Tensor) -> Tensor:
+    """S⁻¹ up (out, rank), by a triangular solve."""
+    with full_precision(root):
+        solved: Tensor = torch.linalg.solve_triangular(root.to(up), up, upper=True)
+        return solved

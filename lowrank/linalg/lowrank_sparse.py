@@ -19,8 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gram import safe_root
-from .precision import full_precision
+from .gram import full_precision, safe_root
 from .svd import balance, compute_dtype, output_basis
 
 ROUNDS = 5  # of channels and low rank in turn

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .admm import STEPS, alternate, on_support
-from .precision import full_precision
+from .gram import full_precision
 from .svd import balance, compute_dtype, output_basis
 
 ITERATIONS = 80

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .precision import full_precision
+from .gram import full_precision
 from .retract import core_svd, orthonormal
 from .svd import compute_dtype
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .precision import full_precision
+from .gram import full_precision
 
 BOUND = 2.0  # the largest |coefficient|; rounding errors of the pivots are multiplied by C
 

@@ -14,9 +14,8 @@ import math
 import torch
 from torch import Tensor
 
-from .precision import full_precision
+from .gram import full_precision, unrooted
 from .svd import compute_dtype, factor
-from .two_sided import unrooted
 
 RIDGE = 1e-4  # of the mean diagonal of H'
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .precision import full_precision
+from .gram import full_precision
 from .svd import compute_dtype
 
 

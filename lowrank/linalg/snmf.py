@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .precision import full_precision
+from .gram import full_precision
 from .svd import balance, compute_dtype, output_basis
 
 ITERATIONS = 100

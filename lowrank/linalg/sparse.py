@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from .admm import alternate, on_support
-from .gram import safe_root
-from .precision import full_precision
+from .gram import full_precision, safe_root
 from .svd import compute_dtype, output_basis
 
 Side = Literal["out", "in"]

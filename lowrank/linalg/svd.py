@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .precision import full_precision
+from .gram import full_precision
 
 FP64_UP_TO = 4096  # smaller side of W; above it fp32, with error sums in fp64
 RANDOMISED_FROM = 4096  # smaller side above which a rank below an eighth of it is sketched

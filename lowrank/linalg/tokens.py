@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .precision import full_precision
+from .gram import full_precision
 from .svd import balance, compute_dtype
 
 CHUNK = 8192  # rows that are cast at once

@@ -14,8 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from .gram import squared_error
-from .precision import full_precision
+from .gram import full_precision, squared_error
 from .svd import energies, factor, tails
 
 STOP = 1e-5  # of the error

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import linalg
 from ..errors import LowrankError
-from ..linalg.precision import full_precision
+from ..linalg.gram import full_precision
 from ..types import Curve, Method, Option, Site, Statistics
 from ..walk import layouts
 from .common import gram_of, low_rank_curve, low_rank_layer, out_gram_of, rank_of

@@ -7,7 +7,7 @@ it, all through these answers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -150,6 +150,17 @@ def is_factored(module: nn.Module) -> bool:
     """Whether a module is of a registered form: exactly, for a subclass may compute something
     else."""
     return type(module) in FACTORED.values()
+
+
+def notes_of(modules: Iterable[nn.Module | None]) -> list[str]:
+    """What each form has to say of all its layers; forms with one answer give it once."""
+    layers: dict[object, list[Form]] = {}
+    for module in modules:
+        if isinstance(module, Form):
+            answer: Any = type(module).note
+            layers.setdefault(answer.__func__, []).append(module)
+    notes = (type(of_one[0]).note(of_one) for of_one in layers.values())
+    return [note for note in notes if note]
 
 
 def remember_layout(module: nn.Module, layout: str) -> None:

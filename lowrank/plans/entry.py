@@ -10,7 +10,8 @@ from typing import Any
 
 from ..errors import LowrankError
 from ..nn import Form, form_of
-from ..types import Cost, Option, Size
+from ..types import Cost, Curve, Option, Site, Size
+from ..walk import layouts
 from .schema import COST, Checks, are_integers, checked, is_cost, is_integer, is_number, is_text
 
 COLUMNS = ("site", "shape", "method", "rank", "kept", "error", "reason")
@@ -55,6 +56,45 @@ class Entry:
     heads: int = 0
     group: str = ""
     repeats: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        site: Site,
+        option: Option | None = None,
+        curve: Curve | None = None,
+        *,
+        reason: str = "",
+        group: str = "",
+        repeats: int = 1,
+    ) -> Entry:
+        """A site's line.
+
+        Args:
+            option: None leaves the site dense.
+            curve: of the site or of its group; None where none was made.
+            reason, group, repeats: as they stand in the entry; without a reason, the site's.
+        """
+        option = option or Option("dense", None, "dense", site.cost, 0.0)
+        return cls(
+            sites=site.names,
+            shape=site.shape,
+            dense=site.cost,
+            method=option.method,
+            size=option.size,
+            storage=option.storage,
+            cost=option.cost,
+            error=option.error,
+            total=None if curve is None else curve.total,
+            norm="" if curve is None else curve.norm,
+            target=True,
+            rcond=None if curve is None else _rcond(curve),
+            reason=reason or site.reason,
+            kind=site.kind,
+            heads=layouts.head_count(site.modules),
+            group=group,
+            repeats=repeats,
+        )
 
     @property
     def name(self) -> str:
@@ -218,6 +258,13 @@ def break_even(
 
     ranks = range(1, min(shape) + 1)  # cost rises with the rank
     return 1 + bisect.bisect_left(ranks, True, key=lambda rank: not is_smaller(rank))
+
+
+def _rcond(curve: Curve) -> float | None:
+    if curve.spectrum is None or not len(curve.spectrum):
+        return None
+    most = float(curve.spectrum[0])
+    return float(curve.spectrum[-1]) / most if most > 0 else 0.0
 
 
 def _is_size(value: Any) -> bool:

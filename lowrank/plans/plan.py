@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import platform
+import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any, cast
+
+import torch
+from torch import nn
 
 from ..errors import LowrankError, listed
 from ..nn import form_of
 from ..tables import aligned, rich_table
-from ..types import UNITS, Cost, Size, Unit
+from ..types import UNITS, Cost, Site, Size, Unit
+from ..walk import layouts
+from ..walk.surgery import factored
 from . import shared_basis
 from .entry import Entry
 from .schema import COST, Checks, checked, is_cost, is_integer, is_number, is_text
 
 FORMAT = 1
+Work = list[tuple[Site, Entry]]
 
 
 @dataclass(frozen=True)
@@ -196,3 +207,68 @@ _SETTINGS: Checks = {
     "data": (lambda v: v is None or is_text(v), "text"),
     "recovery": (lambda v: v is None or isinstance(v, dict), "an object or null"),
 }
+
+
+def matched(sites: Sequence[Site], plan: Plan, model: nn.Module) -> Work:
+    """The sites that the plan factors.
+
+    Raises:
+        LowrankError: the plan was made for another model, or a site cannot be factored now.
+    """
+    if any(entry.group for entry in plan.entries):
+        shared_basis.consistent(plan.entries)
+    by_name = {name: site for site in sites for name in site.names}
+    for entry in plan.entries:
+        _check_same(entry, by_name, model)
+    unknown = sorted(by_name.keys() - {name for entry in plan.entries for name in entry.sites})
+    if unknown:
+        raise LowrankError(
+            f"the plan says nothing of {listed(unknown, 4)}: it was made for another model, or "
+            "entries were taken out (an entry of size null leaves a layer dense)"
+        )
+    work = [(by_name[entry.name], entry) for entry in plan.entries if entry.size is not None]
+    for site, _ in work:
+        if site.reason:
+            raise LowrankError(f"{site.title} cannot be factored: {site.reason}")
+        if not layouts.is_finite(site.module):
+            raise LowrankError(f"{site.title}: the weight holds NaN or Inf")
+    return work
+
+
+def _check_same(entry: Entry, by_name: Mapping[str, Site], model: nn.Module) -> None:
+    """Raises LowrankError unless the model has the layer that the entry was made for."""
+    site = by_name.get(entry.name)
+    if site is None and entry.name in factored(model):
+        raise LowrankError(f"{entry.title} is factored already: apply the plan to the dense model")
+    if site is None:
+        raise LowrankError(
+            f"the plan was made for another model: it names {entry.title}, the model has "
+            f"{listed(by_name, 4) or 'no linear layer'}"
+        )
+    if site.shape != entry.shape or set(site.names) != set(entry.sites):
+        raise LowrankError(
+            f"{entry.title}: the plan was made for another model: shape {entry.shape} under the "
+            f"names {_titles(entry.sites)}; here it is {site.shape} under {_titles(site.names)}"
+        )
+
+
+def _titles(names: Sequence[str]) -> str:
+    return listed(name or "(root)" for name in names)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that shape the numbers; those not loaded are left out."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("lowrank", "transformers"):
+        if package in sys.modules:
+            try:
+                found[package] = installed(package)
+            except PackageNotFoundError:  # run from a source tree that was never installed
+                found[package] = "source"
+    return found
+
+
+def version() -> str:
+    """Of this library. The package is asked by name: io lies below the public surface."""
+    package = importlib.import_module(__name__.partition(".")[0])
+    return str(getattr(package, "__version__", "unknown"))

@@ -7,9 +7,22 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import LowrankError, listed
+from ..types import Cost, Option, Site
 from .entry import Entry, check_rank
 
 Sharers = list[Entry]  # the owner of the basis first
+
+
+def parted(group: Sequence[Site], option: Option) -> list[Option]:
+    """An option of a group, told for each site: the owner, the first, bears what is shared."""
+    if option.dense:
+        return [replace(option, cost=site.cost) for site in group]
+    rows = sum(site.shape[0] for site in group)
+    costs = [_share(option.cost, site.shape[0], rows + group[0].shape[1]) for site in group[1:]]
+    rest = Cost(*(sum(cost.of(unit) for cost in costs) for unit in ("params", "bytes", "macs")))
+    own = option.cost
+    first = Cost(own.params - rest.params, own.bytes - rest.bytes, own.macs - rest.macs)
+    return [replace(option, cost=cost) for cost in (first, *costs)]
 
 
 def by_owner(entries: Sequence[Entry]) -> dict[str, Sharers]:
@@ -86,3 +99,7 @@ def consistent(entries: Sequence[Entry]) -> tuple[Entry, ...]:
                 members = group
         settled.update({each.name: each for each in members})
     return tuple(settled.get(entry.name, entry) for entry in entries)
+
+
+def _share(cost: Cost, part: int, whole: int) -> Cost:
+    return Cost(*(getattr(cost, unit) * part // whole for unit in ("params", "bytes", "macs")))

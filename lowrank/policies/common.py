@@ -1,15 +1,34 @@
-"""What policies share: reading curves, counting, and rounding ranks to aligned sizes."""
+"""What policies share: their registry, reading curves, counting, rounding to aligned sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from ..errors import LowrankError, listed
-from ..types import Allocation, Budget, Curve, Option, Unit
+from ..errors import LowrankError, listed, unknown
+from ..types import Allocation, Budget, Curve, Judging, Option, Policy, Unit
 
 Choice = dict[tuple[str, ...], Option]
+POLICIES: dict[str, Callable[[], Policy]] = {}  # filled at the door of this room
 LOSSLESS = 0.01  # the share of a site's budget that rounding may cost without being asked for
+
+
+def policy_of(given: str | Policy) -> Policy:
+    """The policy that a name stands for; a callable is returned as it is."""
+    if isinstance(given, str):
+        if given not in POLICIES:
+            raise unknown("policy", given, POLICIES)
+        return POLICIES[given]()
+    if not callable(given):
+        raise LowrankError(f"a policy is a name or a callable, got {type(given).__name__}")
+    return given
+
+
+def judges(given: str | Policy) -> bool:
+    """Whether a policy compares allocations by the model's predictions: a callable that does not
+    say so may."""
+    policy = policy_of(given)
+    return policy.judges if isinstance(policy, Judging) else True
 
 
 def disjoint(curves: Sequence[Curve]) -> dict[tuple[str, ...], Curve]:

@@ -22,19 +22,15 @@ from ..calibration.batches import Batch, Data, materialise
 from ..calibration.running import forward, quiet
 from ..errors import LowrankError
 from ..measure.eval import Reference
+from ..walk.layouts import keeps_moments
 from .training import split
 
 State = dict[str, tuple[Tensor, Tensor]]
-KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def batch_norms(model: nn.Module) -> dict[str, Any]:
     """Those that keep a running mean and variance, by name."""
-    return {
-        name: part
-        for name, part in model.named_modules()
-        if isinstance(part, KINDS) and part.running_mean is not None
-    }
+    return {name: part for name, part in model.named_modules() if keeps_moments(part)}
 
 
 def bn_recalibrate(

@@ -25,8 +25,9 @@ from ..nn import Form, LowRankLinear, pivot_layer
 from ..plans.entry import Entry
 from ..types import Site
 from ..walk import layouts
+from ..walk.layouts import keeps_moments
 from ..walk.surgery import module_at, put, twin
-from .batchnorm import batch_norms, bn_recalibrate
+from .batchnorm import bn_recalibrate
 from .blocks import distill, refit_block
 from .chain import Chain, Workbench
 from .copies import Pairs, factors_in, own_buffers, own_vectors
@@ -192,10 +193,10 @@ class _Job:
             put(self.student, site, pivot_layer(new))
 
     def _batchnorm(self) -> None:
-        norms = batch_norms(self.student) if self.recovery.batchnorm else {}
-        if not norms:
+        norms = [part for part in self.student.modules() if keeps_moments(part)]
+        if not norms or not self.recovery.batchnorm:
             return
-        own_buffers(norms.values(), ("running_mean", "running_var"), self.vectors)
+        own_buffers(norms, ("running_mean", "running_var"), self.vectors)
         data = self.bench.calibration.batches
         if self.most is not None:
             data = [self.bench.batches[number] for number in self.numbers[: self.fitted]]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..nn.geometry import CONVS, Geometry
 from ..types import Cost, Curve, Factored, Method, Option, Site, Size, Statistics
-from ..walk import layouts, patches
+from ..walk import layouts
 
 Matrix = NDArray[np.float64]
 Planted = Callable[[int, int, torch.Generator], tuple[Tensor, Size]]
@@ -156,7 +156,7 @@ def conv_case(
     rng = torch.Generator().manual_seed(23)
     inputs = torch.randn(6, channels, *[space] * len(kernel), generator=rng, dtype=torch.float64)
     inputs = inputs.to(device, dtype)
-    rows = torch.cat(list(patches.chunks(module, inputs.double())))
+    rows = torch.cat(list(layouts.chunks(module, inputs.double())))
     gradients = _normal(len(rows), len(weight), 21).to(device)
     stats = Statistics(
         count=len(rows),

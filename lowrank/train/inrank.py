@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import LowrankError
 from ..linalg import svd
-from ..linalg.precision import full_precision
+from ..linalg.gram import full_precision
 from ..nn import LowRankLinear
 from ..walk.sites import ALL_LINEAR, Patterns
 from .parts.factor_controller import FactorController

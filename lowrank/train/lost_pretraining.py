@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..errors import LowrankError, listed, unknown
 from ..io.declaration import attach, check_attachable, is_transformers
 from ..linalg import svd
-from ..linalg.precision import full_precision
+from ..linalg.gram import full_precision
 from ..nn import LowRankSparseLinear, low_rank_sparse_cost
 from ..nn.lowrank_sparse import Act
 from ..types import Site

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LowrankError
-from ..linalg.precision import full_precision
+from ..linalg.gram import full_precision
 
 
 class SMMF(torch.optim.Optimizer):

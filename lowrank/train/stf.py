@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import linalg
 from ..errors import LowrankError, unknown
-from ..linalg.precision import full_precision
+from ..linalg.gram import full_precision
 from ..linalg.sparse import spread
 from ..methods.dense_sparse import DENSITY
 from ..nn import DenseSparseLinear, remember_layout

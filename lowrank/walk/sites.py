@@ -11,14 +11,16 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import LowrankError, listed
+from ..nn.lowrank_embedding import table_options
 from ..types import Site
 from . import layouts
 from .surgery import modules_of
-from .ties import address, holders, tie_obstacle
 
 ALL_LINEAR = "all-linear"
 ALL = "all"
@@ -195,3 +197,97 @@ def _nothing(what: str, pattern: str, sites: Sequence[Site]) -> LowrankError:
         f"their last names: {listed(there) or 'none (the root is the layer)'}; "
         f"such as: {listed(full, 3) or '(root)'}"
     )
+
+
+def address(tensor: Tensor) -> tuple[object, ...]:
+    """Equal for parameters that are one object, or begin at the same place in memory."""
+    return (id(tensor),) if tensor.is_meta else (str(tensor.device), tensor.data_ptr())
+
+
+Holders = dict[tuple[object, ...], list[nn.Module]]
+
+
+def holders(model: nn.Module) -> Holders:
+    """Which modules hold each parameter, each module once."""
+    found: Holders = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.numel():
+                users = found.setdefault(address(parameter), [])
+                if not any(user is module for user in users):
+                    users.append(module)
+    return found
+
+
+def tie_obstacle(module: nn.Module, holders: Holders, names: Mapping[int, list[str]]) -> str:
+    """Why a layer whose weight or bias others hold cannot be factored; "" if it can."""
+    weight, bias = layouts.matrix(module), layouts.bias(module)
+    tied = holders[address(module.weight)]  # type: ignore[arg-type]  # not a view: meta has ids
+    pair = any(map(_is_table, tied))  # readers of a table keep the bias that they have
+    for user in tied:
+        where = f"{_first(names, user)} ({type(user).__name__})"
+        if layouts.kind(user) is None or id(user) not in names:
+            return f"its weight is tied to {where}"
+        if obstacle := layouts.obstacle(user):
+            return f"its weight is tied to {where}: {obstacle}"
+        if user is module:
+            continue
+        if _is_table(user) and _is_table(module) and _options(user) != _options(module):
+            return f"its weight is tied to {where}, which has other options"
+        other = layouts.matrix(user)
+        if (other.shape, other.stride()) != (weight.shape, weight.stride()):
+            return f"its weight is tied to {where}, which holds it in another shape or order"
+        if layouts.layout(user) != layouts.layout(module):
+            return f"its weight is tied to {where}, which stores it the other way round"
+        if not pair and layouts.bias(user) is not bias:
+            return f"its weight is tied to {where}, which has another bias"
+    others = holders.get(address(bias), []) if bias is not None and not pair else []
+    others = [user for user in others if user not in tied]
+    if others:
+        return f"its bias is tied to {_first(names, others[0])} ({type(others[0]).__name__})"
+    return ""
+
+
+def _is_table(module: nn.Module) -> bool:
+    return layouts.kind(module) == "embedding"
+
+
+def _options(table: nn.Module) -> tuple[object, ...]:
+    return type(table), table_options(table)
+
+
+def _first(names: Mapping[int, list[str]], module: nn.Module) -> str:
+    return names.get(id(module), ["a factored layer"])[0] or "(root)"
+
+
+def check_model(model: Any) -> None:
+    """Raises LowrankError for what is no module, has no numbers yet, or is quantized."""
+    if not isinstance(model, nn.Module):
+        raise LowrankError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise LowrankError(
+            f"{len(lazy)} parameters have no shape yet ({listed(lazy, 3)}): "
+            "run the model once on an example"
+        )
+    meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if meta:
+        raise LowrankError(
+            f"{len(meta)} parameters are on the meta device ({listed(meta, 3)}): "
+            "load the weights first, without offloading"
+        )
+    stored = getattr(getattr(model, "config", None), "quantization_config", None)
+    kind = _kind(stored)
+    if kind not in (None, "lowrank"):
+        raise LowrankError(
+            f"the model is quantized ({kind}): compress the model first and quantize the result"
+        )
+
+
+def _kind(stored: Any) -> str | None:
+    """The quant_method in a quantization_config of transformers; "unknown" if it names none."""
+    if stored is None:
+        return None
+    values = stored if isinstance(stored, dict) else vars(stored)
+    found = values.get("quant_method")
+    return str(getattr(found, "value", found) or "unknown")

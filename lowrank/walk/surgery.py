@@ -103,12 +103,20 @@ def put(model: nn.Module, site: Site, new: nn.Module) -> nn.Module:
 
 def adopt(new: nn.Module, dense: nn.Module) -> nn.Module:
     """Give a factored module the training flag and `requires_grad` of the layer it replaces."""
-    bias, trained = layouts.bias(dense), layouts.matrix(dense).requires_grad
+    bias, trained = layouts.bias(dense), _is_trained(dense)
     trained_bias = trained if bias is None else bias.requires_grad
     new.train(dense.training)
     for name, parameter in new.named_parameters():
         parameter.requires_grad_(trained_bias if name.endswith("bias") else trained)
     return new
+
+
+def _is_trained(layer: nn.Module) -> bool:
+    """Whether the weight is: of a factored layer any part of it, without multiplying it."""
+    if isinstance(layer, Form):
+        named = layer.named_parameters()
+        return any(p.requires_grad for name, p in named if not name.endswith("bias"))
+    return layouts.matrix(layer).requires_grad
 
 
 def in_copy(site: Site, model: nn.Module) -> Site:

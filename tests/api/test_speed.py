@@ -10,7 +10,7 @@ from torch import nn
 
 import lowrank
 from lowrank import LowrankError
-from lowrank.api import building
+from lowrank.api import applying
 from lowrank.nn import LowRankLinear
 from tests.zoo import calibration, mlp, unchanged
 
@@ -27,7 +27,7 @@ def test_a_layer_that_is_not_faster_stays_dense(monkeypatch: pytest.MonkeyPatch)
         assert [y.shape for y in one()] == [y.shape for y in other()]
         return 0.5 if example.shape[-1] == 40 else 0.99
 
-    monkeypatch.setattr(building, "paired_ratio", ratio)
+    monkeypatch.setattr(applying, "paired_ratio", ratio)
     model = mlp(24, 40, 16)
     dense = model[0]
     state = torch.get_rng_state()

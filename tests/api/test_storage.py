@@ -10,7 +10,7 @@ from torch import nn
 
 import lowrank
 from lowrank import LowrankError, Plan
-from lowrank.api import building
+from lowrank.api import applying
 from lowrank.measure.size import model_cost
 from lowrank.methods import SVD
 from lowrank.methods.common import pivoted_curve
@@ -159,7 +159,7 @@ def test_prefer_speed_times_the_pivoted_layer(monkeypatch: pytest.MonkeyPatch) -
         assert [y.shape for y in one()] == [y.shape for y in other()]
         return 0.5 if len(timed) == 1 else 0.99
 
-    monkeypatch.setattr(building, "paired_ratio", ratio)
+    monkeypatch.setattr(applying, "paired_ratio", ratio)
     model, report = lowrank.compress(net(), 0.7, data=X, prefer="speed", **PIVOTED)
     assert {type(layer) for layer in timed} == {PivotedLinear}
     assert [type(model[0]), type(model[2])] == [PivotedLinear, nn.Linear]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lowrank
 from lowrank import linalg
 from lowrank.calibration import fisher as fisher_module
-from lowrank.calibration.gradients import Gradients
+from lowrank.calibration.fisher import Gradients
 from lowrank.calibration.statistics import _Gather
 
 from .. import zoo

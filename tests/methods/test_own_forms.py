@@ -19,8 +19,7 @@ from lowrank.methods import (
     Whitened,
 )
 from lowrank.methods.common import pivoted_curve
-from lowrank.methods.refitting import refitted_form
-from lowrank.methods.resolved import own_form
+from lowrank.methods.resolved import own_form, refitted_form
 from lowrank.nn import (
     BlastLinear,
     DenseSparseLinear,

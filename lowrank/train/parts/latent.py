@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ...linalg.precision import full_precision
+from ...linalg.gram import full_precision
 from ...linalg.sparse import ROUNDS, pursuit, spread
 from ...linalg.svd import compute_dtype
 from ...nn import Form

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from ...linalg.precision import full_precision
+from ...linalg.gram import full_precision
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:

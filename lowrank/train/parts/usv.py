@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...errors import LowrankError
 from ...io.merging import densify
 from ...linalg import retract, svd
-from ...linalg.precision import full_precision
+from ...linalg.gram import full_precision
 from ...linalg.spectra import rank_for
 from ...nn import LowRankLinear, USVLinear, remember_layout
 from ...types import Site

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank.walk import layouts, patches
+from lowrank.walk import layouts
 from tests.nets import images, small_net
 
 MODES = ("zeros", "reflect", "replicate", "circular")
@@ -24,33 +24,33 @@ def test_the_matrix_on_patches_is_the_convolution(dims: int) -> None:
         kernel = (3, 3, 3)[:dims]
         conv = make(2, 4, kernel, stride, padding, dilation, bias=bias, padding_mode=mode).double()
         x = torch.randn(3, 2, *(8, 7, 6)[:dims], dtype=torch.float64)
-        rows = torch.cat(list(patches.chunks(conv, x)))
+        rows = torch.cat(list(layouts.chunks(conv, x)))
         want = conv(x)
         got = rows @ layouts.matrix(conv).T
         if bias:
             got = got + conv.bias
         where = f"{stride} {padding} {dilation} {mode}"
-        torch.testing.assert_close(got, patches.output_rows(conv, want), msg=where)
+        torch.testing.assert_close(got, layouts.output_rows(conv, want), msg=where)
 
 
 def test_chunks_are_bounded_and_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     conv, x = nn.Conv2d(3, 4, 3), torch.randn(7, 3, 6, 6)
-    whole = torch.cat(list(patches.chunks(conv, x)))
-    monkeypatch.setattr(patches, "ENTRIES", 2 * 27 * 36)
-    parts = list(patches.chunks(conv, x))
+    whole = torch.cat(list(layouts.chunks(conv, x)))
+    monkeypatch.setattr(layouts, "ENTRIES", 2 * 27 * 36)
+    parts = list(layouts.chunks(conv, x))
     assert [len(part) for part in parts] == [32, 32, 32, 16]
     assert torch.equal(torch.cat(parts), whole)
-    assert torch.equal(torch.cat(list(patches.chunks(conv, x[0]))), whole[:16])  # no batch axis
-    assert list(patches.chunks(conv, x[:0])) == []
+    assert torch.equal(torch.cat(list(layouts.chunks(conv, x[0]))), whole[:16])  # no batch axis
+    assert list(layouts.chunks(conv, x[:0])) == []
 
 
 def test_what_a_layer_can_read() -> None:
     conv = nn.Conv2d(3, 4, 3)
-    assert patches.fits(conv, torch.zeros(2, 3, 5, 5))
-    assert patches.fits(conv, torch.zeros(3, 5, 5))
-    assert not patches.fits(conv, torch.zeros(2, 4, 5, 5))
-    assert not patches.fits(conv, torch.zeros(2, 3, 5))
-    assert patches.fits(nn.Linear(3, 4), torch.zeros(2, 5, 3))
+    assert layouts.fits(conv, torch.zeros(2, 3, 5, 5))
+    assert layouts.fits(conv, torch.zeros(3, 5, 5))
+    assert not layouts.fits(conv, torch.zeros(2, 4, 5, 5))
+    assert not layouts.fits(conv, torch.zeros(2, 3, 5))
+    assert layouts.fits(nn.Linear(3, 4), torch.zeros(2, 5, 3))
 
 
 def test_statistics_are_those_of_the_patches() -> None:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from lowrank.plans import versions
+from lowrank.plans import plan
 
 
 def test_versions_of_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,11 +19,11 @@ def test_versions_of_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
             raise PackageNotFoundError
         return f"{package} 1"
 
-    monkeypatch.setattr(versions, "installed", version)
+    monkeypatch.setattr(plan, "installed", version)
     monkeypatch.setitem(sys.modules, "transformers", torch)  # whatever it is
-    assert versions.versions() == {
+    assert plan.versions() == {
         "python": platform.python_version(), "torch": torch.__version__,
         "lowrank": "source", "transformers": "transformers 1",
     }  # fmt: skip
     monkeypatch.delitem(sys.modules, "transformers")
-    assert "transformers" not in versions.versions()  # it is not imported to find out
+    assert "transformers" not in plan.versions()  # it is not imported to find out
