@@ -19,7 +19,7 @@ from machine import keep
 from torch import Tensor
 
 import lowrank
-from lowrank.calibration import self_written as selfwritten
+from lowrank.calibration import self_written
 from lowrank.calibration.batches import text_rows
 from lowrank.demo import LENGTH, TinyLM, held_out_rows, judge, tiny_lm
 
@@ -69,20 +69,20 @@ def kinds(tiny: TinyLM) -> Iterator[tuple[str, int, float, Tensor]]:
                 *written(tiny, share, ROWS, LENGTH, seed),
             )
     for seed in SEEDS:
-        short = written(tiny, selfwritten.FROM_START, 4 * ROWS, LENGTH // 4, seed)
+        short = written(tiny, self_written.FROM_START, 4 * ROWS, LENGTH // 4, seed)
         yield f"rows of {LENGTH // 4} tokens", seed, *short
     for seed in SEEDS:
-        default = written(tiny, selfwritten.FROM_START, selfwritten.COUNT, LENGTH, seed)
-        yield f"{selfwritten.COUNT} rows, the default", seed, *default
+        default = written(tiny, self_written.FROM_START, self_written.COUNT, LENGTH, seed)
+        yield f"{self_written.COUNT} rows, the default", seed, *default
 
 
 def written(tiny: TinyLM, share: float, rows: int, length: int, seed: int) -> tuple[float, Tensor]:
-    usual, started = selfwritten.FROM_START, time.perf_counter()
-    selfwritten.FROM_START = share
+    usual, started = self_written.FROM_START, time.perf_counter()
+    self_written.FROM_START = share
     try:
-        tokens = selfwritten.write(tiny.model, rows=rows, length=length, seed=seed)
+        tokens = self_written.write(tiny.model, rows=rows, length=length, seed=seed)
     finally:
-        selfwritten.FROM_START = usual
+        self_written.FROM_START = usual
     return time.perf_counter() - started, tokens
 
 

@@ -24,7 +24,7 @@ from .io import from_pretrained as from_pretrained
 from .io import load as load
 from .io import save as save
 from .io import to_dense as to_dense
-from .io.register import install as _install
+from .io.registration import install as _install
 from .measure.bench import Benchmark as Benchmark
 from .measure.bench import benchmark as benchmark
 from .measure.eval import kl as kl

@@ -73,7 +73,7 @@ def tiny_lm(dtype: torch.dtype = torch.float32) -> TinyLM:
     return TinyLM(model, tokenizer, held_out, calibration)
 
 
-def run(out: Path | None = None) -> int:
+def run_demo(out: Path | None = None) -> int:
     """Compress the embedded model, print the table, save, reload elsewhere, compare.
 
     Args:
@@ -105,7 +105,7 @@ def _table(dense: TinyLM, console: Any) -> tuple[nn.Module, Report]:
     """Compress, judge and print one row a model; returns what is to be saved."""
     from rich.table import Table
 
-    seen = calibrate(
+    calibration = calibrate(
         dense.model, dense.calibration, tokenizer=dense.tokenizer, length=LENGTH, progress=False
     )
     models: dict[tuple[str, float], nn.Module] = {("dense", 1.0): dense.model}
@@ -113,7 +113,7 @@ def _table(dense: TinyLM, console: Any) -> tuple[nn.Module, Report]:
     for ratio in RATIOS:
         for method in METHODS:
             models[method, ratio], reports[method, ratio] = compress(
-                dense.model, ratio, method=method, data=seen, copy=True, progress=False
+                dense.model, ratio, method=method, data=calibration, copy=True, progress=False
             )
     rows = held_out_rows(dense)
     judged = judge(list(models.values()), rows, progress=console.is_terminal)
@@ -128,10 +128,10 @@ def _table(dense: TinyLM, console: Any) -> tuple[nn.Module, Report]:
     for column in ("method", "ratio", "parameters", "bytes", "perplexity", "KL", "ms"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for ((method, ratio), model), (ppl, away) in zip(models.items(), judged, strict=True):
-        found = benchmark(model, torch.stack(rows[:2])[:, :-1])
+        measured = benchmark(model, torch.stack(rows[:2])[:, :-1])
         table.add_row(
-            method, f"{ratio:.1f}", f"{found.params:,}", f"{found.bytes:,}", f"{ppl:,.2f}",
-            f"{away:.3f}", f"{found.latency_ms:.1f}",
+            method, f"{ratio:.1f}", f"{measured.params:,}", f"{measured.bytes:,}", f"{ppl:,.2f}",
+            f"{away:.3f}", f"{measured.latency_ms:.1f}",
         )  # fmt: skip
     console.print(table)
     return models["whitened", 0.6], reports["whitened", 0.6]

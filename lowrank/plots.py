@@ -12,7 +12,7 @@ from typing import Any
 
 from .diagnose import Inspected, Inspection, Sensitivity
 from .errors import LowrankError
-from .page.grid import grid
+from .page.grid import grid_of
 from .plans.plan import Plan
 from .plans.report import Report
 
@@ -42,7 +42,7 @@ def spectra(inspection: Inspection) -> Any:
     sites = [s for s in inspection.sites if (s.output if inspection.tokens else s.weight)]
     if not sites:
         raise LowrankError("there is no spectrum to draw: no layer was decomposed")
-    places = grid([site.name for site in sites])
+    places = grid_of([site.name for site in sites])
     kinds: list[tuple[str, list[tuple[Inspected, int]]]] = [(name, []) for name in places.rows]
     for site, (row, column) in zip(sites, places.cells, strict=True):
         kinds[row][1].append((site, column))
@@ -77,7 +77,7 @@ def rank_map(plan: Plan) -> Any:
     """Depth × kind: the rank of every layer, coloured by the share of its parameters kept."""
     if not plan.entries:
         raise LowrankError("there is nothing to draw: the plan has no entry")
-    places = grid([entry.name for entry in plan.entries])
+    places = grid_of([entry.name for entry in plan.entries])
     wide, high = len(places.columns), len(places.rows)
     name_width = max(map(len, places.rows)) * 0.085
     figure = _figure(max(0.42 * wide, 4.0) + name_width + 1.8, max(0.34 * high, 1.0) + 1.5)
@@ -121,15 +121,15 @@ def errors(report: Report) -> Any:
     )  # fmt: skip
 
 
-def sensitivity(found: Sensitivity) -> Any:
+def sensitivity(measured: Sensitivity) -> Any:
     """KL per layer when it alone is reduced, one marker for every ratio."""
     series = {
         f"keeps {ratio:g}": [value if value > 0 else math.nan for value in column]
-        for ratio, column in zip(found.ratios, found.kl.T.tolist(), strict=True)
+        for ratio, column in zip(measured.ratios, measured.kl.T.tolist(), strict=True)
     }
     return _dots(
-        [name or "(root)" for name in found.sites], series,
-        title=f"Sensitivity: one layer alone reduced by {found.method}",
+        [name or "(root)" for name in measured.sites], series,
+        title=f"Sensitivity: one layer alone reduced by {measured.method}",
         xlabel="KL to the dense model, nats per position", log=True,
     )  # fmt: skip
 
@@ -217,11 +217,11 @@ def pareto(
 
 def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     """The points that no other one beats in both numbers, by rising first number."""
-    found: list[tuple[float, float]] = []
+    front: list[tuple[float, float]] = []
     for size, loss in sorted(points):
-        if not found or loss < found[-1][1]:
-            found.append((size, loss))
-    return found
+        if not front or loss < front[-1][1]:
+            front.append((size, loss))
+    return front
 
 
 def _dots(names: Sequence[str], series: Series, *, title: str, xlabel: str, log: bool) -> Any:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 
 from lowrank import Plan, Report
-from lowrank.diagnose import Inspected, Inspection, Sensitivity, Spectrum
+from lowrank.diagnose import Inspected, Inspection, LayerSpectrum, Sensitivity
 from lowrank.plans.entry import Entry, break_even
 from lowrank.plans.report import Measured
 from lowrank.types import Cost
@@ -55,7 +55,9 @@ def made(layers: int = 100, *, names: list[str] | None = None) -> SimpleNamespac
     report = Report(plan, sites, plan.kept(), plan.kept_of_model(), whole.params, after.params,
                     whole.bytes, after.bytes, 12.3, 22171, 0, {"torch": "2"})  # fmt: skip
     looked = tuple(
-        Inspected(name, shape, shape[0] * shape[1], Spectrum(energy), Spectrum(energy**1.3))
+        Inspected(
+            name, shape, shape[0] * shape[1], LayerSpectrum(energy), LayerSpectrum(energy**1.3)
+        )
         for (name, shape), share in zip(named, shares, strict=True)
         for energy in [torch.arange(1, min(shape) + 1).double() ** (-1 - share)]
     )

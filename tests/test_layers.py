@@ -211,7 +211,7 @@ def test_imports_point_one_way() -> None:
 
 def test_importing_the_library_loads_nothing_heavy() -> None:
     files = sources()
-    assert {"", "api", "linalg.svd", "io.register"} <= loaded_with("", files)
+    assert {"", "api", "linalg.svd", "io.registration"} <= loaded_with("", files)
     assert heavy(files) == []
 
 

@@ -62,13 +62,13 @@ def allocate(
         return probe({**dense, **pinned, **allocation})
 
     judge = None if probe is None else beside_pinned
-    found = policy_of(request.policy or "uniform")(free, budget, judge)
-    forgotten = [site.title for site in sites if site.names not in found]
+    chosen = policy_of(request.policy or "uniform")(free, budget, judge)
+    forgotten = [site.title for site in sites if site.names not in chosen]
     if forgotten:
         raise LowrankError(f"the policy chose no option for {listed(forgotten)}")
     if request.align is None:
-        found = nearly_free_alignment(free, found, request.unit)
-    return {**found, **pinned}
+        chosen = nearly_free_alignment(free, chosen, request.unit)
+    return {**chosen, **pinned}
 
 
 def why_dense(option: Option, site: Site, curve: Curve, request: Request) -> str:
@@ -153,7 +153,7 @@ def probe_of(
 
 def _pinned(request: Request, sites: Sequence[Site], curves: Curves) -> Choice:
     """The options that `rank_pattern` fixes; above break-even is an error here."""
-    found: Choice = {}
+    options: Choice = {}
     patterns = request.rank_pattern or {}
     for site in sites:
         key = pattern_value(patterns, site.names)
@@ -171,8 +171,8 @@ def _pinned(request: Request, sites: Sequence[Site], curves: Curves) -> Choice:
                 f"rank_pattern {key!r}: keeping {value} of the energy of {site.title} takes {takes}"
                 " which is not smaller than the dense layer"
             )
-        found[site.names] = option
-    return found
+        options[site.names] = option
+    return options
 
 
 def _check_one_rank(patterns: Mapping[str, int | float], site: Site) -> None:
@@ -196,13 +196,13 @@ def _fixed(
     """An integer is a rank for all; a float is the share of its energy that every site keeps."""
     if isinstance(rank, float):
         return dict(Energy(share=rank)(curves, Budget(0))) if curves else {}
-    found = {}
+    options = {}
     for site, curve in zip(sites, curves, strict=True):
         # A rank that the curve lacks carries nothing more than the one below it.
         option = at_most(curve, rank)
         smaller = option is not None and rank < break_even(site.shape, *request.stored(site))
-        found[site.names] = option if option is not None and smaller else curve.dense
-    return found
+        options[site.names] = option if option is not None and smaller else curve.dense
+    return options
 
 
 def _budget(request: Request, total: int, rest: int, free: Sequence[Curve]) -> Budget:

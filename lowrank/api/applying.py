@@ -68,7 +68,9 @@ def carry_out(
     work = matched(sites, plan, model)
     before = model_cost(model, [])
     bar = tqdm(together(work), "factor", delay=2, disable=not progress, leave=False)
-    built = [item for group in bar for item in build(group, plan, calibration, resolved, curves)]
+    built = [
+        item for group in bar for item in factor_group(group, plan, calibration, resolved, curves)
+    ]
     recovered = _recovered(plan, built, resolved, bench, progress)
     if recovered is not None:
         built = [item._replace(new=recovered.modules.get(item.site.name)) for item in built]
@@ -97,7 +99,7 @@ def together(work: Work) -> list[Work]:
     ]
 
 
-def build(
+def factor_group(
     work: Work,
     plan: Plan,
     calibration: Calibration | None,

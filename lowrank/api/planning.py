@@ -26,7 +26,7 @@ from ..walk import layouts
 from ..walk.sites import pattern_value
 from .allocating import Curves, allocate, probe_of, why_dense
 from .grouping import Group, groups_of
-from .repeats import counted, often, repeats
+from .repeated import counted, often, repeat_counts
 from .request import Request
 
 
@@ -195,12 +195,12 @@ def _curve(
     names = [name for site in group for name in site.names]
     pinned = pattern_value(request.rank_pattern or {}, names) is not None
     ranked = pinned or request.ratio is None
-    used = resolved.joint or resolved.method
+    method = resolved.joint or resolved.method
     # Another object does not say what its curves depend on.
-    if calibration is None or not remember or not is_dataclass(used):
+    if calibration is None or not remember or not is_dataclass(method):
         return resolved.curve(group, calibration, ranked=ranked)
     stats = statistics_of(group[0], calibration)
-    digest = hashlib.sha256(f"{type(used)} {used!r} {resolved.storage} {ranked}".encode())
+    digest = hashlib.sha256(f"{type(method)} {method!r} {resolved.storage} {ranked}".encode())
     for site in group:
         add_tensor(digest, repr(site.names), layouts.matrix(site.module))
     key = digest.hexdigest()
@@ -215,7 +215,7 @@ def _with_repeats(
     parts: Decomposed, sites: Sequence[Site], calibration: Calibration | None
 ) -> Decomposed:
     """Where products are the budget: costs count every position that a layer works at."""
-    times = repeats(sites, calibration)
+    times = repeat_counts(sites, calibration)
 
     def priced(curves: Curves) -> Curves:
         return {name: often(curve, times.get(name, 1)) for name, curve in curves.items()}
@@ -262,7 +262,7 @@ def _entries(
     made = {}
     for group, stack in zip(parts.groups, parts.stacks(), strict=True):
         option, curve = chosen[stack.names], curves[stack.name]
-        options = [option] if len(group) == 1 else shared_basis.parted(group, option)
+        options = [option] if len(group) == 1 else shared_basis.member_options(group, option)
         shared = "" if len(group) == 1 or option.dense else stack.name
         reason = why_dense(option, stack, curve, request)
         for site, part in zip(group, options, strict=True):

@@ -79,11 +79,11 @@ class Sweep:
 
     def front(self) -> tuple[Point, ...]:
         """The points that no other one beats in both size and KL; all where none was judged."""
-        found: list[Point] = []
+        front: list[Point] = []
         for point in sorted(self.points, key=lambda p: (p.report.bytes_after, p.kl or 0.0)):
-            if point.kl is None or not found or point.kl < (found[-1].kl or 0.0):
-                found.append(point)
-        return tuple(found)
+            if point.kl is None or not front or point.kl < (front[-1].kl or 0.0):
+                front.append(point)
+        return tuple(front)
 
     def triples(self) -> list[tuple[str, float, float]]:
         """(method, share kept, KL), as `lowrank.plots.pareto` draws them."""
@@ -258,7 +258,7 @@ def _judge(model: nn.Module, calibration: Calibration | None, asked: Sweeping) -
         return None
     if calibration.source and not calibration.held_out:  # more of what the model writes
         rows = max(self_written.COUNT // 8, 1)
-        written = self_written.batches(
+        written = self_written.written_batches(
             model, rows=rows, seed=asked.seed + 2, progress=asked.progress
         )
         return Reference(model, written)
@@ -268,8 +268,10 @@ def _judge(model: nn.Module, calibration: Calibration | None, asked: Sweeping) -
 def _judged_rows(judge: Reference | None, calibration: Calibration | None) -> tuple[int, bool]:
     """How many rows the KL is taken on, and whether the statistics come from them."""
     rows = 0 if judge is None else sum(map(_rows, judge.batches))
-    seen = judge is not None and calibration is not None and judge.batches is calibration.batches
-    return rows, seen
+    judged_on_seen = (
+        judge is not None and calibration is not None and judge.batches is calibration.batches
+    )
+    return rows, judged_on_seen
 
 
 def _rows(batch: Batch) -> int:

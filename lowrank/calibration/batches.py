@@ -81,16 +81,16 @@ def rebatched(batches: Sequence[Batch], rows: int = ROWS) -> list[Batch]:
 
     So does one of vectors alone: it may be a single input without an axis of rows.
     """
-    found: list[Batch] = []
+    batched: list[Batch] = []
     for batch in batches:
         parts = {"": batch} if isinstance(batch, Tensor) else batch
         lengths = {len(v) for v in parts.values() if isinstance(v, Tensor) and v.ndim}
         plain = _is_rows(parts) and len(lengths) == 1
         for start in range(0, lengths.pop(), rows) if plain else ():
             cut = {key: value[start : start + rows] for key, value in parts.items()}
-            found.append(cut[""] if isinstance(batch, Tensor) else cut)
-        found += [] if plain else [batch]
-    return found
+            batched.append(cut[""] if isinstance(batch, Tensor) else cut)
+        batched += [] if plain else [batch]
+    return batched
 
 
 def parted(

@@ -18,24 +18,24 @@ from .batches import Batch
 
 def model_print(model: nn.Module) -> str:
     """Digest of every tensor that a checkpoint would hold, with names, shapes and dtypes."""
-    found = hashlib.sha256(type(model).__qualname__.encode())
+    digest = hashlib.sha256(type(model).__qualname__.encode())
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, Tensor):
-            add_tensor(found, name, tensor)
-    return found.hexdigest()
+            add_tensor(digest, name, tensor)
+    return digest.hexdigest()
 
 
 def data_print(batches: Iterable[Batch]) -> str:
     """Digest of batches."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for index, batch in enumerate(batches):
         items: Mapping[str, Any] = batch if isinstance(batch, Mapping) else {"": batch}
         for name, value in sorted(items.items()):
             if isinstance(value, Tensor):
-                add_tensor(found, f"{index} {name}", value)
+                add_tensor(digest, f"{index} {name}", value)
             else:
-                found.update(f"{index} {name} {value!r}".encode())
-    return found.hexdigest()
+                digest.update(f"{index} {name} {value!r}".encode())
+    return digest.hexdigest()
 
 
 def write_whole(path: Path, about: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
@@ -59,9 +59,9 @@ def check_place(path: Path) -> None:
         raise LowrankError(f"the cache {path} cannot be written: there is no folder {path.parent}")
 
 
-def add_tensor(found: Any, name: str, tensor: Tensor) -> None:
+def add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
     """Name, shape, dtype and bytes of a tensor, into a digest of hashlib."""
-    found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+    digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
     flat = tensor.detach().cpu().contiguous().flatten()
     if flat.numel():
-        found.update(flat.view(torch.uint8).numpy().data)
+        digest.update(flat.view(torch.uint8).numpy().data)

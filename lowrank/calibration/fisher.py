@@ -34,7 +34,7 @@ POSITIONS = 1024  # whose labels are drawn at once
 
 def with_fisher(
     model: nn.Module,
-    seen: Calibration,
+    calibration: Calibration,
     sites: Sequence[Site] | None = None,
     *,
     seed: int = 0,
@@ -54,31 +54,31 @@ def with_fisher(
         LowrankError: as `fisher`.
     """
     chosen = select_sites(find_sites(model), model) if sites is None else sites
-    had = seen.statistics
+    had = calibration.statistics
     wanted = [
         site
         for site in chosen
         if not site.reason and site.kind in ("linear", "conv") and site.name in had
         if had[site.name].count and had[site.name].out_gram is None
     ]
-    found = fisher(model, seen.batches, wanted, seed=seed, progress=progress) if wanted else {}
-    if not found:
-        return seen
+    if not wanted:
+        return calibration
+    fishers = gradient_moments(model, calibration.batches, wanted, seed=seed, progress=progress)
     added = {
         name: replace(had[name], out_gram=gram, row_fisher=rows)
-        for name, (gram, rows) in found.items()
+        for name, (gram, rows) in fishers.items()
     }
-    return replace(seen, statistics={**had, **added})
+    return replace(calibration, statistics={**had, **added})
 
 
-def fisher(
+def gradient_moments(
     model: nn.Module,
     batches: list[Batch] | Forward,
     sites: Sequence[Site],
     *,
     seed: int = 0,
     progress: bool = False,
-) -> Found:
+) -> Moments:
     """G = E[g gᵀ] (out, out) and the rows' Fisher (out,), both float64, by names of linear sites.
 
     g is the gradient, at one token's output, of the cross entropies *summed* over all predictions;
@@ -126,7 +126,7 @@ def fisher(
                 f"no gradient leads from a prediction to any of {len(sites)} layers: does the "
                 "model run under no_grad, or did the data not reach them?"
             )
-        return gather.found()
+        return gather.result()
 
 
 def _predictions(output: object) -> Tensor:
@@ -173,8 +173,8 @@ def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
     for rows in logits.split(POSITIONS):
         reached = rows.double().softmax(-1).cumsum(-1)
         chance = torch.rand(len(rows), 1, generator=generator, dtype=torch.float64)
-        found = torch.searchsorted(reached, chance.to(rows.device) * reached[:, -1:], right=True)
-        labels.append(found[:, 0].clamp(max=rows.shape[-1] - 1))
+        drawn = torch.searchsorted(reached, chance.to(rows.device) * reached[:, -1:], right=True)
+        labels.append(drawn[:, 0].clamp(max=rows.shape[-1] - 1))
     return torch.cat(labels)
 
 
@@ -200,7 +200,7 @@ def _plain(batch: Batch) -> Batch:
 
 ENTRIES = 2**24  # of the weight gradients held at once
 
-Found = dict[str, tuple[Tensor, Tensor]]  # by site: E[g gᵀ] (out, out), the rows' Fisher (out,)
+Moments = dict[str, tuple[Tensor, Tensor]]  # by site: E[g gᵀ] (out, out), the rows' Fisher (out,)
 
 
 class Gradients:
@@ -223,7 +223,7 @@ class Gradients:
         for sums in self._sums.values():
             sums.fold(self.sequences)  # calls that got no gradient leave others waiting
 
-    def found(self) -> Found:
+    def result(self) -> Moments:
         called = {name: sums for name, sums in self._sums.items() if sums.count}
         # A convolution's positions add up to what a token of a linear layer, or a sample, does.
         tokens = max((s.count for s in called.values() if s.site.kind == "linear"), default=0)

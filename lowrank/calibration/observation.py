@@ -105,10 +105,10 @@ class _Reads:
         self._calls.setdefault(name, []).append(read)
 
     def groups(self) -> tuple[tuple[str, ...], ...]:
-        found: dict[tuple[object, ...], list[str]] = {}
+        readers: dict[tuple[object, ...], list[str]] = {}
         for name, reads in self._calls.items():
-            found.setdefault((*reads, self._how[name]), []).append(name)
-        return tuple(tuple(names) for names in found.values())
+            readers.setdefault((*reads, self._how[name]), []).append(name)
+        return tuple(tuple(names) for names in readers.values())
 
 
 class _Chain:
@@ -174,8 +174,8 @@ class Frequencies:
         counts = self._counts[name]
         if not counts.numel():
             return Statistics()
-        seen = Statistics(count=int(counts.sum()), freq=counts)
-        return seen if head is None else replace(seen, gram=head.gram, mean=head.mean)
+        statistics = Statistics(count=int(counts.sum()), freq=counts)
+        return statistics if head is None else replace(statistics, gram=head.gram, mean=head.mean)
 
     def _hook(self, site: Site) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -61,14 +61,14 @@ def logits_of(output: Any) -> Tensor:
     Raises:
         LowrankError: there are none.
     """
-    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if isinstance(output, Mapping):
-        found = output.get("logits")
-    elif found is None and isinstance(output, tuple):
-        found = next(iter(output), None)
-    if not isinstance(found, Tensor):
+        logits = output.get("logits")
+    elif logits is None and isinstance(output, tuple):
+        logits = next(iter(output), None)
+    if not isinstance(logits, Tensor):
         raise LowrankError(f"expected logits, the model returned {type(output).__name__}")
-    return found
+    return logits
 
 
 def mask_of(batch: Batch) -> Tensor | None:

@@ -33,12 +33,12 @@ def writes(model: nn.Module) -> bool:
 
 
 def described(model: nn.Module, *, length: int = LENGTH, seed: int = 0) -> str:
-    """What `batches` gives, in a few words: equal words and an equal model, equal tokens."""
+    """What `written_batches` gives, in words that are equal where model and tokens are."""
     words = f"{COUNT} rows of {_fitting(model, length)} tokens"
     return f"{words} that the model wrote itself, seed {seed}"
 
 
-def batches(
+def written_batches(
     model: nn.Module,
     *,
     length: int = LENGTH,
@@ -147,8 +147,8 @@ def _drawn(logits: Tensor, chances: Tensor) -> Tensor:
     if not bool(torch.isfinite(whole).all()):
         raise LowrankError("the model's logits are NaN: pass data=None to work without data")
     # `right`: a word of no probability leaves the sum as it is, and is never the first above.
-    found = torch.searchsorted(sums, chances[:, None].to(sums.device) * whole, right=True)
-    return found[:, 0].clamp(max=logits.shape[-1] - 1).cpu()
+    drawn = torch.searchsorted(sums, chances[:, None].to(sums.device) * whole, right=True)
+    return drawn[:, 0].clamp(max=logits.shape[-1] - 1).cpu()
 
 
 def _remembers(model: nn.Module) -> bool:

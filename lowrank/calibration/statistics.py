@@ -14,7 +14,7 @@ from ..linalg import gram_sum
 from ..types import Curve, Site, Statistics
 from ..walk import layouts
 from ..walk.sites import check_model, find_sites, tied_heads
-from . import self_written as selfwritten
+from . import self_written
 from .batches import LENGTH, Batch, Data, Forward, materialise, parted, rebatched
 from .observation import Frequencies, Observation, observe
 from .running import SameTensor, first_tensor, forward, mask_of, quiet
@@ -189,8 +189,8 @@ def _batches(
     """The data, ready to be run, and where it came from if the model wrote it."""
     if not (isinstance(data, str) and data == SELF):
         return materialise(data, tokenizer, length=length), ""
-    written = selfwritten.batches(model, length=length, seed=seed, progress=progress)
-    return written, selfwritten.described(model, length=length, seed=seed)
+    written = self_written.written_batches(model, length=length, seed=seed, progress=progress)
+    return written, self_written.described(model, length=length, seed=seed)
 
 
 class _Gather:
@@ -242,11 +242,11 @@ class _Gather:
             self.parted.update(n for n, calls in sums.calls.items() if calls != sums.owner_calls)
 
     def statistics(self) -> dict[str, Statistics]:
-        found: dict[str, Statistics] = {}
+        statistics: dict[str, Statistics] = {}
         for sums, group in zip(self._sums, self._groups, strict=True):
             shared = sums.finish()
-            found.update({site.name: shared for site in group})
-        return found
+            statistics.update({site.name: shared for site in group})
+        return statistics
 
 
 class _Sums:

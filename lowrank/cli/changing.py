@@ -17,10 +17,10 @@ from ..tables import markdown
 from . import inputs, options
 from .console import hushed, on_terminal, say, say_reasons, show
 from .inputs import Force, Length, Out, Source
-from .options import options_of
+from .options import arguments_of
 
 
-@options_of(Request)
+@arguments_of(Request)
 def plan_command(
     path: Source,
     length: Length = None,
@@ -62,7 +62,7 @@ def plan_command(
         say(f"wrote {out}; to apply it: lowrank compress {path} --plan {out}{again} --out out")
 
 
-@options_of(Compression)
+@arguments_of(Compression)
 def compress_command(
     path: Source,
     out: Out,
@@ -149,7 +149,7 @@ def _calibration(
     rows, needing = inputs.row_length(model, length, option="--length"), options.needs_data(methods)
     if text is not None:
         inputs.check_reads_tokens(model, "--data")
-        return inputs.text_batches(text, path, rows)
+        return inputs.batches_of_text(text, path, rows)
     if not writes(model) and (needing or data is not None):
         why = f"{type(model).__name__} writes no calibration text of its own"
         raise LowrankError(f"{why}{needing and f', and {needing} needs one'}: add --data TEXT")

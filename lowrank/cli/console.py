@@ -42,16 +42,16 @@ def table_of(rows: Sequence[Mapping[str, str]]) -> Any:
     from rich import box
     from rich.table import Table
 
-    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     columns = [c for c in rows[0] if any(row[c] for row in rows)] if rows else []
     for column in columns:
         text = column in TEXTS  # only these may wrap
         least = None if text else max(len(column), *(len(row[column]) for row in rows))
         side: Literal["left", "right"] = "left" if text or column in NAMES else "right"
-        found.add_column(column, justify=side, min_width=least, no_wrap=not text)
+        table.add_column(column, justify=side, min_width=least, no_wrap=not text)
     for row in rows:
-        found.add_row(*(row[c] for c in columns))
-    return found
+        table.add_row(*(row[c] for c in columns))
+    return table
 
 
 def say_reasons(label: str, reasons: Iterable[tuple[str, str]]) -> None:

@@ -69,10 +69,10 @@ def load_tokenizer(path: str, why: str = "") -> Any:
     where = _located(path)
     try:
         with hushed():
-            found = AutoTokenizer.from_pretrained(where)
+            tokenizer = AutoTokenizer.from_pretrained(where)
         # Without its files transformers makes one up, of nothing but special tokens.
-        if len(found) > len(found.all_special_tokens) + 1:
-            return found
+        if len(tokenizer) > len(tokenizer.all_special_tokens) + 1:
+            return tokenizer
     except Exception as error:  # whatever the many readers behind it raise
         if why:
             raise LowrankError(f"{why} needs a tokenizer, and {path} holds none") from error
@@ -100,7 +100,7 @@ def read_text(path: Path) -> str:
     return text
 
 
-def text_batches(text: str, path: str, length: int) -> list[Batch]:
+def batches_of_text(text: str, path: str, length: int) -> list[Batch]:
     """Batches of token ids, of rows of `length`."""
     batches = materialise(text, load_tokenizer(path, "text"), length=length)
     assert isinstance(batches, list)

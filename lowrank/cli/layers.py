@@ -21,13 +21,13 @@ MEANINGS = {
 }
 
 
-def shown(found: Inspection) -> list[dict[str, str]]:
+def shown(inspection: Inspection) -> list[dict[str, str]]:
     """Rows of the columns that there is room for."""
     columns = [
         "site", "shape", "rank", "kept", "even", "eff", "eff σ", "stable", "90 %", "95 %", "99 %",
         "cond", "eff W", "ms",
     ]  # fmt: skip
-    rows = found.rows()
+    rows = inspection.rows()
     columns = [column for column in columns if any(row[column] for row in rows)]
     for spare in LEAST:
         width = sum(2 + max(len(column), *(len(row[column]) for row in rows)) for column in columns)
@@ -36,12 +36,12 @@ def shown(found: Inspection) -> list[dict[str, str]]:
     return [{column: row[column] for column in columns} for row in rows]
 
 
-def legend(found: Inspection) -> Iterator[str]:
+def legend(inspection: Inspection) -> Iterator[str]:
     """What the columns mean, one line each."""
-    of = "the outputs (W H^½)" if found.tokens else "the weight W"
-    there = next(iter(shown(found)), {})
+    of = "the outputs (W H^½)" if inspection.tokens else "the weight W"
+    there = next(iter(shown(inspection)), {})
     for column, meaning in MEANINGS.items():
         if column in there:
-            yield f"{column}: {meaning.format(of=of, timed=found.timed.partition(',')[0])}."
-    if not found.tokens:
+            yield f"{column}: {meaning.format(of=of, timed=inspection.timed.partition(',')[0])}."
+    if not inspection.tokens:
         yield "The energy of the outputs, which counts, is lower in rank: add --data TEXT."

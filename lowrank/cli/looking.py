@@ -17,7 +17,7 @@ from ..policies import POLICIES
 from . import inputs, layers, options
 from .console import on_terminal, say, say_reasons, show, table_of
 from .inputs import Length, Source
-from .options import options_of
+from .options import arguments_of
 
 Reference = Annotated[
     str | None,
@@ -62,15 +62,15 @@ def inspect_command(
     batches: Any = data  # none, or what the model writes
     if text is not None:
         inputs.check_reads_tokens(model, "--data")
-        batches = inputs.text_batches(text, path, rows)
-    found = inspect(model, batches, length=rows, progress=on_terminal())
+        batches = inputs.batches_of_text(text, path, rows)
+    inspection = inspect(model, batches, length=rows, progress=on_terminal())
     say(_headline(model))
-    show(table_of(layers.shown(found)))
-    for line in layers.legend(found):
+    show(table_of(layers.shown(inspection)))
+    for line in layers.legend(inspection):
         say(line)
-    say_reasons("left dense", ((site.title, site.reason) for site in found.sites))
+    say_reasons("left dense", ((site.title, site.reason) for site in inspection.sites))
     if json is not None:
-        json.write_text(found.to_json() + "\n", encoding="utf-8")
+        json.write_text(inspection.to_json() + "\n", encoding="utf-8")
         say(f"wrote {json}")
 
 
@@ -98,17 +98,17 @@ def eval_command(
         inputs.check_reads_tokens(model, "eval", causal=True)
     rows = min(inputs.row_length(model, length, option="--length") for model in models)
     tokenizer = inputs.load_tokenizer(path, "text")
-    shown, found = on_terminal(), []
+    shown, table = on_terminal(), []
     for name, model in zip(names, models, strict=True):
         cost = model_cost(model, [])
         value = perplexity(model, tokenizer, content, length=rows, progress=shown)
         sizes = {"path": name, "parameters": f"{cost.params:,}", "bytes": f"{cost.bytes:,}"}
-        found.append({**sizes, "perplexity": f"{value:.3f}", "KL": ""})
+        table.append({**sizes, "perplexity": f"{value:.3f}", "KL": ""})
     if reference is not None:
         one, other = models
         away = kl(one, other, content, tokenizer=tokenizer, length=rows, progress=shown)
-        found[0]["KL"] = f"{away:.4f}"
-    show(table_of(found))
+        table[0]["KL"] = f"{away:.4f}"
+    show(table_of(table))
     tokens = len(tokenizer(content, verbose=False)["input_ids"])
     say(f"{tokens:,} tokens of {text}, in rows of {rows}")
     if reference is not None:
@@ -146,21 +146,21 @@ def bench_command(
     count = min(inputs.row_length(m, tokens, default=512, option="--tokens") for m in models)
     words = min(model.config.get_text_config().vocab_size for model in models)
     ids = torch.randint(words, (1, count), generator=torch.Generator().manual_seed(0))
-    found = benchmark(models[0], {"input_ids": ids}, *models[1:], repeats=repeats)
-    say(found.head())
-    show(table_of(found.rows()))
+    measured = benchmark(models[0], {"input_ids": ids}, *models[1:], repeats=repeats)
+    say(measured.head())
+    show(table_of(measured.rows()))
 
 
 def methods_command() -> None:
     """List the methods, and the policies that share out the budget."""
-    ways, policies = [], []
+    rows, policies = [], []
     every: dict[str, Any] = {**METHODS, **JOINT}
-    for name, way in every.items():
-        needs = "--data" if way().needs else ""
-        ways.append({"method": name, "needs": needs, "what it does": _first_line(way)})
+    for name, maker in every.items():
+        needs = "--data" if maker().needs else ""
+        rows.append({"method": name, "needs": needs, "what it does": _first_line(maker)})
     for name, policy in POLICIES.items():
         policies.append({"policy": name, "what it does": _first_line(policy)})
-    show(table_of(ways))
+    show(table_of(rows))
     say()
     show(table_of(policies))
 
@@ -179,12 +179,12 @@ def demo_command(
     \b
       lowrank demo
     """
-    from ..demo import run
+    from ..demo import run_demo
 
-    return run(None if out is None else inputs.check_folder(out, force))
+    return run_demo(None if out is None else inputs.check_folder(out, force))
 
 
-@options_of(Sweeping)
+@arguments_of(Sweeping)
 def sweep_command(
     path: Source,
     length: Length = None,
@@ -216,8 +216,8 @@ def sweep_command(
     judged = None if judge is None else inputs.read_text(judge)
     model = inputs.load_model(path)
     rows = inputs.row_length(model, length, option="--length")
-    batches: Any = "default" if text is None else inputs.text_batches(text, path, rows)
-    held = None if judged is None else inputs.text_batches(judged, path, rows)
+    batches: Any = "default" if text is None else inputs.batches_of_text(text, path, rows)
+    held = None if judged is None else inputs.batches_of_text(judged, path, rows)
     swept = sweep(model, data=batches, judge=held, progress=on_terminal(), **keywords)
     say(str(swept).partition("\n")[0])
     show(table_of(swept.rows()))

@@ -29,7 +29,7 @@ TYPES: dict[str, Any] = {
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def options_of(request: type[Options]) -> Callable[[Command], Command]:
+def arguments_of(request: type[Options]) -> Callable[[Command], Command]:
     """Give a command an option for each argument of a request that has a flag.
 
     The command takes them as `**chosen`; they stand where that stands in its signature.

@@ -5,4 +5,4 @@ from .inspection import Inspection as Inspection
 from .inspection import inspect as inspect
 from .sensitivities import sensitivity as sensitivity
 from .sensitivity_table import Sensitivity as Sensitivity
-from .spectrum import Spectrum as Spectrum
+from .spectrum import LayerSpectrum as LayerSpectrum

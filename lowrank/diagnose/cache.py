@@ -25,15 +25,15 @@ FORMAT, VERSION = "lowrank-sensitivity", "1"
 TENSORS = ("kl", "rank", "error")
 
 
-def calibration_print(seen: Calibration) -> str:
+def calibration_print(calibration: Calibration) -> str:
     """Digest of finished statistics."""
-    found = hashlib.sha256()
-    for name, stats in sorted(seen.statistics.items()):
-        found.update(f"{name} {stats.count}".encode())
+    digest = hashlib.sha256()
+    for name, stats in sorted(calibration.statistics.items()):
+        digest.update(f"{name} {stats.count}".encode())
         for tensor in (stats.gram, stats.out_gram, stats.row_fisher):
             if tensor is not None:
-                add_tensor(found, name, tensor)
-    return found.hexdigest()
+                add_tensor(digest, name, tensor)
+    return digest.hexdigest()
 
 
 def read(

@@ -22,7 +22,7 @@ from ..types import Option, Site
 from ..walk import layouts
 from ..walk.sites import ALL_LINEAR, Patterns, check_model, find_sites, select_sites
 from ..walk.surgery import factored
-from .spectrum import EMPTY, Spectrum
+from .spectrum import EMPTY, LayerSpectrum
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +44,8 @@ class Inspected:
     name: str
     shape: tuple[int, int]
     params: int
-    weight: Spectrum | None = None
-    output: Spectrum | None = None
+    weight: LayerSpectrum | None = None
+    output: LayerSpectrum | None = None
     reason: str = ""
     rank: int | None = None
     input_shape: tuple[int, ...] | None = None
@@ -62,7 +62,7 @@ class Inspected:
         return break_even(self.shape)
 
     @property
-    def chosen(self) -> Spectrum | None:
+    def chosen(self) -> LayerSpectrum | None:
         """What ranks should be chosen by: the outputs' spectrum where there is one."""
         return self.output or self.weight
 
@@ -173,10 +173,10 @@ def _inspected(
     if not layouts.is_finite(site.module):
         return told("the weight holds NaN or Inf")
     matrix = layouts.matrix(site.module)
-    weight, output, reason = Spectrum(linalg.energies(matrix).cpu()), None, site.reason
+    weight, output, reason = LayerSpectrum(linalg.energies(matrix).cpu()), None, site.reason
     gram = statistics_of(site, calibration).gram
     if gram is not None:
-        output = Spectrum(linalg.energies(matrix, gram).cpu())
+        output = LayerSpectrum(linalg.energies(matrix, gram).cpu())
     elif calibration is not None:
         reason = reason or "the data did not reach it"
     shape = None if calibration is None else calibration.observation.shapes.get(site.name)

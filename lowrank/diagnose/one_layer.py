@@ -19,7 +19,7 @@ from ..walk.surgery import replaced, twin
 from .sensitivity_table import Sensitivity
 
 
-def measure(
+def measure_alone(
     model: nn.Module,
     batches: Sequence[Batch],
     groups: Sequence[Group],

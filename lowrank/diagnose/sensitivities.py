@@ -21,7 +21,7 @@ from ..plans.plan import versions
 from ..types import JointMethod, Method, Site
 from ..walk.sites import ALL_LINEAR, Patterns, find_sites
 from . import cache as disk
-from .one_layer import measure
+from .one_layer import measure_alone
 from .sensitivity_table import Sensitivity
 
 RATIOS = (0.9, 0.7, 0.5, 0.3)
@@ -97,7 +97,7 @@ def sensitivity(
     groups: Sequence[Group] = [(site,) for site in taken]
     if resolved.joint is not None and statistics is not None:
         groups = groups_of(taken, resolved.joint, statistics)
-    table = measure(
+    table = measure_alone(
         model, batches, groups, resolved, statistics, wanted,
         data_free=on_missing == "data-free", progress=progress,
     )  # fmt: skip

@@ -15,7 +15,7 @@ SHARES = (0.90, 0.95, 0.99)
 
 
 @dataclass(frozen=True, eq=False)
-class Spectrum:
+class LayerSpectrum:
     """The energies (squared singular values) of W, or of W H^½, descending, (k,) float64."""
 
     energy: Tensor

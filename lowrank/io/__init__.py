@@ -7,4 +7,4 @@ from .declaration import detach as detach
 from .export_formats import export as export
 from .export_formats import to_dense as to_dense
 from .pretrained import from_pretrained as from_pretrained
-from .register import install as install
+from .registration import install as install

@@ -64,14 +64,14 @@ def auto_classes(model: nn.Module) -> list[str]:
     if getattr(transformers, type(model).__name__, None) is not type(model):
         return []
     auto = transformers.models.auto.modeling_auto
-    found = []
+    names = []
     for name in vars(auto):
         mapping = getattr(getattr(auto, name), "_model_mapping", None)
         if not name.startswith("AutoModel") or mapping is None:
             continue
         if type(model.config) in mapping and _gives(mapping[type(model.config)], type(model)):
-            found.append(name)
-    return sorted(found, key=lambda name: name == "AutoModelForPreTraining")
+            names.append(name)
+    return sorted(names, key=lambda name: name == "AutoModelForPreTraining")
 
 
 def auto_map(name: str, classes: list[str]) -> dict[str, str]:
@@ -105,5 +105,5 @@ def write(path: Path, model: nn.Module, classes: list[str], card: str | None) ->
     path.write_text(f"{text}\n{card.strip()}\n" if card else text, encoding="utf-8")
 
 
-def _gives(found: object, wanted: type) -> bool:
-    return wanted in found if isinstance(found, (list, tuple)) else found is wanted
+def _gives(entry: object, wanted: type) -> bool:
+    return wanted in entry if isinstance(entry, (list, tuple)) else entry is wanted

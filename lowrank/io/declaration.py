@@ -132,5 +132,5 @@ def _method(entry: Any) -> str | None:
     """The name of the quantization method, "?" if there is one without a name."""
     if entry is None:
         return None
-    found = entry.get("quant_method") if isinstance(entry, dict) else entry.quant_method
-    return str(getattr(found, "value", found)) if found is not None else "?"
+    method = entry.get("quant_method") if isinstance(entry, dict) else entry.quant_method
+    return str(getattr(method, "value", method)) if method is not None else "?"

@@ -166,7 +166,7 @@ def _renamed(model: nn.Module, specs: dict[str, Spec]) -> dict[str, Spec]:
     saved_as = getattr(getattr(model, "config", None), "architectures", None) or []
     if not prefix or not saved_as or type(model).__name__ in saved_as:
         return specs
-    found: dict[str, Spec] = {}
+    settled: dict[str, Spec] = {}
     left: list[str] = []
 
     def renamed(name: str) -> str | None:
@@ -178,9 +178,9 @@ def _renamed(model: nn.Module, specs: dict[str, Spec]) -> dict[str, Spec]:
         if candidate is not None:
             shared = spec.get("shared")
             named = {"shared": renamed(shared) or shared} if isinstance(shared, str) else {}
-            found[candidate] = {**spec, **named}
+            settled[candidate] = {**spec, **named}
         elif name.startswith(f"{prefix}."):
-            found[name] = spec  # of the base model it must be found; prepare() will say it is not
+            settled[name] = spec  # of the base model it must be found; prepare() will say it is not
         else:
             left.append(name)
     if left:
@@ -190,7 +190,7 @@ def _renamed(model: nn.Module, specs: dict[str, Spec]) -> dict[str, Spec]:
             listed(left),
             listed(saved_as),
         )
-    return found
+    return settled
 
 
 def _with_heads(model: nn.Module, specs: dict[str, Spec]) -> dict[str, Spec]:

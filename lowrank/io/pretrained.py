@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import LowrankError, listed
 from . import card as cards
 from .declaration import attach, check_attachable, is_compressed
-from .register import install
+from .registration import install
 
 
 def save(model: nn.Module, folder: Path, *, tokenizer: Any = None, card: str | None = None) -> None:
@@ -70,19 +70,19 @@ def from_pretrained(path: str | Path, auto_class: str | None = None, **kwargs: A
 def _loader(transformers: Any, where: str, auto_class: str | None, kwargs: dict[str, Any]) -> Any:
     """The class whose from_pretrained is to be called."""
     if auto_class is not None:
-        found = getattr(transformers, auto_class, None)
-        if found is None:
+        cls = getattr(transformers, auto_class, None)
+        if cls is None:
             raise LowrankError(f"transformers has no class {auto_class!r}")
-        return found
+        return cls
     hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder")
     known = {key: kwargs[key] for key in (*hub, "token", "trust_remote_code") if key in kwargs}
     config = kwargs.get("config") or transformers.AutoConfig.from_pretrained(where, **known)
     names = getattr(config, "architectures", None) or []
     if not names:
         raise LowrankError(f"{where}: config.json names no architecture: pass auto_class=")
-    found = getattr(transformers, names[0], None)
-    if found is not None:
-        return found
+    cls = getattr(transformers, names[0], None)
+    if cls is not None:
+        return cls
     autos = [name for name in getattr(config, "auto_map", None) or {} if "Model" in name]
     if not autos:
         raise LowrankError(f"{where}: transformers has no class {names[0]!r}: pass auto_class=")
@@ -97,12 +97,12 @@ def _check_loaded(where: str, info: dict[str, Any], *, complete: bool, sizes: bo
             the saved one, whose head is new, nor for a dense model, where transformers decides.
         sizes: a tensor of another shape is an error.
     """
-    found: dict[str, set[str]] = {}
+    problems: dict[str, set[str]] = {}
     if complete:
-        found = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"]}
+        problems = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"]}
     if sizes:
-        found["of another shape"] = {key[0] for key in info["mismatched_keys"]}
-    parts = [f"{what}: {listed(sorted(names))}" for what, names in found.items() if names]
+        problems["of another shape"] = {key[0] for key in info["mismatched_keys"]}
+    parts = [f"{what}: {listed(sorted(names))}" for what, names in problems.items() if names]
     if parts:
         raise LowrankError(f"{where}: the weights do not fit config.json; {'; '.join(parts)}")
 

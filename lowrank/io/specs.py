@@ -145,7 +145,7 @@ def _check_options(dense: nn.Module, spec: Spec, where: str) -> None:
 Names = Mapping[str, Form]
 
 
-class _Kept(dict[str, str]):
+class _OtherTies(dict[str, str]):
     """`_tied_weights_keys` without the factored pairs; marks what is ours to undo."""
 
 
@@ -223,19 +223,19 @@ def other_ties(model: nn.Module, modules: Names) -> dict[str, str]:
             vars(part).update(held)
 
 
-def _without_pairs(model: nn.Module, modules: Names) -> list[tuple[nn.Module, _Kept]]:
+def _without_pairs(model: nn.Module, modules: Names) -> list[tuple[nn.Module, _OtherTies]]:
     """The parts of a model that tie a factored pair, each with the keys that it keeps."""
-    found = []
+    parts = []
     for prefix, part in model.named_modules(remove_duplicate=False):
         keys = getattr(part, "_tied_weights_keys", None)
         if not isinstance(keys, dict):
             continue
         start = f"{prefix}." if prefix else ""
         inner = {n.removeprefix(start): m for n, m in modules.items() if n.startswith(start)}
-        kept = _Kept({t: s for t, s in keys.items() if not is_pair(inner, t, s)})
+        kept = _OtherTies({t: s for t, s in keys.items() if not is_pair(inner, t, s)})
         if len(kept) < len(keys):
-            found.append((part, kept))
-    return found
+            parts.append((part, kept))
+    return parts
 
 
 def retie(model: nn.Module) -> None:
@@ -246,7 +246,7 @@ def retie(model: nn.Module) -> None:
 
 def _restore(model: nn.Module) -> bool:
     """Take away what `untie` wrote; whether there was anything."""
-    ours = [m for m in model.modules() if isinstance(vars(m).get("_tied_weights_keys"), _Kept)]
+    ours = [m for m in model.modules() if isinstance(vars(m).get("_tied_weights_keys"), _OtherTies)]
     for part in ours:
         del vars(part)["_tied_weights_keys"]
     return bool(ours)

@@ -15,7 +15,7 @@ from ..walk.surgery import plain_name
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """What a name stands for: a tensor in a file, or one that a model expects.
 
     `parameter` tells parameters from buffers, `identity` is equal for names of one tensor; both
@@ -64,7 +64,7 @@ def write(tensors: dict[str, Tensor], path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def header(path: Path) -> dict[str, Entry]:
+def header(path: Path) -> dict[str, TensorEntry]:
     """What the file holds, without reading it.
 
     Raises:
@@ -78,7 +78,7 @@ def header(path: Path) -> dict[str, Entry]:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {
-                name: Entry(tuple(part.get_shape()), part.get_dtype().startswith(("F", "BF")))
+                name: TensorEntry(tuple(part.get_shape()), part.get_dtype().startswith(("F", "BF")))
                 for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
@@ -101,7 +101,7 @@ def read(path: Path, device: torch.device | str, dtype: torch.dtype | None) -> d
     return {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
 
 
-def expected(model: nn.Module, new: Mapping[str, nn.Module]) -> dict[str, Entry]:
+def expected(model: nn.Module, new: Mapping[str, nn.Module]) -> dict[str, TensorEntry]:
     """What the model will want to load once the modules at these names are replaced."""
     state = {plain_name(k): v for k, v in model.state_dict(keep_vars=True).items()}
     entries = {
@@ -116,7 +116,10 @@ def expected(model: nn.Module, new: Mapping[str, nn.Module]) -> dict[str, Entry]
 
 
 def check_match(
-    wanted: Mapping[str, Entry], stored: Mapping[str, Entry], aliases: Mapping[str, str], path: Path
+    wanted: Mapping[str, TensorEntry],
+    stored: Mapping[str, TensorEntry],
+    aliases: Mapping[str, str],
+    path: Path,
 ) -> None:
     """Raises LowrankError unless the file holds what is wanted, no more and no less."""
     odd = [name for name, owner in aliases.items() if owner not in stored or name in stored]
@@ -131,13 +134,13 @@ def check_match(
         for name, entry in wanted.items()
         if name in held and _text(held[name]) != _text(entry)
     ]
-    found = {"missing": missing, "unexpected": unexpected, "of another shape or kind": wrong}
-    parts = [f"{what}: {listed(names)}" for what, names in found.items() if names]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape or kind": wrong}
+    parts = [f"{what}: {listed(names)}" for what, names in problems.items() if names]
     if parts:
         raise LowrankError(f"{path} does not fit the model; {'; '.join(parts)}")
 
 
-def _check_ties(wanted: Mapping[str, Entry], aliases: Mapping[str, str], path: Path) -> None:
+def _check_ties(wanted: Mapping[str, TensorEntry], aliases: Mapping[str, str], path: Path) -> None:
     """One tensor of the model cannot take two of the file."""
     owners: dict[int, str] = {}
     for name, entry in wanted.items():
@@ -151,7 +154,7 @@ def _check_ties(wanted: Mapping[str, Entry], aliases: Mapping[str, str], path: P
 
 
 def as_state(
-    tensors: Mapping[str, Tensor], aliases: Mapping[str, str], wanted: Mapping[str, Entry]
+    tensors: Mapping[str, Tensor], aliases: Mapping[str, str], wanted: Mapping[str, TensorEntry]
 ) -> dict[str, Tensor]:
     """A state for `load_state_dict(assign=True)`: names of one tensor get one parameter."""
     state: dict[str, Tensor] = {}
@@ -166,12 +169,12 @@ def as_state(
     return state
 
 
-def _entry(tensor: Tensor) -> Entry:
+def _entry(tensor: Tensor) -> TensorEntry:
     parameter = isinstance(tensor, nn.Parameter)
-    return Entry(tuple(tensor.shape), tensor.is_floating_point(), parameter, id(tensor))
+    return TensorEntry(tuple(tensor.shape), tensor.is_floating_point(), parameter, id(tensor))
 
 
-def _text(entry: Entry) -> str:
+def _text(entry: TensorEntry) -> str:
     return f"{list(entry.shape)} {'floating' if entry.floating else 'integer'}"
 
 

@@ -90,11 +90,11 @@ def blast_factors(
         right = factors.right / scale.view(blocks, 1, -1)
         metric = None if gram is None else _padded_gram(gram, matrix)
         left = _fitted(matrix, factors.mix, right, metric)
-        found = BlastFactors(left, factors.mix, right)
+        tried = BlastFactors(left, factors.mix, right)
         plain = _low_rank(matrix, blocks, rank, metric, seed)
-        if plain is not None and _error(matrix, plain, metric) <= _error(matrix, found, metric):
-            found = plain
-        return _even(found)
+        if plain is not None and _error(matrix, plain, metric) <= _error(matrix, tried, metric):
+            tried = plain
+        return _even(tried)
 
 
 def _swept(cells: Tensor, factors: BlastFactors, step: float) -> BlastFactors:

@@ -64,7 +64,7 @@ def cp_factors(
         for _ in range(max(starts, 1) if total > 0 else 0):
             sides = _start(whole, rank, generator)
             error = _alternate(whole, sides, sweeps, tolerance * total, ridge)
-            if size(sides) <= limit * total**0.5 and (best is None or error < best[0]):
+            if component_norm(sides) <= limit * total**0.5 and (best is None or error < best[0]):
                 best = error, sides
         if total > 0 and best is None:
             raise LowrankError(
@@ -82,7 +82,7 @@ def rebuilt_cp(parts: Parts) -> Tensor:
     return _product([last, first.T, *(t.T for t in taps)])
 
 
-def size(sides: Sequence[Tensor]) -> float:
+def component_norm(sides: Sequence[Tensor]) -> float:
     """√Σ‖component‖²: much more than the norm of their sum where they cancel."""
     return float(torch.stack([side.square().sum(0) for side in sides]).prod(0).sum().sqrt())
 
@@ -121,15 +121,15 @@ def _against(whole: Tensor, sides: Sequence[Tensor], mode: int) -> Tensor:
     letters = "abcde"[: whole.ndim]
     others = [m for m in range(whole.ndim) if m != mode]
     text = ",".join([letters, *(letters[m] + "r" for m in others)])
-    found: Tensor = torch.einsum(f"{text}->{letters[mode]}r", whole, *(sides[m] for m in others))
-    return found
+    product: Tensor = torch.einsum(f"{text}->{letters[mode]}r", whole, *(sides[m] for m in others))
+    return product
 
 
 def _product(sides: Sequence[Tensor]) -> Tensor:
     letters = "abcde"[: len(sides)]
     text = ",".join(letter + "r" for letter in letters)
-    found: Tensor = torch.einsum(f"{text}->{letters}", *sides)
-    return found
+    tensor: Tensor = torch.einsum(f"{text}->{letters}", *sides)
+    return tensor
 
 
 def _parts(sides: Sequence[Tensor]) -> Parts:

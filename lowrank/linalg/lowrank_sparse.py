@@ -67,8 +67,10 @@ def low_rank_sparse(
     with full_precision(matrix):
         basis = output_basis(matrix, rank, metric, seed=seed)
         ranks = {rank, 2 ** (rank.bit_length() - 1)} if rounds else {rank}
-        found = [_refined(matrix, basis, start, count, metric, rounds) for start in sorted(ranks)]
-        _, basis, index = min(found, key=lambda each: each[0])
+        candidates = [
+            _refined(matrix, basis, start, count, metric, rounds) for start in sorted(ranks)
+        ]
+        _, basis, index = min(candidates, key=lambda each: each[0])
         rest = _beyond(matrix, basis)
         index = index.sort().values
         up, down = balance(basis, basis.T @ matrix)

@@ -71,12 +71,12 @@ def pivot_rows(basis: Tensor, *, most: int | None = None) -> Tensor:
         mix, before = mixed_from(basis, pivots), left
         while left:
             row, column = divmod(int(mix.abs().argmax()), rank)
-            found = mix[row, column]
-            if not abs(float(found)) > BOUND * (1 + 1e-6):
+            pivot = mix[row, column]
+            if not abs(float(pivot)) > BOUND * (1 + 1e-6):
                 break
             change = mix[row].clone()
             change[column] -= 1
-            mix -= torch.outer(mix[:, column] / found, change)
+            mix -= torch.outer(mix[:, column] / pivot, change)
             pivots[column] = row
             left -= 1
         if left in (0, before):

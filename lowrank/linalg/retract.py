@@ -52,9 +52,9 @@ def new_directions(basis: Tensor, gradient: Tensor, most: int | None = None) -> 
             rest = rest - u @ (u.T @ rest)
         left, values, _ = torch.linalg.svd(rest, full_matrices=False)
         floor = max(g.shape) * torch.finfo(basis.dtype).eps
-        found = left[:, : min(int((values > floor).sum()), count)]
-        found = found - u @ (u.T @ found)
-        return orthonormal(found) if found.shape[1] else found
+        directions = left[:, : min(int((values > floor).sum()), count)]
+        directions = directions - u @ (u.T @ directions)
+        return orthonormal(directions) if directions.shape[1] else directions
 
 
 def tail_rank(values: Tensor, tolerance: float) -> int:
@@ -81,7 +81,7 @@ def core_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return p * signs, values, q_h.mH * signs
 
 
-def truncated(
+def truncated_bases(
     u: Tensor, v: Tensor, p: Tensor, values: Tensor, q: Tensor, rank: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """U S Vᵀ cut to the leading `rank` directions of S = P diag(σ) Qᵀ.

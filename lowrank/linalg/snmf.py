@@ -51,8 +51,8 @@ def semi_nmf(
         tail = _error(matrix, basis, basis.T @ matrix)
         best: tuple[float, Tensor, Tensor] | None = None
         for up in _starts(matrix, basis, seed):
-            found = _descend(matrix, up, iterations, tail)
-            best = found if best is None or found[0] < best[0] else best
+            candidate = _descend(matrix, up, iterations, tail)
+            best = candidate if best is None or candidate[0] < best[0] else best
             if best[0] <= tail * (1 + STOP):
                 break
         assert best is not None

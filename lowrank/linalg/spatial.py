@@ -47,11 +47,11 @@ def spatial_bounds(weight: Tensor, gram: Tensor, ranks: Sequence[int]) -> list[t
         ranks: each at most min(O · kw, I · kh).
     """
     flat = weight.detach().double().flatten(1, 2)  # (O, I·kh, kw)
-    first, found = first_of(flat, gram), []
+    first, errors = first_of(flat, gram), []
     for rank in ranks:
         basis = torch.linalg.qr(first[:rank].T).Q.T
-        found.append((rank, float(conditioned(flat, basis, gram)[2])))
-    return found
+        errors.append((rank, float(conditioned(flat, basis, gram)[2])))
+    return errors
 
 
 def spatial_factors(

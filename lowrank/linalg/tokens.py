@@ -120,8 +120,8 @@ def _between(moments: Tensor, half: Tensor | None) -> Tensor:
     """C^½ · moments · C^½, symmetric."""
     if half is None:
         return moments
-    found = half.to(moments) @ moments @ half.to(moments)
-    return (found + found.T) / 2
+    metric = half.to(moments) @ moments @ half.to(moments)
+    return (metric + metric.T) / 2
 
 
 def _root(metric: Tensor) -> tuple[Tensor, Tensor]:

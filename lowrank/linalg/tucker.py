@@ -190,8 +190,8 @@ def _solved(rows: Tensor, metric: Tensor) -> Tensor:
     while int(failed) and math.isfinite(shift):
         shift *= 10
         root, failed = torch.linalg.cholesky_ex(metric + shift * eye)
-    found: Tensor = torch.cholesky_solve(rows.T, root).T
-    return found
+    solution: Tensor = torch.cholesky_solve(rows.T, root).T
+    return solution
 
 
 def _core(weight: Tensor, out: Tensor, into: Tensor) -> Tensor:

@@ -133,11 +133,11 @@ def benchmark(
     with quiet(nn.ModuleList(models)):
         batches = [_placed(example, _device(each)) for each in models]
         times = _times(models, batches, repeats)
-        found = [_measured(*each) for each in zip(models, batches, times, strict=True)]
+        results = [_measured(*each) for each in zip(models, batches, times, strict=True)]
     if reference is None:
-        return found[0]
+        return results[0]
     ratio = statistics.median(one / other for one, other in zip(*times, strict=True))
-    return replace(found[0], reference=found[1], time_ratio=ratio)
+    return replace(results[0], reference=results[1], time_ratio=ratio)
 
 
 def _times(models: list[nn.Module], batches: list[Batch], repeats: int) -> list[list[float]]:

@@ -19,7 +19,7 @@ from .common import pivoted_curve
 from .dense_sparse import DenseSparse
 from .lowrank_masked import LowRankMasked
 from .lowrank_sparse import LowRankSparse
-from .sampled import pareto
+from .sampled import pareto_front
 from .whitened import Whitened
 
 # By the form's name, which "dense-sparse" gives to both of its sides.
@@ -60,7 +60,7 @@ class Auto:
         """What none of the options of several curves of a site beats."""
         options = [option for curve in curves for option in curve.options if not option.dense]
         total = curves[0].total
-        return Curve(site.names, pareto(site, options), total, None, "output", exact=False)
+        return Curve(site.names, pareto_front(site, options), total, None, "output", exact=False)
 
     def apart(self) -> dict[str, Method]:
         """One method for each form. The least error of outputs need not be the least effect on the

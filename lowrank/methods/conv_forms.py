@@ -59,7 +59,7 @@ class Metric:
         return outputs if self.root is None else linalg.unrooted(self.root, outputs)
 
 
-class Form(Protocol):
+class ConvFit(Protocol):
     """One way to store a convolution; weights are (O, I, *kernel), float64."""
 
     def fits(self, geometry: Geometry) -> bool:
@@ -97,12 +97,12 @@ class _Tucker:
                 for r_in in inputs
                 for r_out in range(1, table.shape[0])
             ]
-        first, found = numerics.first_of(whole, metric.gram), Errors()
+        first, errors = numerics.first_of(whole, metric.gram), Errors()
         for r_in in steps(len(first), STEPS):
             kernel, inner, lost = numerics.conditioned(whole, first[:r_in], metric.gram)
             tails = (numerics.outer_errors(kernel, inner) + lost).tolist()
-            found += [((r_out, r_in), error) for r_out, error in enumerate(tails) if r_out]
-        return found
+            errors += [((r_out, r_in), error) for r_out, error in enumerate(tails) if r_out]
+        return errors
 
     def build(self, module: nn.Module, weight: Tensor, size: Size, metric: Metric) -> nn.Module:
         whole, (r_out, r_in) = metric.turned(weight).flatten(2), size
@@ -134,11 +134,11 @@ class _KernelLast:
         if metric.gram is None:
             tails = linalg.tails(linalg.energies(_taps(whole))).tolist()
             return [((rank,), error) for rank, error in enumerate(tails) if rank]
-        first, found = numerics.first_of(whole, metric.gram), Errors()
+        first, errors = numerics.first_of(whole, metric.gram), Errors()
         for rank in steps(len(first), SPATIAL_STEPS):
             lost = numerics.conditioned(whole, first[:rank], metric.gram)[2]
-            found.append(((rank,), lost))
-        return found
+            errors.append(((rank,), lost))
+        return errors
 
     def build(self, module: nn.Module, weight: Tensor, size: Size, metric: Metric) -> nn.Module:
         whole, rank = metric.turned(weight).flatten(2), size[0]
@@ -199,15 +199,15 @@ class _CP:
         return cp_cost(geometry, *size, itemsize=itemsize)
 
     def errors(self, weight: Tensor, metric: Metric) -> Errors:
-        found = Errors()
+        errors = Errors()
         even = -(-weight.numel() // sum(weight.shape))
         for rank in steps(even, CP_STEPS):
             try:
                 parts = self._parts(weight, rank)
             except LowrankError:  # components that cancel: no option of that rank
                 continue
-            found.append(((rank,), float((weight - linalg.rebuilt_cp(parts)).square().sum())))
-        return found
+            errors.append(((rank,), float((weight - linalg.rebuilt_cp(parts)).square().sum())))
+        return errors
 
     def build(self, module: nn.Module, weight: Tensor, size: Size, metric: Metric) -> nn.Module:
         last, taps, first = self._parts(weight, size[0])
@@ -217,7 +217,7 @@ class _CP:
         return linalg.cp_factors(weight, rank, starts=CP_STARTS, sweeps=CP_SWEEPS)
 
 
-FORMS: dict[str, Form] = {
+FORMS: dict[str, ConvFit] = {
     "tucker": _Tucker(), "spatial": _Spatial(), "kernel-last": _KernelLast(), "cp": _CP(),
 }  # fmt: skip
 

@@ -22,7 +22,7 @@ from ..nn import Geometry
 from ..types import Curve, Method, Option, Site, Statistics
 from ..walk import layouts
 from .conv_forms import FORMS, Metric, fitted, size_of
-from .sampled import pareto
+from .sampled import pareto_front
 from .svd import SVD
 
 JOINED = ("tucker", "spatial")  # the kernel last stands apart, in the methods of channels
@@ -100,7 +100,7 @@ def joined(plain: Curve, site: Site, method: str, forms: Sequence[str], metric: 
         for size, error in FORMS[form].errors(whole(site.module), metric):
             cost = FORMS[form].cost(geometry, size, itemsize)
             options.append(Option(method, size, form, cost, min(error, plain.total)))
-    return replace(plain, options=pareto(site, options), tails=None, exact=False)
+    return replace(plain, options=pareto_front(site, options), tails=None, exact=False)
 
 
 def fitting(module: nn.Module, forms: Sequence[str]) -> tuple[str, ...]:

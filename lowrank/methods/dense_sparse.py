@@ -26,7 +26,7 @@ from ..nn.dense_sparse import MOST
 from ..types import Curve, Option, Site, Size, Statistics
 from ..walk import layouts
 from .common import gram_of
-from .sampled import pareto, sampled_curve, sizes_of
+from .sampled import pareto_front, sampled_curve, sizes_of
 
 DENSITY = 0.2  # benchmarks/sparse_quality.py --density compares
 NAME = "dense-sparse"
@@ -70,7 +70,7 @@ class DenseSparse:
             for option in self._curve(site, weight, gram, total, side).options
             if not option.dense
         ]
-        return Curve(site.names, pareto(site, options), total, None, "output", exact=False)
+        return Curve(site.names, pareto_front(site, options), total, None, "output", exact=False)
 
     def factor(self, module: nn.Module, option: Option, stats: Statistics) -> nn.Module:
         weight = layouts.matrix(module)

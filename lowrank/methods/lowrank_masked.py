@@ -23,7 +23,7 @@ from ..nn import LowRankMaskedLinear, low_rank_masked_cost
 from ..types import Curve, Option, Site, Size, Statistics
 from ..walk import layouts
 from .common import gram_of
-from .sampled import pareto, sampled_curve, sizes_of
+from .sampled import pareto_front, sampled_curve, sizes_of
 
 RANKS = (0.02, 0.06)  # both serve: the larger one where much is kept
 STEPS = 100  # sizes of a curve, for each rank
@@ -83,7 +83,7 @@ class LowRankMasked:
             for option in sampled_curve(site, STORAGE, sizes, cost, error, total).options
             if not option.dense
         ]
-        return Curve(site.names, pareto(site, options), total, None, "output", exact=False)
+        return Curve(site.names, pareto_front(site, options), total, None, "output", exact=False)
 
     def factor(self, module: nn.Module, option: Option, stats: Statistics) -> nn.Module:
         weight = layouts.matrix(module)

@@ -22,7 +22,7 @@ from ..nn import LowRankSparseLinear, low_rank_sparse_cost
 from ..types import Curve, Option, Site, Statistics
 from ..walk import layouts
 from .common import gram_of
-from .sampled import pareto, sizes_of
+from .sampled import pareto_front, sizes_of
 
 SHARES = (0.01, 0.03, 0.1)  # LOST's own δ lies among them
 
@@ -62,7 +62,7 @@ class LowRankSparse:
                 error = min(error, total)
                 size = rank, count
                 options.append(Option("lowrank-sparse", size, "lowrank-sparse", cost, error))
-        return Curve(site.names, pareto(site, options), total, None, "output", exact=False)
+        return Curve(site.names, pareto_front(site, options), total, None, "output", exact=False)
 
     def factor(self, module: nn.Module, option: Option, stats: Statistics) -> nn.Module:
         weight = layouts.matrix(module)
@@ -85,7 +85,7 @@ def _errors(weight: Tensor, counts: list[int], gram: Tensor, seed: int) -> dict[
     matrix = weight.detach().to(compute_dtype(min(weight.shape)))
     side = min(matrix.shape)
     basis = linalg.output_basis(matrix, side, gram, seed=seed)
-    found: dict[int, list[float]] = {count: [] for count in counts}
+    errors: dict[int, list[float]] = {count: [] for count in counts}
     step = 1
     while step <= side:
         part = basis[:, :step]
@@ -93,6 +93,6 @@ def _errors(weight: Tensor, counts: list[int], gram: Tensor, seed: int) -> dict[
         for count in counts:
             rest = linalg.remaining(gram, order[:count], matrix)
             tails = linalg.tails(linalg.carried(matrix, basis, rest)).tolist()
-            found[count] += tails[step : min(2 * step, side + 1)]
+            errors[count] += tails[step : min(2 * step, side + 1)]
         step *= 2
-    return found
+    return errors

@@ -301,7 +301,7 @@ def refitted_layer(
 
 
 def refitted_form(
-    way: Method,
+    method: Method,
     module: nn.Module,
     option: Option,
     gram: Tensor,
@@ -322,4 +322,4 @@ def refitted_form(
     wanted.weight = nn.Parameter(moved, requires_grad=False)
     if bias is not None:
         wanted.bias = nn.Parameter(bias.detach().to(moved), requires_grad=False)
-    return way.factor(wanted, option, Statistics(count=1, gram=gram)).to(weight.dtype)
+    return method.factor(wanted, option, Statistics(count=1, gram=gram)).to(weight.dtype)

@@ -49,10 +49,10 @@ def sampled_curve(
         Option(method, every[place], method, costs[every[place]], error)
         for place, error in _between(known, total).items()
     ]
-    return Curve(site.names, pareto(site, options), total, None, "output", exact=False)
+    return Curve(site.names, pareto_front(site, options), total, None, "output", exact=False)
 
 
-def pareto(site: Site, options: Iterable[Option]) -> tuple[Option, ...]:
+def pareto_front(site: Site, options: Iterable[Option]) -> tuple[Option, ...]:
     """Of options of any sizes those that are worth their cost, and the dense one.
 
     They are smaller than the dense weight, and whatever costs more, in parameters and in bytes,
@@ -93,10 +93,10 @@ def _anchors(count: int) -> Sequence[int]:
 
 def _between(known: dict[int, float], total: float) -> dict[int, float]:
     """The error of every place."""
-    floor, found = TINY * total or 1.0, dict(known)
+    floor, errors = TINY * total or 1.0, dict(known)
     for (low, below), (high, above) in pairwise(known.items()):
         start, end = math.log(max(below, floor)), math.log(max(above, floor))
         for place in range(low + 1, high):
             share = (place - low) / (high - low)
-            found[place] = min(math.exp(start + share * (end - start)), total)
-    return found
+            errors[place] = min(math.exp(start + share * (end - start)), total)
+    return errors

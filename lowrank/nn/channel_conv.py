@@ -88,8 +88,8 @@ class ChannelConv(FactoredConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, I, *space) -> (B, O, *space')."""
-        found: Tensor = self.up(self.down(x))
-        return found
+        output: Tensor = self.up(self.down(x))
+        return output
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """(O, I/g · K), multiplied in `dtype` (None: that of the factors)."""

@@ -82,8 +82,8 @@ class CPConv(FactoredConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, I, *space) -> (B, O, *space')."""
-        found: Tensor = self.last(self.spatial(self.first(x)))
-        return found
+        output: Tensor = self.last(self.spatial(self.first(x)))
+        return output
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """(O, I/g · K), multiplied in `dtype` (None: that of the factors)."""

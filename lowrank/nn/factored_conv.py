@@ -35,5 +35,5 @@ class FactoredConv(Form):
         return LazyProduct.of(shape, self._out().weight, lambda: self.dense_weight().view(shape))
 
     def _out(self) -> Conv:
-        found: Conv = getattr(self, self.OUT)
-        return found
+        conv: Conv = getattr(self, self.OUT)
+        return conv

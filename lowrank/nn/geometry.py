@@ -70,8 +70,8 @@ class Geometry:
 
     def spec(self) -> dict[str, Any]:
         """As JSON."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @property
     def kernel_numbers(self) -> int:

@@ -141,12 +141,12 @@ class LowRankEmbedding(Form):
 
 def table_options(table: nn.Module) -> dict[str, Any]:
     """The options of an nn.Embedding or nn.EmbeddingBag that differ from the defaults (JSON)."""
-    found = {
+    options = {
         "padding_idx": table.padding_idx,
         "sparse": table.sparse,
         "scale_grad_by_freq": table.scale_grad_by_freq,
     }
-    kept: dict[str, Any] = {k: v for k, v in found.items() if v is not None and v is not False}
+    kept: dict[str, Any] = {k: v for k, v in options.items() if v is not None and v is not False}
     if isinstance(table, nn.EmbeddingBag):
         kept["mode"] = table.mode
         kept |= {"include_last_offset": True} if table.include_last_offset else {}

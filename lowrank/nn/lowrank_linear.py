@@ -102,8 +102,8 @@ class LowRankLinear(DownUp):
         """down(x) (..., rank): what this layer computed last, if that was of the very same x."""
         if self._last is None or torch.compiler.is_compiling():
             return self.down(x)
-        found = self._last.take(x, self.down.weight)
-        return self.down(x) if found is None else found
+        product = self._last.take(x, self.down.weight)
+        return self.down(x) if product is None else product
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if self._last is not None:

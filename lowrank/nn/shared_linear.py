@@ -75,10 +75,10 @@ class SharedLowRankLinear(LinearForm):
         Raises:
             LowrankError: it was built empty and never bound.
         """
-        found = self.__dict__.get("_owner")
-        if not isinstance(found, LowRankLinear):
+        owner = self.__dict__.get("_owner")
+        if not isinstance(owner, LowRankLinear):
             raise LowrankError(f"this {type(self).__name__} was never bound to the owner of `down`")
-        return found
+        return owner
 
     @property
     def down(self) -> nn.Linear:
@@ -90,13 +90,13 @@ class SharedLowRankLinear(LinearForm):
         Raises:
             LowrankError: it is no LowRankLinear, or of another width or rank.
         """
-        sizes, found = (self.in_features, self.rank), None
+        sizes, theirs = (self.in_features, self.rank), None
         if isinstance(owner, LowRankLinear):
-            found = (owner.in_features, owner.rank)
-        if found != sizes:
+            theirs = (owner.in_features, owner.rank)
+        if theirs != sizes:
             raise LowrankError(
                 f"a {type(self).__name__} of (in, rank) {sizes} cannot share "
-                f"{type(owner).__name__} of {found}"
+                f"{type(owner).__name__} of {theirs}"
             )
         before = self.__dict__.get("_owner")
         if before is not None:

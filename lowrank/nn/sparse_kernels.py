@@ -44,9 +44,9 @@ def unfit(sparse: Masked) -> str:
     weight, (rows, columns) = sparse.weight, (len(sparse.mask), sparse.in_features)
     if weight.device.type != "cuda":
         return f"it is on {weight.device.type}, and the kernels are CUDA's"
-    found = torch.cuda.get_device_capability(weight.device)
-    if found < CAPABILITY:
-        return f"the device's capability is {found}, and the kernels need {CAPABILITY}"
+    capability = torch.cuda.get_device_capability(weight.device)
+    if capability < CAPABILITY:
+        return f"the device's capability is {capability}, and the kernels need {CAPABILITY}"
     if weight.dtype not in DTYPES:
         return f"its dtype is {weight.dtype}, and the kernels take 16 bits"
     if rows % ROWS or columns % COLUMNS:

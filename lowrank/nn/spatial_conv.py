@@ -74,8 +74,8 @@ class SpatialConv(FactoredConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, I, height, width) -> (B, O, height', width')."""
-        found: Tensor = self.up(self.down(x))
-        return found
+        output: Tensor = self.up(self.down(x))
+        return output
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """(O, I/g · kh · kw), multiplied in `dtype` (None: that of the factors)."""

@@ -35,10 +35,10 @@ class _Reader(Form):
         Raises:
             LowrankError: it was built empty and never bound.
         """
-        found = self.__dict__.get("_owner")
-        if not isinstance(found, LowRankEmbedding):
+        owner = self.__dict__.get("_owner")
+        if not isinstance(owner, LowRankEmbedding):
             raise LowrankError(f"this {type(self).__name__} was never bound to its embedding")
-        return found
+        return owner
 
     def bind(self, owner: nn.Module) -> Self:
         """Read this table from now on.
@@ -47,13 +47,13 @@ class _Reader(Form):
             LowrankError: it is no factored table, or has other sizes.
         """
         sizes = (self.num_embeddings, self.embedding_dim, self.rank)
-        found = None
+        theirs = None
         if isinstance(owner, LowRankEmbedding):
-            found = (owner.num_embeddings, owner.embedding_dim, owner.rank)
-        if found != sizes:
+            theirs = (owner.num_embeddings, owner.embedding_dim, owner.rank)
+        if theirs != sizes:
             raise LowrankError(
                 f"a {type(self).__name__} of (vocabulary, width, rank) {sizes} cannot share "
-                f"{type(owner).__name__} of {found}"
+                f"{type(owner).__name__} of {theirs}"
             )
         self.__dict__["_owner"] = owner  # not by setattr, which would register it
         return self

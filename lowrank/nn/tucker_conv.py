@@ -79,8 +79,8 @@ class TuckerConv(FactoredConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, I, *space) -> (B, O, *space')."""
-        found: Tensor = self.last(self.core(self.first(x)))
-        return found
+        output: Tensor = self.last(self.core(self.first(x)))
+        return output
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """(O, I/g · K), multiplied in `dtype` (None: that of the factors)."""

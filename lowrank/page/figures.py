@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 from ..types import Size
-from .grid import grid
+from .grid import grid_of
 
 CELL_WIDTH, CELL_HEIGHT = 38, 22
 LETTER = 6.6  # width of a letter of the labels, about
@@ -35,7 +35,7 @@ def rank_map(layers: Sequence[Layer]) -> str:
     """Depth × kind: the rank of every layer, shaded by the share of its parameters kept."""
     if not layers:
         return ""
-    places = grid([layer.name for layer in layers])
+    places = grid_of([layer.name for layer in layers])
     left = LETTER * max(map(len, places.rows)) + 14
     parts = []
     for row, kind in enumerate(places.rows):
@@ -102,7 +102,7 @@ def sizes(layers: Sequence[Layer]) -> str:
     """Bytes by kind of layer, before and after."""
     if not layers:
         return ""
-    places = grid([layer.name for layer in layers])
+    places = grid_of([layer.name for layer in layers])
     before, after = [0] * len(places.rows), [0] * len(places.rows)
     for layer, (row, _) in zip(layers, places.cells, strict=True):
         before[row] += layer.bytes_before

@@ -25,7 +25,7 @@ class Grid:
     cells: tuple[tuple[int, int], ...]
 
 
-def grid(names: Sequence[str]) -> Grid:
+def grid_of(names: Sequence[str]) -> Grid:
     """Distinct names get distinct cells."""
     parted = [_parted(name) for name in names]
     stems = list(dict.fromkeys(stem for stem, _ in parted))
@@ -47,11 +47,11 @@ def _parted(name: str) -> tuple[tuple[str, ...], str]:
 def _shortened(stems: Sequence[tuple[str, ...]]) -> list[str]:
     """The shortest ending of each stem that no other stem has."""
     plain = [tuple(part for part in stem if part != "#") or ("layer",) for stem in stems]
-    found = []
+    labels = []
     for stem in plain:
         others = [other for other in plain if other is not stem]
         length = next(
             (n for n in range(1, len(stem)) if all(o[-n:] != stem[-n:] for o in others)), len(stem)
         )
-        found.append(".".join(stem[-length:]))
-    return found
+        labels.append(".".join(stem[-length:]))
+    return labels

@@ -12,7 +12,16 @@ from ..errors import LowrankError
 from ..nn import Form, form_of
 from ..types import Cost, Curve, Option, Site, Size
 from ..walk import layouts
-from .schema import COST, Checks, are_integers, checked, is_cost, is_integer, is_number, is_text
+from .schema import (
+    COST,
+    Checks,
+    are_integers,
+    is_cost,
+    is_integer,
+    is_number,
+    is_text,
+    require_fields,
+)
 
 COLUMNS = ("site", "shape", "method", "rank", "kept", "error", "reason")
 
@@ -134,7 +143,7 @@ class Entry:
         if form.SIZE == ("rank",):
             rank = size if isinstance(size, int) or len(size) != 1 else size[0]
             check_rank(self.title, self.shape, rank, storage, self._itemsize, self.kind)
-            size = (rank,)  # type: ignore[assignment]  # checked
+            size = (rank,)  # type: ignore[assignment]  # require_fields
         cost = self._priced(form, size)
         return replace(
             self, method=method, size=tuple(size), storage=storage,  # type: ignore[arg-type]
@@ -199,7 +208,7 @@ class Entry:
         Raises:
             LowrankError: a field is missing, unknown or of the wrong type; the site is named.
         """
-        checked(item, _FIELDS, "an entry of the plan")
+        require_fields(item, _FIELDS, "an entry of the plan")
         size = None if item["size"] is None else tuple(item["size"])
         body = {**item, "sites": tuple(item["sites"]), "shape": tuple(item["shape"]), "size": size}
         entry = cls(**{**body, "dense": Cost(**item["dense"]), "cost": Cost(**item["cost"])})

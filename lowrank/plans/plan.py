@@ -25,7 +25,7 @@ from ..walk import layouts
 from ..walk.surgery import factored
 from . import shared_basis
 from .entry import Entry
-from .schema import COST, Checks, checked, is_cost, is_integer, is_number, is_text
+from .schema import COST, Checks, is_cost, is_integer, is_number, is_text, require_fields
 
 FORMAT = 1
 Work = list[tuple[Site, Entry]]
@@ -99,7 +99,7 @@ class Plan:
             if name not in by_name:
                 raise LowrankError(f"no site {name!r} in the plan; there are {listed(by_name, 4)}")
             how = (self.single, self.storage)
-            for entry in shared_basis.changed(by_name[name], self.entries, rank, *how):
+            for entry in shared_basis.edited(by_name[name], self.entries, rank, *how):
                 if changed.setdefault(entry.name, entry) != entry:
                     raise LowrankError(
                         f"{entry.title} is given two ranks: {listed(ranks)} share one basis or one "
@@ -120,9 +120,10 @@ class Plan:
         The text may have been edited: the costs that follow from a size are brought up to date.
         """
         body = parsed(text, "plan")
-        checked(body, _FIELDS, "the plan")
+        require_fields(body, _FIELDS, "the plan")
         for part, checks in (("asked", _ASKED), ("settings", _SETTINGS)):
-            checked({key: body[part].get(key) for key in checks}, checks, f"{part!r} in the plan")
+            known = {key: body[part].get(key) for key in checks}
+            require_fields(known, checks, f"{part!r} in the plan")
         plan = cls((), Cost(**body["model"]), body["asked"], body["settings"])
         entries = tuple(
             Entry.from_json(item, plan.single, plan.storage) for item in body["entries"]
@@ -258,14 +259,14 @@ def _titles(names: Sequence[str]) -> str:
 
 def versions() -> dict[str, str]:
     """Of Python and of the libraries that shape the numbers; those not loaded are left out."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    loaded = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("lowrank", "transformers"):
         if package in sys.modules:
             try:
-                found[package] = installed(package)
+                loaded[package] = installed(package)
             except PackageNotFoundError:  # run from a source tree that was never installed
-                found[package] = "source"
-    return found
+                loaded[package] = "source"
+    return loaded
 
 
 def version() -> str:

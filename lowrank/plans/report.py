@@ -10,7 +10,7 @@ from typing import Any
 from ..tables import aligned, rich_table
 from .entry import COLUMNS, relative
 from .plan import FORMAT, Plan, parsed
-from .schema import Checks, checked, is_integer, is_number, is_text
+from .schema import Checks, is_integer, is_number, is_text, require_fields
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,10 @@ class Report:
     def from_json(cls, text: str) -> Report:
         """Raises LowrankError when the text is no report, with what is wrong and where."""
         body = parsed(text, "report")
-        checked(body, _FIELDS, "the report")
+        require_fields(body, _FIELDS, "the report")
         plan = Plan.from_json(json.dumps(body["plan"]))
         for item in body["sites"]:
-            checked(item, _SITE, "a layer of the report")
+            require_fields(item, _SITE, "a layer of the report")
         given = {key: body[key] for key in _FIELDS.keys() - {"format", "version"}}
         sites = tuple(Measured(**item) for item in body["sites"])
         return cls(**{**given, "plan": plan, "sites": sites, "notes": tuple(body["notes"])})

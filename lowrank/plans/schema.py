@@ -14,7 +14,7 @@ Checks = Mapping[str, tuple[Callable[[Any], bool], str]]
 COST = "params, bytes and macs as integers >= 0"
 
 
-def checked(item: Any, checks: Checks, what: str) -> None:
+def require_fields(item: Any, checks: Checks, what: str) -> None:
     """Raises LowrankError unless `item` has exactly these fields, each as its check wants it."""
     if not isinstance(item, dict):
         raise LowrankError(f"{what} must be an object, got {item!r:.80}")

@@ -13,7 +13,7 @@ from .entry import Entry, check_rank
 Sharers = list[Entry]  # the owner of the basis first
 
 
-def parted(group: Sequence[Site], option: Option) -> list[Option]:
+def member_options(group: Sequence[Site], option: Option) -> list[Option]:
     """An option of a group, told for each site: the owner, the first, bears what is shared."""
     if option.dense:
         return [replace(option, cost=site.cost) for site in group]
@@ -27,13 +27,13 @@ def parted(group: Sequence[Site], option: Option) -> list[Option]:
 
 def by_owner(entries: Sequence[Entry]) -> dict[str, Sharers]:
     """Groups by the name of their owner, the others in the order of the plan."""
-    found: dict[str, Sharers] = {}
+    groups: dict[str, Sharers] = {}
     for entry in entries:
         if entry.group:
-            found.setdefault(entry.group, []).append(entry)
+            groups.setdefault(entry.group, []).append(entry)
     return {
         owner: sorted(members, key=lambda entry: entry.name != owner)
-        for owner, members in found.items()
+        for owner, members in groups.items()
     }
 
 
@@ -54,9 +54,7 @@ def left_dense(group: Sharers, reason: str) -> Sharers:
     return [replace(entry.left_dense(reason), group="") for entry in group]
 
 
-def changed(
-    entry: Entry, entries: Sequence[Entry], rank: Any, method: str, storage: str
-) -> Sharers:
+def edited(entry: Entry, entries: Sequence[Entry], rank: Any, method: str, storage: str) -> Sharers:
     """An entry at another rank, and with it all that share its basis; rank None leaves them dense.
 
     Args:

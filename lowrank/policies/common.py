@@ -93,9 +93,9 @@ def least_that_fits(
         )
     while low < high:
         middle = (low + high) // 2
-        found = choose(thresholds[middle])
-        if spent(found.values(), budget.unit) <= budget.limit:
-            high, best = middle, found
+        chosen = choose(thresholds[middle])
+        if spent(chosen.values(), budget.unit) <= budget.limit:
+            high, best = middle, chosen
         else:
             low = middle + 1
     return best
@@ -119,9 +119,9 @@ def nearly_free_alignment(
 ) -> Allocation:
     """Ranks rounded down to a multiple where that loses less than 1 % of the site's budget."""
     by_sites = {curve.sites: curve for curve in curves}
-    found: Choice = {}
+    aligned: Choice = {}
     for sites, option in allocation.items():
-        found[sites] = option
+        aligned[sites] = option
         if option.size is None or len(option.size) != 1 or option.size[0] % multiple == 0:
             continue
         rounded = option.size[0] // multiple * multiple
@@ -130,5 +130,5 @@ def nearly_free_alignment(
             continue
         budget = option.cost.of(unit)
         if budget - lower.cost.of(unit) < LOSSLESS * budget:
-            found[sites] = lower
-    return found
+            aligned[sites] = lower
+    return aligned

@@ -36,9 +36,9 @@ class Uniform:
                 for sites, curve in by_sites.items()
             }
 
-        found = choose(share)
+        chosen = choose(share)
         low, high = Fraction(0), share
-        while spent(found.values(), unit) > budget.limit and high - low > Fraction(1, whole):
+        while spent(chosen.values(), unit) > budget.limit and high - low > Fraction(1, whole):
             middle = (low + high) / 2
             trial = choose(middle)
             if spent(trial.values(), unit) > budget.limit:
@@ -46,8 +46,8 @@ class Uniform:
             else:
                 low = middle
             if high - low <= Fraction(1, whole):
-                found = choose(low)
-        return found
+                chosen = choose(low)
+        return chosen
 
 
 def _largest_below(curve: Curve, limit: Fraction, budget: Budget) -> Option:

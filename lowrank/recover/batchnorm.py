@@ -70,10 +70,10 @@ def bn_recalibrate(
     judge = Reference(reference, held)
     before = judge.judged(model)
     old = {name: _state(part) for name, part in norms.items()}
-    put(model, moved(reference, gathered(model, batches), gathered(reference, batches)))
+    set_moments(model, moved(reference, gathered(model, batches), gathered(reference, batches)))
     if judge.judged(model) < before:
         return True
-    put(model, old)
+    set_moments(model, old)
     return False
 
 
@@ -88,10 +88,10 @@ def gathered(model: nn.Module, batches: Sequence[Batch]) -> State:
     def hook_of(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             rows = args[0].detach().double().movedim(1, -1).flatten(0, -2)
-            found = (rows.new_tensor(float(len(rows))), rows.sum(0), rows.square().sum(0))
+            moments = (rows.new_tensor(float(len(rows))), rows.sum(0), rows.square().sum(0))
             before = sums.get(name)
             sums[name] = (
-                found if before is None else [a + b for a, b in zip(before, found, strict=True)]
+                moments if before is None else [a + b for a, b in zip(before, moments, strict=True)]
             )
 
         return hook
@@ -134,14 +134,14 @@ def moved(reference: nn.Module, now: State, was: State) -> State:
     Args:
         now, was: what `gathered` gives of the compressed and of the dense model.
     """
-    found, dense = State(), batch_norms(reference)
+    state, dense = State(), batch_norms(reference)
     for name in now.keys() & was.keys() & dense.keys():
         (mean, variance), (old_mean, old_variance) = now[name], was[name]
         running = _state(dense[name])
         ratio = torch.where(old_variance > 0, variance / old_variance, 1.0)
         # What the running mean is off by in the dense model shrinks as its spread does.
-        found[name] = mean + (running[0] - old_mean) * ratio.sqrt(), running[1] * ratio
-    return found
+        state[name] = mean + (running[0] - old_mean) * ratio.sqrt(), running[1] * ratio
+    return state
 
 
 def _state(part: Any) -> tuple[Tensor, Tensor]:
@@ -149,7 +149,7 @@ def _state(part: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def put(model: nn.Module, state: State) -> None:
+def set_moments(model: nn.Module, state: State) -> None:
     """Give batch norms these running means and variances."""
     norms = batch_norms(model)
     for name, (mean, variance) in state.items():

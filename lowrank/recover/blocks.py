@@ -16,7 +16,7 @@ from ..calibration.batches import Batch
 from ..calibration.running import forward, logits_of, mask_of, quiet, without_cache
 from ..measure.eval import Reference, divergence
 from .chain import Chain
-from .training import Trained, Training, split, train
+from .training import Trained, Training, fit, split
 
 
 def refit_block(
@@ -47,7 +47,7 @@ def refit_block(
         return each.mean()
 
     with quiet(lean.block(index)):
-        return train(parameters, loss, *split(len(targets), fitted), options)
+        return fit(parameters, loss, *split(len(targets), fitted), options)
 
 
 def distill(
@@ -70,11 +70,11 @@ def distill(
         return divergence(predicted.logits(batch), got, mask_of(batches[batch])).mean()
 
     with quiet(teacher), quiet(student), without_cache(teacher), without_cache(student):
-        return train(parameters, loss, *split(len(batches), fitted), options)
+        return fit(parameters, loss, *split(len(batches), fitted), options)
 
 
 def _scale(targets: Sequence[Tensor]) -> Tensor:
     """Mean square of every channel (width,), floored: loud channels must not drown the others."""
     square = torch.stack([t.detach().float().flatten(0, -2).square().mean(0) for t in targets])
-    found = square.mean(0)
-    return found.clamp(min=1e-3 * float(found.mean()) + 1e-12)
+    power = square.mean(0)
+    return power.clamp(min=1e-3 * float(power.mean()) + 1e-12)

@@ -15,13 +15,13 @@ Pairs = dict[int, tuple[Tensor, Tensor]]  # the model's own, and the copy in its
 
 def factors_in(module: nn.Module) -> list[nn.Parameter]:
     """Parameters of all factored layers inside, each once, in the model's order."""
-    found = {
+    unique = {
         id(parameter): parameter
         for part in module.modules()
         if is_factored(part)
         for parameter in part.parameters()
     }
-    return list(found.values())
+    return list(unique.values())
 
 
 def own_vectors(module: nn.Module, pairs: Pairs) -> list[nn.Parameter]:
@@ -31,7 +31,7 @@ def own_vectors(module: nn.Module, pairs: Pairs) -> list[nn.Parameter]:
         pairs: by the id of the shared parameter, it and its copy; added to, so that a vector that
             stands in two places stays one.
     """
-    found: dict[int, nn.Parameter] = {}
+    factors: dict[int, nn.Parameter] = {}
     copies = {id(copy) for _, copy in pairs.values()}
     inside = {id(p) for p in factors_in(module)}
     for part in module.modules():
@@ -47,8 +47,8 @@ def own_vectors(module: nn.Module, pairs: Pairs) -> list[nn.Parameter]:
                     copies.add(id(fresh))
                 parameter = cast(nn.Parameter, pairs[id(parameter)][1])
                 part._parameters[key] = parameter
-            found[id(parameter)] = parameter
-    return list(found.values())
+            factors[id(parameter)] = parameter
+    return list(factors.values())
 
 
 def own_buffers(parts: Iterable[nn.Module], names: Iterable[str], pairs: Pairs) -> None:

@@ -135,10 +135,10 @@ class MasterWeights(Optimizer):
         every = list(chain.from_iterable(group["params"] for group in self.param_groups))
         wanted = [tuple(p.shape) if p in self._masters else None for p in every]
         stored = state_dict.get("masters")
-        found = stored and [None if copy is None else tuple(copy.shape) for copy in stored]
-        if stored is None or found != wanted:
+        shapes = stored and [None if copy is None else tuple(copy.shape) for copy in stored]
+        if stored is None or shapes != wanted:
             raise LowrankError(
-                f"the state holds float32 copies of the shapes {found}, expected {wanted}: "
+                f"the state holds float32 copies of the shapes {shapes}, expected {wanted}: "
                 "it was saved for other parameters, or by another optimizer"
             )
         inner.load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})

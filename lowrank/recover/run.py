@@ -121,8 +121,8 @@ class _Job:
     def _can_refit(self, site: Site, new: nn.Module) -> bool:
         calibration = self.bench.calibration
         called = site.name in calibration.observation.order and len(site.modules) == 1
-        seen = called and calibration.statistics[site.name].gram is not None
-        return seen and isinstance(new, Form) and new.REFITTED
+        observed = called and calibration.statistics[site.name].gram is not None
+        return observed and isinstance(new, Form) and new.REFITTED
 
     def _refit(self, sites: Sequence[Site]) -> None:
         chains = self.bench.calibration.observation.chains

@@ -48,7 +48,7 @@ class Trained:
         return self.best_step > 0
 
 
-def train(
+def fit(
     parameters: Sequence[nn.Parameter],
     loss: Loss,
     batches: Sequence[int],

@@ -55,8 +55,8 @@ class Case:
         if self.site.kind == "conv":
             dense = Geometry.of(self.module).dense(weight, shift := layouts.bias(self.module))
             dense.bias = shift  # type: ignore[assignment]
-            found: Tensor = dense(x)
-            return found
+            output: Tensor = dense(x)
+            return output
         return nn.functional.linear(x, weight, layouts.bias(self.module))
 
     def batch(self) -> Tensor:
@@ -81,7 +81,7 @@ class Case:
         """Every option of the method but the dense one, with its module."""
         for option in factored_options(self.curve(method), self.name):
             new = method.factor(self.module, option, self.stats)
-            yield option, described(new, self.at(option))
+            yield option, factored_module(new, self.at(option))
 
 
 def linear_case(
@@ -193,7 +193,7 @@ def require(condition: bool, otherwise: str) -> None:
         raise AssertionError(otherwise)
 
 
-def described(new: nn.Module, where: str) -> Factored:
+def factored_module(new: nn.Module, where: str) -> Factored:
     if not isinstance(new, Factored):
         raise AssertionError(f"{where}: {type(new).__name__} is no Factored: see lowrank.types")
     return new
@@ -206,9 +206,9 @@ def module_of(new: Factored) -> nn.Module:
 
 
 def factored_options(curve: Curve, where: str) -> list[Option]:
-    found = [option for option in curve.options if not option.dense]
-    require(bool(found), f"{where}: the curve holds no form smaller than the dense weight")
-    return found
+    smaller = [option for option in curve.options if not option.dense]
+    require(bool(smaller), f"{where}: the curve holds no form smaller than the dense weight")
+    return smaller
 
 
 def numbers(tensor: Tensor) -> Matrix:

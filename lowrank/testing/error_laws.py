@@ -13,7 +13,7 @@ import torch
 from ..nn.geometry import Geometry
 from ..types import Curve, Factored, Method
 from ..walk import layouts
-from .cases import Case, Matrix, Planted, described, factored_options, numbers, require
+from .cases import Case, Matrix, Planted, factored_module, factored_options, numbers, require
 
 # By norm: a matrix whose squared Frobenius norm is the error of W − Ŵ = `difference`.
 NORMS: dict[str, Callable[[Matrix, Case], Matrix]] = {
@@ -36,7 +36,7 @@ def check_planted(method: Method, case: Case, *, planted: Planted, tolerance: fl
     if not same:
         raise AssertionError(f"{case.name}: the curve lacks the planted size {size}")
     option = min(same, key=lambda option: option.error)  # a form may have two sides
-    new = described(method.factor(module, option, case.stats), case.at(option))
+    new = factored_module(method.factor(module, option, case.stats), case.at(option))
     error, total = (
         error_of(curve, d, case) ** 0.5 for d in (_difference(case, new), _weight(case))
     )
@@ -90,8 +90,8 @@ def check_bound(method: Method, case: Case) -> None:
     values = np.linalg.svd(scaled, compute_uv=False) ** 2
     for option, new in case.built(method):
         rank = option.size[0] if option.size else 0
-        found = int(np.linalg.matrix_rank(numbers(new.dense_weight(torch.float64))))
-        require(found <= rank, f"{case.at(option)}: the result has rank {found}")
+        actual = int(np.linalg.matrix_rank(numbers(new.dense_weight(torch.float64))))
+        require(actual <= rank, f"{case.at(option)}: the result has rank {actual}")
         optimum, slack = float(values[rank:].sum()), 1e-9 * float(values.sum())
         measured = error_of(curve, _difference(case, new), case)
         for what, error in (("predicted", option.error), ("measured", measured)):

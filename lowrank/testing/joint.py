@@ -187,8 +187,8 @@ def _measured(curve: Curve, case: JointCase, new: Sequence[Factored]) -> float:
     """Error of all members together, from their inputs."""
     errors = []
     for member, each in zip(case.members, new, strict=True):
-        weight, found = layouts.matrix(member.module), each.dense_weight(torch.float64)
-        errors.append(error_of(curve, numbers(weight) - numbers(found), member))
+        weight, approximation = layouts.matrix(member.module), each.dense_weight(torch.float64)
+        errors.append(error_of(curve, numbers(weight) - numbers(approximation), member))
     return sum(errors)
 
 

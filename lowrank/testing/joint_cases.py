@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..types import Factored, JointMethod, Option, Site, Statistics
-from .cases import Case, described, factored_options, linear_case, require
+from .cases import Case, factored_module, factored_options, linear_case, require
 
 Built = tuple[Option, list[Factored]]
 
@@ -54,7 +54,7 @@ class JointCase:
         new = method.factor([case.module for case in self.members], option, self.stats)
         where = f"{self.name}, size {option.size}"
         require(len(new) == len(self.members), f"{where}: {len(new)} modules for {self.sites}")
-        return [described(each, where) for each in new]
+        return [factored_module(each, where) for each in new]
 
 
 def joint_case(

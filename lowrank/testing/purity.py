@@ -52,14 +52,14 @@ def _tensors(case: Case) -> dict[str, Tensor]:
 
 def snapshot(case: Case) -> dict[str, Any]:
     """All that a method could change, as comparable values."""
-    found: dict[str, Any] = {"the global generator": torch.get_rng_state().tolist()}
+    state: dict[str, Any] = {"the global generator": torch.get_rng_state().tolist()}
     for name, module in case.module.named_modules():
         held = vars(module).items()
         plain = {key: value for key, value in held if not isinstance(value, dict)}
         inner = {key: list(value) for key, value in held if isinstance(value, dict)}
-        found[f"the module {name!r}"] = (id(module), plain, inner)  # flags, hooks, names
+        state[f"the module {name!r}"] = (id(module), plain, inner)  # flags, hooks, names
     for name, tensor in _tensors(case).items():
         data = tensor.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes()
         place = (id(tensor), tensor.data_ptr(), tensor._version)
-        found[name] = (*place, tensor.requires_grad, tensor.grad is None, data)
-    return found
+        state[name] = (*place, tensor.requires_grad, tensor.grad is None, data)
+    return state

@@ -232,7 +232,9 @@ class CondLR:
                 values[:rank] if math.isinf(self.tau) else retract.clamped(values[:rank], self.tau)
             )
             if rank < len(values):
-                *factors, left, right = retract.truncated(module.u, module.v, p, kept, q, rank)
+                *factors, left, right = retract.truncated_bases(
+                    module.u, module.v, p, kept, q, rank
+                )
                 usv.change(self._at, module, tuple(factors), (left, right))  # type: ignore[arg-type]
                 shrunk = True
             elif not torch.equal(kept, values):

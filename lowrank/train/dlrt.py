@@ -137,7 +137,7 @@ class DLRT(Cycle[USVLinear]):
         ranks = ranks_for(spectra, self.tolerance, self.ratio, self.min_rank, most)
         for (name, module), rank in zip(self._modules.items(), ranks, strict=True):
             p, values, q = found[name]
-            *factors, left, right = retract.truncated(module.u, module.v, p, values, q, rank)
+            *factors, left, right = retract.truncated_bases(module.u, module.v, p, values, q, rank)
             usv.change(self._at, module, tuple(factors), (left, right))  # type: ignore[arg-type]
             whole = float(values.double().square().sum())
             lost = float(values[rank:].double().square().sum()) / whole if whole > 0 else 0.0

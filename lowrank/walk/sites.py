@@ -61,13 +61,13 @@ def tied_heads(model: nn.Module, tables: Iterable[Site]) -> dict[str, Site]:
     names: dict[int, list[str]] = {}
     for name, module in modules_of(model):
         names.setdefault(id(module), []).append(name)
-    found = {}
+    heads = {}
     for site in tables:
         linear = tuple(m for m in site.modules if layouts.kind(m) != "embedding")
         if linear:
             every = tuple(name for module in linear for name in names[id(module)])
-            found[site.name] = _site(linear, every, "")
-    return found
+            heads[site.name] = _site(linear, every, "")
+    return heads
 
 
 def select_sites(
@@ -153,8 +153,8 @@ def _site(modules: tuple[nn.Module, ...], names: tuple[str, ...], reason: str) -
 
 def _output_heads(model: nn.Module) -> set[int]:
     """Ids of what transformers calls output embeddings, also where the model is wrapped."""
-    found = (getattr(module, "get_output_embeddings", None) for module in model.modules())
-    return {id(accessor()) for accessor in found if callable(accessor)} - {id(None)}
+    accessors = (getattr(module, "get_output_embeddings", None) for module in model.modules())
+    return {id(accessor()) for accessor in accessors if callable(accessor)} - {id(None)}
 
 
 def _compiled(pattern: str, frame: str = "{}") -> re.Pattern[str]:
@@ -209,14 +209,14 @@ Holders = dict[tuple[object, ...], list[nn.Module]]
 
 def holders(model: nn.Module) -> Holders:
     """Which modules hold each parameter, each module once."""
-    found: Holders = {}
+    by_address: Holders = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None and parameter.numel():
-                users = found.setdefault(address(parameter), [])
+                users = by_address.setdefault(address(parameter), [])
                 if not any(user is module for user in users):
                     users.append(module)
-    return found
+    return by_address
 
 
 def tie_obstacle(module: nn.Module, holders: Holders, names: Mapping[int, list[str]]) -> str:
@@ -289,5 +289,5 @@ def _kind(stored: Any) -> str | None:
     if stored is None:
         return None
     values = stored if isinstance(stored, dict) else vars(stored)
-    found = values.get("quant_method")
-    return str(getattr(found, "value", found) or "unknown")
+    method = values.get("quant_method")
+    return str(getattr(method, "value", method) or "unknown")

@@ -305,13 +305,13 @@ def test_methods_get_what_they_need_of_their_targets_alone() -> None:
     options = {"method": "two-sided", "seed": 3, "progress": False, "copy": True, "align": 1}
     asked: list[list[str]] = []
     with pytest.MonkeyPatch.context() as patch:
-        plain = fisher_of.fisher
+        plain = fisher_of.gradient_moments
 
         def watched(model: nn.Module, batches: Any, sites: Any, **kwargs: Any) -> Any:
             asked.append([site.name for site in sites])
             return plain(model, batches, sites, **kwargs)
 
-        patch.setattr(fisher_of, "fisher", watched)
+        patch.setattr(fisher_of, "gradient_moments", watched)
         one, report = lowrank.compress(model, 0.5, data=seen, target_modules=["up_proj"], **options)
         plan = lowrank.plan(
             model, 0.5, method="two-sided", seed=3, data=zoo.tokens(), align=1,

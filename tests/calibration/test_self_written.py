@@ -13,7 +13,7 @@ from torch.nn.functional import log_softmax
 
 import lowrank
 from lowrank import LowrankError
-from lowrank.calibration import self_written as selfwritten
+from lowrank.calibration import self_written
 from lowrank.calibration.self_written import described, write, writes
 from tests.zoo import VOCABULARY, Custom, llama, make, mlp, said, unchanged
 
@@ -108,7 +108,7 @@ def test_a_model_without_a_good_cache_writes_the_same(broken: str) -> None:
         return SimpleNamespace(logits=found.logits, past_key_values=memory)
 
     model.forward = forward
-    assert not selfwritten._remembers(model)
+    assert not self_written._remembers(model)
     assert torch.equal(write(model, rows=12, length=20), expected)
 
 

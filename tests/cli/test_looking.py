@@ -128,7 +128,7 @@ def test_demo_hands_over_its_folder_and_exit_code(
         given.append(out)
         return len(given) - 1
 
-    monkeypatch.setitem(sys.modules, "lowrank.demo", SimpleNamespace(run=fake))
+    monkeypatch.setitem(sys.modules, "lowrank.demo", SimpleNamespace(run_demo=fake))
     assert invoke("demo").exit_code == 0
     assert invoke("demo", "--out", tmp_path / "kept").exit_code == 1
     assert given == [None, tmp_path / "kept"]

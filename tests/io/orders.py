@@ -22,7 +22,7 @@ def lowrank_first(folder: Path) -> dict[str, object]:
     found["finders_after"] = finders()
     found["loader"] = type(sys.modules[TARGET].__spec__.loader).__name__
     importlib.reload(lowrank)
-    importlib.reload(sys.modules["lowrank.io.register"]).install()
+    importlib.reload(sys.modules["lowrank.io.registration"]).install()
     again = AutoModelForCausalLM.from_pretrained(folder / "llama")
     return {**found, "error": error(model, folder, "llama"), "again": error(again, folder, "llama")}
 
@@ -81,7 +81,7 @@ def no_transformers(folder: Path) -> dict[str, object]:
 
 
 def finders() -> int:
-    return sum(type(finder).__module__ == "lowrank.io.register" for finder in sys.meta_path)
+    return sum(type(finder).__module__ == "lowrank.io.registration" for finder in sys.meta_path)
 
 
 def error(model, folder: Path, kind: str) -> float:  # type: ignore[no-untyped-def]

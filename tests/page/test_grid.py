@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from lowrank.page.grid import grid
+from lowrank.page.grid import grid_of
 from lowrank.walk.layouts import kind
 from tests.zoo import BUILDERS, make
 
 
 def test_kinds_and_depths() -> None:
     names = [f"model.layers.{n}.{part}" for n in (0, 1, 10) for part in ("attn.q", "mlp.up")]
-    found = grid([*names, "head"])
+    found = grid_of([*names, "head"])
     assert found.rows == ("q", "up", "head")
     assert found.columns == ("0", "1", "10", "")
     assert found.cells == ((0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2), (2, 3))
@@ -19,20 +19,20 @@ def test_kinds_and_depths() -> None:
 
 def test_kinds_are_as_long_as_they_have_to_be() -> None:
     names = ["l.0.attn.out.dense", "l.0.out.dense", "l.0.mid.dense", "pool.dense"]
-    assert grid(names).rows == ("attn.out.dense", "l.out.dense", "mid.dense", "pool.dense")
+    assert grid_of(names).rows == ("attn.out.dense", "l.out.dense", "mid.dense", "pool.dense")
 
 
 def test_names_of_numbers_or_of_nothing() -> None:
-    assert grid(["0", "2", "4"]).columns == ("0", "2", "4")
-    assert grid(["0", "2"]).rows == ("layer",)
-    assert grid([""]).rows == ("(root)",)
-    assert grid([]).cells == ()
-    assert grid(["blocks.0.experts.3.up", "blocks.0.experts.11.up"]).rows == ("3.up", "11.up")
+    assert grid_of(["0", "2", "4"]).columns == ("0", "2", "4")
+    assert grid_of(["0", "2"]).rows == ("layer",)
+    assert grid_of([""]).rows == ("(root)",)
+    assert grid_of([]).cells == ()
+    assert grid_of(["blocks.0.experts.3.up", "blocks.0.experts.11.up"]).rows == ("3.up", "11.up")
 
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_every_layer_has_a_cell_of_its_own(name: str) -> None:
     names = [n for n, module in make(name).named_modules() if kind(module)]
-    found = grid(names)
+    found = grid_of(names)
     assert len(set(found.cells)) == len(names)
     assert len(set(found.rows)) == len(found.rows)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank import LowrankError
-from lowrank.recover.training import Training, train
+from lowrank.recover.training import Training, fit
 
 
 def line() -> tuple[nn.Parameter, list[Tensor], list[Tensor]]:
@@ -20,7 +20,7 @@ def line() -> tuple[nn.Parameter, list[Tensor], list[Tensor]]:
 
 def test_the_best_state_stays() -> None:
     slope, x, y = line()
-    came = train(
+    came = fit(
         [slope], lambda b: (slope * x[b] - y[b]).square().mean(), [0, 1, 2], [3],
         Training(steps=40, rate=0.1),
     )  # fmt: skip
@@ -43,7 +43,7 @@ def test_a_step_whose_gradient_is_not_finite_is_left_out(bad: float) -> None:
             return found * bad if len(calls) in (2, 5) else found
         return found
 
-    came = train([slope], loss, [0, 1, 2], [3], Training(steps=40, rate=0.1))
+    came = fit([slope], loss, [0, 1, 2], [3], Training(steps=40, rate=0.1))
     assert len(calls) == 40
     assert came.best_step > 5
     assert came.after < 0.3 * came.before
@@ -52,5 +52,5 @@ def test_a_step_whose_gradient_is_not_finite_is_left_out(bad: float) -> None:
 def test_a_loss_that_is_not_finite_from_the_start() -> None:
     slope = nn.Parameter(torch.ones(1))
     with pytest.raises(LowrankError, match="recovery cannot start"):
-        train([slope], lambda _: slope.sum() * math.nan, [0], [0], Training(steps=3))
+        fit([slope], lambda _: slope.sum() * math.nan, [0], [0], Training(steps=3))
     assert slope.tolist() == [1]

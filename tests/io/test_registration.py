@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lowrank.io import install, register
+from lowrank.io import install, registration
 
 
 @pytest.mark.slow
@@ -55,17 +55,17 @@ def test_install_again_changes_nothing() -> None:
     install()
     install()
     assert auto.AUTO_QUANTIZER_MAPPING["lowrank"] is before
-    assert not any(isinstance(finder, register._Finder) for finder in sys.meta_path)
+    assert not any(isinstance(finder, registration._Finder) for finder in sys.meta_path)
 
 
 def test_unsuitable_transformers_is_a_warning() -> None:
     with pytest.warns(UserWarning, match="lowrank could not register with transformers"):
-        register._register(SimpleNamespace())  # type: ignore[arg-type]
+        registration._register(SimpleNamespace())  # type: ignore[arg-type]
 
 
 def test_finder_of_a_failing_import_stays(monkeypatch) -> None:
     """The next import of the module must still register."""
-    finder = register._Finder()
+    finder = registration._Finder()
     monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
 
     def fail(module: object) -> None:
@@ -74,7 +74,7 @@ def test_finder_of_a_failing_import_stays(monkeypatch) -> None:
     loader = SimpleNamespace(exec_module=fail)
     spec = SimpleNamespace(loader=loader)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    found = finder.find_spec(register.TARGET, None)
+    found = finder.find_spec(registration.TARGET, None)
     with pytest.raises(ImportError, match="half installed"):
         found.loader.exec_module(object())  # type: ignore[union-attr,arg-type]
     assert finder in sys.meta_path

@@ -9,7 +9,7 @@ from ..calibration.statistics import Calibration, statistics_of
 from ..types import Curve, Site
 
 
-def repeats(sites: Sequence[Site], calibration: Calibration | None) -> dict[str, int]:
+def repeat_counts(sites: Sequence[Site], calibration: Calibration | None) -> dict[str, int]:
     """How many positions each layer works at for one of the layer that works at the fewest.
 
     Layers that the data did not reach are left out, and count once; all do without data.
