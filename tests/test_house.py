@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 
@@ -12,7 +13,7 @@ from lowrank import types
 from lowrank.api.arguments import ARGUMENTS
 from lowrank.api.request import Compression, Request, Sweeping
 from lowrank.nn import Form
-from tests.test_layers import Sources, imported, layer, packages, sources
+from tests.test_layers import LIBRARY, RANK, Sources, imported, layer, packages, sources
 
 LOOSE = {"errors", "tables", "types", "plots", "demo", "__main__"}
 LONGEST = 60  # lines of code of a function, without its docstring
@@ -143,6 +144,22 @@ def test_every_door_says_what_is_behind_it(files: Sources) -> None:
         said = ast.get_docstring(ast.parse(files[door]))
         assert said, door
         assert said.split("\n")[0].endswith((".", "`")), door
+
+
+def test_contributing_shows_the_order_whole() -> None:
+    text = (LIBRARY.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rooms = re.findall(r"(?m)^\| `(\w+)` \|", text.partition("## Where does")[0])
+    assert sorted(rooms, key=RANK.__getitem__) == rooms
+    assert set(rooms) == set(RANK)
+
+
+def test_files_that_contributing_names_are_there() -> None:
+    text = (LIBRARY.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?<![\w/*])((?:\w+/)+\w+\.py)", text)) - {"lowrank/methods/halves.py"}
+    named -= {"tests/methods/test_halves.py"}
+    for file in named:
+        assert (LIBRARY / file).exists() or (LIBRARY.parent / file).exists(), file
+    assert len(named) > 20
 
 
 def test_no_files_import_in_a_circle(files: Sources) -> None:
