@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..nn.geometry import CONVS, Geometry
 from ..types import Cost, Curve, Factored, Method, Option, Site, Size, Statistics
 from ..walk import layouts, patches
+from .memo import Memo, snapshot
 
 Matrix = NDArray[np.float64]
 Planted = Callable[[int, int, torch.Generator], tuple[Tensor, Size]]
@@ -25,6 +26,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 @dataclass(frozen=True)
 class Case:
     """A layer with all that a method may ask for.
+
+    A method's curve and modules are made once for a case, and all laws read the same ones: a law
+    that changes a module works on a copy of it, one that needs another run on a `fresh` case.
 
     Attributes:
         name: what is special about it, and its dtype: for messages.
@@ -38,6 +42,9 @@ class Case:
     site: Site
     stats: Statistics
     inputs: Tensor
+    _memo: Memo[Method, Factored] = field(
+        default_factory=Memo, init=False, repr=False, compare=False
+    )
 
     @property
     def module(self) -> nn.Module:
@@ -55,8 +62,8 @@ class Case:
         if self.site.kind == "conv":
             dense = Geometry.of(self.module).dense(weight, shift := layouts.bias(self.module))
             dense.bias = shift  # type: ignore[assignment]
-            found: Tensor = dense(x)
-            return found
+            outputs: Tensor = dense(x)
+            return outputs
         return nn.functional.linear(x, weight, layouts.bias(self.module))
 
     def batch(self) -> Tensor:
@@ -72,16 +79,36 @@ class Case:
         """Where a law was broken."""
         return f"{self.name}, size {option.size}"
 
+    def fresh(self) -> Case:
+        """The same layer, statistics and inputs, of which nothing was made yet."""
+        return replace(self)
+
     def curve(self, method: Method) -> Curve:
+        """Of this layer, made once for a method object."""
+        return self._memo.curve(method, self._curve, self._look)
+
+    def built(self, method: Method) -> Iterator[tuple[Option, Factored]]:
+        """Every option of the method but the dense one, with its module, made once.
+
+        No copies: a law has to see on which memory a tensor lies.
+        """
+        options = factored_options(self.curve(method), self.name)
+        return self._memo.built(method, options, self._factored, self._look)
+
+    def changed(self, method: Method) -> list[str]:
+        """What the method changed that it was only to read, up to now."""
+        return self._memo.changed(method)
+
+    def _look(self) -> Mapping[str, Any]:
+        return snapshot(self.module, self.stats)
+
+    def _curve(self, method: Method) -> Curve:
         missing = [need for need in method.needs if getattr(self.stats, need, None) is None]
         require(not missing, f"{self.name}: the suite has no statistics {missing}")
         return method.curve(self.site, self.stats)
 
-    def built(self, method: Method) -> Iterator[tuple[Option, Factored]]:
-        """Every option of the method but the dense one, with its module."""
-        for option in factored_options(self.curve(method), self.name):
-            new = method.factor(self.module, option, self.stats)
-            yield option, described(new, self.at(option))
+    def _factored(self, method: Method, option: Option) -> Factored:
+        return described(method.factor(self.module, option, self.stats), self.at(option))
 
 
 def linear_case(
@@ -206,9 +233,9 @@ def module_of(new: Factored) -> nn.Module:
 
 
 def factored_options(curve: Curve, where: str) -> list[Option]:
-    found = [option for option in curve.options if not option.dense]
-    require(bool(found), f"{where}: the curve holds no form smaller than the dense weight")
-    return found
+    options = [option for option in curve.options if not option.dense]
+    require(bool(options), f"{where}: the curve holds no form smaller than the dense weight")
+    return options
 
 
 def numbers(tensor: Tensor) -> Matrix:
