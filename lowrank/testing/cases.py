@@ -20,6 +20,7 @@ from .memo import Memo, snapshot
 
 Matrix = NDArray[np.float64]
 Planted = Callable[[int, int, torch.Generator], tuple[Tensor, Size]]
+MANY = 16  # options of a curve that the laws look at for which all of them would take long
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -87,12 +88,15 @@ class Case:
         """Of this layer, made once for a method object."""
         return self._memo.curve(method, self._curve, self._look)
 
-    def built(self, method: Method) -> Iterator[tuple[Option, Factored]]:
-        """Every option of the method but the dense one, with its module, made once.
+    def built(self, method: Method, most: int | None = None) -> Iterator[tuple[Option, Factored]]:
+        """The method's options but for the dense one, each with its module, made once.
 
         No copies: a law has to see on which memory a tensor lies.
+
+        Args:
+            most: of a curve of more options only so many, evenly, with the first and the last.
         """
-        options = factored_options(self.curve(method), self.name)
+        options = factored_options(self.curve(method), self.name, most)
         return self._memo.built(method, options, self._factored, self._look)
 
     def changed(self, method: Method) -> list[str]:
@@ -232,10 +236,13 @@ def module_of(new: Factored) -> nn.Module:
     return new
 
 
-def factored_options(curve: Curve, where: str) -> list[Option]:
+def factored_options(curve: Curve, where: str, most: int | None = None) -> list[Option]:
+    """All but the dense one, or `most` of them, evenly spread."""
     options = [option for option in curve.options if not option.dense]
     require(bool(options), f"{where}: the curve holds no form smaller than the dense weight")
-    return options
+    if most is None or len(options) <= most:
+        return options
+    return [options[round(i * (len(options) - 1) / (most - 1))] for i in range(most)]
 
 
 def numbers(tensor: Tensor) -> Matrix:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..types import Curve, Factored, JointMethod
 from ..walk import layouts
-from .cases import DTYPES, factored_options, module_of, numbers, require
+from .cases import DTYPES, MANY, factored_options, module_of, numbers, require
 from .crossing import check_laws
 from .error_laws import error_of
 from .joint_cases import JOINT_CASES, JointCase
@@ -122,7 +122,7 @@ def check_rebuilt(method: JointMethod, case: JointCase) -> None:
     """Empty modules, bound to the first and loaded from a file, give the same outputs."""
     from safetensors.torch import load, save
 
-    for option, new in case.built(method):
+    for option, new in case.built(method, MANY):
         state = load(save({name: t.cpu() for name, t in _state(new).items()}))
         again = nn.ModuleList(module_of(empty_like(each)) for each in new)
         filled = [name for name, tensor in again.state_dict().items() if not tensor.is_meta]
@@ -143,7 +143,7 @@ def check_gradients(method: JointMethod, case: JointCase) -> None:
     A weight of zero is left out: others have to wake the basis before it can learn.
     """
     x = case.inputs.double()
-    for option, new in case.built(method):
+    for option, new in case.built(method, MANY):
         modules = nn.ModuleList(module_of(each) for each in new)
         for number in range(len(new)):
             twin = copy.deepcopy(modules).double()
@@ -174,9 +174,9 @@ def check_untouched(method: JointMethod, case: JointCase) -> None:
 
 def check_deterministic(method: JointMethod, case: JointCase) -> None:
     """Two runs agree bit for bit, whatever the state of the global generator."""
-    first, again = list(case.built(method)), copy.deepcopy(case.fresh())
+    first, again = list(case.built(method, MANY)), copy.deepcopy(case.fresh())
     with elsewhere():
-        second = list(again.built(method))
+        second = list(again.built(method, MANY))
     for (option, one), (other, two) in zip(first, second, strict=True):
         there = _state(two)
         same = all(torch.equal(tensor, there[name]) for name, tensor in _state(one).items())

@@ -60,9 +60,13 @@ class JointCase:
         """Of these layers, made once for a method object."""
         return self._memo.curve(method, self._curve, self._look)
 
-    def built(self, method: JointMethod) -> Iterator[Built]:
-        """Every option of the method but the dense one, with its modules, made once."""
-        options = factored_options(self.curve(method), self.name)
+    def built(self, method: JointMethod, most: int | None = None) -> Iterator[Built]:
+        """The method's options but for the dense one, each with its modules, made once.
+
+        Args:
+            most: as for a `Case`.
+        """
+        options = factored_options(self.curve(method), self.name, most)
         return self._memo.built(method, options, self.factored, self._look)
 
     def changed(self, method: JointMethod) -> list[str]:

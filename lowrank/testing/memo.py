@@ -24,7 +24,7 @@ class _Made(Generic[M, N]):
 
     method: M
     curve: Curve
-    modules: list[N] = field(default_factory=list)
+    modules: dict[Option, N] = field(default_factory=dict)
     changed: list[str] = field(default_factory=list)
 
 
@@ -50,14 +50,14 @@ class Memo(Generic[M, N]):
     def built(
         self, method: M, options: Sequence[Option], make: Callable[[M, Option], N], look: Look
     ) -> Iterator[tuple[Option, N]]:
-        """The options of its curve, each with `make(method, option)`, called once, when needed."""
+        """Options of its curve, each with `make(method, option)`, called once, when needed."""
         made = self._of(method)
-        for number, option in enumerate(options):
-            if number == len(made.modules):
+        for option in options:
+            if option not in made.modules:
                 new, changed = _watched(partial(make, method, option), look)
-                made.modules.append(new)
+                made.modules[option] = new
                 made.changed += [f"{what} at size {option.size}" for what in changed]
-            yield option, made.modules[number]
+            yield option, made.modules[option]
 
     def changed(self, method: M) -> list[str]:
         """What the calls up to now changed, each with where."""

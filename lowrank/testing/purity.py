@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from ..types import Method
-from .cases import Case, module_of, require
+from .cases import MANY, Case, module_of, require
 from .memo import tensors_of
 
 
@@ -28,10 +28,10 @@ def check_untouched(method: Method, case: Case) -> None:
 
 def check_deterministic(method: Method, case: Case) -> None:
     """Two runs agree bit for bit, whatever the state of the global generator."""
-    first = (case.curve(method).options, list(case.built(method)))
+    first = (case.curve(method).options, list(case.built(method, MANY)))
     again = copy.deepcopy(case.fresh())
     with elsewhere():
-        second = (again.curve(method).options, list(again.built(method)))
+        second = (again.curve(method).options, list(again.built(method, MANY)))
     require(first[0] == second[0], f"{case.name}: two curves differ")
     for (option, one), (_, other) in zip(first[1], second[1], strict=True):
         there = module_of(other).state_dict()

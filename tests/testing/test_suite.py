@@ -22,6 +22,7 @@ from lowrank.testing import (
     linear_case,
     low_rank_weight,
 )
+from lowrank.testing.cases import MANY
 from lowrank.testing.memo import snapshot
 from lowrank.types import Cost, Curve, Option, Site, Statistics
 from lowrank.walk import layouts
@@ -264,6 +265,20 @@ def test_every_module_is_made_once_for_all_laws_but_those_that_need_another_run(
         method.sizes.clear()
         law(method, case.fresh())
         assert method.sizes in (every, [])
+
+
+def test_of_a_long_curve_what_takes_long_looks_at_some_sizes_and_the_rest_at_all() -> None:
+    case, every = linear_case("long", torch.eye(40, 44), dtype=torch.float32), range(1, 21)
+    asked = {}
+    for name in ("cost", "rebuilt", "gradients"):
+        method = Counting()
+        laws()[name](method, case)
+        asked[name] = [size for (size,) in method.sizes]
+    assert asked["cost"] == list(every)
+    assert asked["rebuilt"] == asked["gradients"]
+    assert set(asked["rebuilt"]) < set(every)
+    assert len(asked["rebuilt"]) == MANY
+    assert (asked["rebuilt"][0], asked["rebuilt"][-1]) == (1, 20)
 
 
 @pytest.mark.parametrize("name", laws())
