@@ -72,7 +72,10 @@ MUTANTS = (
         "lowrank/train/parts/optimizer.py",
         "moved = carry(wide.clamp(min=0).sqrt()).square()",
         "moved = carry(wide)",
-        ("tests/train/parts/test_optimizer.py::test_second_moments_follow_by_their_roots",),
+        (
+            "tests/train/parts/test_optimizer.py::"
+            "test_first_moments_follow_linearly_and_second_ones_by_their_roots",
+        ),
     ),
     Mutant(
         "parameters that are gone stay in the optimizer",
@@ -100,7 +103,7 @@ MUTANTS = (
         "lowrank/train/condlr.py",
         "new = agreed([retract.orthonormal(basis)])[0]",
         "new = basis.clone()",
-        ("tests/train/test_condlr.py::test_bases_stay_orthonormal_over_a_thousand_steps",),
+        ("tests/train/parts/test_usv.py::test_bases_stay_orthonormal_over_a_thousand_steps",),
     ),
     Mutant(
         "the clamp reaches twice as far as the condition number allows",
@@ -192,7 +195,7 @@ MUTANTS = (
         "lowrank/train/loqt.py",
         "    def _spoilt(self) -> None:\n        self._collect()",
         "    def _spoilt(self) -> None:\n        pass",
-        ("tests/train/test_factor_controllers.py::test_a_nan_gradient_harms_nothing",),
+        ("tests/train/test_bad_input.py::test_a_nan_gradient_harms_nothing",),
     ),
     Mutant(
         "signs that are packed the other way round",
