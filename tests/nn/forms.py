@@ -32,6 +32,15 @@ def check_differences(
     assert torch.autograd.gradcheck(run, (x, *values), **options)
 
 
+def factors(
+    out: int, inner: int, rank: int, *, bias: bool = True, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """down (rank, in), up (out, rank), and a bias."""
+    normal = drawn(seed)
+    down, up = normal(rank, inner), normal(out, rank)
+    return down, up, normal(out) if bias else None
+
+
 class Made(NamedTuple):
     layer: nn.Module
     weight: np.ndarray  # (out, in), by NumPy

@@ -305,11 +305,6 @@ def test_what_was_made_for_another_law_was_watched_too(spoil: Any) -> None:
     assert list(case.built(method)) == made
 
 
-def test_the_message_names_method_law_case_and_size() -> None:
-    with pytest.raises(AssertionError, match=r"Broken breaks the law 'forward': wide, bfloat16, s"):
-        check_method(Broken(spoil=drop_bias))
-
-
 def test_a_weight_that_is_not_reproduced_is_named() -> None:
     case = CASES["wide"](dtype=torch.float64)
     with pytest.raises(AssertionError, match=r"lacks the planted size \(9,\)"):
@@ -323,25 +318,27 @@ def test_traits_choose_the_laws() -> None:
     assert every - set(laws(plain_products=False)) == {"macs"}
 
 
-def test_kinds_and_statistics_that_the_suite_lacks_are_said() -> None:
-    @dataclass(frozen=True)
-    class Odd(SVD):
-        kinds = frozenset({"tensor train"})
-
-    with pytest.raises(AssertionError, match="tensor train"):
-        check_method(Odd())
-
-    @dataclass(frozen=True)
-    class Needy(SVD):
-        needs = frozenset({"weather"})
-
-    with pytest.raises(AssertionError, match="weather"):
-        check_method(Needy())
+@dataclass(frozen=True)
+class Odd(SVD):
+    kinds = frozenset({"tensor train"})
 
 
-def test_an_unknown_norm_is_said() -> None:
-    method = Broken(bend=lambda curve: replace(curve, norm="taxicab"))
-    with pytest.raises(AssertionError, match="taxicab"):
+@dataclass(frozen=True)
+class Needy(SVD):
+    needs = frozenset({"weather"})
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (Broken(spoil=drop_bias), r"Broken breaks the law 'forward': wide, bfloat16, s"),
+        (Broken(bend=lambda curve: replace(curve, norm="taxicab")), "no oracle .* 'taxicab'"),
+        (Odd(), r"no case for the kinds \['tensor train'\]"),
+        (Needy(), r"wide, bfloat16: the suite has no statistics \['weather'\]"),
+    ],
+)
+def test_what_is_wrong_is_said_with_where(method: SVD, said: str) -> None:
+    with pytest.raises(AssertionError, match=said):
         check_method(method)
 
 
