@@ -1,14 +1,28 @@
-"""The roster: one row per method, its traits as arguments; the suite crosses laws with rows."""
+"""The roster: one row per method, its traits as arguments; the suite crosses laws with rows.
+
+python -m tests.roster         # how many combinations of law, method, case and dtype it holds
+"""
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank.testing import JOINT_LAWS, Law, laws, low_rank_weight
-from lowrank.types import Size
+from lowrank.methods import JOINT, METHODS
+from lowrank.testing import (
+    CASES,
+    DTYPES,
+    JOINT_CASES,
+    JOINT_LAWS,
+    Law,
+    check_laws,
+    laws,
+    low_rank_weight,
+)
+from lowrank.types import Method, Size
 
 
 def lines(out_features: int, in_features: int, rng: torch.Generator) -> tuple[Tensor, Size]:
@@ -51,6 +65,9 @@ def blocks(out_features: int, in_features: int, rng: torch.Generator) -> tuple[T
     return weight, (min(out_features, in_features) // 4, 2)
 
 
+# Sizes of two numbers are no ranks of the matrix, and `first` works at the input's positions.
+OF_CONVOLUTIONS = laws(low_rank=False, plain_products=False)
+
 ROSTER: dict[str, dict[str, Law]] = {
     "svd": laws(),
     "whitened": laws(),
@@ -60,23 +77,16 @@ ROSTER: dict[str, dict[str, Law]] = {
     "snmf": laws(planted=low_rank_weight(2, positive=True)),
     "frequency": laws(),
     "head-aware": laws(),
-    # Sizes of two numbers are no ranks of the matrix, and `first` works at the input's positions.
-    "tucker": laws(low_rank=False, plain_products=False),
-    **{
-        name: laws(low_rank=False, plain_products=False)
-        for name in (
-            "channel",
-            "whitened-channel",
-            "spatial",
-            "cp",
-            "whitened-tucker",
-            "whitened-spatial",
-            "whitened-conv",
-            "two-sided-tucker",
-            "two-sided-conv",
-        )
-    },
+    "tucker": OF_CONVOLUTIONS,
+    "channel": OF_CONVOLUTIONS,
+    "spatial": OF_CONVOLUTIONS,
     "cp": laws(low_rank=False, plain_products=False, planted=alike),
+    "whitened-channel": OF_CONVOLUTIONS,
+    "whitened-tucker": OF_CONVOLUTIONS,
+    "whitened-spatial": OF_CONVOLUTIONS,
+    "whitened-conv": OF_CONVOLUTIONS,
+    "two-sided-tucker": OF_CONVOLUTIONS,
+    "two-sided-conv": OF_CONVOLUTIONS,
     "random": laws(planted=None),  # it gives the trained weight up
     "dense-sparse": laws(low_rank=False, planted=lines, plain_products=False),  # it gathers too
     "lowrank-sparse": laws(low_rank=False, planted=one_channel),
@@ -90,9 +100,46 @@ JOINT_ROSTER = {"basis-sharing": JOINT_LAWS}
 
 # Options that the laws are run with, where those of the registry take long.
 QUICK: dict[str, dict[str, Any]] = {
+    "snmf": {"iterations": 8},
     "blast": {"sweeps": 4},
     "dense-sparse": {"iterations": 4},
     "lowrank-masked": {"iterations": 8},
     "lowrank-2:4": {"iterations": 8},
     "auto": {"forms": ("factors", "pivoted")},
 }
+
+KINDS = {name: make(dtype=torch.float64).site.kind for name, make in CASES.items()}
+
+
+def method_of(name: str) -> Method:
+    """As the laws are run with it."""
+    return METHODS[name](**QUICK.get(name, {}))
+
+
+def cases_of(name: str) -> list[str]:
+    """The cases of the kinds that a method takes."""
+    return [case for case, kind in KINDS.items() if kind in METHODS[name]().kinds]
+
+
+# One test each, for all laws of its method: everything is made once for them.
+ROWS = [(name, case, dtype) for name in ROSTER for case, dtype in product(cases_of(name), DTYPES)]
+JOINT_ROWS = list(product(JOINT_ROSTER, JOINT_CASES, DTYPES))
+
+
+def hold(name: str, case: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    """A method against all its laws on one case."""
+    check_laws(method_of(name), CASES[case](dtype=dtype, device=device), ROSTER[name])
+
+
+def hold_joint(name: str, case: str, dtype: torch.dtype) -> None:
+    check_laws(JOINT[name](), JOINT_CASES[case](dtype=dtype), JOINT_ROSTER[name])
+
+
+def combinations() -> int:
+    """Of law, method, case and dtype, in all rows."""
+    single = sum(len(ROSTER[name]) for name, _, _ in ROWS)
+    return single + sum(len(JOINT_ROSTER[name]) for name, _, _ in JOINT_ROWS)
+
+
+if __name__ == "__main__":
+    print(f"{combinations()} combinations of law, method, case and dtype")

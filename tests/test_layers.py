@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,11 @@ def sources(folder: Path = LIBRARY) -> dict[str, str]:
     return found
 
 
+@cache
+def parsed(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
 def layer(module: str) -> str:
     return module.partition(".")[0] or TOP
 
@@ -105,7 +111,7 @@ def upward(files: Sources) -> list[str]:
         f"{name}: give the layer a place in ORDER" for name in files if layer(name) not in RANK
     ]
     for name, source in files.items():
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.walk(parsed(source)):
             for target in imported(name, node, files):
                 below, here = RANK.get(layer(target), -1), RANK.get(layer(name), -1)
                 beside = below == here and layer(target) != layer(name)
@@ -148,7 +154,7 @@ def loaded_with(start: str, files: Sources) -> set[str]:
             continue
         found.add(name)
         waiting.append(name.rpartition(".")[0])
-        for node in at_module_level(ast.parse(files[name])):
+        for node in at_module_level(parsed(files[name])):
             waiting += imported(name, node, files)
     return found
 
@@ -159,7 +165,7 @@ def heavy(files: Sources) -> list[str]:
     wrong = []
     for name, source in files.items():
         allowed = set() if name in near else LAZY.get(name, LAZY.get(layer(name), set()))
-        for node in at_module_level(ast.parse(source)):
+        for node in at_module_level(parsed(source)):
             wrong += [f"{name} imports {other}" for other in others(node) & HEAVY - set(allowed)]
     return wrong
 
@@ -169,7 +175,7 @@ def prints(files: Sources) -> list[str]:
         f"{name}:{node.lineno} prints"
         for name, source in files.items()
         if layer(name) not in TALKATIVE
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(parsed(source))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.stdout.write")
     ]
 
@@ -192,7 +198,7 @@ def architectures(files: Sources) -> list[str]:
     for name, source in files.items():
         if layer(name) in MODELS:
             continue
-        for text, line in words(ast.parse(source)):
+        for text, line in words(parsed(source)):
             apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text)
             for word in re.split(r"[^a-z0-9]+", apart.lower()):
                 if word in SHORT or word.startswith(FAMILIES):
@@ -224,7 +230,7 @@ def test_no_architecture_is_named() -> None:
 
 
 def test_the_suite_needs_no_pytest() -> None:
-    trees = {name: ast.parse(source) for name, source in sources().items()}
+    trees = {name: parsed(source) for name, source in sources().items()}
     users = [n for n, tree in trees.items() for node in ast.walk(tree) if "pytest" in others(node)]
     assert users == []
 

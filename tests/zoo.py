@@ -204,9 +204,14 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def refused(model: nn.Module, *args: Any, **kwargs: Any) -> str:
-    """The message with which compress refuses: one line, the model bit for bit as it was."""
+    """The message with which compress refuses."""
+    return refusal(lambda: lowrank.compress(model, *args, **kwargs, progress=False), model)
+
+
+def refusal(call: Callable[[], object], model: nn.Module) -> str:
+    """The message with which a call refuses: one line, the model bit for bit as it was."""
     with unchanged(model), pytest.raises(LowrankError) as caught:
-        lowrank.compress(model, *args, **kwargs, progress=False)
+        call()
     return said(caught)
 
 

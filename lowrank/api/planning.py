@@ -26,7 +26,7 @@ from ..walk import layouts
 from ..walk.sites import pattern_value
 from .allocating import Curves, allocate, probe_of, why_dense
 from .grouping import Group, groups_of
-from .repeated import counted, often, repeat_counts
+from .positions import counted, often, repeat_counts
 from .request import Request
 
 

@@ -97,18 +97,20 @@ def _alternate(
 ) -> float:
     """ALS in place; returns the squared error."""
     error = float("inf")
+    grams = [side.T @ side for side in sides]
+    eye = torch.eye(len(grams[0]), dtype=whole.dtype, device=whole.device)
     for sweep in range(1, sweeps + 1):
         for mode in range(len(sides)):
-            others = [s for m, s in enumerate(sides) if m != mode]
-            gram = torch.stack([s.T @ s for s in others]).prod(0)
+            gram = torch.stack([g for m, g in enumerate(grams) if m != mode]).prod(0)
             shift = ridge * gram.diagonal().mean().clamp(min=1e-300)
-            damped = gram + shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
             # Proximal: towards the step before, so that the error falls and nothing shrinks.
             target = _against(whole, sides, mode) + shift * sides[mode]
-            sides[mode] = torch.linalg.solve(damped, target.T).T
+            sides[mode] = torch.linalg.solve(gram + shift * eye, target.T).T
             if mode:  # lengths are gathered in the first side
-                length = sides[mode].norm(dim=0).clamp(min=1e-300)
+                length = torch.linalg.vector_norm(sides[mode], dim=0).clamp(min=1e-300)
                 sides[mode], sides[0] = sides[mode] / length, sides[0] * length
+                grams[0] = sides[0].T @ sides[0]
+            grams[mode] = sides[mode].T @ sides[mode]
         if sweep % EVERY == 0 or sweep == sweeps:
             before, error = error, float((whole - _product(sides)).square().sum())
             if before - error < least:

@@ -51,9 +51,7 @@ def evbmf_count(energy: Tensor, long: int, *, least: int = 1) -> int:
     alpha = short / long
     tau = TAU * alpha**0.5
     bar = (1 + tau) * (1 + alpha / tau)
-    variance = _variance(energy, long, alpha, bar)
-    above = int((energy > long * variance * bar).sum())
-    return min(max(above, least), short)
+    return min(max(_above(energy, long, alpha, bar), least), short)
 
 
 def evbmf_ranks(weight: Tensor, *, least: int = 1) -> tuple[int, int]:
@@ -64,8 +62,12 @@ def evbmf_ranks(weight: Tensor, *, least: int = 1) -> tuple[int, int]:
     )
 
 
-def _variance(energy: Tensor, long: int, alpha: float, bar: float) -> float:
-    """σ² of the least free energy, between what the bounds of the solution allow."""
+def _above(energy: Tensor, long: int, alpha: float, bar: float) -> int:
+    """Components above the noise of the σ² of least free energy.
+
+    σ² lies between what the bounds of the solution allow, and is known well enough where no
+    component lies between the thresholds of the ends.
+    """
     short = len(energy)
     # At most so many components can be told from noise: those after them bound σ² from below.
     most = min(int(-(-short // (1 + alpha))) - 1, short) - 1
@@ -76,7 +78,13 @@ def _variance(energy: Tensor, long: int, alpha: float, bar: float) -> float:
     tried = low * (high / low) ** at
     best = int(_free_energy(tried, energy, long, alpha, bar).argmin())
     left, right = float(tried[max(best - 1, 0)]), float(tried[min(best + 1, GRID - 1)])
+
+    def above(variance: float) -> int:
+        return int((energy > long * variance * bar).sum())
+
     for _ in range(REFINE):
+        if above(left) == above(right):
+            break
         both = torch.tensor(
             [right - GOLDEN * (right - left), left + GOLDEN * (right - left)], dtype=torch.float64
         )
@@ -85,7 +93,7 @@ def _variance(energy: Tensor, long: int, alpha: float, bar: float) -> float:
             right = float(both[1])
         else:
             left = float(both[0])
-    return (left + right) / 2
+    return above((left + right) / 2)
 
 
 def _free_energy(variance: Tensor, energy: Tensor, long: int, alpha: float, bar: float) -> Tensor:

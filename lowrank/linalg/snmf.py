@@ -106,7 +106,7 @@ def _positive(basis: Tensor) -> Tensor | None:
     for _ in range(SEARCH):
         along = rows @ z
         least = along.argmin()
-        if along[least] > STEEP * z.norm():
+        if along[least] > STEEP * torch.linalg.vector_norm(z):
             return basis @ z
         z = z + rows[least]
     return None

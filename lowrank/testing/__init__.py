@@ -11,6 +11,7 @@ from .cases import Planted as Planted
 from .cases import embedding_case as embedding_case
 from .cases import linear_case as linear_case
 from .cases import low_rank_weight as low_rank_weight
+from .crossing import check_laws as check_laws
 from .error_laws import check_bound as check_bound
 from .error_laws import check_curve as check_curve
 from .error_laws import check_exact as check_exact

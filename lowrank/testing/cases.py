@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,15 +16,20 @@ from torch import Tensor, nn
 from ..nn.geometry import CONVS, Geometry
 from ..types import Cost, Curve, Factored, Method, Option, Site, Size, Statistics
 from ..walk import layouts
+from .memo import Memo, snapshot
 
 Matrix = NDArray[np.float64]
 Planted = Callable[[int, int, torch.Generator], tuple[Tensor, Size]]
+MANY = 16  # options of a curve that the laws look at for which all of them would take long
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
 class Case:
     """A layer with all that a method may ask for.
+
+    A method's curve and modules are made once for a case, and all laws read the same ones: a law
+    that changes a module works on a copy of it, one that needs another run on a `fresh` case.
 
     Attributes:
         name: what is special about it, and its dtype: for messages.
@@ -38,6 +43,9 @@ class Case:
     site: Site
     stats: Statistics
     inputs: Tensor
+    _memo: Memo[Method, Factored] = field(
+        default_factory=Memo, init=False, repr=False, compare=False
+    )
 
     @property
     def module(self) -> nn.Module:
@@ -55,8 +63,8 @@ class Case:
         if self.site.kind == "conv":
             dense = Geometry.of(self.module).dense(weight, shift := layouts.bias(self.module))
             dense.bias = shift  # type: ignore[assignment]
-            output: Tensor = dense(x)
-            return output
+            outputs: Tensor = dense(x)
+            return outputs
         return nn.functional.linear(x, weight, layouts.bias(self.module))
 
     def batch(self) -> Tensor:
@@ -72,16 +80,39 @@ class Case:
         """Where a law was broken."""
         return f"{self.name}, size {option.size}"
 
+    def fresh(self) -> Case:
+        """The same layer, statistics and inputs, of which nothing was made yet."""
+        return replace(self)
+
     def curve(self, method: Method) -> Curve:
+        """Of this layer, made once for a method object."""
+        return self._memo.curve(method, self._curve, self._look)
+
+    def built(self, method: Method, most: int | None = None) -> Iterator[tuple[Option, Factored]]:
+        """The method's options but for the dense one, each with its module, made once.
+
+        No copies: a law has to see on which memory a tensor lies.
+
+        Args:
+            most: of a curve of more options only so many, evenly, with the first and the last.
+        """
+        options = factored_options(self.curve(method), self.name, most)
+        return self._memo.built(method, options, self._factored, self._look)
+
+    def changed(self, method: Method) -> list[str]:
+        """What the method changed that it was only to read, up to now."""
+        return self._memo.changed(method)
+
+    def _look(self) -> Mapping[str, Any]:
+        return snapshot(self.module, self.stats)
+
+    def _curve(self, method: Method) -> Curve:
         missing = [need for need in method.needs if getattr(self.stats, need, None) is None]
         require(not missing, f"{self.name}: the suite has no statistics {missing}")
         return method.curve(self.site, self.stats)
 
-    def built(self, method: Method) -> Iterator[tuple[Option, Factored]]:
-        """Every option of the method but the dense one, with its module."""
-        for option in factored_options(self.curve(method), self.name):
-            new = method.factor(self.module, option, self.stats)
-            yield option, factored_module(new, self.at(option))
+    def _factored(self, method: Method, option: Option) -> Factored:
+        return factored_module(method.factor(self.module, option, self.stats), self.at(option))
 
 
 def linear_case(
@@ -205,10 +236,13 @@ def module_of(new: Factored) -> nn.Module:
     return new
 
 
-def factored_options(curve: Curve, where: str) -> list[Option]:
-    smaller = [option for option in curve.options if not option.dense]
-    require(bool(smaller), f"{where}: the curve holds no form smaller than the dense weight")
-    return smaller
+def factored_options(curve: Curve, where: str, most: int | None = None) -> list[Option]:
+    """All but the dense one, or `most` of them, evenly spread."""
+    options = [option for option in curve.options if not option.dense]
+    require(bool(options), f"{where}: the curve holds no form smaller than the dense weight")
+    if most is None or len(options) <= most:
+        return options
+    return [options[round(i * (len(options) - 1) / (most - 1))] for i in range(most)]
 
 
 def numbers(tensor: Tensor) -> Matrix:

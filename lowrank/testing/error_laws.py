@@ -90,8 +90,8 @@ def check_bound(method: Method, case: Case) -> None:
     values = np.linalg.svd(scaled, compute_uv=False) ** 2
     for option, new in case.built(method):
         rank = option.size[0] if option.size else 0
-        actual = int(np.linalg.matrix_rank(numbers(new.dense_weight(torch.float64))))
-        require(actual <= rank, f"{case.at(option)}: the result has rank {actual}")
+        has = int(np.linalg.matrix_rank(numbers(new.dense_weight(torch.float64))))
+        require(has <= rank, f"{case.at(option)}: the result has rank {has}")
         optimum, slack = float(values[rank:].sum()), 1e-9 * float(values.sum())
         measured = error_of(curve, _difference(case, new), case)
         for what, error in (("predicted", option.error), ("measured", measured)):

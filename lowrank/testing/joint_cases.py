@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..types import Factored, JointMethod, Option, Site, Statistics
+from ..types import Curve, Factored, JointMethod, Option, Site, Statistics
 from .cases import Case, factored_module, factored_options, linear_case, require
+from .memo import Memo, snapshot
 
 Built = tuple[Option, list[Factored]]
 
@@ -19,11 +21,16 @@ Built = tuple[Option, list[Factored]]
 class JointCase:
     """Layers that read one input, each with all that a method of one layer would be given.
 
+    Curves and modules are made once, as for a `Case`.
+
     Attributes:
         members: they have the same inputs and statistics; the first one owns what is shared.
     """
 
     members: tuple[Case, ...]
+    _memo: Memo[JointMethod, list[Factored]] = field(
+        default_factory=Memo, init=False, repr=False, compare=False
+    )
 
     @property
     def name(self) -> str:
@@ -45,16 +52,42 @@ class JointCase:
     def rounding(self) -> float:
         return self.members[0].rounding
 
-    def built(self, method: JointMethod) -> Iterator[Built]:
-        """Every option of the method but the dense one, with its modules."""
-        for option in factored_options(method.curve(self.sites, self.stats), self.name):
-            yield option, self.factored(method, option)
+    def fresh(self) -> JointCase:
+        """The same layers, statistics and inputs, of which nothing was made yet."""
+        return replace(self)
+
+    def curve(self, method: JointMethod) -> Curve:
+        """Of these layers, made once for a method object."""
+        return self._memo.curve(method, self._curve, self._look)
+
+    def built(self, method: JointMethod, most: int | None = None) -> Iterator[Built]:
+        """The method's options but for the dense one, each with its modules, made once.
+
+        Args:
+            most: as for a `Case`.
+        """
+        options = factored_options(self.curve(method), self.name, most)
+        return self._memo.built(method, options, self.factored, self._look)
+
+    def changed(self, method: JointMethod) -> list[str]:
+        """What the method changed that it was only to read, up to now."""
+        return self._memo.changed(method)
 
     def factored(self, method: JointMethod, option: Option) -> list[Factored]:
         new = method.factor([case.module for case in self.members], option, self.stats)
         where = f"{self.name}, size {option.size}"
         require(len(new) == len(self.members), f"{where}: {len(new)} modules for {self.sites}")
         return [factored_module(each, where) for each in new]
+
+    def _curve(self, method: JointMethod) -> Curve:
+        return method.curve(self.sites, self.stats)
+
+    def _look(self) -> Mapping[str, Any]:
+        return {
+            f"{case.site.name}, {what}": value
+            for case in self.members
+            for what, value in snapshot(case.module, case.stats).items()
+        }
 
 
 def joint_case(

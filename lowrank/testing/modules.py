@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..types import Factored, Method
 from ..walk import layouts
-from .cases import Case, module_of, require
+from .cases import MANY, Case, module_of, require
 
 
 def check_cost(method: Method, case: Case) -> None:
@@ -77,7 +77,7 @@ def check_rebuilt(method: Method, case: Case) -> None:
     """`empty(**spec)` and the stored tensors give the same module, through safetensors too."""
     from safetensors.torch import load, save
 
-    for option, new in case.built(method):
+    for option, new in case.built(method, MANY):
         where, state = case.at(option), module_of(new).state_dict()
         check_owned(state, where)
         with torch.no_grad():
@@ -104,7 +104,7 @@ def check_gradients(method: Method, case: Case) -> None:
     with torch.no_grad():
         shape = dense(case.inputs).shape
     target = torch.arange(shape.numel()).double().cos().reshape(shape).to(x.device)
-    for option, new in case.built(method):
+    for option, new in case.built(method, MANY):
         module = copy.deepcopy(module_of(new)).double()
         for _ in range(2):  # of a zero weight, one factor moves first and so wakes the other
             module.zero_grad()

@@ -1,8 +1,8 @@
 """Which laws a method has to keep, and all of them in one call.
 
 Every law is a function of its own, `law(method, case)`, to be run singly; `laws(…)` are those that
-a method's traits call for, and `CASES` the layers that they are crossed with. The oracles are
-NumPy in float64 and know nothing of the library.
+a method's traits call for, and `CASES` the layers that they are crossed with. All laws of one case
+read the same modules. The oracles are NumPy in float64 and know nothing of the library.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .cases import (
     low_rank_weight,
     require,
 )
+from .crossing import check_laws
 from .error_laws import check_bound, check_curve, check_exact, check_planted
 from .modules import (
     check_cost,
@@ -86,7 +87,7 @@ def check_method(
         plain_products: its modules compute by matrix products alone, so that they can be counted.
 
     Raises:
-        AssertionError: a law is broken; law, case, dtype and size are named.
+        AssertionError: on a case, laws are broken; each is named with case, dtype and size.
     """
     chosen = laws(
         low_rank=low_rank, planted=planted, tolerance=tolerance, plain_products=plain_products
@@ -94,12 +95,5 @@ def check_method(
     kinds = {make: make(dtype=torch.float64).site.kind for make in CASES.values()}
     cases = [make for make, kind in kinds.items() if kind in method.kinds]
     require(bool(cases), f"the suite has no case for the kinds {sorted(method.kinds)}")
-    for make, dtype, (name, law) in product(cases, dtypes, chosen.items()):
-        try:
-            law(method, make(dtype=dtype, device=device))
-        except AssertionError as error:
-            said = f"{type(method).__name__} breaks the law {name!r}: {error}"
-            raise AssertionError(said) from None
-        except Exception as error:
-            error.add_note(f"{type(method).__name__}, law {name!r}, dtype {dtype}")
-            raise
+    for make, dtype in product(cases, dtypes):
+        check_laws(method, make(dtype=dtype, device=device), chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -38,6 +39,12 @@ def inputs(width: int, tokens: int = 300, seed: int = 0) -> torch.Tensor:
 
 def statistics(rows: torch.Tensor) -> Statistics:
     return Statistics(len(rows), rows.T @ rows / len(rows), rows.mean(0))
+
+
+def two_sides(shape: tuple[int, int], seed: int = 0, scale: float = 1.0) -> Statistics:
+    gradients = inputs(shape[0], tokens=90, seed=seed + 7) * scale
+    stats = statistics(inputs(shape[1], seed=seed))
+    return replace(stats, out_gram=gradients.T @ gradients / len(gradients))
 
 
 def output_error(layer: nn.Module, new: nn.Module, rows: torch.Tensor) -> float:

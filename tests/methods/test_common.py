@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from lowrank.errors import LowrankError
+from lowrank.methods import FWSVD, SVD, TwoSided, Whitened
 from lowrank.methods.common import gram_of, low_rank_curve, low_rank_layer, rank_of
-from lowrank.types import Cost, Option, Statistics
+from lowrank.types import Cost, Method, Option, Statistics
 
-from .layers import linear, ranks, site
+from .layers import at_rank, inputs, linear, ranks, site, statistics, two_sides
 
 
 def curve(out_features: int, in_features: int, errors: list[float], dtype=torch.float32):
@@ -84,3 +88,55 @@ def test_the_layer_takes_dtype_and_bias_of_what_it_replaces(bias: bool) -> None:
     if bias:
         assert torch.equal(new.bias, old.bias)
         assert new.bias.data_ptr() != old.bias.data_ptr()
+
+
+SHAPES = [(12, 20), (20, 12), (16, 16)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("method", "scaled", "far"),
+    [
+        (Whitened(), lambda shape, scale: statistics(inputs(shape[1]) * scale), 1e6),
+        (TwoSided(), lambda shape, scale: two_sides(shape, scale=scale), 1e8),
+    ],
+)
+def test_the_scale_of_inputs_and_of_gradients_does_not_matter(
+    method: Method, scaled: Any, far: float, shape: tuple[int, int]
+) -> None:
+    layer, weights = linear(*shape), []
+    for scale in (1 / far, 1, far):
+        stats = scaled(shape, scale)
+        option = at_rank(method.curve(site(layer), stats), 3)
+        weights.append(method.factor(layer, option, stats).dense_weight())
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-9, rtol=0)
+    torch.testing.assert_close(weights[2], weights[1], atol=1e-9, rtol=0)
+
+
+FISHER = r"got none: add it by lowrank\.with_fisher"
+
+
+@pytest.mark.parametrize(
+    ("method", "stats", "said"),
+    [
+        (Whitened(), Statistics(), "gram of an input of width 9, got none"),
+        (Whitened(), Statistics(1, torch.eye(6)), r"got \(6, 6\)"),
+        (TwoSided(), replace(two_sides((6, 9)), out_gram=None), f"gram of 6 outputs, {FISHER}"),
+        (
+            TwoSided(),
+            replace(two_sides((6, 9)), out_gram=torch.eye(9)),
+            r"gram of 6 outputs, got \(9, 9\)",
+        ),
+        (FWSVD(), Statistics(), f"of 6 rows, {FISHER}"),
+        (FWSVD(), Statistics(1, row_fisher=torch.ones(9)), "of 6 rows, got 9"),
+    ],
+)
+def test_without_its_statistics_a_method_refuses(
+    method: Method, stats: Statistics, said: str
+) -> None:
+    layer = linear(6, 9)
+    option = at_rank(SVD().curve(site(layer), Statistics()), 2)
+    with pytest.raises(LowrankError, match=said):
+        method.curve(site(layer), stats)
+    with pytest.raises(LowrankError, match=said):
+        method.factor(layer, option, stats)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank.errors import LowrankError
 from lowrank.methods import FWSVD, SVD
 from lowrank.types import Statistics
 
@@ -71,11 +70,3 @@ def test_a_layer_without_any_gradient_is_factored_all_the_same() -> None:
     assert curve.total == 0
     new = FWSVD().factor(layer, curve.options[0], stats)
     assert torch.isfinite(new.dense_weight()).all()
-
-
-def test_without_statistics_it_refuses() -> None:
-    layer = linear(6, 9)
-    with pytest.raises(LowrankError, match=r"of 6 rows, got none: add it by lowrank\.with_fisher"):
-        FWSVD().curve(site(layer), Statistics())
-    with pytest.raises(LowrankError, match="of 6 rows, got 9"):
-        FWSVD().curve(site(layer), Statistics(1, row_fisher=torch.ones(9)))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,29 @@ from lowrank.nn import (
     LowRankSparseLinear,
     SparseDenseLinear,
 )
+
+
+def check_differences(
+    layer: nn.Module, x: Tensor, *, names: Sequence[str] | None = None, **options: Any
+) -> None:
+    """Gradients at x and at the parameters (all of them, or those named) are the quotients'."""
+    names = [name for name, _ in layer.named_parameters()] if names is None else names
+    values = [layer.get_parameter(name).detach().clone().requires_grad_() for name in names]
+
+    def run(x: Tensor, *given: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, given, strict=True)), (x,))
+
+    x = x.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(run, (x, *values), **options)
+
+
+def factors(
+    out: int, inner: int, rank: int, *, bias: bool = True, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """down (rank, in), up (out, rank), and a bias."""
+    normal = drawn(seed)
+    down, up = normal(rank, inner), normal(out, rank)
+    return down, up, normal(out) if bias else None
 
 
 class Made(NamedTuple):

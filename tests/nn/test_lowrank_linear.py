@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,31 +12,16 @@ from torch import nn
 from lowrank.nn import LowRankLinear
 from lowrank.types import Cost
 
+from .forms import factors
+
 SHAPES = [(3, 7, 2), (7, 3, 2), (4, 4, 4), (5, 5, 1)]  # (out, in, rank)
 
 
 def layer(
-    out_features: int, in_features: int, rank: int, *, bias: bool = True, seed: int = 0
+    out_features: int, in_features: int, rank: int, *, bias: bool = True
 ) -> tuple[LowRankLinear, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    rng = torch.Generator().manual_seed(seed)
-    down = torch.randn(rank, in_features, generator=rng, dtype=torch.float64)
-    up = torch.randn(out_features, rank, generator=rng, dtype=torch.float64)
-    shift = torch.randn(out_features, generator=rng, dtype=torch.float64) if bias else None
+    down, up, shift = factors(out_features, in_features, rank, bias=bias)
     return LowRankLinear.from_factors(down, up, shift), down, up, shift
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("sizes", SHAPES)
-def test_forward_is_the_product_with_both_factors(sizes: tuple[int, int, int], bias: bool) -> None:
-    module, down, up, shift = layer(*sizes, bias=bias)
-    for lead in ((), (4,), (2, 3), (2, 1, 5)):
-        x = torch.randn(*lead, sizes[1], dtype=torch.float64)
-        want = x.numpy() @ (up.numpy() @ down.numpy()).T
-        want = want if shift is None else want + shift.numpy()
-        got = module(x).detach().numpy()
-        assert got.shape == (*lead, sizes[0])
-        np.testing.assert_allclose(got, want, atol=1e-12)
-    np.testing.assert_allclose(module.dense_weight().detach(), up.numpy() @ down.numpy())
 
 
 def test_names_and_shapes_of_the_tensors_are_a_contract() -> None:
@@ -57,19 +41,6 @@ def test_weight_reads_as_the_dense_one() -> None:
     narrow = copy.deepcopy(module).bfloat16()
     want = narrow.up.weight.double() @ narrow.down.weight.double()
     assert torch.equal(narrow.dense_weight(torch.float64), want)
-
-
-def test_it_owns_its_tensors() -> None:
-    base = torch.randn(9, 9)
-    down, up, shift = base[:2], base.T[:, 3:5], base[0]
-    module = LowRankLinear.from_factors(down, up, shift)
-    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    base.zero_()
-    for name, tensor in module.state_dict().items():
-        assert torch.equal(tensor, before[name])
-        assert tensor.is_contiguous()
-        assert tensor.untyped_storage().nbytes() == tensor.numel() * 4
-    assert all(parameter.is_leaf and parameter.requires_grad for parameter in module.parameters())
 
 
 def test_factors_of_a_graph_are_cut_from_it() -> None:

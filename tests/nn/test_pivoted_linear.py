@@ -16,7 +16,9 @@ from torch.nn.functional import linear
 from lowrank.errors import LowrankError
 from lowrank.nn import LowRankLinear, PivotedLinear, build, describe, pivot_layer, pivot_side
 from lowrank.nn.pivoted_linear import pivoted_cost
-from lowrank.types import Cost, Factored
+from lowrank.types import Cost
+
+from .forms import factors
 
 SIDES = ("out", "in")
 SHAPES = [(3, 7, 2), (7, 3, 2), (6, 6, 5), (5, 4, 1)]  # (out, in, rank)
@@ -24,32 +26,11 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
 def layer(
-    out_features: int, in_features: int, rank: int, *, side: Any, bias: bool = True, seed: int = 0
+    out_features: int, in_features: int, rank: int, *, side: Any, bias: bool = True
 ) -> tuple[PivotedLinear, Tensor, Tensor | None]:
     """A float64 layer, the weight that it stands for, and its bias."""
-    rng = torch.Generator().manual_seed(seed)
-    down = torch.randn(rank, in_features, generator=rng, dtype=torch.float64)
-    up = torch.randn(out_features, rank, generator=rng, dtype=torch.float64)
-    shift = torch.randn(out_features, generator=rng, dtype=torch.float64) if bias else None
+    down, up, shift = factors(out_features, in_features, rank, bias=bias)
     return PivotedLinear.from_factors(down, up, shift, side=side), up @ down, shift
-
-
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("sizes", SHAPES)
-def test_forward_and_dense_weight_are_the_product(
-    sizes: tuple[int, int, int], bias: bool, side: str
-) -> None:
-    module, weight, shift = layer(*sizes, bias=bias, side=side)
-    assert isinstance(module, Factored)
-    for lead in ((), (4,), (2, 3), (2, 1, 5)):
-        x = torch.randn(*lead, sizes[1], dtype=torch.float64)
-        want = x.numpy() @ weight.numpy().T
-        want = want if shift is None else want + shift.numpy()
-        got = module(x).detach().numpy()
-        assert got.shape == (*lead, sizes[0])
-        np.testing.assert_allclose(got, want, atol=1e-12)
-    np.testing.assert_allclose(module.dense_weight().detach(), weight, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -196,19 +177,6 @@ def test_a_spec_that_does_not_fit_is_named() -> None:
     ):
         with pytest.raises(LowrankError, match=said):
             build({**spec, **change}, "here")
-
-
-@pytest.mark.parametrize("side", SIDES)
-def test_it_owns_contiguous_tensors(side: Any) -> None:
-    base = torch.randn(9, 9)
-    module = PivotedLinear.from_factors(base[:2], base.T[:, 3:5], base[0], side=side)
-    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    base.zero_()
-    for name, tensor in module.state_dict().items():
-        assert torch.equal(tensor, before[name])
-        assert tensor.is_contiguous()
-        assert tensor.untyped_storage().nbytes() == tensor.numel() * 4
-    assert all(parameter.is_leaf and parameter.requires_grad for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import nn
 
 import lowrank
 from lowrank import LowrankError, Plan
+from lowrank.plans import plan as plan_module
 from lowrank.tables import Rows
 from tests.test_tables import rendered
 from tests.zoo import calibration, make, mlp, said, tokens
@@ -212,3 +215,21 @@ def test_text_and_rich_show_every_site(plan: Plan) -> None:
 def test_patterns_in_the_title_are_no_markup() -> None:
     plan = lowrank.plan(mlp(16, 16, 16), rank_pattern={"[0-9]": 4, "[a-z]*2": 3})
     assert "{'[0-9]': 4, '[a-z]*2': 3}" in rendered(plan)
+
+
+def test_versions_of_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import PackageNotFoundError
+
+    def version(package: str) -> str:
+        if package == "lowrank":
+            raise PackageNotFoundError
+        return f"{package} 1"
+
+    monkeypatch.setattr(plan_module, "installed", version)
+    monkeypatch.setitem(sys.modules, "transformers", torch)  # whatever it is
+    assert plan_module.versions() == {
+        "python": platform.python_version(), "torch": torch.__version__,
+        "lowrank": "source", "transformers": "transformers 1",
+    }  # fmt: skip
+    monkeypatch.delitem(sys.modules, "transformers")
+    assert "transformers" not in plan_module.versions()  # it is not imported to find out

@@ -43,21 +43,18 @@ def test_only_multiples_are_left_and_the_dense_weight() -> None:
             assert after.dense == before.dense
 
 
+NEARLY_FREE = [(801, 800), (807, 800), (808, 808), (809, 808), (815, 808), (799, 792), (803, 800)]
+ONE_PERCENT = [(rank, rank) for rank in (1, 7, 9, 65, 99)]
+
+
 @pytest.mark.parametrize(
-    ("rank", "want"),
-    [(801, 800), (807, 800), (808, 808), (809, 808), (815, 808), (799, 792), (803, 800)],
+    ("side", "rank", "want"),
+    [*((2000, *row) for row in NEARLY_FREE), *((300, *row) for row in ONE_PERCENT)],
 )
-def test_a_rank_is_rounded_where_that_is_nearly_free(rank: int, want: int) -> None:
-    one = curve("a", (2000, 2000))
+def test_a_rank_is_rounded_where_that_is_nearly_free(side: int, rank: int, want: int) -> None:
+    one = curve("a", (side, side))
     chosen = {one.sites: at_most(one, rank)}
     assert nearly_free_alignment([one], chosen, "params")[one.sites].size == (want,)
-
-
-@pytest.mark.parametrize("rank", [1, 7, 9, 65, 99])
-def test_a_rank_is_not_rounded_where_one_percent_is_lost(rank: int) -> None:
-    one = curve("a", (300, 300))
-    chosen = {one.sites: at_most(one, rank)}
-    assert nearly_free_alignment([one], chosen, "params")[one.sites].size == (rank,)
 
 
 def test_alignment_never_costs_more_than_one_percent_of_a_site() -> None:

@@ -68,7 +68,7 @@ def test_compress_says_what_became_of_the_norms_and_leaves_the_dense_model() -> 
     for wanted in (True, False):
         effort = Recovery(batchnorm=wanted)
         lean, report = lowrank.compress(
-            net, 0.5, data=rows, effort=effort, copy=True, progress=False
+            net, 0.5, policy="uniform", data=rows, effort=effort, copy=True, progress=False
         )
         assert any("batch norms" in note for note in report.notes) is wanted
         assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())

@@ -119,3 +119,21 @@ def test_the_law_catches_it(what: str) -> None:
 def test_all_laws_in_one_call_and_the_law_is_named() -> None:
     with pytest.raises(AssertionError, match=r"Broken breaks the law 'exact': three, float64.*"):
         check_joint_method(Broken(bend=scaled), dtypes=[torch.float64])
+
+
+@pytest.mark.parametrize("name", JOINT_LAWS)
+def test_a_law_leaves_the_modules_that_others_read_as_they_were(name: str) -> None:
+    case, method = JOINT_CASES["pair"](dtype=torch.float32), BasisSharing()
+    modules = [each for _, new in case.built(method) for each in new]
+    before = [[tensor.clone() for tensor in each.state_dict().values()] for each in modules]
+    JOINT_LAWS[name](method, case)
+    assert [each for _, new in case.built(method) for each in new] == modules
+    for each, tensors in zip(modules, before, strict=True):
+        assert all(map(torch.equal, each.state_dict().values(), tensors))
+
+
+def test_what_was_made_for_another_law_was_watched_too() -> None:
+    method, case = Broken(spoil=written), JOINT_CASES["three"](dtype=torch.float32)
+    list(case.built(method))
+    with pytest.raises(AssertionError, match=r"three, float32: .* layer2, weight at size \(1,\)"):
+        JOINT_LAWS["untouched"](method, case)

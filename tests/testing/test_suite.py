@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -12,7 +14,16 @@ from torch import nn
 
 from lowrank.methods import SVD, Whitened
 from lowrank.nn import LowRankLinear
-from lowrank.testing import CASES, check_method, laws, linear_case, low_rank_weight
+from lowrank.testing import (
+    CASES,
+    check_laws,
+    check_method,
+    laws,
+    linear_case,
+    low_rank_weight,
+)
+from lowrank.testing.cases import MANY
+from lowrank.testing.memo import snapshot
 from lowrank.types import Cost, Curve, Option, Site, Statistics
 from lowrank.walk import layouts
 
@@ -81,6 +92,13 @@ def share_bias(module: nn.Module, new: LowRankLinear) -> LowRankLinear:
 def draw(module: nn.Module, new: LowRankLinear) -> LowRankLinear:
     noise = torch.randn_like(new.up.weight) * 1e-9
     return with_factors(new, new.down.weight, new.up.weight + noise)
+
+
+CALLS = itertools.count()
+
+
+def count(module: nn.Module, new: LowRankLinear) -> LowRankLinear:
+    return with_factors(new, new.down.weight, new.up.weight + 1e-9 * next(CALLS))
 
 
 def widen(module: nn.Module, new: LowRankLinear) -> LowRankLinear:
@@ -183,6 +201,7 @@ BROKEN = {
     "bias is shared with the input": ("untouched", Broken(spoil=share_bias)),
     "global generator is used": ("untouched", Broken(spoil=draw)),
     "two runs differ": ("deterministic", Broken(spoil=draw)),
+    "it counts its calls": ("deterministic", Broken(spoil=count)),
     "another dtype": ("dtype", Broken(spoil=widen)),
     "infinite": ("dtype", Broken(spoil=infinite)),
     "dead factors": ("gradients", Broken(spoil=kill)),
@@ -205,12 +224,85 @@ def test_an_error_of_the_method_itself_is_passed_on_with_a_note() -> None:
 
     with pytest.raises(ZeroDivisionError) as caught:
         check_method(Broken(spoil=fail))
-    assert "Broken, law 'exact'" in caught.value.__notes__[0]
+    (note,) = caught.value.__notes__
+    assert "Broken fails under the law 'exact': wide, bfloat16: ZeroDivisionError()" in note
+    assert "'curve'" not in note
 
 
-def test_the_message_names_method_law_case_and_size() -> None:
-    with pytest.raises(AssertionError, match=r"Broken breaks the law 'forward': wide, bfloat16, s"):
-        check_method(Broken(spoil=drop_bias))
+def test_a_broken_law_hides_no_other() -> None:
+    with pytest.raises(AssertionError) as caught:
+        check_laws(Broken(spoil=drop_bias), CASES["wide"](dtype=torch.float32), laws())
+    assert [line.split(": ")[:2] for line in str(caught.value).splitlines()] == [
+        ["Broken breaks the law 'forward'", "wide, float32, size (1,)"]
+    ]
+    both = Broken(spoil=scale_up, bend=options(lambda o: cost_of(o, macs=9)))
+    with pytest.raises(AssertionError) as caught:
+        check_laws(both, CASES["wide"](dtype=torch.float32), laws())
+    assert re.findall(r"the law '(.*)'", str(caught.value)) == ["exact", "cost", "planted", "macs"]
+
+
+@dataclass(frozen=True)
+class Counting(SVD):
+    """It writes down what it is asked for."""
+
+    sizes: list[Any] = field(default_factory=list)
+
+    def factor(self, module: nn.Module, option: Option, stats: Statistics) -> Any:
+        self.sizes.append(option.size)
+        return super().factor(module, option, stats)
+
+
+def test_every_module_is_made_once_for_all_laws_but_those_that_need_another_run() -> None:
+    method, case = Counting(), CASES["wide"](dtype=torch.float32)
+    chosen = laws()
+    rest = {name: chosen.pop(name) for name in ("deterministic", "planted")}
+    check_laws(method, case, chosen)
+    every = [option.size for option, _ in case.built(method)]
+    assert method.sizes == every
+    check_laws(method, case, rest)
+    assert method.sizes == [*every, *every, (2,)]
+    for law in chosen.values():  # of a case of its own, a law makes its own
+        method.sizes.clear()
+        law(method, case.fresh())
+        assert method.sizes in (every, [])
+
+
+def test_of_a_long_curve_what_takes_long_looks_at_some_sizes_and_the_rest_at_all() -> None:
+    case, every = linear_case("long", torch.eye(40, 44), dtype=torch.float32), range(1, 21)
+    asked = {}
+    for name in ("cost", "rebuilt", "gradients"):
+        method = Counting()
+        laws()[name](method, case)
+        asked[name] = [size for (size,) in method.sizes]
+    assert asked["cost"] == list(every)
+    assert asked["rebuilt"] == asked["gradients"]
+    assert set(asked["rebuilt"]) < set(every)
+    assert len(asked["rebuilt"]) == MANY
+    assert (asked["rebuilt"][0], asked["rebuilt"][-1]) == (1, 20)
+
+
+@pytest.mark.parametrize("name", laws())
+def test_a_law_leaves_the_modules_that_others_read_as_they_were(name: str) -> None:
+    case, method = CASES["square"](dtype=torch.float32), SVD()
+    modules = [new for _, new in case.built(method)]
+    before = [snapshot(new, Statistics()) for new in modules]
+    laws()[name](method, case)
+    assert [new for _, new in case.built(method)] == modules
+    after = [snapshot(new, Statistics()) for new in modules]
+    for one, other in zip(before, after, strict=True):
+        one.pop("the global generator"), other.pop("the global generator")
+        assert one == other
+
+
+@pytest.mark.parametrize("spoil", [write_input, train_input, share_bias, draw])
+def test_what_was_made_for_another_law_was_watched_too(spoil: Any) -> None:
+    method, case = Broken(spoil=spoil), CASES["square"](dtype=torch.float32)
+    made = list(case.built(method))
+    with pytest.raises(
+        AssertionError, match=r"square, float32.* at size \(1,\)|size \(1,\): up.bias lies"
+    ):
+        laws()["untouched"](method, case)
+    assert list(case.built(method)) == made
 
 
 def test_a_weight_that_is_not_reproduced_is_named() -> None:
@@ -226,25 +318,27 @@ def test_traits_choose_the_laws() -> None:
     assert every - set(laws(plain_products=False)) == {"macs"}
 
 
-def test_kinds_and_statistics_that_the_suite_lacks_are_said() -> None:
-    @dataclass(frozen=True)
-    class Odd(SVD):
-        kinds = frozenset({"tensor train"})
-
-    with pytest.raises(AssertionError, match="tensor train"):
-        check_method(Odd())
-
-    @dataclass(frozen=True)
-    class Needy(SVD):
-        needs = frozenset({"weather"})
-
-    with pytest.raises(AssertionError, match="weather"):
-        check_method(Needy())
+@dataclass(frozen=True)
+class Odd(SVD):
+    kinds = frozenset({"tensor train"})
 
 
-def test_an_unknown_norm_is_said() -> None:
-    method = Broken(bend=lambda curve: replace(curve, norm="taxicab"))
-    with pytest.raises(AssertionError, match="taxicab"):
+@dataclass(frozen=True)
+class Needy(SVD):
+    needs = frozenset({"weather"})
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (Broken(spoil=drop_bias), r"Broken breaks the law 'forward': wide, bfloat16, s"),
+        (Broken(bend=lambda curve: replace(curve, norm="taxicab")), "no oracle .* 'taxicab'"),
+        (Odd(), r"no case for the kinds \['tensor train'\]"),
+        (Needy(), r"wide, bfloat16: the suite has no statistics \['weather'\]"),
+    ],
+)
+def test_what_is_wrong_is_said_with_where(method: SVD, said: str) -> None:
+    with pytest.raises(AssertionError, match=said):
         check_method(method)
 
 

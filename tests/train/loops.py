@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,14 +29,33 @@ def one_layer(target: Tensor, seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Linear(columns, rows, bias=False, dtype=target.dtype))
 
 
+Loss = Callable[[Any, Tensor], Tensor]
+
+
+def of_weight(model: Any, target: Tensor) -> Tensor:
+    """½‖W − A‖² of the first layer."""
+    return 0.5 * (model[0].weight - target).square().sum()
+
+
+def of_outputs(model: Any, target: Tensor) -> Tensor:
+    """½‖W − A‖² through the forward pass."""
+    eye = torch.eye(target.shape[1], dtype=target.dtype)
+    return 0.5 * (model(eye) - target.T).square().sum()
+
+
 def fit(
-    model: nn.Module, optimizer: Any, controller: Any, target: Tensor, steps: int
+    model: nn.Module,
+    optimizer: Any,
+    controller: Any,
+    target: Tensor,
+    steps: int,
+    loss_of: Loss = of_weight,
 ) -> list[float]:
-    """½‖W − A‖² by the user's own loop; the losses."""
+    """A by the user's own loop; the losses."""
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = 0.5 * (model[0].weight - target).square().sum()  # type: ignore[index]
+        loss = loss_of(model, target)
         loss.backward()
         controller.before_step()
         optimizer.step()
@@ -118,3 +138,22 @@ def run(
         if each is not None:
             each(step)
     return losses
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def snapshot(model: nn.Module, optimizer: Any) -> tuple[Any, ...]:
+    """All that a refusal must leave as it was."""
+    return (
+        [id(p) for g in optimizer.param_groups for p in g["params"]],
+        copy.deepcopy(model.state_dict()),
+        copy.deepcopy(optimizer.state_dict()),
+        [(name, type(module)) for name, module in model.named_modules()],
+    )
+
+
+def same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    equal = all(torch.equal(a[1][key], b[1][key]) for key in a[1].keys() | b[1].keys())
+    return a[0] == b[0] and equal and str(a[2]) == str(b[2]) and a[3] == b[3]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,56 +13,91 @@ import torch
 from torch import nn
 
 from lowrank import LowrankError
-from lowrank.train import DLRT, Attachment, CondLR, LowRankCallback
+from lowrank.train import (
+    DLRT,
+    NM,
+    STF,
+    Attachment,
+    CondLR,
+    Cuttlefish,
+    InRank,
+    LoQT,
+    LowRankCallback,
+    Maestro,
+    Pufferfish,
+)
 from lowrank.train.parts import distributed
 from lowrank.types import Controller
-from tests.train.loops import Net, batches, run
+from tests.train.controllers import BY_STEPS, CONTROLLERS, EPOCH, EVERY, made, train
+from tests.train.loops import Net, batches, run, same, sgd, snapshot
 
 Make = Callable[..., Any]
 BOTH = pytest.mark.parametrize("make", [DLRT, CondLR])
+LOOKS = {"dlrt": 7, "dlrt, budget": 10}  # steps after which bases grow; LoQT gathers after 9
+NM_10 = partial(NM, decay=10)
+OUT_OF_RANGE: list[tuple[Make, dict[str, Any], str]] = [
+    (DLRT, {"tolerance": 1.0}, "tolerance must be in .*got 1.0.*truncates everything"),
+    (DLRT, {"tolerance": -0.1}, "tolerance must be in"),
+    (DLRT, {"tolerance": float("nan")}, "tolerance must be in"),
+    (DLRT, {"ratio": 1.5}, "ratio is the share kept"),
+    (DLRT, {"ratio": 0.01}, "ratio 0.01 cannot be reached.*keep 0.3068"),
+    (DLRT, {"every": 1}, "every must be at least 2, got 1"),
+    (DLRT, {"min_rank": 0}, "1 <= min_rank <= max_rank, got 0"),
+    (DLRT, {"min_rank": 3, "max_rank": 2}, "1 <= min_rank <= max_rank, got 3 and 2"),
+    (DLRT, {"rank": 0}, "rank must be an int >= 1 or a share"),
+    (DLRT, {"rank": 1.5}, "rank must be an int >= 1 or a share"),
+    (DLRT, {"rank": True}, "rank must be an int >= 1 or a share"),
+    (DLRT, {"init": "zeros"}, "init must be 'svd' or 'random', got 'zeros'"),
+    (DLRT, {"target_modules": ["third"]}, "'third' matches none of 2 layers"),
+    (CondLR, {"tau": 0.9}, "tau bounds a condition number and must be >= 1, got 0.9"),
+    (CondLR, {"tau": float("nan")}, "tau bounds a condition number"),
+    (CondLR, {"tolerance": 1.0}, "tolerance must be in"),
+    (CondLR, {"every": 0}, "every must be at least 1"),
+    (CondLR, {"scaling": "bounds"}, "unknown scaling 'bounds'; did you mean 'bound'"),
+    (Maestro, {"lasso": -1.0}, "lasso must be at least 0, got -1.0"),
+    (Maestro, {"lasso": float("nan")}, "lasso must be at least 0"),
+    (Maestro, {"threshold": 1.0}, "threshold is a share of importance"),
+    (Maestro, {"min_rank": 0}, "1 <= min_rank <= rank, got 0"),
+    (Maestro, {"min_rank": 3, "rank": 2}, "1 <= min_rank <= rank, got 3 and 2"),
+    (Maestro, {"cut": "two"}, "unknown cut 'two'"),
+    (Maestro, {"target_modules": ["third"]}, "'third' matches none of 2 layers"),
+    (Cuttlefish, {"tolerance": 0.0}, "tolerance is a change of rank"),
+    (Cuttlefish, {"window": 0}, "must be at least 1, got 0, 15 and 15"),
+    (Cuttlefish, {"max_epochs": 3}, "min_epochs <= max_epochs, got 15 and 3"),
+    (Cuttlefish, {"frobenius_decay": -1.0}, "decay must be at least 0"),
+    (Pufferfish, {"epochs": 0}, "epochs of dense training must be at least 1"),
+    (Pufferfish, {"epochs": 1, "share": 1.0}, "share of the full rank must be in"),
+    (InRank, {"share": 1.0}, "share of explained variance must be in"),
+    (InRank, {"buffer": 0}, "need rank, buffer, every >= 1"),
+    (InRank, {"steps": 0}, "steps must be at least 1"),
+    (NM_10, {"decay": 0}, "need decay >= 1 and dense >= 0 steps, got 0 and 0"),
+    (NM_10, {"dense": -1}, "need decay >= 1 and dense >= 0"),
+    (NM_10, {"decay": 1.5}, "need decay >= 1"),
+    (NM_10, {"pattern": (4, 4)}, r"pattern is \(N, M\) with 1 <= N < M"),
+    (NM_10, {"pattern": (0, 4)}, "pattern is"),
+    (NM_10, {"pattern": (2,)}, "pattern is"),
+    (NM_10, {"pattern": (0.5, 4)}, "pattern is"),
+    (NM_10, {"way": "exponent"}, "unknown way 'exponent'; did you mean 'exponential'"),
+    (NM_10, {"rate": 0.0}, "rate > 0 belongs to"),
+    (NM_10, {"rate": 0.1, "way": "stepwise"}, "> 0 belongs to 'linear' and 'exponential'"),
+    (NM_10, {"strength": -1.0}, "strength must be at least 0"),
+    (STF, {"ratio": 0.5, "rank": 3}, "ratio or rank, not both"),
+    (STF, {"ratio": 1.0}, "ratio is the share kept, in"),
+    (STF, {"ratio": float("nan")}, "ratio is the share kept, in"),
+    (STF, {"ratio": 0.5, "density": 0.0}, "density is s / r, in"),
+    (STF, {"ratio": 0.5, "density": 1.5}, "density is s / r, in"),
+    (STF, {"rank": 0}, "rank must be an integer >= 1, got 0"),
+    (STF, {"ratio": 0.5, "every": 0}, "every must be an integer >= 1"),
+    (STF, {"ratio": 0.5, "freeze": 0}, "freeze must be an integer >= 1"),
+    (STF, {"ratio": 0.5, "decay": -1.0}, "decay must be at least 0"),
+    (STF, {"ratio": 0.5, "latent": "weights"}, "unknown latent 'weights'; did you mean 'weight'"),
+    (STF, {}, r"nothing to adapt: first \(a dense layer: no ratio or rank"),
+    (STF, {"ratio": 1e-3}, r"nothing to adapt: first \(a dense layer: no ratio or rank"),
+    (STF, {"rank": 500}, r"nothing to adapt: first \(a dense layer: no ratio or rank"),
+]
 
 
-def snapshot(model: nn.Module, optimizer: Any) -> tuple[Any, ...]:
-    return (
-        [id(p) for g in optimizer.param_groups for p in g["params"]],
-        copy.deepcopy(model.state_dict()),
-        copy.deepcopy(optimizer.state_dict()),
-        [(name, type(module)) for name, module in model.named_modules()],
-    )
-
-
-def same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    equal = all(torch.equal(a[1][key], b[1][key]) for key in a[1].keys() | b[1].keys())
-    return a[0] == b[0] and equal and str(a[2]) == str(b[2]) and a[3] == b[3]
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-
-
-@pytest.mark.parametrize(
-    ("make", "options", "said"),
-    [
-        (DLRT, {"tolerance": 1.0}, "tolerance must be in .*got 1.0.*truncates everything"),
-        (DLRT, {"tolerance": -0.1}, "tolerance must be in"),
-        (DLRT, {"tolerance": float("nan")}, "tolerance must be in"),
-        (DLRT, {"ratio": 1.5}, "ratio is the share kept"),
-        (DLRT, {"ratio": 0.01}, "ratio 0.01 cannot be reached.*keep 0.3068"),
-        (DLRT, {"every": 1}, "every must be at least 2, got 1"),
-        (DLRT, {"min_rank": 0}, "1 <= min_rank <= max_rank, got 0"),
-        (DLRT, {"min_rank": 3, "max_rank": 2}, "1 <= min_rank <= max_rank, got 3 and 2"),
-        (DLRT, {"rank": 0}, "rank must be an int >= 1 or a share"),
-        (DLRT, {"rank": 1.5}, "rank must be an int >= 1 or a share"),
-        (DLRT, {"rank": True}, "rank must be an int >= 1 or a share"),
-        (DLRT, {"init": "zeros"}, "init must be 'svd' or 'random', got 'zeros'"),
-        (DLRT, {"target_modules": ["third"]}, "'third' matches none of 2 layers"),
-        (CondLR, {"tau": 0.9}, "tau bounds a condition number and must be >= 1, got 0.9"),
-        (CondLR, {"tau": float("nan")}, "tau bounds a condition number"),
-        (CondLR, {"tolerance": 1.0}, "tolerance must be in"),
-        (CondLR, {"every": 0}, "every must be at least 1"),
-        (CondLR, {"scaling": "bounds"}, "unknown scaling 'bounds'; did you mean 'bound'"),
-    ],
-)
+@pytest.mark.parametrize(("make", "options", "said"), OUT_OF_RANGE)
 def test_an_option_out_of_range(make: Make, options: dict[str, Any], said: str) -> None:
     model = Net()
     optimizer = sgd(model)
@@ -68,10 +105,12 @@ def test_an_option_out_of_range(make: Make, options: dict[str, Any], said: str) 
     with pytest.raises(LowrankError, match=said):
         make(model, optimizer, **options)
     assert same(before, snapshot(model, optimizer))
+    assert len(Attachment(model, optimizer, "any").sites) == 2  # and no claim is left
 
 
-@BOTH
-def test_nothing_to_adapt(make: Make) -> None:
+@EVERY
+def test_nothing_to_adapt(name: str) -> None:
+    make = CONTROLLERS[name]
     bare = nn.Sequential(nn.LayerNorm(4))
     with pytest.raises(LowrankError, match="has nothing to adapt: no known layer"):
         make(bare, sgd(bare))
@@ -79,8 +118,10 @@ def test_nothing_to_adapt(make: Make) -> None:
     frozen.first.weight.requires_grad_(False)
     frozen.second.bfloat16()
     optimizer = sgd(frozen)
+    before = snapshot(frozen, optimizer)
     with pytest.raises(LowrankError, match=r"first \(its weight is frozen\), second .*bfloat16"):
         make(frozen, optimizer)
+    assert same(before, snapshot(frozen, optimizer))
     alone = nn.Linear(4, 4)
     with pytest.raises(LowrankError, match=r"put it into an nn.Sequential"):
         make(alone, sgd(alone))
@@ -91,56 +132,68 @@ def test_nothing_to_adapt(make: Make) -> None:
     other = Net()
     with pytest.raises(LowrankError, match="its weight is not in the optimizer"):
         make(other, sgd(Net()))
-    broken = nn.Sequential(nn.Linear(3, 3))
+    broken = nn.Sequential(nn.Linear(12, 12))
     with torch.no_grad():
         broken[0].weight[0, 0] = float("nan")
     with pytest.raises(LowrankError, match="its weight has numbers that are not finite"):
         make(broken, sgd(broken))
 
 
-@BOTH
-def test_attached_twice(make: Make) -> None:
+@EVERY
+def test_attached_twice(name: str) -> None:
     model = Net()
     optimizer = sgd(model)
-    first = make(model, optimizer, target_modules=["first"])
-    before = snapshot(model, optimizer)
+    first = CONTROLLERS[name](model, optimizer, target_modules=["first"])
+    claimed = rf"first already has a controller \({type(first).__name__}"
+
+    def refused(make: Make, **again: Any) -> None:
+        before = snapshot(model, optimizer)
+        with pytest.raises(LowrankError, match=claimed):
+            make(model, optimizer, **again)
+        assert same(before, snapshot(model, optimizer))
+
     for again in ({}, {"target_modules": ["first"]}, {"target_modules": "fir.*"}):
-        with pytest.raises(
-            LowrankError, match=rf"first already has a controller \({make.__name__}"
-        ):
-            DLRT(model, optimizer, **again)
-    assert same(before, snapshot(model, optimizer))
+        refused(DLRT, **again)
+    refused(Maestro)
+    train(name, model, optimizer, first, 2 * EPOCH)
+    refused(LoQT)
     second = DLRT(model, optimizer, target_modules=["second"])  # other layers are free
+    optimizer.zero_grad()
     model(torch.randn(2, 12)).sum().backward()
     for controller in (first, second):
         controller.before_step()
     optimizer.step()
     for controller in (first, second):
         controller.after_step()
-    copied = copy.deepcopy(model)
-    with pytest.raises(LowrankError, match="nothing to adapt"):  # of a copy nobody trains
-        DLRT(copied, sgd(copied))
+    if name in BY_STEPS:  # others train plain weights, or do so at first
+        copied = copy.deepcopy(model)
+        with pytest.raises(LowrankError, match="nothing to adapt"):  # of a copy nobody trains
+            DLRT(copied, sgd(copied))
     first.finish()
+    if type(model.first) is nn.Linear:
+        assert set(Maestro(model, optimizer, target_modules=["first"]).ranks) == {"first"}
+        return
     with pytest.raises(LowrankError, match="matches none of 0 layers"):
         DLRT(model, optimizer, target_modules=["first"])  # no claim, but factored by now
 
 
-@BOTH
-def test_a_nan_gradient_harms_nothing(make: Make) -> None:
-    model = Net()
-    optimizer = sgd(model)
-    controller = make(model, optimizer)
-    run(model, optimizer, controller, 10)
-    before = snapshot(model, optimizer)
+@EVERY
+def test_a_nan_gradient_harms_nothing(name: str) -> None:
+    model, live, controller = made(name)
+    train(name, model, live, controller, LOOKS.get(name, 9))
+    before, state = snapshot(model, live), controller.state_dict()
     history = len(controller.history)
     x, y = next(batches(1))
-    optimizer.zero_grad()
+    live.zero_grad()
     (model(x, y)["loss"] * float("nan")).backward()
-    with pytest.raises(LowrankError, match=r"gradient at first.up.weight .*not finite.*skip this"):
+    with pytest.raises(LowrankError, match=r"gradient at .*not finite.*skip this") as caught:
         controller.before_step()
-    assert same(before, snapshot(model, optimizer))
+    (where,) = re.findall(r"gradient at (first\.\S+)", str(caught.value))
+    assert where in dict(model.named_parameters()) or name == "loqt"
+    assert same(before, snapshot(model, live))
+    assert controller.state_dict() == state
     assert len(controller.history) == history
-    losses = run(model, optimizer, controller, 20, start=10)  # and training goes on
+    losses = train(name, model, live, controller, 30, start=9)  # and training goes on
     assert all(loss == loss for loss in losses)
 
 
@@ -160,11 +213,9 @@ def test_a_weight_that_diverged_is_named(make: Make) -> None:
     assert same(before, snapshot(model, optimizer))
 
 
-@BOTH
-def test_a_forgotten_before_step_is_noticed(make: Make) -> None:
-    model = Net()
-    optimizer = sgd(model)
-    controller = make(model, optimizer)
+@EVERY
+def test_a_forgotten_before_step_is_noticed(name: str) -> None:
+    _, _, controller = made(name)
     with pytest.raises(LowrankError, match="before_step was not called: call it after backward"):
         controller.after_step()
 
@@ -214,24 +265,35 @@ def test_several_processes_need_ddp(monkeypatch: pytest.MonkeyPatch) -> None:
         distributed.wrapper_of(model)
 
 
-@BOTH
-def test_a_state_of_another_run_is_refused(make: Make) -> None:
-    model = Net()
-    optimizer = sgd(model)
-    controller = make(model, optimizer)
+@EVERY
+def test_a_state_of_another_run_is_refused(name: str) -> None:
+    model, live, controller = made(name)
     state = controller.state_dict()
-    before = snapshot(model, optimizer)
+    before = snapshot(model, live)
     with pytest.raises(LowrankError, match="saved by Other, it cannot go on with"):
         controller.load_state_dict({**state, "controller": "Other"})
     with pytest.raises(LowrankError, match="saved with other layers: second"):
-        controller.load_state_dict({**state, "sites": {"first": [6, 6]}})
-    assert same(before, snapshot(model, optimizer))
+        controller.load_state_dict({**state, "sites": {"first": state["sites"]["first"]}})
+    assert same(before, snapshot(model, live))
 
 
-@BOTH
-def test_controllers_keep_the_contract(make: Make) -> None:
-    model = Net()
-    assert isinstance(make(model, sgd(model)), Controller)
+def test_a_state_that_does_not_fit_the_model() -> None:
+    _, _, controller = made("loqt")
+    state = controller.state_dict()
+    with pytest.raises(LowrankError, match="first has rank 4 in this state and 3 here"):
+        controller.load_state_dict({**state, "sites": {"first": 4, "second": 3}})
+    model, live, controller = made("pufferfish")
+    state = controller.state_dict()
+    train("pufferfish", model, live, controller, 7 * EPOCH)
+    assert controller.switched == 7
+    with pytest.raises(LowrankError, match="first is dense in this state and factored here"):
+        controller.load_state_dict(state)
+
+
+@EVERY
+def test_controllers_keep_the_contract(name: str) -> None:
+    model, _, controller = made(name)
+    assert isinstance(controller, Controller)
     assert not isinstance(model, Controller)
 
 
@@ -242,12 +304,3 @@ def test_what_a_callback_cannot_take() -> None:
     controller = DLRT(model, sgd(model))
     with pytest.raises(LowrankError, match="built with another optimizer than the trainer's"):
         controller.rebind(sgd(model))
-
-
-def test_what_was_refused_can_be_adapted_later() -> None:
-    model = Net()
-    optimizer = sgd(model)
-    with pytest.raises(LowrankError):
-        DLRT(model, optimizer, ratio=0.001)
-    assert len(Attachment(model, optimizer, "any").sites) == 2
-    DLRT(model, optimizer)

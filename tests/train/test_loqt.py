@@ -13,6 +13,7 @@ from lowrank import LowrankError
 from lowrank.train import LoQT
 from lowrank.train.parts.optimizer import check_exact
 from lowrank.train.parts.quantised_weight import QuantisedLowRank, fitted, quantised, restored
+from tests.draws import orthonormal
 from tests.train.loops import Net, batches, run
 
 NAMES = ("first", "second")
@@ -20,12 +21,6 @@ NAMES = ("first", "second")
 
 def sgd(model: nn.Module, momentum: float = 0.0) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
-
-
-def orthonormal(rows: int, columns: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    drawn = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(drawn).Q
 
 
 def test_quantisation() -> None:
@@ -46,7 +41,7 @@ def test_the_factor_makes_up_for_what_quantisation_loses(left: bool) -> None:
     """Against numpy, and never worse with more rounds; exact where the basis is complete."""
     weight = torch.randn(8, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     side = 8 if left else 12
-    basis = orthonormal(side, 3)
+    basis = orthonormal(side, 3, seed=1)
     (numbers, scale, _), error = fitted(weight, basis, left, 0.5, 1)
     q = (numbers.double() * scale).numpy()
     p = basis.numpy() @ basis.numpy().T
@@ -56,7 +51,7 @@ def test_the_factor_makes_up_for_what_quantisation_loses(left: bool) -> None:
     assert error < np.linalg.norm(weight.numpy() - q) / np.linalg.norm(weight)
     more = [fitted(weight, basis, left, 0.5, rounds)[1] for rounds in (1, 2, 5, 20)]
     assert more == sorted(more, reverse=True)
-    assert fitted(weight, orthonormal(side, side), left, 0.5, 1)[1] < 1e-15
+    assert fitted(weight, orthonormal(side, side, seed=1), left, 0.5, 1)[1] < 1e-15
 
 
 @pytest.mark.parametrize("shape", [(12, 8), (8, 12)])
@@ -65,7 +60,7 @@ def test_the_layer_is_its_dense_weight(shape: tuple[int, int]) -> None:
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     bias = nn.Parameter(torch.randn(shape[0], dtype=torch.float64))
     layer = QuantisedLowRank(weight, 3, 0.5, bias)
-    layer.put(weight, orthonormal(8, 3), 3)
+    layer.put(weight, orthonormal(8, 3, seed=1), 3)
     x = torch.randn(2, 5, shape[1], dtype=torch.float64, requires_grad=True)
     layer.collect(True)
     y = layer(x)

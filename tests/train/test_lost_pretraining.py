@@ -16,6 +16,8 @@ import lowrank
 from lowrank import LowrankError
 from lowrank.nn import LowRankSparseLinear, build, describe
 from lowrank.train import lost
+from tests.draws import normal
+from tests.nn.forms import check_differences
 from tests.zoo import llama, make, mlp, unchanged
 
 OUT, IN, RANK, COUNT = 48, 64, 8, 6
@@ -126,15 +128,7 @@ def test_spec_and_cast_keep_gamma(gamma: float | None, act: Any) -> None:
 
 @pytest.mark.parametrize("act", ["silu", None])
 def test_gradients_agree_with_differences(act: Any) -> None:
-    got = made(layer(), gamma=0.3, act=act)
-    names = [name for name, _ in got.named_parameters()]
-    values = [p.detach().clone().requires_grad_() for p in got.parameters()]
-    x = torch.randn(3, IN, dtype=torch.float64, requires_grad=True)
-
-    def run(x: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(got, dict(zip(names, given, strict=True)), (x,))
-
-    assert torch.autograd.gradcheck(run, (x, *values), fast_mode=True)
+    check_differences(made(layer(), gamma=0.3, act=act), normal(3, IN), fast_mode=True)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lowrank
 from lowrank.nn import LowRankLinear
@@ -16,18 +16,7 @@ from lowrank.train import Maestro
 from lowrank.train.maestro import lasso_gradient, tail_importance
 from lowrank.train.parts.draws import Draws
 from lowrank.train.parts.optimizer import check_exact
-from tests.train.loops import Net, one_layer, planted, run
-
-
-def fit(model: nn.Module, optimizer: Any, controller: Any, target: Tensor, steps: int) -> None:
-    """½‖W − A‖² through the forward pass, whose hooks cut."""
-    eye = torch.eye(target.shape[1], dtype=target.dtype)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (0.5 * (model(eye) - target.T).square().sum()).backward()
-        controller.before_step()
-        optimizer.step()
-        controller.after_step()
+from tests.train.loops import Net, fit, of_outputs, one_layer, planted, run
 
 
 @pytest.mark.parametrize(("cut", "shape"), [("one", (8, 6)), ("all", (6, 8))])
@@ -38,7 +27,7 @@ def test_on_a_linear_map_it_is_the_svd(cut: Any, shape: tuple[int, int]) -> None
     model = one_layer(target)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     controller = Maestro(model, optimizer, lasso=0.0, cut=cut)
-    fit(model, optimizer, controller, target, 1500)
+    fit(model, optimizer, controller, target, 1500, of_outputs)  # whose hooks cut
     up, down = (w.detach().numpy() for w in (model[0].up.weight, model[0].down.weight))
     for rank in range(1, 7):
         error = np.linalg.norm(target.numpy() - up[:, :rank] @ down[:rank])
@@ -58,7 +47,7 @@ def test_a_planted_rank_is_found(make: Any) -> None:
     controller = Maestro(model, optimizer, lasso=3e-3, threshold=1e-2)
     assert controller.ranks == {"0": 16}
     for _ in range(8):
-        fit(model, optimizer, controller, target, 100)
+        fit(model, optimizer, controller, target, 100, of_outputs)
         controller.end_epoch()
         check_exact(optimizer, model)  # T10
     model = controller.finish()

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import lowrank
-from lowrank import LowrankError
 from lowrank.linalg.nm import nm_mask
 from lowrank.nn import LowRankLinear, LowRankSparseLinear
 from lowrank.train import NM
 from lowrank.train.nm import frames, phase
 from lowrank.train.parts.optimizer import check_exact
-from tests.train.loops import Net, batches, data, run
-from tests.train.test_bad_input import same, sgd, snapshot
+from tests.train.loops import Net, batches, data, run, sgd
 from tests.train.test_plugs import Scaled
 
 WAYS = ["linear", "exponential", "stepwise", "geometric", "densify", "sr-ste"]
@@ -240,28 +238,3 @@ def test_history_names_the_patterns() -> None:
     run(model, live, controller, 12)
     lines = [h for h in controller.history if h["event"] == "pattern" and h["site"] == "first"]
     assert [(h["step"], h["n"], h["m"]) for h in lines] == [(2, 3, 4), (5, 2, 4), (8, 1, 4)]
-
-
-BAD: list[tuple[dict[str, Any], str]] = [
-    ({"decay": 0}, "need decay >= 1 and dense >= 0 steps, got 0 and 0"),
-    ({"dense": -1}, "need decay >= 1 and dense >= 0"),
-    ({"decay": 1.5}, "need decay >= 1"),
-    ({"pattern": (4, 4)}, r"pattern is \(N, M\) with 1 <= N < M"),
-    ({"pattern": (0, 4)}, "pattern is"),
-    ({"pattern": (2,)}, "pattern is"),
-    ({"pattern": (0.5, 4)}, "pattern is"),
-    ({"way": "exponent"}, "unknown way 'exponent'; did you mean 'exponential'"),
-    ({"rate": 0.0}, "rate > 0 belongs to"),
-    ({"rate": 0.1, "way": "stepwise"}, "rate > 0 belongs to 'linear' and 'exponential'"),
-    ({"strength": -1.0}, "strength must be at least 0"),
-]
-
-
-@pytest.mark.parametrize(("options", "said"), BAD)
-def test_bad_options_change_nothing(options: dict[str, Any], said: str) -> None:
-    model = Net()
-    optimizer = sgd(model)
-    before = snapshot(model, optimizer)
-    with pytest.raises(LowrankError, match=said):
-        NM(model, optimizer, **{"decay": 10, **options})
-    assert same(before, snapshot(model, optimizer))

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
-from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 
-from lowrank.train import DLRT, CondLR
-from tests.train.loops import Net, run
+import lowrank
+from lowrank.train import FrobeniusDecay
+from tests.train.controllers import BY_EPOCHS, BY_STEPS, EVERY, made, train
+from tests.train.loops import Net, run, sgd
 
-CONTROLLERS: dict[str, Callable[..., Any]] = {
-    "dlrt": lambda m, o: DLRT(m, o, tolerance=0.25, every=7),  # 100 is inside a cycle
-    "budget": lambda m, o: DLRT(m, o, ratio=0.5, every=10, init="random"),  # and here at its start
-    "condlr": lambda m, o: CondLR(m, o, tau=2.0, tolerance=0.2, every=25),
-}
-OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3),
-    "adam": lambda p: torch.optim.AdamW(p, lr=0.01),
-    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.02),
-}
-
-
-def made(controller: str, optimizer: str, seed: int = 0) -> tuple[Any, Any, Any]:
-    model = Net(seed)
-    live = OPTIMIZERS[optimizer](model.parameters())
-    return model, live, CONTROLLERS[controller](model, live)
+STEPS = 80
+# In the middle of a cycle, of an epoch, of a decay; "dlrt, budget" at the start of a cycle.
+STOP = dict.fromkeys(BY_STEPS | BY_EPOCHS, 52) | {"dlrt, budget": 50}
+PAIRS = [
+    *product(BY_STEPS, ("sgd, decay", "adam, decay", "adafactor")),
+    *product(BY_EPOCHS, ("sgd", "adam", "smmf")),
+]
 
 
 @pytest.fixture
@@ -40,19 +34,21 @@ def one_thread() -> Any:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", CONTROLLERS)
-def test_resumed_at_half_it_is_the_unbroken_run(name: str, optimizer: str) -> None:
-    """T11, T12: ranks have changed by then; the model is rebuilt from other random numbers."""
+@pytest.mark.parametrize(("name", "optimizer"), PAIRS)
+def test_resumed_it_is_the_unbroken_run(name: str, optimizer: str) -> None:
+    """T11, T12: ranks of bases have changed by then; the model starts from other numbers."""
     model, live, controller = made(name, optimizer)
-    unbroken = run(model, live, controller, 200)
+    unbroken = train(name, model, live, controller, STEPS)
+    final = copy.deepcopy(model.state_dict())
 
     model, live, controller = made(name, optimizer)
-    first = run(model, live, controller, 100)
+    start = controller.ranks
+    first = train(name, model, live, controller, STOP[name])
     file = io.BytesIO()
     torch.save([model.state_dict(), live.state_dict()], file)
     kept = json.dumps(controller.state_dict())  # it is JSON
     ranks = controller.ranks
+    assert ranks != start or name not in BY_STEPS
 
     model, live, controller = made(name, optimizer, seed=5)
     controller.load_state_dict(json.loads(kept))
@@ -61,15 +57,34 @@ def test_resumed_at_half_it_is_the_unbroken_run(name: str, optimizer: str) -> No
     model.load_state_dict(numbers)
     live.load_state_dict(moments)
     assert controller.ranks == ranks
-    second = run(model, live, controller, 200, start=100)
+    second = train(name, model, live, controller, STEPS, start=STOP[name])
     assert [*first, *second] == unbroken
+    assert all(torch.equal(final[key], value) for key, value in model.state_dict().items())
 
 
-def test_history_goes_on_where_it_stopped() -> None:
-    model, live, controller = made("dlrt", "sgd")
-    run(model, live, controller, 10)
+@EVERY
+def test_history_and_state_go_on_where_they_stopped(name: str) -> None:
+    model, live, controller = made(name)
+    train(name, model, live, controller, 10 if name in BY_STEPS else 70)
     state = json.loads(json.dumps(controller.state_dict()))
-    _, _, again = made("dlrt", "sgd", seed=5)
+    _, _, again = made(name, seed=5)
     again.load_state_dict(state)
     assert again.history == controller.history
     assert again.state_dict() == controller.state_dict()
+
+
+def test_decay_of_factors_resumes() -> None:
+    def build(seed: int) -> tuple[Any, Any, Any]:
+        model, _ = lowrank.factorize_by_design(Net(seed), 0.5)
+        live = sgd(model)
+        return model, live, FrobeniusDecay(model, live, strength=0.1)
+
+    model, live, controller = build(0)
+    unbroken = run(model, live, controller, 40)
+    model, live, controller = build(0)
+    first = run(model, live, controller, 20)
+    again, second, other = build(1)
+    other.load_state_dict(json.loads(json.dumps(controller.state_dict())))
+    again.load_state_dict(model.state_dict())
+    second.load_state_dict(live.state_dict())
+    assert [*first, *run(again, second, other, 40, start=20)] == unbroken

@@ -18,28 +18,28 @@ from lowrank.nn import DenseSparseLinear
 from lowrank.train import STF
 from lowrank.train.parts.latent import LatentCoefficients, LatentWeight
 from lowrank.train.parts.optimizer import check_exact
-from tests.train.loops import Net, one_layer, run
-from tests.train.test_bad_input import same, sgd, snapshot
+from tests.draws import normal
+from tests.nn.forms import check_differences
+from tests.train.loops import Net, fit, of_outputs, one_layer, run, sgd
 
 LATENTS = pytest.mark.parametrize("latent", ["coefficients", "weight"])
 
 
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+def mean_of_outputs(model: Any, target: Tensor) -> Tensor:
+    return 2 * of_outputs(model, target) / target.numel()
 
 
 def coefficients() -> LatentCoefficients:
     """r = 6, s = 2, (7, 5)."""
     return LatentCoefficients(
-        nn.Parameter(drawn(6, 5)), drawn(7, 6, seed=1), 2, nn.Parameter(drawn(7, seed=2))
+        nn.Parameter(normal(6, 5)), normal(7, 6, seed=1), 2, nn.Parameter(normal(7, seed=2))
     )
 
 
 def through_weight() -> LatentWeight:
-    basis, weight = nn.Parameter(drawn(6, 5)), nn.Parameter(drawn(7, 5, seed=1))
+    basis, weight = nn.Parameter(normal(6, 5)), nn.Parameter(normal(7, 5, seed=1))
     code = pursuit(weight.detach() @ basis.detach().T, basis.detach() @ basis.detach().T, 2)
-    return LatentWeight(basis, weight, code, nn.Parameter(drawn(7, seed=2)))
+    return LatentWeight(basis, weight, code, nn.Parameter(normal(7, seed=2)))
 
 
 def test_forward_takes_the_s_largest_of_every_row() -> None:
@@ -52,7 +52,7 @@ def test_forward_takes_the_s_largest_of_every_row() -> None:
         weight[row] = z[row, best] @ basis[best]
         others += set(best) != set(np.argsort(-np.abs(z[row]))[:2])
     assert others  # the lengths of the atoms have a say
-    x = drawn(3, 4, 5, seed=3)
+    x = normal(3, 4, 5, seed=3)
     want = x.numpy() @ weight.T + layer.bias.detach().numpy()
     np.testing.assert_allclose(layer(x).detach(), want, atol=1e-12)
     np.testing.assert_allclose(layer.dense_weight().detach(), weight, atol=1e-12)
@@ -62,7 +62,7 @@ def test_forward_takes_the_s_largest_of_every_row() -> None:
 def test_gradients_pass_straight_through(make: Any) -> None:
     """dZ = dŴ Dᵀ also where Z is masked out, dW = dŴ, and dD = Cᵀ dŴ."""
     layer = make()
-    x, gradient = drawn(9, 5, seed=3), drawn(9, 7, seed=4)
+    x, gradient = normal(9, 5, seed=3), normal(9, 7, seed=4)
     layer(x).backward(gradient)
     dense = gradient.T @ x  # (out, in)
     basis = layer.basis.weight
@@ -81,19 +81,11 @@ def test_gradients_pass_straight_through(make: Any) -> None:
 
 @pytest.mark.parametrize("make", [coefficients, through_weight])
 def test_gradients_of_basis_bias_and_input_agree_with_differences(make: Any) -> None:
-    layer = make()
-    names = ["basis.weight", "bias"]
-    values = [layer.get_parameter(n).detach().clone().requires_grad_() for n in names]
-    x = drawn(3, 5, seed=3).requires_grad_()
-
-    def run(x: Tensor, *given: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, dict(zip(names, given, strict=True)), (x,))
-
-    assert torch.autograd.gradcheck(run, (x, *values))
+    check_differences(make(), normal(3, 5, seed=3), names=["basis.weight", "bias"])
 
 
 def test_the_start_is_the_decomposition_and_the_rest_lies_below_it() -> None:
-    target = drawn(20, 16)
+    target = normal(20, 16)
     model = one_layer(target)
     weight = model[0].weight.detach().clone()
     want = lowrank.linalg.dense_sparse_code(weight, 8, 3)
@@ -111,7 +103,7 @@ def test_the_start_is_the_decomposition_and_the_rest_lies_below_it() -> None:
 def union(seed: int = 0) -> tuple[DenseSparseLinear, Tensor]:
     """Three of 10 atoms in every row, and a weight of the same atoms, but others in most rows."""
     rng = np.random.default_rng(seed)
-    basis = drawn(10, 16, seed=seed)
+    basis = normal(10, 16, seed=seed)
 
     def code() -> tuple[Tensor, Tensor]:
         index = np.stack([np.sort(rng.permutation(10)[:3]) for _ in range(40)])
@@ -128,23 +120,10 @@ def test_the_support_follows_the_task_where_a_fixed_one_cannot() -> None:
         model = nn.Sequential(layer)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
         controller = STF(model, optimizer, every=1 if way == "stf" else 10**6)
-        losses[way] = loop(model, optimizer, controller, target, 400)
+        losses[way] = fit(model, optimizer, controller, target, 400, mean_of_outputs)[-1]
         entered = controller.finish()[0] and controller.history[-2]["entered"]
         assert (entered > 0) == (way == "stf")
     assert losses["stf"] < 0.8 * losses["fixed"]
-
-
-def loop(model: Any, optimizer: Any, controller: Any, target: Tensor, steps: int) -> float:
-    eye = torch.eye(target.shape[1], dtype=target.dtype)
-    loss = torch.zeros(())
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = (model(eye) - target.T).square().mean()
-        loss.backward()
-        controller.before_step()
-        optimizer.step()
-        controller.after_step()
-    return loss.item()
 
 
 @LATENTS
@@ -270,14 +249,14 @@ def test_dense_layers_without_a_size_are_left_with_the_reason() -> None:
 
 
 def test_a_weight_is_coded_anew_every_few_steps() -> None:
-    target = drawn(20, 16)
+    target = normal(20, 16)
     model = one_layer(target)
     live = torch.optim.SGD(model.parameters(), lr=0.05)
     controller = STF(model, live, rank=8, density=0.25, latent="weight", every=4)
     layer = model[0]
     for step in range(1, 9):
         before = layer.value.clone()
-        loop(model, live, controller, target, 1)
+        fit(model, live, controller, target, 1, mean_of_outputs)
         assert torch.equal(before, layer.value) == (step % 4 != 0)
     basis, weight = layer.basis.weight.detach(), layer.latent.detach()
     value, index = pursuit(weight @ basis.T, basis @ basis.T, 2)
@@ -298,34 +277,6 @@ def test_transformers_own_layout_comes_back(tmp_path: Path) -> None:
     dense = lowrank.to_dense(copy.deepcopy(model))
     assert type(dense.transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
     torch.testing.assert_close(dense(input_ids=tokens()).logits, want, rtol=1e-4, atol=1e-5)
-
-
-BAD: list[tuple[dict[str, Any], str]] = [
-    ({"ratio": 0.5, "rank": 3}, "ratio or rank, not both"),
-    ({"ratio": 1.0}, "ratio is the share kept, in"),
-    ({"ratio": float("nan")}, "ratio is the share kept, in"),
-    ({"ratio": 0.5, "density": 0.0}, "density is s / r, in"),
-    ({"ratio": 0.5, "density": 1.5}, "density is s / r, in"),
-    ({"rank": 0}, "rank must be an integer >= 1, got 0"),
-    ({"ratio": 0.5, "every": 0}, "every must be an integer >= 1"),
-    ({"ratio": 0.5, "freeze": 0}, "freeze must be an integer >= 1"),
-    ({"ratio": 0.5, "decay": -1.0}, "decay must be at least 0"),
-    ({"ratio": 0.5, "latent": "weights"}, "unknown latent 'weights'; did you mean 'weight'"),
-    ({}, r"nothing to adapt: first \(a dense layer: no ratio or rank"),
-    ({"ratio": 1e-3}, r"nothing to adapt: first \(a dense layer: no ratio or rank"),
-    ({"rank": 500}, r"nothing to adapt: first \(a dense layer: no ratio or rank"),
-]
-
-
-@pytest.mark.parametrize(("options", "said"), BAD)
-def test_bad_options_change_nothing(options: dict[str, Any], said: str) -> None:
-    model = Net()
-    optimizer = sgd(model)
-    before = snapshot(model, optimizer)
-    with pytest.raises(LowrankError, match=said):
-        STF(model, optimizer, **options)
-    assert same(before, snapshot(model, optimizer))
-    STF(model, optimizer, ratio=0.7)  # and no claim is left
 
 
 def test_a_state_of_other_sizes_is_refused() -> None:

@@ -25,7 +25,8 @@ from lowrank.nn import (
 )
 from lowrank.types import Cost, Factored
 
-from .forms import FORMS
+from ..draws import normal
+from .forms import FORMS, check_differences
 
 SHAPES = [(12, 9), (7, 10), (5, 11), (3, 8)]  # three blocks divide neither side of most
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -75,15 +76,7 @@ def test_gradients_are_those_of_the_dense_layer(made: Any) -> None:
 
 
 def test_gradients_agree_with_differences(made: Any) -> None:
-    layer, *_ = made(5, 6)
-    names = [name for name, _ in layer.named_parameters()]
-    values = [p.detach().clone().requires_grad_() for p in layer.parameters()]
-    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
-
-    def run(x: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(layer, dict(zip(names, given, strict=True)), (x,))
-
-    assert torch.autograd.gradcheck(run, (x, *values))
+    check_differences(made(5, 6).layer, normal(3, 6))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
