@@ -17,7 +17,7 @@ from torch import nn
 
 import lowrank
 from lowrank import EFFORTS, Effort
-from lowrank.calibration import batches as data
+from lowrank.calibration.running import forward
 from lowrank.nn import LowRankLinear, PivotedLinear, TuckerConv
 
 from .. import zoo
@@ -131,7 +131,7 @@ def seen_of(kind: str, lean: nn.Module) -> dict[str, Any]:
     """A batch with its logits, and for models that write, a continuation."""
     batch = batch_of(kind, 3, 77)
     with torch.no_grad():
-        found: dict[str, Any] = {"batch": batch, "logits": data.forward(lean, batch).logits}
+        found: dict[str, Any] = {"batch": batch, "logits": forward(lean, batch).logits}
         found["weights"] = dict(lean.state_dict())
         if kind in WRITERS:
             found["prompt"], found["how"] = {"input_ids": ids(2, 78, 4)}, HOW
