@@ -263,7 +263,7 @@ import os, sys, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from lowrank.train import DLRT, NM, STF, CondLR, LoQT, Maestro, TuckerDLRT
-from lowrank.train.optimizer import check_exact
+from lowrank.train.parts.optimizer import check_exact
 from tests.train.loops import data, net_for
 
 def main(name):
@@ -320,7 +320,7 @@ import os, sys, tempfile, torch
 from pathlib import Path
 import torch.distributed as dist
 from lowrank.train import LowRankCallback
-from lowrank.train.optimizer import check_exact
+from lowrank.train.parts.optimizer import check_exact
 from tests.train.loops import net_for
 from tests.train.test_plugs import CONTROLLERS, sgd, trainer
 
