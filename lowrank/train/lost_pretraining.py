@@ -94,7 +94,7 @@ def lost(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         lower, count = sizes[site.name]
         weight = layouts.matrix(site.module).detach()
-        parts = start(weight, lower, count, channels, tail_rank, values, generator)
+        parts = first_parts(weight, lower, count, channels, tail_rank, values, generator)
         down, up, columns = (part.to(weight) for part in parts[:3])
         bias = layouts.bias(site.module)
         new = LowRankSparseLinear.from_parts(
@@ -109,7 +109,7 @@ def lost(
     return model, lines
 
 
-def start(
+def first_parts(
     weight: Tensor,
     rank: int,
     count: int,

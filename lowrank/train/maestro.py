@@ -31,7 +31,7 @@ from ..nn import LowRankLinear
 from ..walk.sites import ALL_LINEAR, Patterns
 from .parts.draws import Cut, Draws
 from .parts.factor_controller import FactorController
-from .parts.factors import enter, shorten
+from .parts.factors import shorten
 
 
 class Maestro(FactorController):
@@ -83,18 +83,20 @@ class Maestro(FactorController):
         self.lasso, self.threshold, self.min_rank = lasso, threshold, min_rank
         self._draws = Draws(cut, seed)
         super().__init__(model, optimizer, target_modules, exclude_modules)
-        self._hooks: list[RemovableHandle] = []
-        self._widths: dict[str, Tensor] = {}  # what the hooks read: torch.compile sees no constant
-        for site in self._at.sites:
-            side = min(site.shape)
-            layer = enter(self._at, site, side if rank is None else min(rank, side))
-            self._layers[site.name] = layer
-            self._widths[site.name] = torch.zeros((), dtype=torch.int64)
-            hook = _cutter(self._widths[site.name])
-            self._hooks.append(layer.up.register_forward_pre_hook(hook))
+        self.factor(
+            {
+                site.name: min(site.shape) if rank is None else min(rank, *site.shape)
+                for site in self.attachment.sites
+            }
+        )
+        # What the hooks read are tensors, because torch.compile would take numbers for constants.
+        self._widths = {name: torch.zeros((), dtype=torch.int64) for name in self.layers}
+        self._hooks: list[RemovableHandle] = [
+            layer.up.register_forward_pre_hook(_cutter(self._widths[name]))
+            for name, layer in self.factored.items()
+        ]
         self._draws.restart(self.ranks)
         self._draw()
-        self._at.resized()
 
     @property
     def importances(self) -> dict[str, Tensor]:
@@ -105,59 +107,53 @@ class Maestro(FactorController):
         return {
             name: m.up.weight.detach().double().norm(dim=0)
             * m.down.weight.detach().double().norm(dim=1)
-            for name, m in self._factored().items()
+            for name, m in self.factored.items()
         }
 
-    def detach(self) -> None:
-        """Stop: the layers stay LowRankLinear of their present ranks and run whole."""
-        self._close()
-
-    def _add(self) -> None:
-        scale = self.lasso * self._at.loss_scale()
-        for module in self._factored().values() if self.lasso else ():
-            for weight, along in ((module.up.weight, 0), (module.down.weight, 1)):
+    def on_gradients(self) -> None:
+        strength = self.lasso * self.attachment.loss_scale()
+        for layer in self.factored.values() if self.lasso else ():
+            for weight, along in ((layer.up.weight, 0), (layer.down.weight, 1)):
                 if weight.grad is not None:
-                    weight.grad.add_(lasso_gradient(weight, along), alpha=scale)
+                    weight.grad.add_(lasso_gradient(weight, along), alpha=strength)
 
-    def _stepped(self) -> None:
+    def on_step(self) -> None:
         self._draws.advance()
         self._draw()
 
-    def _epoch(self) -> None:
-        changed = False
-        for name, module in self._factored().items():
-            found = tail_importance(module)
-            kept = int((found > self.threshold * found[0]).sum())
-            kept = min(max(kept, self.min_rank), module.rank)
-            dropped = float(found[kept] / found[0]) if kept < len(found) and found[0] > 0 else 0.0
-            if kept < module.rank:
-                shorten(self._at, module, kept)
-                changed = True
-            self._at.note("shrink", name, rank=kept, importance_dropped=dropped)
-        if changed:
+    def on_epoch(self) -> None:
+        before = self.ranks
+        for name, layer in self.factored.items():
+            importance, dropped = tail_importance(layer), 0.0
+            kept = int((importance > self.threshold * importance[0]).sum())
+            kept = min(max(kept, self.min_rank), layer.rank)
+            if kept < layer.rank:
+                dropped = float(importance[kept] / importance[0]) if importance[0] > 0 else 0.0
+                shorten(self.attachment, layer, kept)
+            self.attachment.note("shrink", name, rank=kept, importance_dropped=dropped)
+        if self.ranks != before:
             self._draws.restart(self.ranks)
             self._draw()
-            self._at.resized()
+            self.attachment.resized()
 
-    def _last(self) -> None:
-        self._epoch()
+    def on_finish(self) -> None:
+        self.on_epoch()
 
     def _draw(self) -> None:
         drawn = self._draws.widths()
         for name, rank in self.ranks.items():
             self._widths[name].fill_(drawn.get(name, rank))
 
-    def _close(self) -> nn.Module:
+    def on_close(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._widths = [], {}
-        return super()._close()
 
-    def _policy(self) -> dict[str, Any]:
-        return self._draws.state()
+    def progress(self) -> dict[str, Any]:
+        return {"policy": self._draws.state()}
 
-    def _take(self, policy: dict[str, Any]) -> None:
-        self._draws.resume(self.ranks, policy)
+    def resume(self, state: dict[str, Any]) -> None:
+        self._draws.resume(self.ranks, state["policy"])
         self._draw()
 
 

@@ -77,53 +77,52 @@ class NM(FactorController):
         self.decay, self.dense, self.pattern, self.way = decay, dense, pattern, way
         self.rate, self.strength = rate, strength
         super().__init__(
-            model, optimizer, target_modules, exclude_modules, find=_find,
-            kinds=frozenset({"linear", "conv"}),
+            model, optimizer, target_modules, exclude_modules,
+            find=_sparsifiable_sites, kinds={"linear", "conv"},
         )  # fmt: skip
         for _, module, key in self._weights():
             weight = module.get_parameter(key).detach()
             module.register_buffer(key + LATENT, weight.clone())
         self._holds = False  # whether weights are what is trained, for the length of a step
         self._apply(None)
-        self._at.resized()
+        self.attachment.resized()
 
     @property
     def now(self) -> tuple[Pattern, float]:
         """The pattern that counts in the next step, and β: what the others count with."""
-        return phase(self.way, self.pattern, self._at.step - self.dense, self.decay, self.rate)
+        return self._phase(self.attachment.step)
+
+    def _phase(self, step: int) -> tuple[Pattern, float]:
+        return phase(self.way, self.pattern, step - self.dense, self.decay, self.rate)
 
     def _weights(self) -> list[tuple[str, nn.Module, str]]:
         """Site, the module that holds a weight, and its name there."""
-        found = []
-        for name, layer in self._layers.items():
+        weights = []
+        for name, layer in self.layers.items():
             for key, parameter in layer.named_parameters():
                 owner, _, own = key.rpartition(".")
                 if parameter.ndim >= 2 and own != "value":  # coefficients are sparse already
-                    found.append((name, layer.get_submodule(owner), own))
-        return found
+                    weights.append((name, layer.get_submodule(owner), own))
+        return weights
 
-    def _add(self) -> None:
+    def on_gradients(self) -> None:
         """For the length of the step the weights are what is trained."""
+        penalised = self.way == "sr-ste" and self.attachment.step >= self.dense
         for name, module, key in self._weights():
             weight, latent = module.get_parameter(key), module.get_buffer(key + LATENT)
-            if self.way == "sr-ste" and self._at.step >= self.dense and weight.grad is not None:
+            if penalised and weight.grad is not None:
                 others = ~self._mask(name, latent, self.pattern)
-                scale = self.strength * self._at.loss_scale()
+                scale = self.strength * self.attachment.loss_scale()
                 weight.grad.add_(latent * others, alpha=scale)
             weight.copy_(latent)
         self._holds = True
 
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """After `optimizer.step()`; see `FactorController`."""
-        if self._holds and self._at.acting() and not self._at.stepped():
-            self._apply(None)  # the step was skipped
-        super().after_step()
+    def on_skip(self) -> None:
+        if self._holds:
+            self._apply(None)
 
-    def _stepped(self) -> None:
-        before = phase(
-            self.way, self.pattern, self._at.step - 1 - self.dense, self.decay, self.rate
-        )
+    def on_step(self) -> None:
+        before = self._phase(self.attachment.step - 1)
         for _, module, key in self._weights() if self._holds else ():
             module.get_buffer(key + LATENT).copy_(module.get_parameter(key))
         self._apply(before)
@@ -141,20 +140,20 @@ class NM(FactorController):
         self._holds = False
         binary = share == 0 and (before is None or before[1] > 0)
         if before is not None and (before[0] != pattern or binary):
-            for name in self._layers:
-                self._at.note("pattern", name, n=pattern[0], m=pattern[1])
+            for name in self.layers:
+                self.attachment.note("pattern", name, n=pattern[0], m=pattern[1])
 
     def _mask(self, name: str, weight: Tensor, pattern: Pattern) -> Tensor:
         """Groups are of consecutive inputs: of a convolution of channels, at one point."""
         if weight.ndim > 2:
             return nm_mask(weight.movedim(1, -1), *pattern).movedim(-1, 1)
-        if layouts.layout(self._layers[name]) == "conv1d":
+        if layouts.layout(self.layers[name]) == "conv1d":
             return nm_mask(weight.T, *pattern).T
         return nm_mask(weight, *pattern)
 
-    def _last(self) -> None:
+    def on_finish(self) -> None:
         """N:M, whatever the phase; what was trained beside it goes."""
-        sizes: dict[str, list[int]] = {name: [0, 0, 0] for name in self._layers}
+        sizes: dict[str, list[int]] = {name: [0, 0, 0] for name in self.layers}
         for name, module, key in self._weights():
             weight = module.get_parameter(key)
             latent = weight if self._holds else module.get_buffer(key + LATENT)
@@ -164,21 +163,23 @@ class NM(FactorController):
             both = zip(sizes[name], (weight.numel(), int(mask.sum()), bytes_), strict=True)
             sizes[name] = [a + b for a, b in both]
         for name, (numbers, kept, bytes_) in sizes.items():
-            self._at.note("finish", name, kept=kept, of=numbers, bytes=bytes_)
+            self.attachment.note("finish", name, kept=kept, of=numbers, bytes=bytes_)
 
-    def _leave(self, name: str, module: nn.Module) -> None:
+    def leave(self, name: str, layer: nn.Module) -> None:
         """The layer as it is: plain, with zeros."""
 
-    def _close(self) -> nn.Module:
+    def on_close(self) -> None:
         for _, module, key in self._weights():
             delattr(module, key + LATENT)
-        return super()._close()
 
-    def _resume(self, site: Site, rank: int | None) -> None:
-        if rank != self.ranks.get(site.name):
-            raise LowrankError(
-                f"{site.name} has rank {rank} in this state and {self.ranks.get(site.name)} here"
-            )
+    def check_state(self, state: dict[str, Any]) -> None:
+        for name, layer in self.layers.items():
+            saved, here = state["sites"][name], self.size_of(layer)
+            if saved != here:
+                raise LowrankError(f"{name} has rank {saved} in this state and {here} here")
+
+    def resize(self, site: Site, size: int | None) -> None:
+        """Sizes are fixed."""
 
 
 def phase(
@@ -212,7 +213,7 @@ def frames(way: str, pattern: Pattern) -> list[Pattern]:
     return [(k, m) for k in kept]
 
 
-def _find(root: nn.Module) -> list[Site]:
+def _sparsifiable_sites(root: nn.Module) -> list[Site]:
     """Dense layers, and layers of factors that are multiplied along their inputs."""
     modules = [(name, m) for name, m in root.named_modules() if isinstance(m, FACTORED)]
     return find_sites(root) + [

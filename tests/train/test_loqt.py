@@ -1,4 +1,4 @@
-"""LoQT: what is quantised, what is merged and when; at full rank it is the dense training."""
+"""LoQT: what is to_int8, what is merged and when; at full rank it is the dense training."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import nn
 
 from lowrank import LowrankError
 from lowrank.train import LoQT
-from lowrank.train.parts.optimizer import check_exact
-from lowrank.train.parts.quantised_weight import QuantisedLowRank, fitted, quantised, restored
+from lowrank.train.parts.optimizer import check_same_parameters
+from lowrank.train.parts.quantised_weight import QuantisedLowRank, fit_in_turns, from_int8, to_int8
 from tests.train.loops import Net, batches, run
 
 NAMES = ("first", "second")
@@ -32,10 +32,10 @@ def test_quantisation() -> None:
     weight = torch.randn(6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     weight[2] = 0
     weight[3] *= 1000
-    numbers, scale = quantised(weight)
+    numbers, scale = to_int8(weight)
     assert numbers.dtype == torch.int8
     assert scale.shape == (6, 1)
-    error = (restored(numbers, scale) - weight).abs()
+    error = (from_int8(numbers, scale) - weight).abs()
     assert bool((error <= scale / 2 * (1 + 1e-12)).all())  # half a step of the row's own grid
     assert float(numbers.abs().amax(1)[[0, 1, 3, 4, 5]].min()) == 127
     assert not numbers[2].any()
@@ -47,16 +47,16 @@ def test_the_factor_makes_up_for_what_quantisation_loses(left: bool) -> None:
     weight = torch.randn(8, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     side = 8 if left else 12
     basis = orthonormal(side, 3)
-    (numbers, scale, _), error = fitted(weight, basis, left, 0.5, 1)
+    (numbers, scale, _), error = fit_in_turns(weight, basis, left, 0.5, 1)
     q = (numbers.double() * scale).numpy()
     p = basis.numpy() @ basis.numpy().T
     rest = weight.numpy() - q
     rest -= p @ rest if left else rest @ p
     assert error == pytest.approx(np.linalg.norm(rest) / np.linalg.norm(weight))
     assert error < np.linalg.norm(weight.numpy() - q) / np.linalg.norm(weight)
-    more = [fitted(weight, basis, left, 0.5, rounds)[1] for rounds in (1, 2, 5, 20)]
+    more = [fit_in_turns(weight, basis, left, 0.5, rounds)[1] for rounds in (1, 2, 5, 20)]
     assert more == sorted(more, reverse=True)
-    assert fitted(weight, orthonormal(side, side), left, 0.5, 1)[1] < 1e-15
+    assert fit_in_turns(weight, orthonormal(side, side), left, 0.5, 1)[1] < 1e-15
 
 
 @pytest.mark.parametrize("shape", [(12, 8), (8, 12)])
@@ -228,7 +228,7 @@ def test_only_small_factors_have_a_state() -> None:
     optimizer = torch.optim.Adam(model.parameters())
     controller = LoQT(model, optimizer, rank=2, gap=5)
     run(model, optimizer, controller, 12)
-    check_exact(optimizer, model)
+    check_same_parameters(optimizer, model)
     moments = {name: optimizer.state[p]["exp_avg"].numel() for name, p in model.named_parameters()}
     assert moments == {
         "first.factor": 2 * 64, "first.bias": 64, "second.factor": 2 * 64, "second.bias": 10
@@ -265,7 +265,7 @@ def test_it_trains_and_ends_dense() -> None:
     model = controller.finish()
     assert type(model.first) is type(model.second) is nn.Linear
     torch.testing.assert_close(model(x), expected)
-    check_exact(optimizer, model)
+    check_same_parameters(optimizer, model)
     losses = [(model(a, b)["loss"].backward(), optimizer.step()) for a, b in batches(2)]
     LoQT(model, optimizer)  # nothing is claimed any more
 

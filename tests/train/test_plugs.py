@@ -214,7 +214,7 @@ def test_a_skipped_step_is_no_step(name: str) -> None:
                 optimizer.step()
                 controller.after_step()
         losses.append(got)
-        assert controller._at.step == 6
+        assert controller.attachment.step == 6
     assert losses[0] == losses[1] == losses[2]
 
 
@@ -263,7 +263,7 @@ import os, sys, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from lowrank.train import DLRT, NM, STF, CondLR, LoQT, Maestro, TuckerDLRT
-from lowrank.train.parts.optimizer import check_exact
+from lowrank.train.parts.optimizer import check_same_parameters
 from tests.train.loops import data, net_for
 
 def main(name):
@@ -290,7 +290,7 @@ def main(name):
         controller.before_step()
         optimizer.step()
         controller.after_step()
-        check_exact(optimizer, model.module)
+        check_same_parameters(optimizer, model.module)
         whole = loss.detach() / 2
         dist.all_reduce(whole)
         losses.append(whole.item())
@@ -320,7 +320,7 @@ import os, sys, tempfile, torch
 from pathlib import Path
 import torch.distributed as dist
 from lowrank.train import LowRankCallback
-from lowrank.train.parts.optimizer import check_exact
+from lowrank.train.parts.optimizer import check_same_parameters
 from tests.train.loops import net_for
 from tests.train.test_plugs import CONTROLLERS, sgd, trainer
 
@@ -330,7 +330,7 @@ callback = LowRankCallback(CONTROLLERS[sys.argv[1]])
 with tempfile.TemporaryDirectory() as folder:
     options = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
     trainer(model, Path(folder), callback, optimizer, **options).train()
-check_exact(optimizer, model)
+check_same_parameters(optimizer, model)
 ranks = list(callback.controller.ranks.values())
 numbers = torch.cat([p.detach().flatten() for p in callback.controller.finish().parameters()])
 both = [torch.zeros_like(numbers) for _ in range(2)]

@@ -13,7 +13,7 @@ from torch import nn
 
 from lowrank import LowrankError
 from lowrank.train import DLRT, SMMF
-from lowrank.train.parts.optimizer import corner, replace
+from lowrank.train.parts.optimizer import corner, replace_parameter
 from lowrank.train.smmf import packed, squarest, unpacked
 from tests.train.loops import Net, run
 
@@ -185,17 +185,17 @@ def test_its_state_follows_a_change_of_rank() -> None:
     weight.grad = pattern
     optimizer.step()
     wide = nn.Parameter(torch.zeros(4, 5, dtype=torch.float64))
-    replace(optimizer, weight, wide, corner((4, 5)))
+    replace_parameter(optimizer, weight, wide, corner((4, 5)))
     assert optimizer.state[wide]["step"] == 1
     narrow = nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))
-    replace(optimizer, wide, narrow, corner((4, 4)))
+    replace_parameter(optimizer, wide, narrow, corner((4, 4)))
     assert weight not in optimizer.state
     alone = nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))
     other = SMMF([alone], lr=0.1)
     alone.grad = pattern
     other.step()
     half = nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
-    replace(other, alone, half, corner((2, 2)))
+    replace_parameter(other, alone, half, corner((2, 2)))
     half.grad = pattern[:2, :2].clone()
     before = copy.deepcopy(other.state[half])
     assert before["rows_m"].sum() == pytest.approx(0.1 * float(pattern[:2, :2].abs().sum()))

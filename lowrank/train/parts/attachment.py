@@ -147,9 +147,9 @@ class Attachment:
         state = getattr(self.optimizer, "gradient_state", None)
         return state is None or bool(state.sync_gradients)
 
-    def stepped(self) -> bool:
-        """Whether the step that was just asked for was made (a gradient scaler skips some)."""
-        return self.acting() and not getattr(self.optimizer, "step_was_skipped", False)
+    def skipped(self) -> bool:
+        """Whether a gradient scaler skipped the optimizer's last step."""
+        return bool(getattr(self.optimizer, "step_was_skipped", False))
 
     def scaled(self) -> bool:
         """Whether a scaler watches the gradients: infinite ones are then no error."""

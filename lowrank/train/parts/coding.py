@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import replace as changed
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ Size = tuple[int, int]  # r, s
 BELOW = 0.99  # of the smallest chosen entry of a row: what others start with at most
 
 
-def start(weight: Tensor, coefficients: Tensor, basis: Tensor) -> Tensor:
+def first_latent(weight: Tensor, coefficients: Tensor, basis: Tensor) -> Tensor:
     """Z (out, r): C on its support, and elsewhere what W − C D has on the atoms, kept below it."""
     length = basis.norm(dim=1)
     rest = (weight - coefficients @ basis) @ basis.T / length.square().where(length > 0, 1)
@@ -28,7 +28,9 @@ def start(weight: Tensor, coefficients: Tensor, basis: Tensor) -> Tensor:
     return torch.where(chosen, coefficients, rest.clamp(-most, most))
 
 
-def sizes(ratio: float | None, rank: int | None, density: float) -> Callable[[Site], Size | None]:
+def size_rule(
+    ratio: float | None, rank: int | None, density: float
+) -> Callable[[Site], Size | None]:
     """r and s of a dense site; None where they would not be smaller."""
 
     def size(site: Site) -> Size | None:
@@ -44,13 +46,13 @@ def sizes(ratio: float | None, rank: int | None, density: float) -> Callable[[Si
     return size if ratio is not None or rank is not None else lambda site: None
 
 
-def find(root: nn.Module, size: Callable[[Site], Size | None]) -> list[Site]:
+def coded_sites(root: nn.Module, size: Callable[[Site], Size | None]) -> list[Site]:
     sites = []
     for site in find_sites(root):
         reason = site.reason
         if not reason and site.kind == "linear" and size(site) is None:
             reason = "a dense layer: no ratio or rank that makes it smaller was given"
-        sites.append(changed(site, reason=reason))
+        sites.append(dataclasses.replace(site, reason=reason))
     names: dict[int, list[str]] = {}
     modules = {}
     for name, module in root.named_modules(remove_duplicate=False):

@@ -51,7 +51,7 @@ def holds(optimizer: Any, parameter: Tensor) -> bool:
     return any(parameter is p for g in inner_optimizer(optimizer).param_groups for p in g["params"])
 
 
-def two_sided(left: Tensor | None = None, right: Tensor | None = None) -> Carry:
+def both_sides(left: Tensor | None = None, right: Tensor | None = None) -> Carry:
     """x (a, b) → M x N with M (a', a) and N (b, b'); None stands for the identity."""
 
     def carry(x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def two_sided(left: Tensor | None = None, right: Tensor | None = None) -> Carry:
     return carry
 
 
-def along(matrices: Mapping[int, Tensor]) -> Carry:
+def along_modes(matrices: Mapping[int, Tensor]) -> Carry:
     """A tensor multiplied along each mode by a matrix (new, old)."""
 
     def carry(x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def corner(shape: Sequence[int]) -> Carry:
     return carry
 
 
-def replace(
+def replace_parameter(
     optimizer: Any,
     old: Tensor,
     new: Tensor | Iterable[Tensor],
@@ -121,7 +121,7 @@ def replace(
         inner.state[fresh[0]] = state
 
 
-def insert(optimizer: Any, beside: Tensor, new: Iterable[Tensor]) -> None:
+def insert_parameters(optimizer: Any, beside: Tensor, new: Iterable[Tensor]) -> None:
     """Step on `new` too, right after `beside` and with its options.
 
     Raises:
@@ -176,7 +176,7 @@ def linear_state(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
     }
 
 
-def check_exact(optimizer: Any, model: nn.Module) -> None:
+def check_same_parameters(optimizer: Any, model: nn.Module) -> None:
     """The optimizer steps on exactly the model's parameters.
 
     Raises:

@@ -17,14 +17,14 @@ from torch.nn.functional import linear
 from ...linalg.precision import full_precision
 
 
-def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers (out, in) int8 in [−127, 127] and a scale a row (out, 1), 0 of a row of zeros."""
     scale = weight.abs().amax(1, keepdim=True) / 127
     steps = (weight / torch.where(scale > 0, scale, 1)).round()
     return steps.clamp(-127, 127).to(torch.int8), scale
 
 
-def restored(numbers: Tensor, scale: Tensor) -> Tensor:
+def from_int8(numbers: Tensor, scale: Tensor) -> Tensor:
     """(out, in) in the dtype of the scales."""
     return numbers.to(scale.dtype) * scale
 
@@ -35,12 +35,12 @@ def product(basis: Tensor, factor: Tensor, left: bool) -> Tensor:
     return found if left else found.T
 
 
-def fitted(
+def fit_in_turns(
     weight: Tensor, basis: Tensor, left: bool, strength: float, rounds: int
 ) -> tuple[tuple[Tensor, Tensor, Tensor], float]:
     """q(W) and the trained factor, in turns, so that their sum is near W.
 
-    q ← quantised(W − s·PB), B ← Pᵀ(W − q)/s; the best of all rounds is kept.
+    q ← to_int8(W − s·PB), B ← Pᵀ(W − q)/s; the best of all rounds is kept.
 
     Args:
         weight: W (out, in).
@@ -53,8 +53,8 @@ def fitted(
     found: list[tuple[tuple[Tensor, Tensor, Tensor], float]] = []
     size = float(weight.double().norm())
     for _ in range(rounds):
-        numbers, scale = quantised(weight - strength * product(basis, factor, left))
-        error = weight - restored(numbers, scale)
+        numbers, scale = to_int8(weight - strength * product(basis, factor, left))
+        error = weight - from_int8(numbers, scale)
         factor = basis.T @ (error if left else error.T) / strength
         rest = float((error - strength * product(basis, factor, left)).double().norm())
         found.append(((numbers, scale, factor), rest / size if size > 0 else 0.0))
@@ -76,7 +76,7 @@ class _Base(torch.autograd.Function):
         ctx.layer = layer if layer.collecting else None
         ctx.save_for_backward(numbers, scale, x if layer.collecting else None)
         ctx.dtype = x.dtype
-        return linear(x, restored(numbers, scale))
+        return linear(x, from_int8(numbers, scale))
 
     @staticmethod
     @once_differentiable
@@ -88,7 +88,7 @@ class _Base(torch.autograd.Function):
             there = ctx.layer.gathered
             ctx.layer.gathered = found if there is None else there + found
         needed = ctx.needs_input_grad[0]
-        back = (wide @ restored(numbers, scale)).to(ctx.dtype) if needed else None
+        back = (wide @ from_int8(numbers, scale)).to(ctx.dtype) if needed else None
         return back, None, None, None, None
 
 
@@ -130,7 +130,7 @@ class QuantisedLowRank(nn.Module):
     def put(self, weight: Tensor, basis: Tensor, rounds: int) -> float:
         """Hold W (out, in) by this basis (side, rank); the relative error that is left."""
         with full_precision(weight):
-            found, error = fitted(weight, basis, self.left, self.strength, rounds)
+            found, error = fit_in_turns(weight, basis, self.left, self.strength, rounds)
         for old, new in zip(
             (self.numbers, self.scale, self.factor.data, self.basis), (*found, basis), strict=True
         ):
@@ -140,7 +140,7 @@ class QuantisedLowRank(nn.Module):
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """q(W) + s·UV (out, in)."""
         dtype = dtype or self.scale.dtype
-        base = restored(self.numbers, self.scale.to(dtype))
+        base = from_int8(self.numbers, self.scale.to(dtype))
         return base + self.strength * product(
             self.basis.to(dtype), self.factor.to(dtype), self.left
         )

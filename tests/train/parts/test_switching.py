@@ -16,7 +16,7 @@ from lowrank.nn import LowRankLinear
 from lowrank.train import Cuttlefish, FrobeniusDecay, InRank, Pufferfish
 from lowrank.train.cuttlefish import estimate, movement
 from lowrank.train.inrank import explaining
-from lowrank.train.parts.optimizer import check_exact
+from lowrank.train.parts.optimizer import check_same_parameters
 from tests.train.loops import Net, batches, one_layer, planted, run
 
 
@@ -51,7 +51,7 @@ def test_pufferfish_switches_by_the_clock() -> None:
     np.testing.assert_allclose(product(model, "first"), u[:, :3] * s[:3] @ v[:3], atol=1e-6)
     assert model.first.bias is bias
     assert torch.equal(optimizer.state[bias]["momentum_buffer"], momentum)
-    check_exact(optimizer, model)
+    check_same_parameters(optimizer, model)
     run(model, optimizer, controller, 12, start=8)
     controller.end_epoch()  # once and for all
     assert controller.ranks == {"first": 3}
@@ -200,7 +200,7 @@ def test_inrank_grows_to_the_planted_rank() -> None:
         optimizer.step()
         controller.after_step()
         seen.append(controller.explained["0"])
-        check_exact(optimizer, model)
+        check_same_parameters(optimizer, model)
     assert all(a <= b for a, b in itertools.pairwise(seen))
     assert seen[:20] == [2] * 20
     assert controller.explained == {"0": 6}
@@ -208,7 +208,7 @@ def test_inrank_grows_to_the_planted_rank() -> None:
     model = controller.finish()
     assert model[0].rank == 6
     np.testing.assert_allclose(product(model, "0"), target, atol=1e-3)
-    check_exact(optimizer, model)
+    check_same_parameters(optimizer, model)
 
 
 def test_inrank_loses_nothing_as_it_grows_and_cuts_when_told() -> None:
