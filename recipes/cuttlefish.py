@@ -105,7 +105,7 @@ def train(images: Images, way: str, seed: int, options: argparse.Namespace) -> d
     return {
         "accuracy": 100 * accuracy(model, images.test_x, images.test_y),
         "kept": 100 * weights(model) / weights(net(images)),
-        "switched": getattr(controller, "switched", None),
+        "switched": controller.switched if way in ("Pufferfish", "Cuttlefish") else None,
         "ranks": [m.rank for m in model.modules() if isinstance(m, lowrank.nn.LowRankLinear)],
     }
 

@@ -77,8 +77,8 @@ MUTANTS = (
     Mutant(
         "parameters that are gone stay in the optimizer",
         "lowrank/train/parts/optimizer.py",
-        'group["params"][at : at + 1] = fresh',
-        'group["params"][at:at] = fresh',
+        'group["params"][place : place + 1] = fresh',
+        'group["params"][place:place] = fresh',
         ("tests/train/test_dlrt.py::test_the_optimizer_holds_exactly_the_live_parameters",),
     ),
     Mutant(
@@ -114,7 +114,7 @@ MUTANTS = (
     ),
     Mutant(
         "acting between accumulated batches",
-        "lowrank/train/parts/attachment.py",
+        "lowrank/train/parts/wrappers.py",
         "return state is None or bool(state.sync_gradients)",
         "return True",
         ("tests/train/test_plugs.py::test_accelerate_trains_the_same_model",),

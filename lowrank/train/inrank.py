@@ -28,7 +28,7 @@ from ..nn import LowRankLinear
 from ..walk.sites import ALL_LINEAR, Patterns
 from .parts.factor_controller import FactorController
 from .parts.factors import resize
-from .parts.optimizer import inner_optimizer
+from .parts.wrappers import inner_optimizer
 
 
 class InRank(FactorController):

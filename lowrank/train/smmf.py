@@ -108,7 +108,7 @@ class SMMF(torch.optim.Optimizer):
                 }
             )
 
-    def carried(
+    def carried_state(
         self,
         state: Mapping[str, Any],
         old: Tensor,

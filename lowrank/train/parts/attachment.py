@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import LowrankError, listed
 from ...types import Site
 from ...walk import surgery
 from ...walk.sites import ALL_LINEAR, Patterns, covers, find_sites, select_sites
-from . import distributed
-from .optimizer import holds, inner_optimizer
+from . import distributed, wrappers
+from .optimizer import holds
+from .wrappers import inner_optimizer
 
 LINEAR = frozenset({"linear"})
 WIDE = (torch.float32, torch.float64)  # what can hold an orthonormal basis
@@ -70,8 +70,8 @@ class Attachment:
         self.step = 0
         distributed.refuse_sharded(model, optimizer, who)
         inner_optimizer(optimizer)
-        self._prepared = _is_prepared(self.root)
-        if distributed.world() > 1 and not _has_ddp(model):
+        self._prepared = wrappers.is_prepared(self.root)
+        if distributed.world() > 1 and not wrappers.has_ddp(model):
             raise LowrankError(
                 f"{who} was built before the model was wrapped for {distributed.world()} "
                 "processes: call accelerate.prepare or DistributedDataParallel first"
@@ -139,30 +139,24 @@ class Attachment:
         Raises:
             LowrankError: the model was given to accelerate after the controller was built.
         """
-        if _is_prepared(self.root) and not self._prepared:
+        if wrappers.is_prepared(self.root) and not self._prepared:
             raise LowrankError(
                 f"{self.who} was built before accelerate.prepare: prepare model and optimizer "
                 f"first, and build {self.who} with what it returns"
             )
-        state = getattr(self.optimizer, "gradient_state", None)
-        return state is None or bool(state.sync_gradients)
+        return wrappers.synchronises(self.optimizer)
 
     def skipped(self) -> bool:
         """Whether a gradient scaler skipped the optimizer's last step."""
-        return bool(getattr(self.optimizer, "step_was_skipped", False))
+        return wrappers.skipped_step(self.optimizer)
 
     def scaled(self) -> bool:
-        """Whether a scaler watches the gradients: infinite ones are then no error."""
-        return getattr(self.optimizer, "scaler", None) is not None
+        """Whether a gradient scaler will skip a step with gradients that are not finite."""
+        return wrappers.is_scaled(self.optimizer)
 
     def loss_scale(self) -> float:
-        """What the gradients are multiplied by now: a scaler's factor until they are unscaled."""
-        scaler: Any = getattr(self.optimizer, "scaler", None)
-        states = getattr(scaler, "_per_optimizer_states", None)
-        if states is None or not scaler.is_enabled():
-            return 1.0
-        stage = states[id(inner_optimizer(self.optimizer))]["stage"]
-        return float(scaler.get_scale()) if stage.name == "READY" else 1.0
+        """What the gradients are multiplied by now, and what is added to them has to be."""
+        return wrappers.loss_scale(self.optimizer)
 
     def rebind(self, optimizer: Any) -> None:
         """A trainer wrapped model and optimizer by itself; they are the ones that were given.
@@ -176,7 +170,7 @@ class Attachment:
                 "optimizers=(optimizer, None), or give LowRankCallback a function that builds "
                 "the controller from model and optimizer"
             )
-        self.optimizer, self._prepared = optimizer, _is_prepared(self.root)
+        self.optimizer, self._prepared = optimizer, wrappers.is_prepared(self.root)
 
     def resized(self) -> None:
         """Parameters were replaced: DDP has to know."""
@@ -219,19 +213,6 @@ def refuse_not_finite(
                 f"{what} at {name} has numbers that are not finite; nothing was changed: "
                 "skip this batch (zero_grad, no step), or lower the learning rate"
             )
-
-
-def _is_prepared(root: nn.Module) -> bool:
-    return bool(getattr(root, "_is_accelerate_prepared", False))
-
-
-def _has_ddp(model: nn.Module) -> bool:
-    while not isinstance(model, DistributedDataParallel):
-        inner = getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return False
-        model = inner
-    return True
 
 
 def _refuse_claimed(root: nn.Module, who: str, targets: Patterns, kinds: Collection[str]) -> None:

@@ -55,7 +55,7 @@ def least_tolerance(size: Callable[[float], int], tolerance: float, limit: float
 
 
 def ranks_for(
-    spectra: Sequence[CoreValues],
+    cores: Sequence[CoreValues],
     tolerance: float,
     ratio: float | None,
     least: int,
@@ -67,14 +67,15 @@ def ranks_for(
     all tails are relative.
     """
 
-    def at(theta: float) -> list[int]:
-        return [rank_at(s.values, theta, least, most) for s in spectra]
+    def ranks_within(theta: float) -> list[int]:
+        return [rank_at(core.values, theta, least, most) for core in cores]
 
     def size(theta: float) -> int:
-        return sum(matrix_params(s.shape, r) for s, r in zip(spectra, at(theta), strict=True))
+        ranks = ranks_within(theta)
+        return sum(matrix_params(c.shape, rank) for c, rank in zip(cores, ranks, strict=True))
 
-    limit = math.inf if ratio is None else ratio * sum(math.prod(s.shape) for s in spectra)
-    return at(least_tolerance(size, tolerance, limit))
+    limit = math.inf if ratio is None else ratio * sum(math.prod(c.shape) for c in cores)
+    return ranks_within(least_tolerance(size, tolerance, limit))
 
 
 def rank_at(values: Tensor, tolerance: float, least: int, most: int | None) -> int:

@@ -47,9 +47,11 @@ class Draws:
     def widths(self) -> dict[str, int]:
         """Components that are used in this step, by layer; a layer that is not named runs whole."""
         if self.how == "one":
-            drawn = self._orders[0][self.place] if self.names else 0
-            at = bisect.bisect_right(self._starts, drawn) - 1
-            return {self.names[at]: drawn - self._starts[at] + 1} if self.names else {}
+            if not self.names:
+                return {}
+            drawn = self._orders[0][self.place]
+            layer = bisect.bisect_right(self._starts, drawn) - 1
+            return {self.names[layer]: drawn - self._starts[layer] + 1}
         pairs = zip(self.names, self._orders, strict=True)
         return {name: order[self.place % len(order)] + 1 for name, order in pairs}
 

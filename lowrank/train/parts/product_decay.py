@@ -9,7 +9,7 @@ from torch import nn
 from ...errors import LowrankError
 from ...nn import ChannelConv, LowRankLinear
 from .attachment import Attachment, weights_of
-from .optimizer import inner_optimizer
+from .wrappers import inner_optimizer
 
 
 def check_strength(strength: float) -> None:

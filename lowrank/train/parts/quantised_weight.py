@@ -31,8 +31,8 @@ def from_int8(numbers: Tensor, scale: Tensor) -> Tensor:
 
 def product(basis: Tensor, factor: Tensor, left: bool) -> Tensor:
     """UV (out, in): basis (side, r) times factor (r, other side), or that transposed."""
-    found = basis @ factor
-    return found if left else found.T
+    narrow = basis @ factor
+    return narrow if left else narrow.T
 
 
 def fit_in_turns(
@@ -50,19 +50,21 @@ def fit_in_turns(
         (numbers, scale, B (r, other side)), and ‖W − q − s·PB‖ / ‖W‖.
     """
     factor = basis.new_zeros(basis.shape[1], weight.shape[1 if left else 0])
-    found: list[tuple[tuple[Tensor, Tensor, Tensor], float]] = []
+    best: tuple[tuple[Tensor, Tensor, Tensor], float] | None = None
     size = float(weight.double().norm())
     for _ in range(rounds):
         numbers, scale = to_int8(weight - strength * product(basis, factor, left))
         error = weight - from_int8(numbers, scale)
         factor = basis.T @ (error if left else error.T) / strength
         rest = float((error - strength * product(basis, factor, left)).double().norm())
-        found.append(((numbers, scale, factor), rest / size if size > 0 else 0.0))
-        found = [min(found, key=lambda one: one[1])]  # of equals the first
-    return found[0]
+        left_over = rest / size if size > 0 else 0.0
+        if best is None or left_over < best[1]:
+            best = (numbers, scale, factor), left_over
+    assert best is not None  # there is one round at least
+    return best
 
 
-class _Base(torch.autograd.Function):
+class _QuantisedLinear(torch.autograd.Function):
     """x q(W)ᵀ; while its layer collects, the gradient of W is summed up there.
 
     `trained` takes no part: a parameter among the inputs has the backward pass come by even where
@@ -84,9 +86,9 @@ class _Base(torch.autograd.Function):
         numbers, scale, x = ctx.saved_tensors
         wide = gradient.to(scale.dtype)
         if ctx.layer is not None:
-            found = wide.flatten(0, -2).T @ x.to(scale.dtype).flatten(0, -2)  # (out, in)
-            there = ctx.layer.gathered
-            ctx.layer.gathered = found if there is None else there + found
+            full = wide.flatten(0, -2).T @ x.to(scale.dtype).flatten(0, -2)  # (out, in)
+            before = ctx.layer.gathered
+            ctx.layer.gathered = full if before is None else before + full
         needed = ctx.needs_input_grad[0]
         back = (wide @ from_int8(numbers, scale)).to(ctx.dtype) if needed else None
         return back, None, None, None, None
@@ -130,10 +132,9 @@ class QuantisedLowRank(nn.Module):
     def put(self, weight: Tensor, basis: Tensor, rounds: int) -> float:
         """Hold W (out, in) by this basis (side, rank); the relative error that is left."""
         with full_precision(weight):
-            found, error = fit_in_turns(weight, basis, self.left, self.strength, rounds)
-        for old, new in zip(
-            (self.numbers, self.scale, self.factor.data, self.basis), (*found, basis), strict=True
-        ):
+            parts, error = fit_in_turns(weight, basis, self.left, self.strength, rounds)
+        held = (self.numbers, self.scale, self.factor.data, self.basis)
+        for old, new in zip(held, (*parts, basis), strict=True):
             old.copy_(new)
         return error
 
@@ -152,7 +153,7 @@ class QuantisedLowRank(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         trained = self.factor if self.collecting else None
-        base = _Base.apply(x, self.numbers, self.scale, trained, self)
+        base = _QuantisedLinear.apply(x, self.numbers, self.scale, trained, self)
         down, up = (self.factor, self.basis) if self.left else (self.basis.T, self.factor.T)
         y = base + self.strength * linear(linear(x, down), up)
         return y if self.bias is None else y + self.bias

@@ -50,8 +50,7 @@ class TuckerForm(nn.Module):
     def set_factors(self, u0: Tensor, core: Tensor, u1: Tensor) -> None:
         """New parameters of new sizes; all are copied."""
         ones = (1,) * (core.ndim - 2)
-        made = ((self.last, u0), (self.core, core), (self.first, u1.T))
-        for child, tensor in made:
+        for child, tensor in ((self.last, u0), (self.core, core), (self.first, u1.T)):
             shaped = tensor.detach().reshape(*tensor.shape[:2], *(tensor.shape[2:] or ones))
             copy = shaped.clone(memory_format=torch.contiguous_format)
             child.weight = nn.Parameter(copy)
@@ -101,10 +100,10 @@ class TuckerForm(nn.Module):
     def dense(self) -> nn.Module:
         """The plain convolution of the same map, with this very bias."""
         core, conv = self.core, CONVS[self.core.weight.ndim]
-        made: Any = conv(
+        plain: Any = conv(
             self.first.in_channels, self.last.out_channels, core.kernel_size, stride=core.stride,
             padding=core.padding, dilation=core.dilation, bias=False, device="meta",
         )  # fmt: skip
-        made.weight = nn.Parameter(self.dense_weight().detach().contiguous())
-        made.bias = self.bias
-        return made.train(self.training)
+        plain.weight = nn.Parameter(self.dense_weight().detach().contiguous())
+        plain.bias = self.bias
+        return plain.train(self.training)
