@@ -7,9 +7,9 @@ mean. So the condition number of W is at most τ after every step.
 
 Exact low-rank dynamics would scale by (S Sᵀ)⁻¹, which a small singular value makes unstable; the
 authors replace it by the number (σ_r/σ_1)², option "bound". Against their code: (I − UUᵀ) is never
-formed as a matrix, τ < 1 is an error (there it silently sets S to zero), layers are replaced where
-they are (there residual connections are lost), and momentum is projected again after each
-retraction. A clamp lifts small singular values: with a tolerance they are truncated before it.
+formed as a matrix, τ < 1 is an error (there it silently sets S to zero), layers are replaced in
+place (there residual connections are lost), and momentum is projected again after each retraction.
+The clamp lifts small singular values: with a tolerance they are truncated before.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class CondLR(BaseController[USVLinear]):
     """Training at a bounded condition number, attached to the user's own loop.
 
     Attributes:
-        history: one dict an event, with "step", "site", "event", rank, condition, orthonormality.
+        history: one dict per event, with "step", "site", "event", rank, condition, orthonormality.
     """
 
     def __init__(
@@ -79,14 +79,14 @@ class CondLR(BaseController[USVLinear]):
         Args:
             tau: τ ≥ 1; math.inf switches the clamp off (Riemannian gradient descent).
             rank: int, or float for a share of energy; None is half of min(out, in).
-            tolerance: relative, in [0, 1): every `every` steps, before the clamp, a tail of S that
-                carries less of its norm is cut. Ranks only fall. None: they are fixed.
+            tolerance: relative, in [0, 1): every `every` steps, before the clamp, the tail of S
+                that carries less than this of ‖S‖ is cut. Ranks only fall. None: they are fixed.
             every: steps between truncations, and between lines of the history.
             scaling: of the projected gradients: "bound", "exact" or "none" (see above).
 
         Raises:
-            LowrankError: an option is out of range, nothing can be adapted, or what `Attachment`
-                refuses; the model and the optimizer are as they were.
+            LowrankError: an option is out of range, no layer can be adapted, or `Attachment`
+                refuses the model; model and optimizer are unchanged then.
         """
         if not tau >= 1:
             raise LowrankError(f"tau bounds a condition number and must be >= 1, got {tau}")

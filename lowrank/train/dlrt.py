@@ -3,10 +3,10 @@
 W = U S Vᵀ with orthonormal U, V. Every `every` steps the bases grow by the directions in which the
 gradient would leave them, Û = orth[U | −∂L/∂U], V̂ likewise, S padded by zeros, so that nothing
 changes; S alone is then trained by the user's optimizer; at the end of the cycle the smallest
-singular values of S go, as many as together stay below `tolerance` of all of it. This is the form
+singular values of S are cut, as many as stay below `tolerance` of ‖S‖ together. This is the form
 with one gradient per step of arXiv 2505.08022 (Alg. 1); all other parameters are trained as usual.
-In the step in which bases grow, S rests, and a clipping by the norm of all gradients sees those of
-U and V too.
+In the step in which bases grow, S rests, and clipping by the norm of all gradients sees those of U
+and V too.
 
 Against the authors' code: V is turned by Q and not by Qᵀ, the whole tail of the singular values
 counts, moments follow every change of basis, factors have their true sizes at all times (no buffers
@@ -37,7 +37,7 @@ class DLRT(Cycle[USVLinear]):
     """Rank-adaptive training of linear layers, attached to the user's own loop.
 
     Attributes:
-        history: one dict an event, with "step", "site", "event", ranks, and what was measured.
+        history: one dict per event, with "step", "site", "event", ranks, and what was measured.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class DLRT(Cycle[USVLinear]):
             init: "svd" of the weight, or "random".
 
         Raises:
-            LowrankError: an option is out of range, nothing can be adapted, or what `Attachment`
-                refuses; the model and the optimizer are as they were.
+            LowrankError: an option is out of range, no layer can be adapted, or `Attachment`
+                refuses the model; model and optimizer are unchanged then.
         """
         self.tolerance = check_options(tolerance, ratio, every, min_rank, max_rank)
         self.ratio, self.every, self.min_rank, self.max_rank = ratio, every, min_rank, max_rank

@@ -5,7 +5,7 @@ values s of UV are taken; the smallest k whose leading values explain enough of 
 
     1 − var(s − s_k) / var(s) > share,   s_k = s with zeros after the k-th,
 
-becomes the rank, if it is above the present one, and the buffer is moved behind it. At the end, and
+becomes the rank, if it is above the present one, and the buffer moves behind it. At the end, or
 after `steps`, UV is cut to its rank by an SVD.
 
 Against the authors' code: the rank is decided outside of forward(), factors have their true sizes,
@@ -35,7 +35,7 @@ class InRank(FactorController):
     """Low-rank training whose ranks only grow, in the user's own loop.
 
     Attributes:
-        history: one dict an event, with "step", "site", "event", rank, and what was measured.
+        history: one dict per event, with "step", "site", "event", rank, and what was measured.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class InRank(FactorController):
             steps: after these the ranks are final and the buffers are cut; None: by `finish`.
 
         Raises:
-            LowrankError: an option is out of range, nothing can be adapted, or what `Attachment`
-                refuses; the model and the optimizer are as they were.
+            LowrankError: an option is out of range, no layer can be adapted, or `Attachment`
+                refuses the model; model and optimizer are unchanged then.
         """
         if not 0 < share < 1:
             raise LowrankError(f"share of explained variance must be in (0, 1), got {share}")
@@ -140,7 +140,7 @@ class InRank(FactorController):
             self.attachment.note("cut", name, rank=rank)
 
     def _forget(self, module: LowRankLinear) -> None:
-        """The SVD has mixed the components: their moments mean nothing any more."""
+        """Drop the moments of components that the SVD has mixed."""
         for weight in (module.up.weight, module.down.weight):
             inner_optimizer(self.attachment.optimizer).state.pop(weight, None)
 

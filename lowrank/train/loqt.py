@@ -1,15 +1,15 @@
 """LoQT: low-rank training over a quantised weight, merged now and then (arXiv 2405.16528).
 
-W = q(W) + s·PB. q(W) has one byte a number and is not trained, P is a fixed orthonormal basis on
+W = q(W) + s·PB. q(W) has one byte per number and is not trained, P is a fixed orthonormal basis on
 the smaller side of W, and only B (r, larger side) has a gradient and a state in the optimizer. At
 the steps 0, T, T + ψT, … of a layer the sum is merged, P becomes the leading singular vectors of
-the full gradient dL/dW of that step, and q and B are fitted anew, in turns, so that B makes up for
+the full gradient dL/dW of that step, and q and B are fitted again, in turns, so that B makes up for
 what quantisation loses.
 
-Against the authors' code: layers take turns, so that the full gradient of only few of them is there
-at any time; the optimizer's moments follow, m ← P′ᵀP m; gaps grow without an absolute cap; steps
-are counted where the optimizer steps, not in forward(); q(W) is int8 with a scale a row (there NF4
-on a GPU), P is not quantised. In the step that merges a layer, its B is not stepped on.
+Against the authors' code: layers take turns, so that only few full gradients are in memory at any
+time; the optimizer's moments follow, m ← P′ᵀP m; gaps grow without an absolute cap; steps are
+counted where the optimizer steps, not in forward(); q(W) is int8 with one scale per row (there NF4
+on a GPU), P is not quantised. In the step that merges a layer, its B does not move.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LoQT(BaseController[QuantisedLowRank]):
     """Low-rank training over quantised weights, in the user's own loop.
 
     Attributes:
-        history: one dict an event, with "step", "site", "event", and what was measured.
+        history: one dict per event, with "step", "site", "event", and what was measured.
     """
 
     def __init__(
@@ -53,15 +53,15 @@ class LoQT(BaseController[QuantisedLowRank]):
         """Quantise the chosen layers, in the model and in the optimizer.
 
         Args:
-            rank: r; where a layer's smaller side is less, that.
-            strength: s > 0, of the product.
+            rank: r; at most a layer's smaller side.
+            strength: s > 0, the scale of the product.
             gap: T, steps from a layer's first merge to its second.
-            growth: ψ ≥ 1: what each gap is to the one before.
-            rounds: of the fit of q and B, at least 1.
+            growth: ψ ≥ 1, the ratio of each gap to the one before.
+            rounds: of fitting q and B, at least 1.
 
         Raises:
-            LowrankError: an option is out of range, nothing can be adapted, or what `Attachment`
-                refuses; the model and the optimizer are as they were.
+            LowrankError: an option is out of range, no layer can be adapted, or `Attachment`
+                refuses the model; model and optimizer are unchanged then.
         """
         if min(rank, gap, rounds) < 1:
             raise LowrankError(f"rank, gap and rounds must be >= 1, got {rank}, {gap}, {rounds}")
@@ -82,7 +82,7 @@ class LoQT(BaseController[QuantisedLowRank]):
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The rank of what is trained of every layer."""
+        """The rank of the trained product of every layer."""
         return {name: layer.rank for name, layer in self.layers.items()}
 
     def _quantise(self, site: Site) -> QuantisedLowRank:

@@ -4,10 +4,10 @@ Each weight W of the untrained model is decomposed once, before any step: its le
 values make the factors B A, the channels J in which the other ones are largest are kept as columns,
 and y = γ · B A x + (1 − γ) · V x_J is trained from there by any optimizer; J is fixed.
 
-The paper's body was not at hand; this follows its authors' related code. Against that code: the SVD
-is of the true dense start, not of a product that is already of low rank, whose tail is noise; it
+The details follow the authors' code of related work, not the paper's text. Against that code: the
+SVD is of the true dense start, not of a product that has low rank already, whose tail is noise; it
 is taken once; channels are chosen by the whole tail unless `tail_rank` is given (there by the next
-256 values); γ is exact in 16 bits; no bias is added; the peak of memory is one layer's.
+256 values); γ is exact in 16 bits; no bias is added; memory peaks at one layer's.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def lost(
     c = max(1, ⌊sparsity · in⌋).
 
     Args:
-        model: changed in place and returned; a root that is itself a layer is returned anew.
-        rank: r ≥ 1; of a layer whose smaller side is less, that.
+        model: changed in place and returned; for a root that is itself a layer, the new layer.
+        rank: r ≥ 1; at most a layer's smaller side.
         sparsity: δ in (0, 1), the share of the inputs that are kept as channels.
         gamma: γ in [0, 1]; None for the plain sum of both parts, which with values="residual"
             starts as near to W as any c channels can bring it.
@@ -69,12 +69,12 @@ def lost(
         seed: of random channels.
 
     Returns:
-        The model, and one dict a layer: "site", "event" ("lost", with "rank", "channels" and
+        The model, and one dict per layer: "site", "event" ("lost", with "rank", "channels" and
         "share" of the numbers kept, or "left", with the "reason").
 
     Raises:
-        LowrankError: an option is out of range, or no layer can be replaced; the model is as it
-            was.
+        LowrankError: an option is out of range, or no layer can be replaced; the model is
+            unchanged then.
     """
     _check(rank, sparsity, gamma, act, channels, tail_rank, values)
     model = copies.deepcopy(model) if copy else model

@@ -1,19 +1,19 @@
 """Maestro: trainable low-rank ordered dropout (arXiv 2308.14929).
 
-W = UV with U (out, R), V (R, in), R = min(out, in). At every step one layer runs with its first b
+W = UV with U (out, R), V (R, in), R = min(out, in). In every step one layer runs with its first b
 components alone, b drawn so that every width of every layer comes up equally often: components
 become ordered by importance (on a linear map they become the SVD). A hierarchical group lasso,
 
     λ Σ_layers Σ_{i=1..R} ( ‖U[:, i:]‖_F + ‖V[i:, :]‖_F ),
 
-pulls the tail to zero, and after every epoch components go whose importance
-‖U[:, i:]‖_F · ‖V[i:, :]‖_F is below a threshold.
+pulls the tail to zero, and after every epoch components whose importance
+‖U[:, i:]‖_F · ‖V[i:, :]‖_F is below a threshold are dropped.
 
 The model's own code is not touched: the cut is a forward pre-hook on `up`, the lasso enters as its
-gradient before the step. Against the authors' code: layers shrink while training (there they are
+gradient before the step. Against the authors' code: layers shrink during training (there they are
 masked until the end), and the optimizer's state follows; where a tail is zero the gradient of the
-lasso is zero, not NaN; the threshold is a share of the layer's own ‖U‖·‖V‖; one draw holds for an
-optimizer step, so that accumulated batches and recomputed activations see one and the same model.
+lasso is zero, not NaN; the threshold is a share of the layer's own ‖U‖·‖V‖; one draw holds for a
+whole optimizer step, so that accumulated batches and recomputed activations see the same model.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Maestro(FactorController):
     """Rank-adaptive training of linear layers by ordered dropout, in the user's own loop.
 
     Attributes:
-        history: one dict an event, with "step", "site", "event", rank, and what was measured.
+        history: one dict per event, with "step", "site", "event", rank, and what was measured.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class Maestro(FactorController):
             min_rank: no layer shrinks below.
 
         Raises:
-            LowrankError: an option is out of range, nothing can be adapted, or what `Attachment`
-                refuses; the model and the optimizer are as they were.
+            LowrankError: an option is out of range, no layer can be adapted, or `Attachment`
+                refuses the model; model and optimizer are unchanged then.
         """
         if not lasso >= 0:
             raise LowrankError(f"lasso must be at least 0, got {lasso}")
@@ -158,7 +158,7 @@ class Maestro(FactorController):
 
 
 def _cutter(width: Tensor) -> Callable[[nn.Module, Any], Any]:
-    """A hook that hides from `up` what `down` gave beyond the drawn width, while training."""
+    """A hook that hides from `up`, in training, the components beyond the drawn width."""
 
     def cut(up: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
         if not up.training:
@@ -176,12 +176,12 @@ def _tail_norms(factor: Tensor, along: int) -> Tensor:
 
 
 def tail_importance(module: LowRankLinear) -> Tensor:
-    """‖U[:, i:]‖_F · ‖V[i:, :]‖_F, (rank,) float64, falling: what goes with the i-th component."""
+    """‖U[:, i:]‖_F · ‖V[i:, :]‖_F, (rank,) float64, falling: of the i-th component and its tail."""
     return _tail_norms(module.up.weight, 0) * _tail_norms(module.down.weight, 1)
 
 
 def lasso_gradient(factor: Tensor, along: int) -> Tensor:
-    """Of Σ_i ‖factor from its i-th component on‖_F, `along` being what a component extends over.
+    """The gradient of Σ_i ‖factor from its i-th component on‖_F; components extend over `along`.
 
     Component j has the gradient factor_j · Σ_{i ≤ j} 1/‖tail_i‖; zero where its tail is zero.
     """

@@ -21,7 +21,7 @@ from .parts.product_decay import add_decay, check_strength, refuse_decay
 class Pufferfish(FactorController):
     """Dense for some epochs, then a fixed share of the full rank, in the user's own loop.
 
-    For the hybrid net leave layers out by `exclude_modules`.
+    For the hybrid net, leave layers out by `exclude_modules`.
 
     Attributes:
         switched: the epoch after which the layers were factored, None before that.

@@ -1,13 +1,13 @@
 """STF: dense-sparse layers whose support is trained with the task (DSFormer, arXiv 2312.13211).
 
 W = C · D with s of r coefficients in every row. A decomposition made without the task fixes which
-ones; the straight-through factorizer lets them change: a dense latent Z (out, r) is trained, C is Z
-with its s largest entries a row, and the gradient dL/dC reaches all of Z. Or W stays the latent and
-is coded anew every few steps. After `freeze` steps, for late flips harm, or at `finish`, the latent
-goes and the layer is a DenseSparseLinear with exactly s coefficients a row.
+ones; the straight-through factorizer lets them change: a dense latent Z (out, r) is trained, C has
+the s largest entries of every row of Z, and the gradient dL/dC reaches all of Z. Or W stays the
+latent and is coded again every few steps. After `freeze` steps, because late flips harm, or at
+`finish` the latent goes, and the layer is a DenseSparseLinear with exactly s coefficients per row.
 
-Of the paper only the abstract was at hand: the equations, the schedule and the start of Z beyond
-its support (what the residual has on those atoms, below every chosen one) are ours.
+The idea is the paper's; the equations, the schedule and the start of Z outside of its support (the
+residual's coefficients on those atoms, kept below every chosen one) are ours.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class STF(BaseController[Latent | DenseSparseLinear]):
     """Dense-sparse training with a support that follows the task, in the user's own loop.
 
     Attributes:
-        history: one dict an event, with "step", "site", "event", and what was measured.
+        history: one dict per event, with "step", "site", "event", and what was measured.
     """
 
     def __init__(
@@ -63,22 +63,22 @@ class STF(BaseController[Latent | DenseSparseLinear]):
         """Put a latent in place of the chosen layers, in the model and in the optimizer.
 
         Layers that are DenseSparseLinear already, as `compress(method=DenseSparse(side="out"))`
-        gives, keep their sizes; dense ones are decomposed without data.
+        makes them, keep their sizes; dense ones are decomposed without data.
 
         Args:
             ratio: of dense layers: the share of their bytes kept, indices included, in (0, 1).
-            rank: or their r, the number of atoms; with neither dense layers are left.
+            rank: or their r, the number of atoms; with neither, dense layers stay as they are.
             density: s / r in (0, 1] of dense layers.
-            latent: "coefficients" Z (out, r), or "weight" W (out, in), coded anew every `every`
+            latent: "coefficients" Z (out, r), or "weight" W (out, in), coded again every `every`
                 steps, between which C rests and D alone is trained.
             every: steps between choices of the support, at least 1.
             freeze: after so many steps the support is fixed; None: by `finish`.
             decay: λ ≥ 0; λ z is added to the gradient of entries that are not chosen (SR-STE).
-            seed: of atoms that are drawn.
+            seed: of the atoms that a decomposition draws.
 
         Raises:
-            LowrankError: an option is out of range, nothing can be adapted, or what `Attachment`
-                refuses; the model and the optimizer are as they were.
+            LowrankError: an option is out of range, no layer can be adapted, or `Attachment`
+                refuses the model; model and optimizer are unchanged then.
         """
         _check(ratio, rank, density, latent, every, freeze, decay)
         self.every, self.freeze, self.decay, self.seed = every, freeze, decay, seed

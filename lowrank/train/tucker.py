@@ -3,8 +3,8 @@
 A kernel is C = S ×₀ U₀ ×₁ U₁: 1×1, k×k and 1×1 convolutions whose outer two are orthonormal. The
 cycle is that of DLRT, one basis per mode, Û_i = orth[U_i | −∂L/∂U_i]; then S alone is trained; then
 every mode is cut by the singular values of its unfolding of S. A tolerance θ is for the whole
-kernel, θ/√2 for each of two modes; where a budget stands beside it, θ is raised for all kernels
-alike until their three convolutions are within it.
+kernel, θ/√2 for each of two modes; beside a budget, θ is raised for all kernels alike until their
+three convolutions are within it.
 
 This is the form with one gradient that the authors use for convolutions in arXiv 2505.08022.
 Against their code: the bias is added once, moments follow along all modes, the tolerance is shared
@@ -54,7 +54,7 @@ class TuckerDLRT(Cycle[TuckerForm]):
     """Rank-adaptive training of convolutions, attached to the user's own loop.
 
     Attributes:
-        history: one dict an event; "rank" is (of the outputs, of the inputs).
+        history: one dict per event; "rank" is (of the outputs, of the inputs).
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class TuckerDLRT(Cycle[TuckerForm]):
             min_rank, max_rank: of each mode; no truncation goes beyond these.
 
         Raises:
-            LowrankError: as for DLRT; the model and the optimizer are as they were.
+            LowrankError: as for DLRT; model and optimizer are unchanged then.
         """
         self.tolerance = check_options(tolerance, ratio, every, min_rank, max_rank)
         self.ratio, self.every, self.min_rank, self.max_rank = ratio, every, min_rank, max_rank

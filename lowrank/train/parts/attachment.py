@@ -1,7 +1,7 @@
-"""What every controller does: choose sites, claim them, replace layers, know when to act.
+"""Model and optimizer as a controller holds them: its sites, its claims, and when it acts.
 
-A controller never owns the loop. It is built after `accelerate.prepare` or DDP, is called between
-backward and `optimizer.step()` and once more after it, and holds one `Attachment`.
+A controller never owns the loop. It is built after `accelerate.prepare` or DDP, and is called
+between backward and `optimizer.step()` and once more after it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Attachment:
         model: as it was given, perhaps in DDP; `root` is the module inside.
         optimizer: as it was given, perhaps in accelerate's wrapper.
         sites: what the controller may adapt, in the model's order. Names are those within `root`.
-        history: one dict an event: "step", "site", "event", and what was measured.
+        history: one dict per event: "step", "site", "event", and what was measured.
         step: optimizer steps since the attachment (or since the run that was resumed began).
     """
 
@@ -49,16 +49,14 @@ class Attachment:
         target_modules: Patterns = ALL_LINEAR,
         exclude_modules: Patterns | None = None,
         kinds: Collection[str] = LINEAR,
-        wide: bool = True,
         find: Callable[[nn.Module], list[Site]] = find_sites,
     ) -> None:
-        """Every check comes here; nothing is changed.
+        """Check everything; nothing is changed.
 
         Args:
             who: the controller's name, for errors.
             kinds: kinds of sites that it adapts.
-            wide: leave weights alone that are stored in fewer than 32 bits.
-            find: the walk; by default over layers that are not factored yet.
+            find: lists the sites; by default those of layers that are not factored yet.
 
         Raises:
             LowrankError: the model is sharded, already has a controller on such a site, or has
@@ -78,7 +76,7 @@ class Attachment:
             )
         _refuse_claimed(self.root, who, target_modules, kinds)
         every = select_sites(find(self.root), self.root, target_modules, exclude_modules)
-        reasons = {site.title: self._reason(site, kinds, wide) for site in every}
+        reasons = {site.title: self._reason(site, kinds) for site in every}
         self.sites = [site for site in every if not reasons[site.title]]
         if not self.sites:
             left = [f"{name} ({reason})" for name, reason in reasons.items()]
@@ -88,7 +86,8 @@ class Attachment:
                 self.note("left", name, reason=reason)
         self._trained: dict[str, nn.Module] = {}
 
-    def _reason(self, site: Site, kinds: Collection[str], wide: bool) -> str:
+    def _reason(self, site: Site, kinds: Collection[str]) -> str:
+        """Why a site is left alone, or nothing."""
         weights = weights_of(site.module)
         if site.reason:
             return site.reason
@@ -102,7 +101,7 @@ class Attachment:
             return "its weight is frozen"
         if not all(holds(self.optimizer, w) for w in weights):
             return "its weight is not in the optimizer"
-        if wide and weights[0].dtype not in WIDE:
+        if weights[0].dtype not in WIDE:
             return f"its weight is {weights[0].dtype}: keep weights in fp32 and train with autocast"
         finite = all(bool(torch.isfinite(w).all()) for w in weights)
         return "" if finite else "its weight has numbers that are not finite"
@@ -117,7 +116,7 @@ class Attachment:
         self.claim(site.name, new, site.kind)
 
     def claim(self, name: str, module: nn.Module, kind: str = "linear") -> None:
-        """Say that this controller trains the module, so that no second one may."""
+        """Refuse the module to other controllers until `release`."""
         _CLAIMED[module] = (self.who, kind)
         self._trained[name] = module
 
@@ -128,7 +127,7 @@ class Attachment:
         surgery.swap(self.root, {id(old): new})
 
     def release(self) -> None:
-        """Give up all claims: another controller may take the sites."""
+        """Give up all claims, so that another controller may take the sites."""
         for module in self._trained.values():
             _CLAIMED.pop(module, None)
         self._trained.clear()
@@ -159,7 +158,7 @@ class Attachment:
         return wrappers.loss_scale(self.optimizer)
 
     def rebind(self, optimizer: Any) -> None:
-        """A trainer wrapped model and optimizer by itself; they are the ones that were given.
+        """Take the optimizer as a trainer has wrapped it.
 
         Raises:
             LowrankError: the optimizer is another one.
@@ -173,14 +172,14 @@ class Attachment:
         self.optimizer, self._prepared = optimizer, wrappers.is_prepared(self.root)
 
     def resized(self) -> None:
-        """Parameters were replaced: DDP has to know."""
+        """To be called after parameters were replaced: DDP then synchronises the new ones."""
         distributed.renew(self.model)
 
     def check_state(self, state: Mapping[str, Any], sites: Collection[str]) -> None:
-        """Whether a controller's saved state is of this controller and these sites.
+        """Whether a saved state is of this controller and these sites.
 
         Raises:
-            LowrankError: it is not; what differs is said.
+            LowrankError: it is not; the message says what differs.
         """
         if state.get("controller") != self.who:
             got = state.get("controller")
@@ -190,7 +189,7 @@ class Attachment:
             raise LowrankError(f"this state was saved with other layers: {listed(differ, 3)}")
 
     def note(self, event: str, site: str, **values: Any) -> None:
-        """One line of the history; values are numbers, words, or lists of them."""
+        """Add a line to the history; values are numbers, strings, or lists of them."""
         self.history.append({"step": self.step, "site": site, "event": event, **values})
 
 
@@ -202,7 +201,7 @@ def weights_of(module: nn.Module) -> list[nn.Parameter]:
 def refuse_not_finite(
     tensors: Mapping[str, torch.Tensor | None], what: str = "the gradient"
 ) -> None:
-    """Before anything is computed from them.
+    """To be called before anything is computed from the tensors.
 
     Raises:
         LowrankError: a tensor has NaN or Inf; the first such one is named.

@@ -1,4 +1,4 @@
-"""What a dense-sparse layer begins with: which sites, of which sizes, and the latent's numbers."""
+"""What STF starts from: its sites, their sizes, and the latent's first numbers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def first_latent(weight: Tensor, coefficients: Tensor, basis: Tensor) -> Tensor:
 def size_rule(
     ratio: float | None, rank: int | None, density: float
 ) -> Callable[[Site], Size | None]:
-    """r and s of a dense site; None where they would not be smaller."""
+    """A function that gives r and s of a dense site; None where they would not be smaller."""
 
     def size(site: Site) -> Size | None:
         itemsize = site.cost.bytes // site.cost.params
@@ -47,6 +47,7 @@ def size_rule(
 
 
 def coded_sites(root: nn.Module, size: Callable[[Site], Size | None]) -> list[Site]:
+    """Dense sites, with a reason where `size` gives none, and layers that are dense-sparse."""
     sites = []
     for site in find_sites(root):
         reason = site.reason

@@ -1,4 +1,4 @@
-"""Several processes: every one gets rank 0's decomposition, and DDP learns of new parameters."""
+"""Several processes: all take rank 0's decomposition, and DDP synchronises new parameters."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def refuse_sharded(model: nn.Module, optimizer: Any, who: str) -> None:
 
 
 def wrapper_of(root: nn.Module) -> nn.Module:
-    """The DDP module that holds `root`, for trainers that hand out only what is inside.
+    """The DDP module around `root`, for trainers that hand out only the module inside.
 
     Raises:
         LowrankError: there is none.
@@ -59,7 +59,7 @@ def wrapper_of(root: nn.Module) -> nn.Module:
 
 
 def agreed(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors as rank 0 has them, shapes included; on one process those that were given."""
+    """The tensors as rank 0 has them, shapes included; on one process the given ones."""
     if world() == 1:
         return list(tensors)
     sizes: list[object] = [[tuple(t.shape) for t in tensors]]

@@ -1,11 +1,11 @@
 """Parameters replaced, grown and shrunk inside a live torch optimizer, its state carried along.
 
-Let the new coordinates of a parameter be carry(x), a linear map such as M x N. A first moment is
-carried as it is, m ← carry(m). A second moment estimates squares, v ← carry(√v)², which is exact
-where the map moves or drops entries and a heuristic where it mixes them (arXiv 2505.08022). What a
-factored optimizer keeps (Adafactor's row and column means) is multiplied out, carried, and averaged
-again. Everything happens in place: learning-rate schedulers, gradient scalers and accelerate's
-wrapper keep the optimizer that they know.
+Let carry(x) be the new coordinates of a parameter x, a linear map such as M x N. A first moment is
+carried in the same way, m ← carry(m). A second moment estimates squares, v ← carry(√v)², which is
+exact where the map moves or drops entries and a heuristic where it mixes them (arXiv 2505.08022).
+What a factored optimizer keeps (Adafactor's row and column means) is multiplied out, carried, and
+averaged again. Everything happens in place: learning-rate schedulers, gradient scalers and
+accelerate's wrapper keep the optimizer that they know.
 """
 
 from __future__ import annotations
@@ -172,10 +172,10 @@ def linear_state(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
 
 
 def check_same_parameters(optimizer: Any, model: nn.Module) -> None:
-    """The optimizer steps on exactly the model's parameters.
+    """Whether the optimizer steps on the model's parameters and no others.
 
     Raises:
-        LowrankError: it misses some, or holds some that are gone; both counts and names are given.
+        LowrankError: it misses some, or holds some that are gone; the message gives both counts.
     """
     held = {id(p) for g in inner_optimizer(optimizer).param_groups for p in g["params"]}
     live = {id(p): name for name, p in model.named_parameters()}

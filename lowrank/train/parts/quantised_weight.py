@@ -1,8 +1,8 @@
-"""A linear layer W = q(W) + s·UV that trains one factor over a weight of one byte a number.
+"""A linear layer W = q(W) + s·UV that trains one factor over a weight of one byte per number.
 
-q(W) is symmetric int8 with one scale a row. Of U (out, r) and V (r, in) the one on the smaller side
-of W is a fixed orthonormal basis, the other one is trained. Neither pass keeps the dense weight: it
-is multiplied out where it is used, once forward and once backward.
+q(W) is symmetric int8 with one scale per row. Of U (out, r) and V (r, in) the one on the smaller
+side of W is a fixed orthonormal basis, the other one is trained. Neither pass keeps the dense
+weight: it is multiplied out where it is used, once forward and once backward.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ...linalg.precision import full_precision
 
 
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers (out, in) int8 in [−127, 127] and a scale a row (out, 1), 0 of a row of zeros."""
+    """Numbers (out, in) int8 in [−127, 127] and scales (out, 1) of the rows, 0 of a zero row."""
     scale = weight.abs().amax(1, keepdim=True) / 127
     steps = (weight / torch.where(scale > 0, scale, 1)).round()
     return steps.clamp(-127, 127).to(torch.int8), scale
 
 
 def from_int8(numbers: Tensor, scale: Tensor) -> Tensor:
-    """(out, in) in the dtype of the scales."""
+    """The weight (out, in), in the dtype of the scales."""
     return numbers.to(scale.dtype) * scale
 
 
@@ -38,7 +38,7 @@ def product(basis: Tensor, factor: Tensor, left: bool) -> Tensor:
 def fit_in_turns(
     weight: Tensor, basis: Tensor, left: bool, strength: float, rounds: int
 ) -> tuple[tuple[Tensor, Tensor, Tensor], float]:
-    """q(W) and the trained factor, in turns, so that their sum is near W.
+    """Fit q(W) and the trained factor in turns, so that their sum is near W.
 
     q ← to_int8(W − s·PB), B ← Pᵀ(W − q)/s; the best of all rounds is kept.
 
@@ -67,7 +67,7 @@ def fit_in_turns(
 class _QuantisedLinear(torch.autograd.Function):
     """x q(W)ᵀ; while its layer collects, the gradient of W is summed up there.
 
-    `trained` takes no part: a parameter among the inputs has the backward pass come by even where
+    `trained` is not used: with a parameter among the inputs, autograd calls `backward` even where
     x needs no gradient.
     """
 
@@ -107,7 +107,7 @@ class QuantisedLowRank(nn.Module):
     basis: Tensor
 
     def __init__(self, weight: Tensor, rank: int, strength: float, bias: Tensor | None) -> None:
-        """Of W (out, in), all zero but for the shapes: `put` gives the numbers."""
+        """Zeros of the shapes that W (out, in) gives; `put` fills in the numbers."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.strength = strength
@@ -130,7 +130,7 @@ class QuantisedLowRank(nn.Module):
         return self.factor.shape[0]
 
     def put(self, weight: Tensor, basis: Tensor, rounds: int) -> float:
-        """Hold W (out, in) by this basis (side, rank); the relative error that is left."""
+        """Hold W (out, in) with this basis (side, rank); returns the relative error."""
         with full_precision(weight):
             parts, error = fit_in_turns(weight, basis, self.left, self.strength, rounds)
         held = (self.numbers, self.scale, self.factor.data, self.basis)
@@ -147,7 +147,7 @@ class QuantisedLowRank(nn.Module):
         )
 
     def collect(self, on: bool) -> None:
-        """Sum up dL/dW in the coming backward passes, or stop and forget it."""
+        """Sum up dL/dW in the next backward passes, or stop and forget the sum."""
         self.collecting, self.gathered = on, None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class TuckerForm(nn.Module):
         return form
 
     def set_factors(self, u0: Tensor, core: Tensor, u1: Tensor) -> None:
-        """New parameters of new sizes; all are copied."""
+        """New parameters, perhaps of new sizes; the tensors are copied."""
         ones = (1,) * (core.ndim - 2)
         for child, tensor in ((self.last, u0), (self.core, core), (self.first, u1.T)):
             shaped = tensor.detach().reshape(*tensor.shape[:2], *(tensor.shape[2:] or ones))
@@ -93,7 +93,7 @@ class TuckerForm(nn.Module):
         return torch.einsum("oa,ab...,ib->oi...", u0, core, u1)
 
     def cost(self) -> Cost:
-        """macs per output position, without what the 1×1 at the input saves by a stride."""
+        """MACs are per output position; what a stride saves at the input is not counted."""
         numbers = sum(child.weight.numel() for child in (self.first, self.core, self.last))
         return Cost(numbers, numbers * self.core.weight.dtype.itemsize, numbers)
 
