@@ -13,7 +13,7 @@ is taken once; channels are chosen by the whole tail unless `tail_rank` is given
 from __future__ import annotations
 
 import copy as copies
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -80,10 +80,7 @@ def lost(
     model = copies.deepcopy(model) if copy else model
     every = select_sites(find_sites(model), model, target_modules, exclude_modules)
     sizes = {site.name: _sizes(site, rank, sparsity) for site in every}
-    reasons = {site.name: _reason(site, sizes[site.name]) for site in every}
-    if all(reasons.values()):
-        left = [f"{site.title} ({reasons[site.name]})" for site in every]
-        raise LowrankError(f"lost has no layer to replace: {listed(left, 5) or 'no known layer'}")
+    reasons = _reasons(every, sizes)
     if is_transformers(model):
         check_attachable(model)
     lines: list[dict[str, Any]] = []
@@ -92,19 +89,15 @@ def lost(
             lines.append({"site": site.name, "event": "left", "reason": reasons[site.name]})
             continue
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        lower, count = sizes[site.name]
-        weight = layouts.matrix(site.module).detach()
+        weight, (lower, count) = layouts.matrix(site.module).detach(), sizes[site.name]
         parts = first_parts(weight, lower, count, channels, tail_rank, values, generator)
         down, up, columns = (part.to(weight) for part in parts[:3])
-        bias = layouts.bias(site.module)
         new = LowRankSparseLinear.from_parts(
-            down, up, columns, parts[3], bias, gamma=gamma, act=act
+            down, up, columns, parts[3], layouts.bias(site.module), gamma=gamma, act=act
         )
         model = put(model, site, new)
-        share = new.cost().params / site.cost.params
-        lines.append(
-            {"site": site.name, "event": "lost", "rank": lower, "channels": count, "share": share}
-        )
+        line = {"rank": lower, "channels": count, "share": new.cost().params / site.cost.params}
+        lines.append({"site": site.name, "event": "lost", **line})
     attach(model)
     return model, lines
 
@@ -151,6 +144,15 @@ def first_parts(
 
 def _sizes(site: Site, rank: int, sparsity: float) -> tuple[int, int]:
     return min(rank, *site.shape), max(1, int(sparsity * site.shape[1]))
+
+
+def _reasons(sites: Sequence[Site], sizes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+    """Why a layer stays dense, "" where it does not. Raises LowrankError if all of them do."""
+    reasons = {site.name: _reason(site, sizes[site.name]) for site in sites}
+    if all(reasons.values()):
+        left = [f"{site.title} ({reasons[site.name]})" for site in sites]
+        raise LowrankError(f"lost has no layer to replace: {listed(left, 5) or 'no known layer'}")
+    return reasons
 
 
 def _reason(site: Site, sizes: tuple[int, int]) -> str:

@@ -29,7 +29,7 @@ from ..types import Site
 from ..walk import layouts
 from ..walk.sites import ALL_LINEAR, Patterns
 from .parts.base_controller import BaseController
-from .parts.coding import Size, coded_sites, first_latent, size_rule
+from .parts.coding import CodeSize, coded_sites, first_latent, size_rule
 from .parts.distributed import agreed
 from .parts.latent import Latent, LatentCoefficients, LatentWeight
 from .parts.optimizer import Carry, insert_parameters, replace_parameter
@@ -104,7 +104,7 @@ class STF(BaseController[Latent | DenseSparseLinear]):
         """s of every layer, the coefficients in a row."""
         return {name: layer.count for name, layer in self.layers.items()}
 
-    def _thaw(self, site: Site, size: Callable[[Site], Size | None]) -> Latent:
+    def _thaw(self, site: Site, size: Callable[[Site], CodeSize | None]) -> Latent:
         """Put a latent in place of a layer."""
         old = site.module
         if isinstance(old, DenseSparseLinear):
@@ -133,7 +133,7 @@ class STF(BaseController[Latent | DenseSparseLinear]):
         replace_parameter(self.attachment.optimizer, old.value, new.latent, carry)
         return new
 
-    def _latent_of_dense(self, dense: nn.Module, size: Size) -> Latent:
+    def _latent_of_dense(self, dense: nn.Module, size: CodeSize) -> Latent:
         weight = layouts.matrix(dense).detach()
         with full_precision(weight):
             code = linalg.dense_sparse_code(weight, *size, seed=self.seed)

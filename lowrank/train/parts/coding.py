@@ -13,7 +13,7 @@ from ...nn.dense_sparse import MOST
 from ...types import Site
 from ...walk.sites import find_sites
 
-Size = tuple[int, int]  # r, s
+CodeSize = tuple[int, int]  # r, s
 BELOW = 0.99  # of the smallest chosen entry of a row: what others start with at most
 
 
@@ -30,10 +30,10 @@ def first_latent(weight: Tensor, coefficients: Tensor, basis: Tensor) -> Tensor:
 
 def size_rule(
     ratio: float | None, rank: int | None, density: float
-) -> Callable[[Site], Size | None]:
+) -> Callable[[Site], CodeSize | None]:
     """A function that gives r and s of a dense site; None where they would not be smaller."""
 
-    def size(site: Site) -> Size | None:
+    def size(site: Site) -> CodeSize | None:
         itemsize = site.cost.bytes // site.cost.params
         most = min(rank or site.shape[0], MOST)
         limit = site.cost.bytes * ratio if ratio is not None else site.cost.bytes - 1
@@ -46,7 +46,7 @@ def size_rule(
     return size if ratio is not None or rank is not None else lambda site: None
 
 
-def coded_sites(root: nn.Module, size: Callable[[Site], Size | None]) -> list[Site]:
+def coded_sites(root: nn.Module, size: Callable[[Site], CodeSize | None]) -> list[Site]:
     """Dense sites, with a reason where `size` gives none, and layers that are dense-sparse."""
     sites = []
     for site in find_sites(root):

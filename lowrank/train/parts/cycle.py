@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import LowrankError
-from .base_controller import BaseController
-
-Form = TypeVar("Form", bound=nn.Module)
+from .base_controller import BaseController, Layer
 
 
-class Cycle(BaseController[Form]):
+class Cycle(BaseController[Layer], ABC):
     """Bases grow in the first step of a cycle, the core is trained in the others, the last of which
     ends with a truncation. What growing and truncating mean is up to the form of the weight.
 
@@ -27,11 +25,11 @@ class Cycle(BaseController[Form]):
     _armed = False  # whether they grow in the next step
 
     @abstractmethod
-    def bases(self, layer: Form) -> Iterable[tuple[str, Tensor]]:
+    def bases(self, layer: Layer) -> Iterable[tuple[str, Tensor]]:
         """The orthonormal parameters, by their names within the layer."""
 
     @abstractmethod
-    def grow(self, name: str, layer: Form) -> None:
+    def grow(self, name: str, layer: Layer) -> None:
         """Enlarge the bases by their gradients; the weight stays what it is."""
 
     @abstractmethod
