@@ -155,23 +155,21 @@ MUTANTS = (
         "lowrank/train/parts/product_decay.py",
         "(up, (left @ (right @ right.T)).view_as(up)),",
         "(up, up),",
-        ("tests/train/parts/test_switching.py::test_decay_is_that_of_the_product",),
+        ("tests/train/test_frobenius.py::test_decay_is_that_of_the_product",),
     ),
     Mutant(
         "stable ranks that are not scaled by those at the start",
         "lowrank/train/cuttlefish.py",
         "math.ceil(full / stable_ranks[0] * stable_ranks[-1])",
         "math.ceil(stable_ranks[-1])",
-        ("tests/train/parts/test_switching.py::test_the_estimate_and_the_movement",),
+        ("tests/train/test_cuttlefish.py::test_the_estimate_and_the_movement",),
     ),
     Mutant(
         "new components that change the product",
         "lowrank/train/inrank.py",
         "columns = up.new_zeros(up.shape[0], more)",
         "columns = up.new_ones(up.shape[0], more)",
-        (
-            "tests/train/parts/test_switching.py::test_inrank_loses_nothing_as_it_grows_and_cuts_when_told",
-        ),
+        ("tests/train/test_inrank.py::test_inrank_loses_nothing_as_it_grows_and_cuts_when_told",),
     ),
     Mutant(
         "what was trained is forgotten at a merge",

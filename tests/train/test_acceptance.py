@@ -42,7 +42,7 @@ LAWS = {
     "T11": {"train/test_factor_controllers.py", "train/test_resume.py"},
     "T12": {"train/test_factor_controllers.py", "train/test_resume.py", "train/test_tucker.py"},
     "T13": {"linalg/test_evbmf.py"},
-    "T14": {"train/parts/test_switching.py", "train/test_frobenius_convs.py"},
+    "T14": {"train/test_frobenius.py"},
     "T15": {"train/test_loqt.py"},
     "T16": {"train/test_dlrt.py"},
 }

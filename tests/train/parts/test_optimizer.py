@@ -181,13 +181,6 @@ def test_what_cannot_be_carried_is_said_before_anything_changes() -> None:
         live.replace_parameter(made, old, [new, new], live.corner((2, 2)))
 
 
-def test_other_things_than_optimizers_are_refused() -> None:
-    with pytest.raises(LowrankError, match=r"expected a torch.optim.Optimizer.*got int"):
-        live.inner_optimizer(3)
-    with pytest.raises(LowrankError, match="LBFGS keeps one state"):
-        live.inner_optimizer(torch.optim.LBFGS([nn.Parameter(torch.zeros(1))]))
-
-
 def test_dead_and_missing_parameters_are_found() -> None:
     model = nn.Linear(2, 2)
     made = torch.optim.SGD(model.parameters(), lr=0.1)
