@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from lowrank import LowrankError
 from lowrank.train import DLRT, NM, STF, CondLR, LoQT, LowRankCallback, Maestro, TuckerDLRT
 from tests.train.loops import data, net_for, run
 
@@ -120,6 +121,12 @@ def test_trainer_resumes_at_a_checkpoint(name: str, tmp_path: Path) -> None:
     again = trainer(model, tmp_path, callback, optimizer)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
     assert losses.seen == pytest.approx(want[10:], abs=1e-6)
+
+
+def test_a_controller_that_is_still_to_be_built_is_asked_for_too_early() -> None:
+    callback = LowRankCallback(CONTROLLERS["DLRT"])
+    with pytest.raises(LowrankError, match=r"built when training begins: call trainer\.train"):
+        _ = callback.controller
 
 
 @EVERY

@@ -13,7 +13,7 @@ from torch import nn
 
 from lowrank import LowrankError
 from lowrank.train import DLRT, SMMF
-from lowrank.train.parts.optimizer import corner, replace_parameter
+from lowrank.train.parts.optimizer import CarriesState, corner, replace_parameter
 from lowrank.train.smmf import packed, squarest, unpacked
 from tests.train.loops import Net, run
 
@@ -232,3 +232,9 @@ def test_sparse_gradients_are_refused() -> None:
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(LowrankError, match="dense gradients"):
         optimizer.step()
+
+
+def test_it_says_that_it_carries_its_own_state() -> None:
+    parameters = [nn.Parameter(torch.zeros(2, 2))]
+    assert isinstance(SMMF(parameters), CarriesState)
+    assert not isinstance(torch.optim.SGD(parameters, lr=0.1), CarriesState)
