@@ -26,28 +26,16 @@ from ..errors import LowrankError
 from ..linalg import modes, retract
 from ..linalg.spectra import rank_for
 from ..nn import TuckerConv
-from ..types import Cost, Site
+from ..types import Site
 from ..walk.sites import ALL, Patterns
 from .parts.attachment import refuse_not_finite
 from .parts.budget import check_ratio, least_tolerance, rank_at
 from .parts.cycle import Cycle, check_options
 from .parts.distributed import agreed
 from .parts.optimizer import along_modes, insert_parameters, replace_parameter
-from .parts.tucker_form import CONVS, TuckerForm
+from .parts.tucker_form import TuckerForm, conv_sites
 
-KIND = "conv"
 Ranks = tuple[int, int]  # of the outputs, of the inputs
-
-
-def conv_sites(model: nn.Module) -> list[Site]:
-    """Every convolution of the model, with the reason where it has no Tucker form."""
-    names: dict[int, list[str]] = {}
-    convolutions: dict[int, Any] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, tuple(CONVS.values())):
-            convolutions[id(module)] = module
-            names.setdefault(id(module), []).append(name)
-    return [_site(names[key], module) for key, module in convolutions.items()]
 
 
 class TuckerDLRT(Cycle[TuckerForm]):
@@ -89,7 +77,7 @@ class TuckerDLRT(Cycle[TuckerForm]):
         if (isinstance(rank, float) and not 0 < rank <= 1) or (isinstance(rank, int) and rank < 1):
             raise LowrankError(f"rank must be an int >= 1 or a share in (0, 1], got {rank!r}")
         super().__init__(
-            model, optimizer, target_modules, exclude_modules, kinds={KIND}, find=conv_sites
+            model, optimizer, target_modules, exclude_modules, kinds={"conv"}, find=conv_sites
         )
         for site in self.attachment.sites:
             self.layers[site.name] = self._as_tucker(site, rank)
@@ -232,25 +220,3 @@ def _first_rank(rank: int | float | None, kernel: Tensor, mode: int) -> int:
     _, values = modes.mode_svd(kernel, mode)
     wanted = max(rank_for(rank, values.square()), 1) if isinstance(rank, float) else rank
     return min(wanted, len(values))
-
-
-def _site(names: Sequence[str], module: Any) -> Site:
-    weight = module.weight
-    size = weight.numel()
-    cost = Cost(size, size * weight.dtype.itemsize, size)
-    shape = (weight.shape[0], size // weight.shape[0])
-    return Site(names[0], tuple(names), KIND, (module,), shape, cost, _obstacle(module))
-
-
-def _obstacle(module: Any) -> str:
-    if type(module) not in CONVS.values():
-        return f"{type(module).__name__} is a subclass and may compute something else"
-    if "weight" not in module._parameters:
-        return "its weight is not a plain parameter"
-    if module.groups != 1:
-        return f"it has {module.groups} groups"
-    if module.padding_mode != "zeros":
-        return f"it pads by {module.padding_mode!r}, which a 1×1 before it would not see alike"
-    if math.prod(module.kernel_size) == 1:
-        return "its kernel is one pixel: a matrix"
-    return ""
