@@ -120,8 +120,8 @@ def main() -> None:
     for way in WAYS:
         best: dict[str, Any] = {}
         for lr in options.rates:
-            found = {**train(way, stream, tiny.tokenizer.eos_token_id, lr, options), "lr": lr}
-            best = found if not best or found["loss"] < best["loss"] else best
+            tried = {**train(way, stream, tiny.tokenizer.eos_token_id, lr, options), "lr": lr}
+            best = tried if not best or tried["loss"] < best["loss"] else best
         dense = dense or best["peak_bytes"]
         ((perplexity, _),) = judge([best["model"]], rows)
         print(

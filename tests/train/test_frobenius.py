@@ -35,11 +35,11 @@ def test_decay_is_that_of_the_product(factored: bool) -> None:
     dense = [m.dense_weight() if factored else m.weight for m in map(model.get_submodule, names)]
     loss.backward(retain_graph=True)
     controller.before_step()
-    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     (loss + 0.15 * sum(w.square().sum() for w in dense)).backward()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad, msg=name)
+        torch.testing.assert_close(gradients[name], parameter.grad, msg=name)
 
 
 def test_decay_is_that_of_the_product_of_filters_too() -> None:
@@ -53,14 +53,14 @@ def test_decay_is_that_of_the_product_of_filters_too() -> None:
     dense = [m.dense_weight() for m in layers]
     loss.backward(retain_graph=True)
     controller.before_step()
-    found = {name: p.grad.clone() for name, p in net.named_parameters()}
+    gradients = {name: p.grad.clone() for name, p in net.named_parameters()}
     net.zero_grad()
     factored_linears = [
         m.dense_weight() for m in net.modules() if isinstance(m, lowrank.nn.LowRankLinear)
     ]
     (loss + 0.15 * sum(w.square().sum() for w in dense + factored_linears)).backward()
     for name, parameter in net.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad, msg=name)
+        torch.testing.assert_close(gradients[name], parameter.grad, msg=name)
     optimizer.step()
     controller.after_step()
     assert controller.finish() is net

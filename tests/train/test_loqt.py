@@ -43,8 +43,8 @@ def test_at_full_rank_it_is_gradient_descent() -> None:
                 if not (name.endswith("weight") and out[name.partition(".")[0]]):
                     parameter -= 0.1 * parameter.grad
     for name in NAMES:
-        found = model.get_submodule(name).dense_weight().detach()
-        torch.testing.assert_close(found, plain.get_submodule(name).weight, rtol=1e-10, atol=1e-12)
+        weight = model.get_submodule(name).dense_weight().detach()
+        torch.testing.assert_close(weight, plain.get_submodule(name).weight, rtol=1e-10, atol=1e-12)
 
 
 def test_between_merges_adam_runs_in_the_rotated_basis() -> None:
@@ -89,9 +89,9 @@ def test_between_merges_adam_runs_in_the_rotated_basis() -> None:
         other.step()
     for name, want in weights().items():
         layer = layers[name.partition(".")[0]]
-        found = layer.dense_weight().detach()
-        torch.testing.assert_close(found, want.detach(), rtol=1e-8, atol=1e-10)
-        assert float((found - plain.get_parameter(name)).detach().abs().max()) > 1e-3
+        weight = layer.dense_weight().detach()
+        torch.testing.assert_close(weight, want.detach(), rtol=1e-8, atol=1e-10)
+        assert float((weight - plain.get_parameter(name)).detach().abs().max()) > 1e-3
 
 
 def test_layers_take_turns_at_growing_gaps() -> None:
@@ -168,8 +168,8 @@ def test_momentum_of_the_dense_weight_goes_on() -> None:
     LoQT(model, optimizer, rank=3, strength=0.25)
     for moment, layer in zip(moments, (model.first, model.second), strict=True):
         turned = moment if layer.left else moment.T
-        found = optimizer.state[layer.factor]["momentum_buffer"]
-        torch.testing.assert_close(found, 0.25 * layer.basis.T @ turned)
+        momentum = optimizer.state[layer.factor]["momentum_buffer"]
+        torch.testing.assert_close(momentum, 0.25 * layer.basis.T @ turned)
 
 
 def test_it_trains_and_ends_dense() -> None:
@@ -204,8 +204,8 @@ def test_weights_stored_the_other_way_round() -> None:
     torch.testing.assert_close(model(x), dense, rtol=0.02, atol=0.02)
     layer = model[0]
     assert not layer.left  # (10, 6)
-    found = optimizer.state[layer.factor]["momentum_buffer"]
-    torch.testing.assert_close(found, layer.basis.T @ moment)
+    momentum = optimizer.state[layer.factor]["momentum_buffer"]
+    torch.testing.assert_close(momentum, layer.basis.T @ moment)
     for _ in range(5):
         optimizer.zero_grad()
         model(x).square().mean().backward()

@@ -89,8 +89,8 @@ def test_it_is_adam_where_gradients_have_rank_one() -> None:
         m = beta * m + (1 - beta) * size * pattern
         v = gamma * v + (1 - gamma) * (size * pattern) ** 2
         weight -= 0.01 * m / (np.sqrt(v) + 1e-8)
-    found = stepped([size * pattern for size in sizes], np.zeros((6, 6)), lr=0.01)
-    np.testing.assert_allclose(found, weight, rtol=1e-10)
+    weights = stepped([size * pattern for size in sizes], np.zeros((6, 6)), lr=0.01)
+    np.testing.assert_allclose(weights, weight, rtol=1e-10)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 12, 36, 97, 1000, 4096, 500 * 800])
