@@ -113,6 +113,16 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "a step that was skipped stands for the next before_step",
+        "lowrank/train/parts/base_controller.py",
+        "ready, self._ready = self._ready, False",
+        "ready = self._ready",
+        (
+            "tests/train/parts/test_base_controller.py::"
+            "test_a_step_that_was_skipped_does_not_stand_for_before_step",
+        ),
+    ),
+    Mutant(
         "acting between accumulated batches",
         "lowrank/train/parts/wrappers.py",
         "return state is None or bool(state.sync_gradients)",

@@ -10,7 +10,21 @@ import torch
 from torch import nn
 
 from lowrank import LowrankError
+from lowrank.train import (
+    DLRT,
+    NM,
+    STF,
+    CondLR,
+    Cuttlefish,
+    FrobeniusDecay,
+    InRank,
+    LoQT,
+    Maestro,
+    Pufferfish,
+    TuckerDLRT,
+)  # fmt: skip
 from lowrank.train.parts.base_controller import BaseController
+from lowrank.types import Controller
 from tests.train.loops import Net, batches
 from tests.train.test_bad_input import sgd
 from tests.train.test_plugs import Scaled
@@ -81,3 +95,19 @@ def test_what_check_sites_refuses_is_not_claimed() -> None:
     with pytest.raises(LowrankError, match="2 layers are too many"):
         Refusing(model, sgd(model))
     assert set(BaseController(model, sgd(model)).layers) == {"first", "second"}
+
+
+CONTROLLERS = (
+    DLRT, NM, STF, CondLR, Cuttlefish, FrobeniusDecay,
+    InRank, LoQT, Maestro, Pufferfish, TuckerDLRT,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("controller", CONTROLLERS, ids=lambda cls: cls.__name__)
+def test_every_controller_has_this_one_life(controller: type[Any]) -> None:
+    """None overrides what a loop calls, and none is more than two classes away from the base."""
+    ours = controller.__mro__[: controller.__mro__.index(BaseController)]
+    assert len(ours) <= 2
+    loop = [name for name in vars(Controller) if not name.startswith("_")]
+    assert {"before_step", "after_step", "finish", "load_state_dict"} <= set(loop)
+    assert [(cls, name) for cls in ours for name in loop if name in vars(cls)] == []
