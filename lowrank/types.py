@@ -304,7 +304,7 @@ class Controller(Protocol):
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One dict an event: "step", "site", "event", and what was measured."""
+        """One dict per event: "step", "site", "event", and what was measured."""
 
     def before_step(self) -> None:
         """After backward and clipping: gradients are there."""

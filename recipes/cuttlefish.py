@@ -105,7 +105,7 @@ def train(images: Images, way: str, seed: int, options: argparse.Namespace) -> d
     return {
         "accuracy": 100 * accuracy(model, images.test_x, images.test_y),
         "kept": 100 * weights(model) / weights(net(images)),
-        "switched": getattr(controller, "switched", None),
+        "switched": controller.switched if way in ("Pufferfish", "Cuttlefish") else None,
         "ranks": [m.rank for m in model.modules() if isinstance(m, lowrank.nn.LowRankLinear)],
     }
 
@@ -134,12 +134,12 @@ def main() -> None:
     print(f"{images.name}: {len(images.x)} images to train, {len(images.test_x)} to test")
     print(f"{'':18}{'accuracy %':>22}{'weights %':>11}  switched after  ranks, seed 0")
     for way in WAYS:
-        found = [train(images, way, seed, options) for seed in range(options.seeds)]
-        right = [one["accuracy"] for one in found]
+        runs = [train(images, way, seed, options) for seed in range(options.seeds)]
+        right = [one["accuracy"] for one in runs]
         spread = f"{statistics.fmean(right):.2f} ({min(right):.2f}–{max(right):.2f})"
-        kept = statistics.fmean(one["kept"] for one in found)
-        when = found[0]["switched"] or ""
-        ranks = found[0]["ranks"] or ""
+        kept = statistics.fmean(one["kept"] for one in runs)
+        when = runs[0]["switched"] or ""
+        ranks = runs[0]["ranks"] or ""
         print(f"{way:18}{spread:>22}{kept:11.1f}  {when:<14}  {ranks}", flush=True)
     print(PAPERS)
 

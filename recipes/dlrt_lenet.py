@@ -100,14 +100,14 @@ def main() -> None:
     print(f"{'tolerance':>10}{'accuracy %':>21}{'below dense':>13}{'removed %':>11}  ranks, seed 0")
     base = 0.0
     for tolerance in [None, *options.tolerances]:
-        found = [train(images, tolerance, seed, options) for seed in range(options.seeds)]
-        right = [100 * one["accuracy"] for one in found]
+        runs = [train(images, tolerance, seed, options) for seed in range(options.seeds)]
+        right = [100 * one["accuracy"] for one in runs]
         mean = statistics.fmean(right)
         base = mean if tolerance is None else base
         spread = f"{mean:.2f} ({min(right):.2f}–{max(right):.2f})"
-        removed = statistics.fmean(100 * one["removed"] for one in found)
+        removed = statistics.fmean(100 * one["removed"] for one in runs)
         name = "dense" if tolerance is None else f"{tolerance:g}"
-        ranks = found[0]["ranks"] or ""
+        ranks = runs[0]["ranks"] or ""
         print(f"{name:>10}{spread:>21}{base - mean:>13.2f}{removed:>11.1f}  {ranks}", flush=True)
 
 

@@ -43,14 +43,14 @@ def texts(modules: int) -> list[tuple[Tensor, Tensor]]:
     root, tokenizer = Path(sysconfig.get_path("stdlib")), tiny_lm().tokenizer
     files = [f for f in root.rglob("*.py") if not LEFT_OUT & {*f.relative_to(root).parts}]
     files.sort(key=lambda f: (-f.stat().st_size, str(f)))
-    found = []
+    parts = []
     for file in files[:modules]:
         source = file.read_text(encoding="utf-8", errors="ignore")[:40_000]
         tokens = tokenizer(source, verbose=False)["input_ids"]
         rows = torch.tensor(tokens[: len(tokens) // LENGTH * LENGTH]).view(-1, LENGTH)
         held_out = torch.arange(len(rows)) % 4 == 3
-        found.append((rows[~held_out], rows[held_out]))
-    return found
+        parts.append((rows[~held_out], rows[held_out]))
+    return parts
 
 
 def stacked(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -153,7 +153,7 @@ def tuned(
 
 def compare(dense: list[Any], keep: float, data: Any, options: argparse.Namespace) -> None:
     """One row a way, and who is the best."""
-    found: dict[str, list[float]] = {}
+    scores: dict[str, list[float]] = {}
     whole = hidden_bytes(dense[0])
     for way in WAYS if keep == options.keeps[0] else WAYS[1:]:
         tried = [(lr, *tuned(dense[0], way, keep, data, lr, 0, options)) for lr in options.rates]
@@ -162,16 +162,16 @@ def compare(dense: list[Any], keep: float, data: Any, options: argparse.Namespac
             tuned(dense[seed], way, keep, data, lr, seed, options)[0]
             for seed in range(1, options.seeds)
         ]
-        found[way] = [first, *more]
-        each = " ".join(f"{one:.2f}" for one in found[way])
+        scores[way] = [first, *more]
+        each = " ".join(f"{one:.2f}" for one in scores[way])
         print(
-            f"{way:15}{lr:>12g}{size:12,}{size / whole:12.3f}{statistics.fmean(found[way]):12.2f}"
+            f"{way:15}{lr:>12g}{size:12,}{size / whole:12.3f}{statistics.fmean(scores[way]):12.2f}"
             f"{each:>24}{seconds:12.1f}",
             flush=True,
         )
-    best = max(WAYS[1:], key=lambda way: statistics.fmean(found[way]))
+    best = max(WAYS[1:], key=lambda way: statistics.fmean(scores[way]))
     wins = sum(
-        max(WAYS[1:], key=lambda way: found[way][seed]) == best for seed in range(options.seeds)
+        max(WAYS[1:], key=lambda way: scores[way][seed]) == best for seed in range(options.seeds)
     )
     print(f"at {keep:g}: {best} is best in the mean, and in {wins} of {options.seeds} seeds")
 

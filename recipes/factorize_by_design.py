@@ -43,7 +43,7 @@ def main() -> None:
     print(f"{data.name}: {len(data.x)} for training, {len(data.test_x)} for the test")
     print(f"{'way':22} {'params':>8}  top-1 of each seed")
     for name, (start, penalty) in WAYS.items():
-        found, size = [], 0
+        accuracies, size = [], 0
         for seed in range(args.seeds):
             torch.manual_seed(seed)
             model: nn.Module = network()
@@ -52,9 +52,9 @@ def main() -> None:
                     model, args.keep, start, exclude_modules=["0", "13"], seed=seed
                 )
             size = sum(p.numel() for p in model.parameters())
-            found.append(100 * trained(model, data, penalty, args.epochs, seed))
-        each = " ".join(f"{x:6.2f}" for x in found)
-        print(f"{name:22} {size:8,}  {each}   mean {statistics.fmean(found):.2f}", flush=True)
+            accuracies.append(100 * trained(model, data, penalty, args.epochs, seed))
+        each = " ".join(f"{x:6.2f}" for x in accuracies)
+        print(f"{name:22} {size:8,}  {each}   mean {statistics.fmean(accuracies):.2f}", flush=True)
 
 
 def network() -> nn.Sequential:

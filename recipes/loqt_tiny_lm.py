@@ -36,9 +36,9 @@ def bytes_of(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
-def extra(model: nn.Module) -> list[Tensor | None]:
+def gathered(controller: LoQT | None) -> list[Tensor | None]:
     """Full gradients that LoQT gathers in the steps that merge a layer."""
-    return [getattr(module, "gathered", None) for module in model.modules()]
+    return [layer.gathered for layer in controller.layers.values()] if controller else []
 
 
 def train(
@@ -65,7 +65,7 @@ def train(
         logits = model(input_ids=rows[:, :-1]).logits
         loss = cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
         loss.backward()
-        held = [*model.parameters(), *model.buffers(), *extra(model)]
+        held = [*model.parameters(), *model.buffers(), *gathered(controller)]
         held += [p.grad for p in model.parameters()]
         held += [t for state in optimizer.state.values() for t in state.values()]
         peak = max(peak, bytes_of(held))
@@ -120,8 +120,8 @@ def main() -> None:
     for way in WAYS:
         best: dict[str, Any] = {}
         for lr in options.rates:
-            found = {**train(way, stream, tiny.tokenizer.eos_token_id, lr, options), "lr": lr}
-            best = found if not best or found["loss"] < best["loss"] else best
+            tried = {**train(way, stream, tiny.tokenizer.eos_token_id, lr, options), "lr": lr}
+            best = tried if not best or tried["loss"] < best["loss"] else best
         dense = dense or best["peak_bytes"]
         ((perplexity, _),) = judge([best["model"]], rows)
         print(

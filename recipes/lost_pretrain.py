@@ -133,14 +133,14 @@ def main() -> None:
         tried = [train(way, stream, end, lr, 0, options) for lr in options.rates]
         losses = [loss_on(one["model"], rows) for one in tried]
         best = min(range(len(tried)), key=lambda i: losses[i])
-        runs, found = [tried[best]], [losses[best]]
+        runs, final = [tried[best]], [losses[best]]
         for seed in range(1, options.seeds):
             runs.append(train(way, stream, end, options.rates[best], seed, options))
-            found.append(loss_on(runs[-1]["model"], rows))
-        each = " ".join(f"{loss:.3f}" for loss in found)
+            final.append(loss_on(runs[-1]["model"], rows))
+        each = " ".join(f"{loss:.3f}" for loss in final)
         first, speed = runs[0], statistics.median(run["tokens_s"] for run in runs)
         print(
-            f"{way:14}{first['lr']:14g}{statistics.fmean(found):14.3f}{each:>24}"
+            f"{way:14}{first['lr']:14g}{statistics.fmean(final):14.3f}{each:>24}"
             f"{first['params']:14,}{first['state_bytes']:14,}{speed:14,.0f}",
             flush=True,
         )

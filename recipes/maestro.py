@@ -49,14 +49,14 @@ def linear_map(steps: int = 1500) -> None:
         controller.before_step()
         optimizer.step()
         controller.after_step()
-    found = controller.importances["0"]
+    sizes = controller.importances["0"]
     layer: Any = model[0]
     print(f"a linear map, {steps} steps")
     print(f"{'rank':>6}{'error':>12}{'of the SVD':>12}{'importance':>12}{'singular value':>16}")
     for rank in range(1, 6):
         cut = layer.up.weight[:, :rank] @ layer.down.weight[:rank]
         error, best = float((target - cut.detach()).norm()), float(values[rank:].norm())
-        print(f"{rank:6}{error:12.6f}{best:12.6f}{found[rank - 1]:12.4f}{values[rank - 1]:16.4f}")
+        print(f"{rank:6}{error:12.6f}{best:12.6f}{sizes[rank - 1]:12.4f}{values[rank - 1]:16.4f}")
 
 
 def net(images: Images) -> nn.Sequential:
@@ -124,8 +124,8 @@ def cut(dense: nn.Module, sizes: dict[str, int]) -> nn.Module:
 
 def row(images: Images, models: list[nn.Module], dense: list[nn.Module]) -> str:
     def mean(every: list[nn.Module]) -> str:
-        found = [100 * accuracy(m, images.test_x, images.test_y) for m in every]
-        return f"{statistics.fmean(found):.2f}"
+        right = [100 * accuracy(m, images.test_x, images.test_y) for m in every]
+        return f"{statistics.fmean(right):.2f}"
 
     kept = statistics.fmean(weights(m) / weights(dense[0]) for m in models)
     cells = [mean(models), f"{100 * kept:.1f}"]

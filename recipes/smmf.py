@@ -93,9 +93,9 @@ def main() -> None:
             scores[lr] = accuracy(model, images.x[held], images.y[held])
         lr = max(scores, key=lambda rate: scores[rate])
         every = torch.arange(len(images.x))
-        found = [train(images, every, name, lr, seed, options) for seed in range(options.seeds)]
-        right = [100 * accuracy(m, images.test_x, images.test_y) for m, _, _ in found]
-        size, step = found[0][1], statistics.median(s for _, _, s in found)
+        runs = [train(images, every, name, lr, seed, options) for seed in range(options.seeds)]
+        right = [100 * accuracy(m, images.test_x, images.test_y) for m, _, _ in runs]
+        size, step = runs[0][1], statistics.median(s for _, _, s in runs)
         adam = adam or size
         spread = f"{statistics.fmean(right):.2f} ({min(right):.2f}–{max(right):.2f})"
         given = OPTIMIZERS[name]([nn.Parameter(torch.zeros(1))], lr).param_groups[0]["lr"]

@@ -148,10 +148,10 @@ def main() -> None:
     print(f"at the start: {100 * accuracy(start(), images.test_x, images.test_y):.2f} %")
     print(f"{'tolerance':>10}{'accuracy %':>24}{'removed of convolutions %':>28}")
     for tolerance in [None, *options.tolerances]:
-        found = [train(images, start, tolerance, seed, options) for seed in range(options.seeds)]
-        right = [100 * one[0] for one in found]
+        runs = [train(images, start, tolerance, seed, options) for seed in range(options.seeds)]
+        right = [100 * one[0] for one in runs]
         spread = f"{statistics.fmean(right):.2f} ({min(right):.2f}–{max(right):.2f})"
-        removed = statistics.fmean(100 * one[1] for one in found)
+        removed = statistics.fmean(100 * one[1] for one in runs)
         name = "dense" if tolerance is None else f"{tolerance:g}"
         print(f"{name:>10}{spread:>24}{removed:>28.1f}", flush=True)
 

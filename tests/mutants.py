@@ -53,15 +53,15 @@ MUTANTS = (
     Mutant(
         "moments that stay in the old basis",
         "lowrank/train/parts/usv.py",
-        "carry = two_sided(left, right)",
-        "carry = lambda x: x.new_zeros(s.shape)",
+        "layer.core.weight, both_sides(left, right))",
+        "layer.core.weight, lambda x: x.new_zeros(s.shape))",
         ("tests/train/test_dlrt.py::test_momentum_survives_a_change_of_basis",),
     ),
     Mutant(
         "the momentum of a dense weight turned by the wrong sides",
         "lowrank/train/parts/usv.py",
-        "basis = two_sided(u.double().T, v.double())",
-        "basis = two_sided(v.double().T, u.double())",
+        "basis = both_sides(u.double().T, v.double())",
+        "basis = both_sides(v.double().T, u.double())",
         (
             "tests/train/test_dlrt.py::"
             "test_attached_in_the_middle_of_training_it_goes_on_with_the_momentum",
@@ -80,8 +80,8 @@ MUTANTS = (
     Mutant(
         "parameters that are gone stay in the optimizer",
         "lowrank/train/parts/optimizer.py",
-        'group["params"][at : at + 1] = fresh',
-        'group["params"][at:at] = fresh',
+        'group["params"][place : place + 1] = fresh',
+        'group["params"][place:place] = fresh',
         ("tests/train/test_dlrt.py::test_the_optimizer_holds_exactly_the_live_parameters",),
     ),
     Mutant(
@@ -116,8 +116,18 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "a step that was skipped stands for the next before_step",
+        "lowrank/train/parts/base_controller.py",
+        "ready, self._ready = self._ready, False",
+        "ready = self._ready",
+        (
+            "tests/train/parts/test_base_controller.py::"
+            "test_a_step_that_was_skipped_does_not_stand_for_before_step",
+        ),
+    ),
+    Mutant(
         "acting between accumulated batches",
-        "lowrank/train/parts/attachment.py",
+        "lowrank/train/parts/wrappers.py",
         "return state is None or bool(state.sync_gradients)",
         "return True",
         ("tests/train/test_plugs.py::test_accelerate_trains_the_same_model",),
@@ -149,52 +159,50 @@ MUTANTS = (
     Mutant(
         "a layer that shrinks loses its moments",
         "lowrank/train/parts/factors.py",
-        "replace(at.optimizer, old, new, corner(new.shape))",
-        "replace(at.optimizer, old, new)",
+        "replace_parameter(attachment.optimizer, old, new, corner(new.shape))",
+        "replace_parameter(attachment.optimizer, old, new)",
         ("tests/train/test_maestro.py::test_shrinking_keeps_the_state_of_what_stays",),
     ),
     Mutant(
         "decay of the factors taken for that of their product",
-        "lowrank/train/parts/factors.py",
+        "lowrank/train/parts/product_decay.py",
         "(up, (left @ (right @ right.T)).view_as(up)),",
         "(up, up),",
-        ("tests/train/parts/test_switching.py::test_decay_is_that_of_the_product",),
+        ("tests/train/test_frobenius.py::test_decay_is_that_of_the_product",),
     ),
     Mutant(
         "stable ranks that are not scaled by those at the start",
         "lowrank/train/cuttlefish.py",
         "math.ceil(full / stable_ranks[0] * stable_ranks[-1])",
         "math.ceil(stable_ranks[-1])",
-        ("tests/train/parts/test_switching.py::test_the_estimate_and_the_movement",),
+        ("tests/train/test_cuttlefish.py::test_the_estimate_and_the_movement",),
     ),
     Mutant(
         "new components that change the product",
         "lowrank/train/inrank.py",
         "columns = up.new_zeros(up.shape[0], more)",
         "columns = up.new_ones(up.shape[0], more)",
-        (
-            "tests/train/parts/test_switching.py::test_inrank_loses_nothing_as_it_grows_and_cuts_when_told",
-        ),
+        ("tests/train/test_inrank.py::test_inrank_loses_nothing_as_it_grows_and_cuts_when_told",),
     ),
     Mutant(
         "what was trained is forgotten at a merge",
         "lowrank/train/loqt.py",
         "layer.put(layer.dense_weight(), basis, self.rounds)",
-        "layer.put(restored(layer.numbers, layer.scale), basis, self.rounds)",
+        "layer.put(from_int8(layer.numbers, layer.scale), basis, self.rounds)",
         ("tests/train/test_loqt.py::test_at_full_rank_it_is_gradient_descent",),
     ),
     Mutant(
         "moments that stay in the old basis of a merge",
         "lowrank/train/loqt.py",
-        "replace(self._at.optimizer, layer.factor, layer.factor, two_sided(left=turn))",
+        "replace_parameter(self.attachment.optimizer, layer.factor, layer.factor, carry)",
         "pass",
         ("tests/train/test_loqt.py::test_a_merge_takes_the_leading_directions_of_the_gradient",),
     ),
     Mutant(
         "the full gradient of a skipped batch counts",
         "lowrank/train/loqt.py",
-        "    def _spoilt(self) -> None:\n        self._collect()",
-        "    def _spoilt(self) -> None:\n        pass",
+        "    def on_overflow(self) -> None:\n        self._collect()",
+        "    def on_overflow(self) -> None:\n        pass",
         ("tests/train/test_bad_input.py::test_a_nan_gradient_harms_nothing",),
     ),
     Mutant(
@@ -259,15 +267,15 @@ MUTANTS = (
     Mutant(
         "a support that never changes",
         "lowrank/train/stf.py",
-        "if self._at.step % self.every == 0:",
-        "if self._at.step % self.every == self.every:",
+        "if self.attachment.step % self.every == 0:",
+        "if self.attachment.step % self.every == self.every:",
         ("tests/train/test_stf.py::test_the_support_follows_the_task_where_a_fixed_one_cannot",),
     ),
     Mutant(
         "moments that are lost when the latent goes",
         "lowrank/train/stf.py",
-        "replace(self._at.optimizer, module.latent, new.value, carry)",
-        "replace(self._at.optimizer, module.latent, new.value)",
+        "replace_parameter(self.attachment.optimizer, layer.latent, new.value, carry)",
+        "replace_parameter(self.attachment.optimizer, layer.latent, new.value)",
         ("tests/train/test_stf.py::test_frozen_the_coefficients_keep_their_moments",),
     ),
     Mutant(
@@ -290,8 +298,8 @@ MUTANTS = (
     Mutant(
         "weights left dense after a step that was skipped",
         "lowrank/train/nm.py",
-        "            self._apply(None)  # the step was skipped",
-        "            pass",
+        "        if self._holds:\n            self._apply(None)",
+        "        pass",
         ("tests/train/test_nm.py::test_a_step_skipped_for_another_layers_sake_changes_nothing",),
     ),
     Mutant(

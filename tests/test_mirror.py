@@ -70,17 +70,14 @@ ELSEWHERE = {
     "testing/modules.py": ("testing/test_suite.py", "laws"),
     "testing/purity.py": ("testing/test_suite.py", "laws"),
     "train/callback.py": ("train/test_plugs.py", "LowRankCallback"),
-    "train/cuttlefish.py": ("train/parts/test_switching.py", "Cuttlefish"),
-    "train/inrank.py": ("train/parts/test_switching.py", "InRank"),
     "train/parts/attachment.py": ("train/test_bad_input.py", "Attachment"),
     "train/parts/coding.py": ("train/test_stf.py", "STF"),
     "train/parts/cycle.py": ("train/test_dlrt.py", "DLRT"),
     "train/parts/distributed.py": ("train/test_bad_input.py", "wrapper_of"),
     "train/parts/draws.py": ("train/test_maestro.py", "Draws"),
     "train/parts/factors.py": ("train/test_maestro.py", "Maestro"),
+    "train/parts/product_decay.py": ("train/test_frobenius.py", "FrobeniusDecay"),
     "train/parts/latent.py": ("train/test_stf.py", "LatentWeight"),
-    "train/parts/quantised_weight.py": ("train/test_loqt.py", "quantised"),
-    "train/pufferfish.py": ("train/parts/test_switching.py", "Pufferfish"),
 }
 
 # Test file below tests/ -> why it is a topic of its own.
@@ -125,6 +122,7 @@ TOPICS = {
     "test_trace.py": "What one call of compress enters: tests/trace.py.",
     "train/test_acceptance.py": "The list of the laws of training, and who holds them.",
     "train/test_bad_input.py": "What every controller refuses.",
+    "train/test_own_controller.py": "A controller that is written outside.",
     "train/test_plugs.py": "Every controller in every kind of loop.",
     "train/test_resume.py": "Every controller stopped and resumed.",
     "walk/test_patches.py": "Rows that layers read, convolutions above all.",

@@ -44,7 +44,7 @@ def hosvd(tensor: Tensor, ranks: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         return bases, times(wide, {mode: u.T for mode, u in enumerate(bases)})
 
 
-def truncated(
+def truncated_modes(
     bases: Sequence[Tensor], core: Tensor, vectors: Sequence[Tensor], ranks: Sequence[int]
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """Every mode cut to its leading `ranks` vectors; rounding of the bases goes into the core.

@@ -81,7 +81,7 @@ def core_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return p * signs, values, q_h.mH * signs
 
 
-def truncated_bases(
+def truncated_usv(
     u: Tensor, v: Tensor, p: Tensor, values: Tensor, q: Tensor, rank: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """U S Vᵀ cut to the leading `rank` directions of S = P diag(σ) Qᵀ.

@@ -7,18 +7,10 @@ for x, y in batches:
     optimizer.step()
     controller.after_step()
     optimizer.zero_grad()
-model = controller.finish()  # plain factored modules
+model = controller.finish()  # plain factored modules, ready to save
 
-`lost` needs no controller either: it replaces layers before the first step, and any optimizer
-trains them.
-
-Under torch.compile a change of rank compiles the graph anew, and no other step does. After eight
-such changes torch goes on without compiling: compile the finished model, or raise
-`torch._dynamo.config.recompile_limit`.
-
-GaLore (arXiv 2403.03507) projects gradients and leaves weights dense. It needs no controller:
-transformers has it, `TrainingArguments(optim="galore_adamw", optim_target_modules="all-linear",
-optim_args="rank=128, update_proj_gap=200, scale=0.25")`, with the package galore_torch installed.
+`lost` needs no controller: it replaces layers before the first step, and any optimizer trains them.
+How to write a controller is shown in docs/training.md.
 """
 
 from typing import Any

@@ -15,37 +15,47 @@ from ..types import Controller
 from .parts.distributed import world, wrapper_of
 
 STATE = "lowrank_controller.json"
+Build = Callable[[nn.Module, Any], Controller]
 
 
 class LowRankCallback(TrainerCallback):
     """Calls a controller where a loop would: before and after the optimizer's step.
 
     Penalties and truncations act on gradients and weights in place; the Trainer stays as it is.
-    Call `controller.finish()` after `trainer.train()`.
-
-    Attributes:
-        controller: the controller, once it is built.
+    Call `callback.controller.finish()` after `trainer.train()`.
     """
 
-    def __init__(self, controller: Controller | Callable[[nn.Module, Any], Controller]) -> None:
+    def __init__(self, controller: Controller | Build) -> None:
         """
         Args:
             controller: built on the model and the optimizer that the Trainer is given
                 (`optimizers=(optimizer, None)`), or a function (model, optimizer) -> controller,
                 called when training begins. On several processes it must be a function.
         """
-        self._build: Callable[[nn.Module, Any], Any] | None = None
-        self.controller: Any = None
+        self._build: Build | None = None
+        self._controller: Controller | None = None
         if isinstance(controller, Controller):
-            self.controller = controller
+            self._controller = controller
         elif callable(controller):
             self._build = controller
         else:
             got = type(controller).__name__
             raise LowrankError(f"expected a controller, or a function that builds one, got {got}")
 
+    @property
+    def controller(self) -> Controller:
+        """The controller.
+
+        Raises:
+            LowrankError: a function builds it, and training has not begun.
+        """
+        if self._controller is None:
+            raise LowrankError("the controller is built when training begins: call trainer.train()")
+        return self._controller
+
     def resume(self, checkpoint: str | Path) -> None:
-        """Before `trainer.train(resume_from_checkpoint=checkpoint)`: take the ranks stored there.
+        """Take up the ranks of a checkpoint, before
+        `trainer.train(resume_from_checkpoint=checkpoint)`.
 
         Raises:
             LowrankError: the folder has no controller's state, or the controller is not built yet.
@@ -53,12 +63,12 @@ class LowRankCallback(TrainerCallback):
         path = Path(checkpoint) / STATE
         if not path.is_file():
             raise LowrankError(f"{checkpoint} has no {STATE}: it was saved without LowRankCallback")
-        if self.controller is None:
+        if self._controller is None:
             raise LowrankError(
                 "to resume, build the controller first and give it to LowRankCallback: a function "
                 "is called only after the Trainer has loaded its checkpoint"
             )
-        self.controller.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+        self._controller.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
 
     def on_train_begin(
         self,
@@ -69,9 +79,9 @@ class LowRankCallback(TrainerCallback):
         optimizer: Any = None,
         **_: Any,
     ) -> None:
-        """Build the controller, or tell it that model and optimizer were wrapped."""
-        if self._build is not None and self.controller is None:
-            self.controller = self._build(wrapper_of(model) if world() > 1 else model, optimizer)
+        """Build the controller, or give it the optimizer that the Trainer has wrapped."""
+        if self._build is not None and self._controller is None:
+            self._controller = self._build(wrapper_of(model) if world() > 1 else model, optimizer)
         else:
             self.controller.rebind(optimizer)
 
@@ -85,7 +95,7 @@ class LowRankCallback(TrainerCallback):
         self.controller.end_epoch()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The controller's state beside the model's and the optimizer's."""
+        """Write the controller's state beside the model's and the optimizer's."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             text = json.dumps(self.controller.state_dict())

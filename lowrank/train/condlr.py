@@ -7,15 +7,15 @@ mean. So the condition number of W is at most τ after every step.
 
 Exact low-rank dynamics would scale by (S Sᵀ)⁻¹, which a small singular value makes unstable; the
 authors replace it by the number (σ_r/σ_1)², option "bound". Against their code: (I − UUᵀ) is never
-formed as a matrix, τ < 1 is an error (there it silently sets S to zero), layers are replaced where
-they are (there residual connections are lost), and momentum is projected again after each
-retraction. A clamp lifts small singular values: with a tolerance they are truncated before it.
+formed as a matrix, τ < 1 is an error (there it silently sets S to zero), layers are replaced in
+place (there residual connections are lost), and momentum is projected again after each retraction.
+The clamp lifts small singular values: with a tolerance they are truncated before.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from ..errors import LowrankError, unknown
 from ..linalg import retract
 from ..nn import USVLinear
+from ..types import Site
 from ..walk.sites import ALL_LINEAR, Patterns
 from .parts import usv
-from .parts.attachment import Attachment, refuse_not_finite
+from .parts.attachment import refuse_not_finite
+from .parts.base_controller import BaseController
 from .parts.distributed import agreed
 from .parts.optimizer import linear_state
 
@@ -50,11 +52,11 @@ SCALINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-class CondLR:
+class CondLR(BaseController[USVLinear]):
     """Training at a bounded condition number, attached to the user's own loop.
 
     Attributes:
-        history: one dict an event, with "step", "site", "event", rank, condition, orthonormality.
+        history: one dict per event, with "step", "site", "event", rank, condition, orthonormality.
     """
 
     def __init__(
@@ -77,14 +79,14 @@ class CondLR:
         Args:
             tau: τ ≥ 1; math.inf switches the clamp off (Riemannian gradient descent).
             rank: int, or float for a share of energy; None is half of min(out, in).
-            tolerance: relative, in [0, 1): every `every` steps, before the clamp, a tail of S that
-                carries less of its norm is cut. Ranks only fall. None: they are fixed.
+            tolerance: relative, in [0, 1): every `every` steps, before the clamp, the tail of S
+                that carries less than this of ‖S‖ is cut. Ranks only fall. None: they are fixed.
             every: steps between truncations, and between lines of the history.
             scaling: of the projected gradients: "bound", "exact" or "none" (see above).
 
         Raises:
-            LowrankError: an option is out of range, nothing can be adapted, or what `Attachment`
-                refuses; the model and the optimizer are as they were.
+            LowrankError: an option is out of range, no layer can be adapted, or `Attachment`
+                refuses the model; model and optimizer are unchanged then.
         """
         if not tau >= 1:
             raise LowrankError(f"tau bounds a condition number and must be >= 1, got {tau}")
@@ -96,168 +98,79 @@ class CondLR:
             raise unknown("scaling", scaling, SCALINGS)
         self.tau, self.tolerance, self.every, self.scaling = tau, tolerance, every, scaling
         start = usv.Start(rank, init, seed)
-        self._at = Attachment(
-            model,
-            optimizer,
-            type(self).__name__,
-            target_modules=target_modules,
-            exclude_modules=exclude_modules,
-        )
-        self._modules: dict[str, USVLinear] = {
-            site.name: usv.enter(self._at, site, start, number)
-            for number, site in enumerate(self._at.sites)
-        }
-        with torch.no_grad():
-            self._bound_all(truncate=tolerance is not None)
-        self._at.resized()
-        self._ready = False
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        return self._at.history
+        super().__init__(model, optimizer, target_modules, exclude_modules)
+        for number, site in enumerate(self.attachment.sites):
+            self.layers[site.name] = usv.as_usv(self.attachment, site, start, number)
+        self._bound_all(truncate=tolerance is not None)
+        self.attachment.resized()
 
     @property
     def ranks(self) -> dict[str, int]:
         """The rank of every adapted layer now."""
-        return {name: module.rank for name, module in self._modules.items()}
+        return {name: layer.rank for name, layer in self.layers.items()}
 
-    def rebind(self, optimizer: Any) -> None:
-        """A trainer wrapped the optimizer by itself: see `Attachment.rebind`."""
-        self._at.rebind(optimizer)
+    def gradients(self) -> dict[str, Tensor | None]:
+        return usv.gradients_of(self.layers)
 
-    @torch.no_grad()
-    def before_step(self) -> None:
-        """After backward and clipping: project and scale the gradients of U and V.
-
-        Raises:
-            LowrankError: a gradient is not finite; nothing was changed.
-        """
-        if not self._at.acting():
-            return
-        found = usv.gradients(self._modules)
-        finite = all(g is None or bool(g.isfinite().all()) for g in found.values())
-        self._ready = True
-        if self._at.scaled() and not finite:
-            return  # the scaler will skip this step
-        if not finite:
-            refuse_not_finite(found)
-        for module in self._modules.values():
-            core = module.s.double()
-            for weight, basis, s in _sides(module, core):
+    def on_gradients(self) -> None:
+        """Project and scale the gradients of U and V."""
+        for layer in self.layers.values():
+            for weight, basis, core in _sides(layer, layer.s.double()):
                 if weight.grad is not None:
-                    turned = _as_basis(weight, module, weight.grad)
-                    step = SCALINGS[self.scaling](retract.tangent(basis, turned), s)
-                    weight.grad.copy_(_as_basis(weight, module, step))
+                    turned = _as_basis(weight, layer, weight.grad)
+                    step = SCALINGS[self.scaling](retract.tangent(basis, turned), core)
+                    weight.grad.copy_(_as_basis(weight, layer, step))
 
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """After `optimizer.step()`: retract U and V, bound the condition of S.
-
-        Raises:
-            LowrankError: `before_step` was not called, or a factor is not finite.
-        """
-        if not self._at.stepped():
-            return
-        if not self._ready:
-            raise LowrankError(
-                "CondLR.before_step was not called: call it after backward() and before "
-                "optimizer.step(), or U and V take a step that is not tangent"
-            )
-        self._ready = False
-        self._at.step += 1
-        due = self._at.step % self.every == 0
-        for name, module in self._modules.items():
-            factors = {n: p for n, p in module.named_parameters() if not n.endswith("bias")}
+    def on_step(self) -> None:
+        """Retract U and V, bound the condition of S."""
+        for name, layer in self.layers.items():
+            factors = {n: p for n, p in layer.named_parameters() if not n.endswith("bias")}
             refuse_not_finite({f"{name}.{n}": p for n, p in factors.items()}, "the weight")
-        for module in self._modules.values():
-            for weight, basis, _ in _sides(module, module.s):
+        for layer in self.layers.values():
+            for weight, basis, _ in _sides(layer, layer.s):
                 new = agreed([retract.orthonormal(basis)])[0]
-                weight.copy_(_as_basis(weight, module, new))
-                for buffer in linear_state(self._at.optimizer, weight).values():
-                    flat = retract.tangent(new, _as_basis(weight, module, buffer))
-                    buffer.copy_(_as_basis(weight, module, flat))
-        shrunk = self._bound_all(truncate=due and self.tolerance is not None, note=due)
-        if shrunk:
-            self._at.resized()
+                weight.copy_(_as_basis(weight, layer, new))
+                for buffer in linear_state(self.attachment.optimizer, weight).values():
+                    flat = retract.tangent(new, _as_basis(weight, layer, buffer))
+                    buffer.copy_(_as_basis(weight, layer, flat))
+        due = self.attachment.step % self.every == 0
+        before = self.ranks
+        self._bound_all(truncate=due and self.tolerance is not None, note=due)
+        if self.ranks != before:
+            self.attachment.resized()
 
-    def end_epoch(self) -> None:
-        """Nothing: the bound holds after every step."""
+    def leave(self, name: str, layer: USVLinear) -> None:
+        usv.as_factors(self.attachment, name, layer)
 
-    @torch.no_grad()
-    def finish(self) -> nn.Module:
-        """The model with plain factored layers (dense where not larger); the controller is done."""
-        for name, module in self._modules.items():
-            usv.leave(self._at, name, module)
-        return self._close()
+    def size_of(self, layer: USVLinear) -> list[int]:
+        return list(layer.s.shape)
 
-    @torch.no_grad()
-    def detach(self) -> None:
-        """Stop bounding: the layers stay U S Vᵀ, and the optimizer trains all three freely."""
-        self._close()
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON. Load it before the model's and the optimizer's states: it sets their sizes."""
-        return {
-            "controller": "CondLR",
-            "step": self._at.step,
-            "sites": {name: list(m.s.shape) for name, m in self._modules.items()},
-            "history": list(self.history),
-        }
+    def resize(self, site: Site, size: Sequence[int]) -> None:
+        usv.resize_usv(self.attachment, self.layers[site.name], *size)
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the sizes of a checkpoint, before model and optimizer.
-
-        Raises:
-            LowrankError: it is of another controller, or of other sites.
-        """
-        self._at.check_state(state, self._modules)
-        for name, sizes in state["sites"].items():
-            usv.blank(self._at, self._modules[name], *sizes)
-        self._at.step = state["step"]
-        self.history[:] = state["history"]
-        self._at.resized()
-
-    def _bound_all(self, *, truncate: bool, note: bool = True) -> bool:
-        """Truncate where asked, then clamp; whether a rank has changed."""
-        shrunk = False
-        for name, module in self._modules.items():
-            p, values, q = retract.core_svd(module.s)
-            rank = (
-                max(retract.tail_rank(values, self.tolerance or 0.0), 1)
-                if truncate
-                else len(values)
-            )
-            kept = (
-                values[:rank] if math.isinf(self.tau) else retract.clamped(values[:rank], self.tau)
-            )
+    def _bound_all(self, *, truncate: bool, note: bool = True) -> None:
+        """Truncate where asked, then clamp."""
+        for name, layer in self.layers.items():
+            p, values, q = retract.core_svd(layer.s)
+            rank = len(values)
+            if truncate:
+                rank = max(retract.tail_rank(values, self.tolerance or 0.0), 1)
+            leading = values[:rank]
+            kept = leading if math.isinf(self.tau) else retract.clamped(leading, self.tau)
             if rank < len(values):
-                *factors, left, right = retract.truncated_bases(
-                    module.u, module.v, p, kept, q, rank
-                )
-                usv.change(self._at, module, tuple(factors), (left, right))  # type: ignore[arg-type]
-                shrunk = True
+                usv.truncate_usv(self.attachment, layer, p, kept, q)
             elif not torch.equal(kept, values):
-                core = agreed([p * kept @ q.T])[0]
-                module.s.copy_(core)
+                layer.s.copy_(agreed([p * kept @ q.T])[0])
             if note:
-                whole = float(values.square().sum())
-                lost = float(values[rank:].square().sum()) / whole if whole > 0 else 0.0
-                self._at.note("bound", name, **usv.measures(module, kept), energy_lost=lost)
-        return shrunk
-
-    def _close(self) -> nn.Module:
-        self._modules = {}
-        self._at.resized()
-        self._at.release()
-        return self._at.root
+                self.attachment.note("bound", name, **usv.measures(layer, values, kept))
 
 
-def _sides(module: USVLinear, core: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _sides(layer: USVLinear, core: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The parameters that hold U and Vᵀ, each with its basis (n, r) and its core S, Sᵀ."""
-    return [(module.up.weight, module.u, core), (module.down.weight, module.v, core.T)]
+    return [(layer.up.weight, layer.u, core), (layer.down.weight, layer.v, core.T)]
 
 
-def _as_basis(weight: Tensor, module: USVLinear, tensor: Tensor) -> Tensor:
+def _as_basis(weight: Tensor, layer: USVLinear, tensor: Tensor) -> Tensor:
     """V is stored transposed: from the parameter's shape to the basis's, and back."""
-    return tensor.T if weight is module.down.weight else tensor
+    return tensor.T if weight is layer.down.weight else tensor

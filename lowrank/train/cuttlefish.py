@@ -8,7 +8,8 @@ Once the smoothed stable ranks of all layers stand still, each layer is factored
 
 Against the authors' code: stable ranks stay real numbers (there they are cut to integers before
 they are compared), and no layer is chosen by its position (there by profiling on a GPU): leave
-layers out by `exclude_modules`.
+layers out by `exclude_modules`. The optimizer starts the factors without a state, as in the paper;
+after the switch the paper warms the learning rate up again, which is left to the user.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from torch import nn
 
 from ..errors import LowrankError
 from ..linalg import svd
+from ..linalg.spectra import stable_rank
 from ..types import Site
 from ..walk import layouts
 from ..walk.sites import ALL_LINEAR, Patterns
-from .parts.switching import Switching
+from .parts.factor_controller import FactorController
+from .parts.product_decay import add_decay, check_strength, refuse_decay
 
 
-class Cuttlefish(Switching):
+class Cuttlefish(FactorController):
     """Dense until stable ranks settle, then factored at those ranks, in the user's own loop.
 
     Attributes:
@@ -60,7 +63,7 @@ class Cuttlefish(Switching):
             frobenius_decay: λ of λ/2 · ‖W‖², see FrobeniusDecay; needs weight_decay=0.
 
         Raises:
-            LowrankError: an option is out of range, or what `Attachment` refuses.
+            LowrankError: an option is out of range, or `Attachment` refuses the model.
         """
         if not tolerance > 0:
             raise LowrankError(f"tolerance is a change of rank an epoch, above 0, got {tolerance}")
@@ -69,42 +72,61 @@ class Cuttlefish(Switching):
             raise LowrankError(f"window, smooth and min_epochs must be at least 1, got {got}")
         if max_epochs is not None and max_epochs < min_epochs:
             raise LowrankError(f"need min_epochs <= max_epochs, got {min_epochs} and {max_epochs}")
+        check_strength(frobenius_decay)
         self.tolerance, self.window, self.smooth = tolerance, window, smooth
         self.min_epochs, self.max_epochs = min_epochs, max_epochs
-        super().__init__(model, optimizer, frobenius_decay, target_modules, exclude_modules)
-        self._seen = {site.name: [stable_rank(site)] for site in self._at.sites}
+        self.frobenius_decay = frobenius_decay
+        self.epoch = 0
+        self.switched: int | None = None
+        super().__init__(model, optimizer, target_modules, exclude_modules)
+        self._measured = {site.name: [_stable_rank(site)] for site in self.attachment.sites}
 
     @property
     def stable_ranks(self) -> dict[str, list[float]]:
         """Of every layer: at the start and after each dense epoch."""
-        return {name: list(values) for name, values in self._seen.items()}
+        return {name: list(values) for name, values in self._measured.items()}
 
-    def _ranks(self) -> dict[str, int] | None:
-        for site in self._at.sites:
-            self._seen[site.name].append(stable_rank(site))
-            self._at.note("rank", site.name, stable_rank=self._seen[site.name][-1])
-        settled = all(
+    def check_sites(self) -> None:
+        if self.frobenius_decay:
+            refuse_decay(self.attachment)
+
+    def on_gradients(self) -> None:
+        add_decay(self.layers.values(), self.frobenius_decay * self.attachment.loss_scale())
+
+    def on_epoch(self) -> None:
+        self.epoch += 1
+        if self.switched is not None:
+            return
+        sites = self.attachment.sites
+        for site in sites:
+            self._measured[site.name].append(_stable_rank(site))
+            self.attachment.note("rank", site.name, stable_rank=self._measured[site.name][-1])
+        if self._settled():
+            ranks = {site.name: estimate(site.shape, self._measured[site.name]) for site in sites}
+            self.factor(ranks, only_smaller=True)
+            self.switched = self.epoch
+
+    def _settled(self) -> bool:
+        if self.max_epochs is not None and self.epoch >= self.max_epochs:
+            return True
+        return self.epoch >= self.min_epochs and all(
             movement(values, self.smooth, self.window) <= self.tolerance
-            for values in self._seen.values()
+            for values in self._measured.values()
         )
-        late = self.max_epochs is not None and self.epoch >= self.max_epochs
-        if not (late or (settled and self.epoch >= self.min_epochs)):
-            return None
-        return {site.name: estimate(site.shape, self._seen[site.name]) for site in self._at.sites}
 
-    def _policy(self) -> dict[str, Any]:
-        return {**super()._policy(), "stable_ranks": self.stable_ranks}
+    def progress(self) -> dict[str, Any]:
+        place = {"epoch": self.epoch, "switched": self.switched}
+        return {"policy": {**place, "stable_ranks": self.stable_ranks}}
 
-    def _take(self, policy: dict[str, Any]) -> None:
-        super()._take(policy)
-        self._seen = {name: list(values) for name, values in policy["stable_ranks"].items()}
+    def resume(self, state: dict[str, Any]) -> None:
+        policy = state["policy"]
+        self.epoch, self.switched = policy["epoch"], policy["switched"]
+        self._measured = {name: list(values) for name, values in policy["stable_ranks"].items()}
 
 
-def stable_rank(site: Site) -> float:
+def _stable_rank(site: Site) -> float:
     """‖W‖²_F / ‖W‖²_2 of a dense site; 1 of a zero matrix."""
-    energies = svd.energies(layouts.matrix(site.module).detach())
-    largest = float(energies[0])
-    return float(energies.sum()) / largest if largest > 0 else 1.0
+    return stable_rank(svd.energies(layouts.matrix(site.module).detach())) or 1.0
 
 
 def estimate(shape: tuple[int, int], stable_ranks: Sequence[float]) -> int:

@@ -11,19 +11,16 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import LowrankError
 from ..nn import ChannelConv, LowRankLinear
 from ..types import Site
 from ..walk.sites import ALL_LINEAR, Patterns
-from .parts.attachment import Attachment, weights_of
 from .parts.factor_controller import FactorController
-from .parts.factors import decay
-from .parts.optimizer import inner_optimizer
+from .parts.product_decay import add_decay, check_strength, refuse_decay
 
 
 class FrobeniusDecay(FactorController):
-    """λ/2 · ‖W‖² of layers that are factored already, in the user's own loop: of LowRankLinear, and
-    of ChannelConv as `factorize_by_design` makes it of a convolution."""
+    """λ/2 · ‖W‖² of layers that are factored already: of `LowRankLinear`, and of the `ChannelConv`
+    that `factorize_by_design` makes of a convolution."""
 
     def __init__(
         self,
@@ -42,7 +39,7 @@ class FrobeniusDecay(FactorController):
 
         Raises:
             LowrankError: λ is negative, no layer is factored, the optimizer decays factors itself,
-                or what `Attachment` refuses.
+                or `Attachment` refuses the model.
         """
         check_strength(strength)
         self.strength = strength
@@ -50,49 +47,27 @@ class FrobeniusDecay(FactorController):
             model, optimizer, target_modules, exclude_modules,
             find=_factored_sites, kinds={"linear", "conv"},
         )  # fmt: skip
-        refuse_decay(self._at)
 
-    def _add(self) -> None:
-        scale = self._at.loss_scale()
-        for module in self._layers.values():
-            decay(module, self.strength, scale)
+    def check_sites(self) -> None:
+        refuse_decay(self.attachment)
 
-    def _leave(self, name: str, module: nn.Module) -> None:
-        if isinstance(module, ChannelConv):
-            self._at.note("finish", name, rank=module.rank, storage="factors")
+    def on_gradients(self) -> None:
+        add_decay(self.layers.values(), self.strength * self.attachment.loss_scale())
+
+    def leave(self, name: str, layer: nn.Module) -> None:
+        if isinstance(layer, ChannelConv):
+            self.attachment.note("finish", name, rank=layer.rank, storage="factors")
         else:
-            super()._leave(name, module)
-
-
-def check_strength(strength: float) -> None:
-    if not strength >= 0:
-        raise LowrankError(f"the strength of Frobenius decay must be at least 0, got {strength}")
-
-
-def refuse_decay(at: Attachment) -> None:
-    """The optimizer's own decay must not act on the weights that get the penalty.
-
-    Raises:
-        LowrankError: it does, at the layer that is named; all claims are given up.
-    """
-    groups = inner_optimizer(at.optimizer).param_groups
-    decayed = {id(p) for group in groups if group.get("weight_decay") for p in group["params"]}
-    for site in at.sites:
-        if any(id(weight) in decayed for weight in weights_of(site.module)):
-            at.release()
-            raise LowrankError(
-                f"the optimizer decays the weight of {site.name} by itself: put the layers that "
-                "get Frobenius decay into a parameter group with weight_decay=0"
-            )
+            super().leave(name, layer)
 
 
 def _factored_sites(root: nn.Module) -> list[Site]:
-    found = []
+    sites = []
     for name, module in root.named_modules():
         if isinstance(module, LowRankLinear):
             shape = (module.out_features, module.in_features)
-            found.append(Site(name, (name,), "linear", (module,), shape, module.cost()))
+            sites.append(Site(name, (name,), "linear", (module,), shape, module.cost()))
         elif isinstance(module, ChannelConv) and module.wide == "first" and module.groups == 1:
             shape = (len(module.up.weight), module.down.weight[0].numel())
-            found.append(Site(name, (name,), "conv", (module,), shape, module.cost()))
-    return found
+            sites.append(Site(name, (name,), "conv", (module,), shape, module.cost()))
+    return sites

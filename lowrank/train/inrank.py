@@ -5,7 +5,7 @@ values s of UV are taken; the smallest k whose leading values explain enough of 
 
     1 − var(s − s_k) / var(s) > share,   s_k = s with zeros after the k-th,
 
-becomes the rank, if it is above the present one, and the buffer is moved behind it. At the end, and
+becomes the rank, if it is above the present one, and the buffer moves behind it. At the end, or
 after `steps`, UV is cut to its rank by an SVD.
 
 Against the authors' code: the rank is decided outside of forward(), factors have their true sizes,
@@ -27,15 +27,15 @@ from ..linalg.gram import full_precision
 from ..nn import LowRankLinear
 from ..walk.sites import ALL_LINEAR, Patterns
 from .parts.factor_controller import FactorController
-from .parts.factors import enter, resize
-from .parts.optimizer import inner_optimizer
+from .parts.factors import resize
+from .parts.wrappers import inner_optimizer
 
 
 class InRank(FactorController):
     """Low-rank training whose ranks only grow, in the user's own loop.
 
     Attributes:
-        history: one dict an event, with "step", "site", "event", rank, and what was measured.
+        history: one dict per event, with "step", "site", "event", rank, and what was measured.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class InRank(FactorController):
             steps: after these the ranks are final and the buffers are cut; None: by `finish`.
 
         Raises:
-            LowrankError: an option is out of range, nothing can be adapted, or what `Attachment`
-                refuses; the model and the optimizer are as they were.
+            LowrankError: an option is out of range, no layer can be adapted, or `Attachment`
+                refuses the model; model and optimizer are unchanged then.
         """
         if not 0 < share < 1:
             raise LowrankError(f"share of explained variance must be in (0, 1), got {share}")
@@ -78,12 +78,9 @@ class InRank(FactorController):
         self.buffer, self.share, self.warmup, self.every = buffer, share, warmup, every
         self.steps, self.seed = steps, seed
         super().__init__(model, optimizer, target_modules, exclude_modules)
-        self._explained: dict[str, int] = {}
-        for site in self._at.sites:
-            most = max(min(site.shape) // 2, 1)
-            self._layers[site.name] = enter(self._at, site, min(rank + buffer, most))
-            self._explained[site.name] = min(rank, most)
-        self._at.resized()
+        most = {site.name: max(min(site.shape) // 2, 1) for site in self.attachment.sites}
+        self._explained = {name: min(rank, limit) for name, limit in most.items()}
+        self.factor({name: min(rank + buffer, limit) for name, limit in most.items()})
         self._final = False
 
     @property
@@ -91,65 +88,68 @@ class InRank(FactorController):
         """The rank decided so far, by layer; the layer itself is wider by its buffer."""
         return dict(self._explained)
 
-    def _stepped(self) -> None:
-        step = self._at.step
+    def on_step(self) -> None:
+        step = self.attachment.step
         if self._final:
             return
         if step > self.warmup and (step - self.warmup) % self.every == 0:
-            for name, module in self._factored().items():
+            for name, module in self.factored.items():
                 self._decide(name, module)
-            self._at.resized()
+            self.attachment.resized()
         if step == self.steps:
-            self._last()
-            self._at.resized()
+            self._cut()
+            self.attachment.resized()
 
     def _decide(self, name: str, module: LowRankLinear) -> None:
         values = svd.energies(module.dense_weight(torch.float64))[: module.rank].sqrt()
-        found = explaining(values, self.share)
         old = self._explained[name]
-        self._explained[name] = max(old, min(found, module.rank))
+        self._explained[name] = max(old, min(explaining(values, self.share), module.rank))
         most = max(min(module.out_features, module.in_features) // 2, 1)
         wide = min(self._explained[name] + self.buffer, most)
         if wide > module.rank:
             self._grow(name, module, wide)
         if self._explained[name] != old:
-            self._at.note("grow", name, rank=self._explained[name], width=module.rank)
+            self.attachment.note("grow", name, rank=self._explained[name], width=module.rank)
 
     def _grow(self, name: str, module: LowRankLinear, width: int) -> None:
         """More components: rows of V as nn.Linear draws them, columns of U zero."""
         up, down = module.up.weight, module.down.weight
         more = width - module.rank
-        number = list(self._layers).index(name)
-        seed = (self.seed * 1_000_003 + self._at.step) * 1_009 + number
+        number = list(self.layers).index(name)
+        seed = (self.seed * 1_000_003 + self.attachment.step) * 1_009 + number
         generator = torch.Generator().manual_seed(seed % 2**63)
         drawn = torch.rand(more, down.shape[1], generator=generator, dtype=torch.float64) * 2 - 1
         rows = (drawn / math.sqrt(down.shape[1])).to(down)
         columns = up.new_zeros(up.shape[0], more)
-        resize(self._at, module, torch.cat([down, rows]), torch.cat([up, columns], 1))
+        resize(self.attachment, module, torch.cat([down, rows]), torch.cat([up, columns], 1))
 
-    def _last(self) -> None:
-        if self._final:
-            return
+    def on_finish(self) -> None:
+        if not self._final:
+            self._cut()
+
+    def _cut(self) -> None:
+        """Every layer to its rank: the ranks are final."""
         self._final = True
-        for name, module in self._factored().items():
+        for name, module in self.factored.items():
             rank = self._explained[name]
             if rank < module.rank:
                 with full_precision(module.up.weight):
                     up, down = svd.factor(module.dense_weight(torch.float64), rank)
-                resize(self._at, module, down, up)
+                resize(self.attachment, module, down, up)
                 self._forget(module)
-            self._at.note("cut", name, rank=rank)
+            self.attachment.note("cut", name, rank=rank)
 
     def _forget(self, module: LowRankLinear) -> None:
-        """The SVD has mixed the components: their moments mean nothing any more."""
+        """Drop the moments of components that the SVD has mixed."""
         for weight in (module.up.weight, module.down.weight):
-            inner_optimizer(self._at.optimizer).state.pop(weight, None)
+            inner_optimizer(self.attachment.optimizer).state.pop(weight, None)
 
-    def _policy(self) -> dict[str, Any]:
-        return {"explained": self.explained, "final": self._final}
+    def progress(self) -> dict[str, Any]:
+        return {"policy": {"explained": self.explained, "final": self._final}}
 
-    def _take(self, policy: dict[str, Any]) -> None:
-        self._explained, self._final = dict(policy["explained"]), policy["final"]
+    def resume(self, state: dict[str, Any]) -> None:
+        self._explained = dict(state["policy"]["explained"])
+        self._final = state["policy"]["final"]
 
 
 def explaining(values: Tensor, share: float) -> int:

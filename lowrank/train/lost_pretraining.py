@@ -4,16 +4,16 @@ Each weight W of the untrained model is decomposed once, before any step: its le
 values make the factors B A, the channels J in which the other ones are largest are kept as columns,
 and y = γ · B A x + (1 − γ) · V x_J is trained from there by any optimizer; J is fixed.
 
-The paper's body was not at hand; this follows its authors' related code. Against that code: the SVD
-is of the true dense start, not of a product that is already of low rank, whose tail is noise; it
+The details follow the authors' code of related work, not the paper's text. Against that code: the
+SVD is of the true dense start, not of a product that has low rank already, whose tail is noise; it
 is taken once; channels are chosen by the whole tail unless `tail_rank` is given (there by the next
-256 values); γ is exact in 16 bits; no bias is added; the peak of memory is one layer's.
+256 values); γ is exact in 16 bits; no bias is added; memory peaks at one layer's.
 """
 
 from __future__ import annotations
 
 import copy as copies
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -55,8 +55,8 @@ def lost(
     c = max(1, ⌊sparsity · in⌋).
 
     Args:
-        model: changed in place and returned; a root that is itself a layer is returned anew.
-        rank: r ≥ 1; of a layer whose smaller side is less, that.
+        model: changed in place and returned; for a root that is itself a layer, the new layer.
+        rank: r ≥ 1; at most a layer's smaller side.
         sparsity: δ in (0, 1), the share of the inputs that are kept as channels.
         gamma: γ in [0, 1]; None for the plain sum of both parts, which with values="residual"
             starts as near to W as any c channels can bring it.
@@ -69,21 +69,18 @@ def lost(
         seed: of random channels.
 
     Returns:
-        The model, and one dict a layer: "site", "event" ("lost", with "rank", "channels" and
+        The model, and one dict per layer: "site", "event" ("lost", with "rank", "channels" and
         "share" of the numbers kept, or "left", with the "reason").
 
     Raises:
-        LowrankError: an option is out of range, or no layer can be replaced; the model is as it
-            was.
+        LowrankError: an option is out of range, or no layer can be replaced; the model is
+            unchanged then.
     """
     _check(rank, sparsity, gamma, act, channels, tail_rank, values)
     model = copies.deepcopy(model) if copy else model
     every = select_sites(find_sites(model), model, target_modules, exclude_modules)
     sizes = {site.name: _sizes(site, rank, sparsity) for site in every}
-    reasons = {site.name: _reason(site, sizes[site.name]) for site in every}
-    if all(reasons.values()):
-        left = [f"{site.title} ({reasons[site.name]})" for site in every]
-        raise LowrankError(f"lost has no layer to replace: {listed(left, 5) or 'no known layer'}")
+    reasons = _reasons(every, sizes)
     if is_transformers(model):
         check_attachable(model)
     lines: list[dict[str, Any]] = []
@@ -92,24 +89,20 @@ def lost(
             lines.append({"site": site.name, "event": "left", "reason": reasons[site.name]})
             continue
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        lower, count = sizes[site.name]
-        weight = layouts.matrix(site.module).detach()
-        parts = start(weight, lower, count, channels, tail_rank, values, generator)
+        weight, (lower, count) = layouts.matrix(site.module).detach(), sizes[site.name]
+        parts = first_parts(weight, lower, count, channels, tail_rank, values, generator)
         down, up, columns = (part.to(weight) for part in parts[:3])
-        bias = layouts.bias(site.module)
         new = LowRankSparseLinear.from_parts(
-            down, up, columns, parts[3], bias, gamma=gamma, act=act
+            down, up, columns, parts[3], layouts.bias(site.module), gamma=gamma, act=act
         )
         model = put(model, site, new)
-        share = new.cost().params / site.cost.params
-        lines.append(
-            {"site": site.name, "event": "lost", "rank": lower, "channels": count, "share": share}
-        )
+        line = {"rank": lower, "channels": count, "share": new.cost().params / site.cost.params}
+        lines.append({"site": site.name, "event": "lost", **line})
     attach(model)
     return model, lines
 
 
-def start(
+def first_parts(
     weight: Tensor,
     rank: int,
     count: int,
@@ -151,6 +144,15 @@ def start(
 
 def _sizes(site: Site, rank: int, sparsity: float) -> tuple[int, int]:
     return min(rank, *site.shape), max(1, int(sparsity * site.shape[1]))
+
+
+def _reasons(sites: Sequence[Site], sizes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+    """Why a layer stays dense, "" where it does not. Raises LowrankError if all of them do."""
+    reasons = {site.name: _reason(site, sizes[site.name]) for site in sites}
+    if all(reasons.values()):
+        left = [f"{site.title} ({reasons[site.name]})" for site in sites]
+        raise LowrankError(f"lost has no layer to replace: {listed(left, 5) or 'no known layer'}")
+    return reasons
 
 
 def _reason(site: Site, sizes: tuple[int, int]) -> str:

@@ -1,19 +1,19 @@
 """Maestro: trainable low-rank ordered dropout (arXiv 2308.14929).
 
-W = UV with U (out, R), V (R, in), R = min(out, in). At every step one layer runs with its first b
+W = UV with U (out, R), V (R, in), R = min(out, in). In every step one layer runs with its first b
 components alone, b drawn so that every width of every layer comes up equally often: components
 become ordered by importance (on a linear map they become the SVD). A hierarchical group lasso,
 
     λ Σ_layers Σ_{i=1..R} ( ‖U[:, i:]‖_F + ‖V[i:, :]‖_F ),
 
-pulls the tail to zero, and after every epoch components go whose importance
-‖U[:, i:]‖_F · ‖V[i:, :]‖_F is below a threshold.
+pulls the tail to zero, and after every epoch components whose importance
+‖U[:, i:]‖_F · ‖V[i:, :]‖_F is below a threshold are dropped.
 
 The model's own code is not touched: the cut is a forward pre-hook on `up`, the lasso enters as its
-gradient before the step. Against the authors' code: layers shrink while training (there they are
+gradient before the step. Against the authors' code: layers shrink during training (there they are
 masked until the end), and the optimizer's state follows; where a tail is zero the gradient of the
-lasso is zero, not NaN; the threshold is a share of the layer's own ‖U‖·‖V‖; one draw holds for an
-optimizer step, so that accumulated batches and recomputed activations see one and the same model.
+lasso is zero, not NaN; the threshold is a share of the layer's own ‖U‖·‖V‖; one draw holds for a
+whole optimizer step, so that accumulated batches and recomputed activations see the same model.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from ..nn import LowRankLinear
 from ..walk.sites import ALL_LINEAR, Patterns
 from .parts.draws import Cut, Draws
 from .parts.factor_controller import FactorController
-from .parts.factors import enter, shorten
+from .parts.factors import shorten
 
 
 class Maestro(FactorController):
     """Rank-adaptive training of linear layers by ordered dropout, in the user's own loop.
 
     Attributes:
-        history: one dict an event, with "step", "site", "event", rank, and what was measured.
+        history: one dict per event, with "step", "site", "event", rank, and what was measured.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class Maestro(FactorController):
             min_rank: no layer shrinks below.
 
         Raises:
-            LowrankError: an option is out of range, nothing can be adapted, or what `Attachment`
-                refuses; the model and the optimizer are as they were.
+            LowrankError: an option is out of range, no layer can be adapted, or `Attachment`
+                refuses the model; model and optimizer are unchanged then.
         """
         if not lasso >= 0:
             raise LowrankError(f"lasso must be at least 0, got {lasso}")
@@ -83,18 +83,20 @@ class Maestro(FactorController):
         self.lasso, self.threshold, self.min_rank = lasso, threshold, min_rank
         self._draws = Draws(cut, seed)
         super().__init__(model, optimizer, target_modules, exclude_modules)
-        self._hooks: list[RemovableHandle] = []
-        self._widths: dict[str, Tensor] = {}  # what the hooks read: torch.compile sees no constant
-        for site in self._at.sites:
-            side = min(site.shape)
-            layer = enter(self._at, site, side if rank is None else min(rank, side))
-            self._layers[site.name] = layer
-            self._widths[site.name] = torch.zeros((), dtype=torch.int64)
-            hook = _cutter(self._widths[site.name])
-            self._hooks.append(layer.up.register_forward_pre_hook(hook))
+        self.factor(
+            {
+                site.name: min(site.shape) if rank is None else min(rank, *site.shape)
+                for site in self.attachment.sites
+            }
+        )
+        # What the hooks read are tensors, because torch.compile would take numbers for constants.
+        self._widths = {name: torch.zeros((), dtype=torch.int64) for name in self.layers}
+        self._hooks: list[RemovableHandle] = [
+            layer.up.register_forward_pre_hook(_cutter(self._widths[name]))
+            for name, layer in self.factored.items()
+        ]
         self._draws.restart(self.ranks)
         self._draw()
-        self._at.resized()
 
     @property
     def importances(self) -> dict[str, Tensor]:
@@ -105,64 +107,58 @@ class Maestro(FactorController):
         return {
             name: m.up.weight.detach().double().norm(dim=0)
             * m.down.weight.detach().double().norm(dim=1)
-            for name, m in self._factored().items()
+            for name, m in self.factored.items()
         }
 
-    def detach(self) -> None:
-        """Stop: the layers stay LowRankLinear of their present ranks and run whole."""
-        self._close()
-
-    def _add(self) -> None:
-        scale = self.lasso * self._at.loss_scale()
-        for module in self._factored().values() if self.lasso else ():
-            for weight, along in ((module.up.weight, 0), (module.down.weight, 1)):
+    def on_gradients(self) -> None:
+        strength = self.lasso * self.attachment.loss_scale()
+        for layer in self.factored.values() if self.lasso else ():
+            for weight, along in ((layer.up.weight, 0), (layer.down.weight, 1)):
                 if weight.grad is not None:
-                    weight.grad.add_(lasso_gradient(weight, along), alpha=scale)
+                    weight.grad.add_(lasso_gradient(weight, along), alpha=strength)
 
-    def _stepped(self) -> None:
+    def on_step(self) -> None:
         self._draws.advance()
         self._draw()
 
-    def _epoch(self) -> None:
-        changed = False
-        for name, module in self._factored().items():
-            found = tail_importance(module)
-            kept = int((found > self.threshold * found[0]).sum())
-            kept = min(max(kept, self.min_rank), module.rank)
-            dropped = float(found[kept] / found[0]) if kept < len(found) and found[0] > 0 else 0.0
-            if kept < module.rank:
-                shorten(self._at, module, kept)
-                changed = True
-            self._at.note("shrink", name, rank=kept, importance_dropped=dropped)
-        if changed:
+    def on_epoch(self) -> None:
+        before = self.ranks
+        for name, layer in self.factored.items():
+            importance, dropped = tail_importance(layer), 0.0
+            kept = int((importance > self.threshold * importance[0]).sum())
+            kept = min(max(kept, self.min_rank), layer.rank)
+            if kept < layer.rank:
+                dropped = float(importance[kept] / importance[0]) if importance[0] > 0 else 0.0
+                shorten(self.attachment, layer, kept)
+            self.attachment.note("shrink", name, rank=kept, importance_dropped=dropped)
+        if self.ranks != before:
             self._draws.restart(self.ranks)
             self._draw()
-            self._at.resized()
+            self.attachment.resized()
 
-    def _last(self) -> None:
-        self._epoch()
+    def on_finish(self) -> None:
+        self.on_epoch()
 
     def _draw(self) -> None:
         drawn = self._draws.widths()
         for name, rank in self.ranks.items():
             self._widths[name].fill_(drawn.get(name, rank))
 
-    def _close(self) -> nn.Module:
+    def on_close(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._widths = [], {}
-        return super()._close()
 
-    def _policy(self) -> dict[str, Any]:
-        return self._draws.state()
+    def progress(self) -> dict[str, Any]:
+        return {"policy": self._draws.state()}
 
-    def _take(self, policy: dict[str, Any]) -> None:
-        self._draws.resume(self.ranks, policy)
+    def resume(self, state: dict[str, Any]) -> None:
+        self._draws.resume(self.ranks, state["policy"])
         self._draw()
 
 
 def _cutter(width: Tensor) -> Callable[[nn.Module, Any], Any]:
-    """A hook that hides from `up` what `down` gave beyond the drawn width, while training."""
+    """A hook that hides from `up`, in training, the components beyond the drawn width."""
 
     def cut(up: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
         if not up.training:
@@ -180,12 +176,12 @@ def _tail_norms(factor: Tensor, along: int) -> Tensor:
 
 
 def tail_importance(module: LowRankLinear) -> Tensor:
-    """‖U[:, i:]‖_F · ‖V[i:, :]‖_F, (rank,) float64, falling: what goes with the i-th component."""
+    """‖U[:, i:]‖_F · ‖V[i:, :]‖_F, (rank,) float64, falling: of the i-th component and its tail."""
     return _tail_norms(module.up.weight, 0) * _tail_norms(module.down.weight, 1)
 
 
 def lasso_gradient(factor: Tensor, along: int) -> Tensor:
-    """Of Σ_i ‖factor from its i-th component on‖_F, `along` being what a component extends over.
+    """The gradient of Σ_i ‖factor from its i-th component on‖_F; components extend over `along`.
 
     Component j has the gradient factor_j · Σ_{i ≤ j} 1/‖tail_i‖; zero where its tail is zero.
     """

@@ -1,18 +1,18 @@
-"""N:M sparsity reached by degrees, while gradients still flow to what will be pruned.
+"""N:M sparsity reached by degrees, while gradients still flow to the weights that will be pruned.
 
 "Progressive gradient flow" (arXiv 2402.04744). The N largest of each M consecutive weights along
-the inputs are kept; which ones is decided anew in every step, and gradients go straight through to
-all of them. After `dense` steps of plain training one of these takes `decay` steps, and then the
+the inputs are kept; which ones is decided again in every step, and gradients go straight through
+to all of them. After `dense` steps of plain training one of these takes `decay` steps, and then the
 mask is binary (t counts from the end of the dense phase):
 
-    MdGf, "linear" and "exponential": the others count with β, from 1 to 0.01: 1 − η t or exp(−η t)
+    MdGf, "linear" and "exponential": the others are scaled by β, 1 to 0.01: 1 − η t or exp(−η t)
     SdGf, "stepwise": (M−1):M, M/2:M, M/4:M, …, N:M in equal frames
           "geometric": 8N:8M, 4N:4M, 2N:2M, N:M;   "densify": N:8M, N:4M, N:2M, N:M
     SR-STE, the baseline: N:M at once, and λ w is added to the gradient of the others
 
-Any weight can be made so, a factor too. Against the authors' code: η follows from the length of the
-phase, biases stay, convolutions group their input channels, and all of it is outside of forward():
-between steps a weight is what counts, and what is trained waits in a buffer beside it.
+Any weight can be trained so, also a factor. Against the authors' code: η follows from the length of
+the phase, biases stay dense, convolutions group their input channels, and forward() is untouched:
+between steps a module holds the masked weight, and a buffer beside it holds the trained one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class NM(FactorController):
     """N:M sparsity of weights or factors by decaying gradients, in the user's own loop.
 
     Attributes:
-        history: one dict an event, with "step", "site", "event", and what was measured.
+        history: one dict per event, with "step", "site", "event", and what was measured.
     """
 
     def __init__(
@@ -65,72 +65,71 @@ class NM(FactorController):
             decay: steps of the second phase, at least 1; the mask is binary afterwards.
             dense: steps of plain training before it.
             pattern: N and M, 1 ≤ N < M.
-            way: see above.
+            way: one of those above.
             rate: η of MdGf; None: β is 0.01 at the end of the decay.
             strength: λ of SR-STE.
 
         Raises:
-            LowrankError: an option is out of range, nothing can be adapted, or what `Attachment`
-                refuses; the model and the optimizer are as they were.
+            LowrankError: an option is out of range, no layer can be adapted, or `Attachment`
+                refuses the model; model and optimizer are unchanged then.
         """
         _check(decay, dense, pattern, way, rate, strength)
         self.decay, self.dense, self.pattern, self.way = decay, dense, pattern, way
         self.rate, self.strength = rate, strength
         super().__init__(
-            model, optimizer, target_modules, exclude_modules, find=_find,
-            kinds=frozenset({"linear", "conv"}),
+            model, optimizer, target_modules, exclude_modules,
+            find=_sparsifiable_sites, kinds={"linear", "conv"},
         )  # fmt: skip
         for _, module, key in self._weights():
             weight = module.get_parameter(key).detach()
             module.register_buffer(key + LATENT, weight.clone())
-        self._holds = False  # whether weights are what is trained, for the length of a step
+        self._holds = False  # whether the modules hold the trained weights, within a step
         self._apply(None)
-        self._at.resized()
+        self.attachment.resized()
 
     @property
     def now(self) -> tuple[Pattern, float]:
-        """The pattern that counts in the next step, and β: what the others count with."""
-        return phase(self.way, self.pattern, self._at.step - self.dense, self.decay, self.rate)
+        """The pattern of the next step, and β, by which all other weights are scaled."""
+        return self._phase(self.attachment.step)
+
+    def _phase(self, step: int) -> tuple[Pattern, float]:
+        return phase(self.way, self.pattern, step - self.dense, self.decay, self.rate)
 
     def _weights(self) -> list[tuple[str, nn.Module, str]]:
-        """Site, the module that holds a weight, and its name there."""
-        found = []
-        for name, layer in self._layers.items():
+        """The site of every weight, the module that holds it, and its name there."""
+        weights = []
+        for name, layer in self.layers.items():
             for key, parameter in layer.named_parameters():
                 owner, _, own = key.rpartition(".")
                 if parameter.ndim >= 2 and own != "value":  # coefficients are sparse already
-                    found.append((name, layer.get_submodule(owner), own))
-        return found
+                    weights.append((name, layer.get_submodule(owner), own))
+        return weights
 
-    def _add(self) -> None:
-        """For the length of the step the weights are what is trained."""
+    def on_gradients(self) -> None:
+        """For the length of the step the modules hold the trained weights."""
+        penalised = self.way == "sr-ste" and self.attachment.step >= self.dense
         for name, module, key in self._weights():
             weight, latent = module.get_parameter(key), module.get_buffer(key + LATENT)
-            if self.way == "sr-ste" and self._at.step >= self.dense and weight.grad is not None:
+            if penalised and weight.grad is not None:
                 others = ~self._mask(name, latent, self.pattern)
-                scale = self.strength * self._at.loss_scale()
+                scale = self.strength * self.attachment.loss_scale()
                 weight.grad.add_(latent * others, alpha=scale)
             weight.copy_(latent)
         self._holds = True
 
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """After `optimizer.step()`; see `FactorController`."""
-        if self._holds and self._at.acting() and not self._at.stepped():
-            self._apply(None)  # the step was skipped
-        super().after_step()
+    def on_skip(self) -> None:
+        if self._holds:
+            self._apply(None)
 
-    def _stepped(self) -> None:
-        before = phase(
-            self.way, self.pattern, self._at.step - 1 - self.dense, self.decay, self.rate
-        )
+    def on_step(self) -> None:
+        before = self._phase(self.attachment.step - 1)
         for _, module, key in self._weights() if self._holds else ():
             module.get_buffer(key + LATENT).copy_(module.get_parameter(key))
         self._apply(before)
 
     @torch.no_grad()
     def _apply(self, before: tuple[Pattern, float] | None) -> None:
-        """Let the weights be what counts in the next step."""
+        """Let the modules hold the masked weights of the next step."""
         pattern, share = self.now
         for name, module, key in self._weights():
             latent = module.get_buffer(key + LATENT)
@@ -141,20 +140,20 @@ class NM(FactorController):
         self._holds = False
         binary = share == 0 and (before is None or before[1] > 0)
         if before is not None and (before[0] != pattern or binary):
-            for name in self._layers:
-                self._at.note("pattern", name, n=pattern[0], m=pattern[1])
+            for name in self.layers:
+                self.attachment.note("pattern", name, n=pattern[0], m=pattern[1])
 
     def _mask(self, name: str, weight: Tensor, pattern: Pattern) -> Tensor:
-        """Groups are of consecutive inputs: of a convolution of channels, at one point."""
+        """Groups are of consecutive inputs; in a convolution of input channels at one point."""
         if weight.ndim > 2:
             return nm_mask(weight.movedim(1, -1), *pattern).movedim(-1, 1)
-        if layouts.layout(self._layers[name]) == "conv1d":
+        if layouts.layout(self.layers[name]) == "conv1d":
             return nm_mask(weight.T, *pattern).T
         return nm_mask(weight, *pattern)
 
-    def _last(self) -> None:
-        """N:M, whatever the phase; what was trained beside it goes."""
-        sizes: dict[str, list[int]] = {name: [0, 0, 0] for name in self._layers}
+    def on_finish(self) -> None:
+        """N:M, whatever the phase."""
+        sizes: dict[str, list[int]] = {name: [0, 0, 0] for name in self.layers}
         for name, module, key in self._weights():
             weight = module.get_parameter(key)
             latent = weight if self._holds else module.get_buffer(key + LATENT)
@@ -164,21 +163,23 @@ class NM(FactorController):
             both = zip(sizes[name], (weight.numel(), int(mask.sum()), bytes_), strict=True)
             sizes[name] = [a + b for a, b in both]
         for name, (numbers, kept, bytes_) in sizes.items():
-            self._at.note("finish", name, kept=kept, of=numbers, bytes=bytes_)
+            self.attachment.note("finish", name, kept=kept, of=numbers, bytes=bytes_)
 
-    def _leave(self, name: str, module: nn.Module) -> None:
+    def leave(self, name: str, layer: nn.Module) -> None:
         """The layer as it is: plain, with zeros."""
 
-    def _close(self) -> nn.Module:
+    def on_close(self) -> None:
         for _, module, key in self._weights():
             delattr(module, key + LATENT)
-        return super()._close()
 
-    def _resume(self, site: Site, rank: int | None) -> None:
-        if rank != self.ranks.get(site.name):
-            raise LowrankError(
-                f"{site.name} has rank {rank} in this state and {self.ranks.get(site.name)} here"
-            )
+    def check_state(self, state: dict[str, Any]) -> None:
+        for name, layer in self.layers.items():
+            saved, here = state["sites"][name], self.size_of(layer)
+            if saved != here:
+                raise LowrankError(f"{name} has rank {saved} in this state and {here} here")
+
+    def resize(self, site: Site, size: int | None) -> None:
+        """Sizes are fixed."""
 
 
 def phase(
@@ -212,8 +213,8 @@ def frames(way: str, pattern: Pattern) -> list[Pattern]:
     return [(k, m) for k in kept]
 
 
-def _find(root: nn.Module) -> list[Site]:
-    """Dense layers, and layers of factors that are multiplied along their inputs."""
+def _sparsifiable_sites(root: nn.Module) -> list[Site]:
+    """Dense layers, and factored ones whose factors multiply along their inputs."""
     modules = [(name, m) for name, m in root.named_modules() if isinstance(m, FACTORED)]
     return find_sites(root) + [
         Site(name, (name,), "linear", (m,), (m.out_features, m.in_features), m.cost())

@@ -29,7 +29,7 @@ from ..linalg.gram import full_precision
 
 
 class SMMF(torch.optim.Optimizer):
-    """Square-matricised momentum factorisation; decoupled weight decay."""
+    """Square-matricised momentum factorisation: a memory-efficient optimizer."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class SMMF(torch.optim.Optimizer):
         """
         Args:
             beta: β of the first step; 0 keeps no first moment.
-            growth: what β_M is multiplied by every step, in (0, 1].
+            growth: factor by which β_M changes in every step, in (0, 1].
             decay: exponent of β_V, in [−1, 0]; the authors take −0.5 for CNNs, −0.8 for
                 transformers.
             weight_decay: decoupled, as in AdamW.
@@ -93,7 +93,7 @@ class SMMF(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """As it was saved: factors stay fp32 and signs bytes, whatever the parameter's dtype."""
+        """Load as saved: factors stay fp32 and signs bytes, whatever the parameter's dtype."""
         super().load_state_dict(dict(state_dict))
         ours = [p for group in self.param_groups for p in group["params"]]
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
@@ -108,7 +108,7 @@ class SMMF(torch.optim.Optimizer):
                 }
             )
 
-    def carried(
+    def carried_state(
         self,
         state: Mapping[str, Any],
         old: Tensor,
@@ -173,7 +173,7 @@ def _signed(first: Tensor) -> dict[str, Tensor]:
 
 
 def _sums(name: str, matrix: Tensor) -> dict[str, Tensor]:
-    """Row sums (a,) and column sums (b,) of what is not negative, columns scaled to sum one."""
+    """Row sums (a,) and column sums (b,) of a non-negative matrix, columns scaled to sum one."""
     rows, columns = matrix.sum(1), matrix.sum(0)
     total = columns.sum()
     columns = torch.where(total > 0, columns / total, columns)
@@ -181,7 +181,7 @@ def _sums(name: str, matrix: Tensor) -> dict[str, Tensor]:
 
 
 def packed(bits: Tensor) -> Tensor:
-    """Truth values, any shape, as ⌈N/8⌉ bytes."""
+    """Booleans of any shape as ⌈N/8⌉ bytes."""
     flat = torch.nn.functional.pad(bits.flatten(), (0, -bits.numel() % 8)).view(-1, 8)
     places = 2.0 ** torch.arange(8, device=bits.device)
     with full_precision(bits):
@@ -189,7 +189,7 @@ def packed(bits: Tensor) -> Tensor:
 
 
 def unpacked(data: Tensor, count: int) -> Tensor:
-    """The first `count` of what `packed` was given, flat, float32: 1 for true, −1 for false."""
+    """The first `count` booleans that `packed` was given, (count,) float32: 1 or, if false, −1."""
     places = torch.arange(8, device=data.device)
     signs = ((torch.arange(256, device=data.device)[:, None] >> places) & 1) * 2.0 - 1
     return signs[data.int()].flatten()[:count]

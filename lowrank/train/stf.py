@@ -1,22 +1,23 @@
 """STF: dense-sparse layers whose support is trained with the task (DSFormer, arXiv 2312.13211).
 
 W = C · D with s of r coefficients in every row. A decomposition made without the task fixes which
-ones; the straight-through factorizer lets them change: a dense latent Z (out, r) is trained, C is Z
-with its s largest entries a row, and the gradient dL/dC reaches all of Z. Or W stays the latent and
-is coded anew every few steps. After `freeze` steps, for late flips harm, or at `finish`, the latent
-goes and the layer is a DenseSparseLinear with exactly s coefficients a row.
+ones; the straight-through factorizer lets them change: a dense latent Z (out, r) is trained, C has
+the s largest entries of every row of Z, and the gradient dL/dC reaches all of Z. Or W stays the
+latent and is coded again every few steps. After `freeze` steps, because late flips harm, or at
+`finish` the latent goes, and the layer is a DenseSparseLinear with exactly s coefficients per row.
 
-Of the paper only the abstract was at hand: the equations, the schedule and the start of Z beyond
-its support (what the residual has on those atoms, below every chosen one) are ours.
+The idea is the paper's; the equations, the schedule and the start of Z outside of its support (the
+residual's coefficients on those atoms, kept below every chosen one) are ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import linalg
 from ..errors import LowrankError, unknown
@@ -27,20 +28,20 @@ from ..nn import DenseSparseLinear, remember_layout
 from ..types import Site
 from ..walk import layouts
 from ..walk.sites import ALL_LINEAR, Patterns
-from .parts.coding import Size, find, sizes, start
+from .parts.base_controller import BaseController
+from .parts.coding import CodeSize, coded_sites, first_latent, size_rule
 from .parts.distributed import agreed
-from .parts.factor_controller import FactorController
 from .parts.latent import Latent, LatentCoefficients, LatentWeight
-from .parts.optimizer import insert, replace
+from .parts.optimizer import Carry, insert_parameters, replace_parameter
 
 Kind = Literal["coefficients", "weight"]
 
 
-class STF(FactorController):
+class STF(BaseController[Latent | DenseSparseLinear]):
     """Dense-sparse training with a support that follows the task, in the user's own loop.
 
     Attributes:
-        history: one dict an event, with "step", "site", "event", and what was measured.
+        history: one dict per event, with "step", "site", "event", and what was measured.
     """
 
     def __init__(
@@ -62,150 +63,152 @@ class STF(FactorController):
         """Put a latent in place of the chosen layers, in the model and in the optimizer.
 
         Layers that are DenseSparseLinear already, as `compress(method=DenseSparse(side="out"))`
-        gives, keep their sizes; dense ones are decomposed without data.
+        makes them, keep their sizes; dense ones are decomposed without data.
 
         Args:
             ratio: of dense layers: the share of their bytes kept, indices included, in (0, 1).
-            rank: or their r, the number of atoms; with neither dense layers are left.
+            rank: or their r, the number of atoms; with neither, dense layers stay as they are.
             density: s / r in (0, 1] of dense layers.
-            latent: "coefficients" Z (out, r), or "weight" W (out, in), coded anew every `every`
+            latent: "coefficients" Z (out, r), or "weight" W (out, in), coded again every `every`
                 steps, between which C rests and D alone is trained.
             every: steps between choices of the support, at least 1.
             freeze: after so many steps the support is fixed; None: by `finish`.
             decay: λ ≥ 0; λ z is added to the gradient of entries that are not chosen (SR-STE).
-            seed: of atoms that are drawn.
+            seed: of the atoms that a decomposition draws.
 
         Raises:
-            LowrankError: an option is out of range, nothing can be adapted, or what `Attachment`
-                refuses; the model and the optimizer are as they were.
+            LowrankError: an option is out of range, no layer can be adapted, or `Attachment`
+                refuses the model; model and optimizer are unchanged then.
         """
         _check(ratio, rank, density, latent, every, freeze, decay)
         self.every, self.freeze, self.decay, self.seed = every, freeze, decay, seed
         self.latent = latent
-        size = sizes(ratio, rank, density)
+        size = size_rule(ratio, rank, density)
         super().__init__(
-            model, optimizer, target_modules, exclude_modules, find=lambda root: find(root, size)
-        )
+            model, optimizer, target_modules, exclude_modules,
+            find=lambda root: coded_sites(root, size),
+        )  # fmt: skip
         self.frozen = False
-        self._entered = {site.name: 0 for site in self._at.sites}
-        for site in self._at.sites:
-            known = isinstance(site.module, DenseSparseLinear)
-            self._layers[site.name] = self._enter(site, None if known else size(site))
-        self._at.resized()
+        self._entered = {site.name: 0 for site in self.attachment.sites}
+        for site in self.attachment.sites:
+            self.layers[site.name] = self._thaw(site, size)
+        self.attachment.resized()
 
     @property
     def ranks(self) -> dict[str, int]:
         """r of every layer."""
-        return {name: module.rank for name, module in self._coded().items()}
+        return {name: layer.rank for name, layer in self.layers.items()}
 
     @property
     def counts(self) -> dict[str, int]:
         """s of every layer, the coefficients in a row."""
-        return {name: module.count for name, module in self._coded().items()}
+        return {name: layer.count for name, layer in self.layers.items()}
 
-    def _coded(self) -> dict[str, Latent | DenseSparseLinear]:
-        kinds = (Latent, DenseSparseLinear)
-        return {name: m for name, m in self._layers.items() if isinstance(m, kinds)}
-
-    def _enter(self, site: Site, size: Size | None) -> Latent:
+    def _thaw(self, site: Site, size: Callable[[Site], CodeSize | None]) -> Latent:
+        """Put a latent in place of a layer."""
         old = site.module
-        bias = old._parameters.get("bias")
-        new: Latent
         if isinstance(old, DenseSparseLinear):
-            value, index = old.value.detach(), old.index.long()
-            atoms: nn.Parameter = old.basis.weight  # type: ignore[assignment]
-            rank = old.rank
-            if self.latent == "coefficients":
-                new = LatentCoefficients(atoms, spread(value, index, rank), old.count, bias)
-                replace(self._at.optimizer, old.value, new.latent, lambda x: spread(x, index, rank))
-            else:
-                weight = nn.Parameter(old.dense_weight().detach())
-                new = LatentWeight(atoms, weight, (value, index), bias)
-                replace(self._at.optimizer, old.value, new.latent)
-        else:
-            new = self._decomposed(old, bias, size or (1, 1))
-        self._at.put(site, new)
-        if isinstance(old, DenseSparseLinear):
+            new = self._latent_of_code(old)
+            self.attachment.put(site, new)
             remember_layout(new, old.layout)
-        at = {"rank": new.rank, "count": new.count, "shape": list(site.shape)}
-        self._at.note("attach", site.name, **at)
+        else:
+            new = self._latent_of_dense(old, size(site) or (1, 1))
+            self.attachment.put(site, new)
+        noted = {"rank": new.rank, "count": new.count, "shape": list(site.shape)}
+        self.attachment.note("attach", site.name, **noted)
         return new
 
-    def _decomposed(self, dense: nn.Module, bias: nn.Parameter | None, size: Size) -> Latent:
+    def _latent_of_code(self, old: DenseSparseLinear) -> Latent:
+        value, index, rank = old.value.detach(), old.index.long(), old.rank
+        atoms: nn.Parameter = old.basis.weight  # type: ignore[assignment]
+        bias: nn.Parameter | None = old._parameters.get("bias")
+        new: Latent
+        carry: Carry | None = None
+        if self.latent == "coefficients":
+            new = LatentCoefficients(atoms, spread(value, index, rank), old.count, bias)
+            carry = partial(spread, index=index, rank=rank)
+        else:
+            weight = nn.Parameter(old.dense_weight().detach())
+            new = LatentWeight(atoms, weight, (value, index), bias)
+        replace_parameter(self.attachment.optimizer, old.value, new.latent, carry)
+        return new
+
+    def _latent_of_dense(self, dense: nn.Module, size: CodeSize) -> Latent:
         weight = layouts.matrix(dense).detach()
         with full_precision(weight):
             code = linalg.dense_sparse_code(weight, *size, seed=self.seed)
-            first = start(weight.to(code.basis), code.coefficients(), code.basis)
+            first = first_latent(weight.to(code.basis), code.coefficients(), code.basis)
         basis, value, first = agreed([t.to(weight).contiguous() for t in (*code[:2], first)])
         (index,) = agreed([code.atoms])
-        atoms, old = nn.Parameter(basis), dense.weight
+        atoms, optimizer = nn.Parameter(basis), self.attachment.optimizer
+        old: nn.Parameter = dense.weight  # type: ignore[assignment]
+        bias = dense._parameters.get("bias")
         new: Latent
         if self.latent == "coefficients":
             new = LatentCoefficients(atoms, first, size[1], bias)
-            replace(self._at.optimizer, old, [new.latent, atoms])  # type: ignore[arg-type]
+            replace_parameter(optimizer, old, [new.latent, atoms])
             return new
-        turned = layouts.layout(dense) == "conv1d"
         latent = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
         new = LatentWeight(atoms, latent, (value, index), bias)
-        same = (lambda x: x.T) if turned else (lambda x: x)
-        replace(self._at.optimizer, old, latent, same)  # type: ignore[arg-type]
-        insert(self._at.optimizer, latent, [atoms])
+        turned = layouts.layout(dense) == "conv1d"
+        replace_parameter(optimizer, old, latent, (lambda x: x.T) if turned else (lambda x: x))
+        insert_parameters(optimizer, latent, [atoms])
         return new
 
-    def _add(self) -> None:
-        if not self.decay:
-            return
-        strength = self.decay * self._at.loss_scale()
-        for module in self._layers.values():
-            if isinstance(module, LatentCoefficients) and module.latent.grad is not None:
-                module.latent.grad.add_(module.latent * ~module.mask, alpha=strength)
+    def on_gradients(self) -> None:
+        strength = self.decay * self.attachment.loss_scale()
+        for layer in self.layers.values() if self.decay else ():
+            if isinstance(layer, LatentCoefficients) and layer.latent.grad is not None:
+                layer.latent.grad.add_(layer.latent * ~layer.mask, alpha=strength)
 
-    def _stepped(self) -> None:
+    def on_step(self) -> None:
         if self.frozen:
             return
-        if self._at.step % self.every == 0:
-            for name, module in self._layers.items():
-                assert isinstance(module, Latent)
-                self._entered[name] += module.choose()
-        if self._at.step == self.freeze:
+        if self.attachment.step % self.every == 0:
+            for name, layer in self.layers.items():
+                assert isinstance(layer, Latent)
+                self._entered[name] += layer.choose()
+        if self.attachment.step == self.freeze:
             self._freeze()
 
-    def _last(self) -> None:
+    def on_finish(self) -> None:
         if not self.frozen:
             self._freeze()
 
     def _freeze(self) -> None:
         """Every layer as a DenseSparseLinear; the moments of its coefficients stay."""
-        for name, module in self._layers.items():
-            assert isinstance(module, Latent)
-            value, index = module.code()
-            new = DenseSparseLinear.from_code(module.basis.weight, value, index, None)
-            new.basis.weight, new.bias = module.basis.weight, module.bias  # the objects themselves
-            remember_layout(new, module.layout)
-            carry = _gathering(index) if isinstance(module, LatentCoefficients) else None
-            replace(self._at.optimizer, module.latent, new.value, carry)
-            self._at.set(name, new)
-            self._at.claim(name, new)
-            self._layers[name] = new
-            done = {"rank": new.rank, "count": new.count, "entered": self._entered[name]}
-            self._at.note("freeze", name, **done)
+        for name, layer in self.layers.items():
+            assert isinstance(layer, Latent)
+            value, index = layer.code()
+            new = DenseSparseLinear.from_code(layer.basis.weight, value, index, None)
+            new.basis.weight, new.bias = layer.basis.weight, layer.bias  # the objects themselves
+            remember_layout(new, layer.layout)
+            coefficients = isinstance(layer, LatentCoefficients)
+            carry = partial(torch.gather, dim=1, index=index) if coefficients else None
+            replace_parameter(self.attachment.optimizer, layer.latent, new.value, carry)
+            self.attachment.set(name, new)
+            self.attachment.claim(name, new)
+            self.layers[name] = new
+            noted = {"rank": new.rank, "count": new.count, "entered": self._entered[name]}
+            self.attachment.note("freeze", name, **noted)
         self.frozen = True
-        self._at.resized()
+        self.attachment.resized()
 
-    def _leave(self, name: str, module: nn.Module) -> None:
-        assert isinstance(module, DenseSparseLinear)
-        self._at.note("finish", name, rank=module.rank, count=module.count, storage="dense-sparse")
+    def leave(self, name: str, layer: Latent | DenseSparseLinear) -> None:
+        noted = {"rank": layer.rank, "count": layer.count, "storage": "dense-sparse"}
+        self.attachment.note("finish", name, **noted)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `FactorController`; the sizes have to be those of the state."""
-        self._at.check_state(state, self._layers)
+    def size_of(self, layer: Latent | DenseSparseLinear) -> int:
+        return layer.rank
+
+    def check_state(self, state: dict[str, Any]) -> None:
         policy = state["policy"]
-        for name, module in self._coded().items():
-            got = (state["sites"][name], policy["counts"][name])
-            if got != (module.rank, module.count):
+        for name, layer in self.layers.items():
+            saved, here = (state["sites"][name], policy["counts"][name]), (layer.rank, layer.count)
+            if saved != here:
                 raise LowrankError(
-                    f"{name} has the size {got} in this state and {(module.rank, module.count)} "
-                    "here: build STF with the sizes it was saved with"
+                    f"{name} has the size {saved} in this state and {here} here: build STF with "
+                    "the sizes it was saved with"
                 )
         if policy["latent"] != self.latent:
             raise LowrankError(f"this state was saved with latent={policy['latent']!r}")
@@ -214,25 +217,15 @@ class STF(FactorController):
                 "the support is not frozen in this state, but here it is: build STF on a fresh "
                 "model, as when the run began"
             )
-        super().load_state_dict(state)
 
-    def _resume(self, site: Site, rank: int | None) -> None:
-        """Sizes are checked already, and do not change."""
+    def progress(self) -> dict[str, Any]:
+        policy = {"frozen": self.frozen, "counts": self.counts, "latent": self.latent}
+        return {"policy": {**policy, "entered": dict(self._entered)}}
 
-    def _policy(self) -> dict[str, Any]:
-        return {
-            "frozen": self.frozen, "counts": self.counts, "latent": self.latent,
-            "entered": dict(self._entered),
-        }  # fmt: skip
-
-    def _take(self, policy: dict[str, Any]) -> None:
-        if policy["frozen"] and not self.frozen:
+    def resume(self, state: dict[str, Any]) -> None:
+        if state["policy"]["frozen"] and not self.frozen:
             self._freeze()
-        self._entered = dict(policy["entered"])
-
-
-def _gathering(index: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: x.gather(1, index)
+        self._entered = dict(state["policy"]["entered"])
 
 
 def _check(

@@ -3,8 +3,8 @@
 A kernel is C = S ×₀ U₀ ×₁ U₁: 1×1, k×k and 1×1 convolutions whose outer two are orthonormal. The
 cycle is that of DLRT, one basis per mode, Û_i = orth[U_i | −∂L/∂U_i]; then S alone is trained; then
 every mode is cut by the singular values of its unfolding of S. A tolerance θ is for the whole
-kernel, θ/√2 for each of two modes; where a budget stands beside it, θ is raised for all kernels
-alike until their three convolutions are within it.
+kernel, θ/√2 for each of two modes; beside a budget, θ is raised for all kernels alike until their
+three convolutions are within it.
 
 This is the form with one gradient that the authors use for convolutions in arXiv 2505.08022.
 Against their code: the bias is added once, moments follow along all modes, the tolerance is shared
@@ -26,36 +26,23 @@ from ..errors import LowrankError
 from ..linalg import modes, retract
 from ..linalg.spectra import rank_for
 from ..nn import TuckerConv
-from ..types import Cost, Site
+from ..types import Site
 from ..walk.sites import ALL, Patterns
-from .dlrt import checked
-from .parts.attachment import Attachment, refuse_not_finite
-from .parts.budget import check_reachable, least_tolerance, rank_at
-from .parts.cycle import Cycle
+from .parts.attachment import refuse_not_finite
+from .parts.budget import check_ratio, least_tolerance, rank_at
+from .parts.cycle import Cycle, check_options
 from .parts.distributed import agreed
-from .parts.optimizer import along, insert, replace
-from .parts.tucker_form import CONVS, TuckerForm
+from .parts.optimizer import along_modes, insert_parameters, replace_parameter
+from .parts.tucker_form import TuckerForm, conv_sites
 
-KIND = "conv"
 Ranks = tuple[int, int]  # of the outputs, of the inputs
-
-
-def conv_sites(model: nn.Module) -> list[Site]:
-    """Every convolution of the model, with the reason where it has no Tucker form."""
-    names: dict[int, list[str]] = {}
-    found: dict[int, Any] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, tuple(CONVS.values())):
-            found[id(module)] = module
-            names.setdefault(id(module), []).append(name)
-    return [_site(names[key], module) for key, module in found.items()]
 
 
 class TuckerDLRT(Cycle[TuckerForm]):
     """Rank-adaptive training of convolutions, attached to the user's own loop.
 
     Attributes:
-        history: one dict an event; "rank" is (of the outputs, of the inputs).
+        history: one dict per event; "rank" is (of the outputs, of the inputs).
     """
 
     def __init__(
@@ -83,142 +70,136 @@ class TuckerDLRT(Cycle[TuckerForm]):
             min_rank, max_rank: of each mode; no truncation goes beyond these.
 
         Raises:
-            LowrankError: as for DLRT; the model and the optimizer are as they were.
+            LowrankError: as for DLRT; model and optimizer are unchanged then.
         """
-        self.tolerance, self.ratio = checked(tolerance, ratio, every, min_rank, max_rank)
-        self.every, self.min_rank, self.max_rank = every, min_rank, max_rank
+        self.tolerance = check_options(tolerance, ratio, every, min_rank, max_rank)
+        self.ratio, self.every, self.min_rank, self.max_rank = ratio, every, min_rank, max_rank
         if (isinstance(rank, float) and not 0 < rank <= 1) or (isinstance(rank, int) and rank < 1):
             raise LowrankError(f"rank must be an int >= 1 or a share in (0, 1], got {rank!r}")
-        self._at = Attachment(
-            model,
-            optimizer,
-            type(self).__name__,
-            target_modules=target_modules,
-            exclude_modules=exclude_modules,
-            kinds={KIND},
-            find=conv_sites,
+        super().__init__(
+            model, optimizer, target_modules, exclude_modules, kinds={"conv"}, find=conv_sites
         )
-        kernels: list[Tensor] = [site.module.weight for site in self._at.sites]  # type: ignore[misc]
-        self._whole = sum(kernel.numel() for kernel in kernels)
-        if ratio is not None:
-            smallest = sum(stored(kernel.shape, (min_rank, min_rank)) for kernel in kernels)
-            check_reachable(smallest, self._whole, ratio, min_rank)
-        self._modules = {site.name: self._enter(site, rank) for site in self._at.sites}
-        self._arm(True)
+        for site in self.attachment.sites:
+            self.layers[site.name] = self._as_tucker(site, rank)
+        self.arm(True)
 
     @property
-    def ranks(self) -> dict[str, tuple[int, int]]:
+    def ranks(self) -> dict[str, Ranks]:
         """(of the outputs, of the inputs) of every adapted layer now."""
-        return {name: module.rank for name, module in self._modules.items()}
+        return {name: layer.rank for name, layer in self.layers.items()}
 
-    def _enter(self, site: Site, rank: int | float | None) -> TuckerForm:
+    def check_sites(self) -> None:
+        kernels: list[Tensor] = [site.module.weight for site in self.attachment.sites]  # type: ignore[misc]
+        self._whole = sum(kernel.numel() for kernel in kernels)
+        if self.ratio is not None:
+            least = (self.min_rank, self.min_rank)
+            smallest = sum(kernel_params(kernel.shape, least) for kernel in kernels)
+            check_ratio(smallest, self._whole, self.ratio, self.min_rank)
+
+    def _as_tucker(self, site: Site, rank: int | float | None) -> TuckerForm:
         dense: Any = site.module
         kernel = dense.weight.detach()
-        sizes = [_start(rank, kernel, mode) for mode in (0, 1)]
+        sizes = [_first_rank(rank, kernel, mode) for mode in (0, 1)]
         (u0, u1), core = modes.hosvd(kernel, sizes)
         u0, core, u1 = agreed([t.to(kernel).contiguous() for t in (u0, core, u1)])
         form = TuckerForm.of(dense, u0, core, u1)
-        carry = along({0: u0.double().T, 1: u1.double().T})
-        replace(self._at.optimizer, dense.weight, form.core.weight, carry)
-        insert(self._at.optimizer, form.core.weight, [form.last.weight, form.first.weight])
-        self._at.put(site, form)
-        whole, kept = float(kernel.double().square().sum()), float(core.double().square().sum())
-        lost = max(1 - kept / whole, 0.0) if whole > 0 else 0.0
-        noted = {"rank": list(form.rank), "shape": list(kernel.shape), "energy_lost": lost}
-        self._at.note("attach", site.name, **noted)
+        carry = along_modes({0: u0.double().T, 1: u1.double().T})
+        optimizer, bases = self.attachment.optimizer, [form.last.weight, form.first.weight]
+        replace_parameter(optimizer, dense.weight, form.core.weight, carry)
+        insert_parameters(optimizer, form.core.weight, bases)
+        self.attachment.put(site, form)
+        noted = {"rank": list(form.rank), "shape": list(kernel.shape)}
+        lost = _energy_lost(kernel, core)
+        self.attachment.note("attach", site.name, **noted, energy_lost=lost)
         return form
 
-    def _bases(self, module: TuckerForm) -> list[tuple[str, Tensor]]:
-        return [("last.weight", module.last.weight), ("first.weight", module.first.weight)]
+    def bases(self, layer: TuckerForm) -> list[tuple[str, Tensor]]:
+        return [("last.weight", layer.last.weight), ("first.weight", layer.first.weight)]
 
-    def _augment(self, name: str, module: TuckerForm) -> None:
-        g0, g1 = module.last.weight.grad, module.first.weight.grad
+    def grow(self, name: str, layer: TuckerForm) -> None:
+        g0, g1 = layer.last.weight.grad, layer.first.weight.grad
         if g0 is None or g1 is None:  # the layer was not used
             return
-        bases, gradients = (module.u0, module.u1), (g0.flatten(1), g1.flatten(1).T)
+        bases, gradients = (layer.u0, layer.u1), (g0.flatten(1), g1.flatten(1).T)
         more = [retract.new_directions(u, g) for u, g in zip(bases, gradients, strict=True)]
         more = agreed([m.contiguous() for m in more])
         if not any(m.shape[1] for m in more):
             return  # the core keeps its gradient and takes this step
         wide = [torch.cat([u.to(m), m], 1) for u, m in zip(bases, more, strict=True)]
         maps = [torch.eye(w.shape[1], u.shape[1]).to(w) for w, u in zip(wide, bases, strict=True)]
-        self._change(
-            module, wide, modes.times(module.core.weight.to(maps[0]), dict(enumerate(maps))), maps
-        )
-        self._at.note("augment", name, rank=list(module.rank))
+        core = modes.times(layer.core.weight.to(maps[0]), dict(enumerate(maps)))
+        self._change(layer, wide, core, maps)
+        self.attachment.note("augment", name, rank=list(layer.rank))
 
-    def _truncate(self) -> None:
-        cores = {f"{n}.core.weight": m.core.weight for n, m in self._modules.items()}
-        refuse_not_finite(cores, "the weight")
-        cuts = {
-            name: [modes.mode_svd(m.core.weight.detach(), mode) for mode in (0, 1)]
-            for name, m in self._modules.items()
-        }
-        ranks = self._ranks({name: [values.cpu() for _, values in cuts[name]] for name in cuts})
-        for name, module in self._modules.items():
-            core, bases = module.core.weight.detach(), (module.u0, module.u1)
-            vectors = [p for p, _ in cuts[name]]
-            fresh, small, maps = modes.truncated(bases, core, vectors, ranks[name])
-            whole, kept = float(core.double().square().sum()), float(small.double().square().sum())
-            self._change(module, fresh, small, maps)
-            worst = max(map(retract.loss_of_orthonormality, (module.u0, module.u1)))
-            lost = max(1 - kept / whole, 0.0) if whole > 0 else 0.0
-            measured = {"orthonormality": worst, "energy_lost": lost}
-            self._at.note("truncate", name, rank=list(module.rank), **measured)
+    def truncate(self) -> None:
+        cores = {name: layer.core.weight.detach() for name, layer in self.layers.items()}
+        refuse_not_finite({f"{n}.core.weight": core for n, core in cores.items()}, "the weight")
+        parts = {n: [modes.mode_svd(core, mode) for mode in (0, 1)] for n, core in cores.items()}
+        ranks = self._ranks({n: [values.cpu() for _, values in parts[n]] for n in parts})
+        for name, layer in self.layers.items():
+            bases, vectors = (layer.u0, layer.u1), [p for p, _ in parts[name]]
+            fresh, core, maps = modes.truncated_modes(bases, cores[name], vectors, ranks[name])
+            self._change(layer, fresh, core, maps)
+            worst = max(map(retract.loss_of_orthonormality, (layer.u0, layer.u1)))
+            measured = {"orthonormality": worst, "energy_lost": _energy_lost(cores[name], core)}
+            self.attachment.note("truncate", name, rank=list(layer.rank), **measured)
 
     def _ranks(self, values: Mapping[str, Sequence[Tensor]]) -> dict[str, Ranks]:
         """Of singular values (k,) of both modes of every core."""
 
-        def at(theta: float) -> dict[str, Ranks]:
+        def ranks_within(theta: float) -> dict[str, Ranks]:
             rank = partial(rank_at, tolerance=theta, least=self.min_rank, most=self.max_rank)
             return {name: (rank(both[0]), rank(both[1])) for name, both in values.items()}
 
         def size(theta: float) -> int:
-            found = at(theta)
-            return sum(stored(m.kernel_shape, found[name]) for name, m in self._modules.items())
+            shapes = {name: layer.kernel_shape for name, layer in self.layers.items()}
+            return sum(kernel_params(shapes[n], r) for n, r in ranks_within(theta).items())
 
         limit = math.inf if self.ratio is None else self.ratio * self._whole
-        return at(least_tolerance(size, self.tolerance / math.sqrt(2), limit))
+        return ranks_within(least_tolerance(size, self.tolerance / math.sqrt(2), limit))
 
     def _change(
-        self, module: TuckerForm, bases: Sequence[Tensor], core: Tensor, maps: Sequence[Tensor]
+        self, layer: TuckerForm, bases: Sequence[Tensor], core: Tensor, maps: Sequence[Tensor]
     ) -> None:
-        dtype = module.core.weight.dtype
+        """New factors in model and optimizer; the core's state follows along both modes."""
+        dtype, optimizer = layer.core.weight.dtype, self.attachment.optimizer
         u0, u1, core, *turns = agreed([t.contiguous() for t in (*bases, core, *maps)])
-        old = [module.core.weight, module.last.weight, module.first.weight]
-        module.set_factors(u0.to(dtype), core.to(dtype), u1.to(dtype))
-        replace(self._at.optimizer, old[0], module.core.weight, along(dict(enumerate(turns))))
-        replace(self._at.optimizer, old[1], module.last.weight)
-        replace(self._at.optimizer, old[2], module.first.weight)
+        old = [layer.core.weight, layer.last.weight, layer.first.weight]
+        layer.set_factors(u0.to(dtype), core.to(dtype), u1.to(dtype))
+        carry = along_modes(dict(enumerate(turns)))
+        replace_parameter(optimizer, old[0], layer.core.weight, carry)
+        replace_parameter(optimizer, old[1], layer.last.weight)
+        replace_parameter(optimizer, old[2], layer.first.weight)
 
-    def _leave(self, name: str, module: TuckerForm) -> None:
+    def leave(self, name: str, layer: TuckerForm) -> None:
         """The three convolutions, or the plain one where they are not smaller."""
-        weights = [module.core.weight, module.last.weight, module.first.weight]
-        storage = "factors" if module.cost().params < math.prod(module.kernel_shape) else "dense"
-        if storage == "dense":
-            new: Any = module.dense()
-            replace(self._at.optimizer, weights[0], new.weight)
-            replace(self._at.optimizer, weights[1], [])
-            replace(self._at.optimizer, weights[2], [])
-            self._at.set(name, new)
+        weights = [layer.core.weight, layer.last.weight, layer.first.weight]
+        dense = layer.cost().params >= math.prod(layer.kernel_shape)
+        if dense:
+            new: Any = layer.dense()
+            replace_parameter(self.attachment.optimizer, weights[0], new.weight)
+            for weight in weights[1:]:
+                replace_parameter(self.attachment.optimizer, weight, [])
         else:
             for weight in weights:
                 weight.requires_grad_(True)
-            self._at.set(name, TuckerConv.of_children(module.first, module.core, module.last))
-        self._at.note("finish", name, rank=list(module.rank), storage=storage)
+            new = TuckerConv.of_children(layer.first, layer.core, layer.last)
+        self.attachment.set(name, new)
+        storage = "dense" if dense else "factors"
+        self.attachment.note("finish", name, rank=list(layer.rank), storage=storage)
 
-    def _sizes(self, module: TuckerForm) -> Sequence[int]:
-        return module.rank
+    def size_of(self, layer: TuckerForm) -> list[int]:
+        return list(layer.rank)
 
-    def _blank(self, module: TuckerForm, sizes: Sequence[int]) -> None:
-        a, b = sizes
-        like, old = module.core.weight, module.rank
-        bases = [like.new_zeros(len(u), r) for u, r in ((module.u0, a), (module.u1, b))]
-        maps = [like.new_zeros(new, was) for new, was in zip(sizes, old, strict=True)]
-        self._change(module, bases, like.new_zeros(a, b, *like.shape[2:]), maps)
+    def resize(self, site: Site, size: Sequence[int]) -> None:
+        layer, (a, b) = self.layers[site.name], size
+        like, old = layer.core.weight, layer.rank
+        bases = [like.new_zeros(len(u), rank) for u, rank in ((layer.u0, a), (layer.u1, b))]
+        maps = [like.new_zeros(new, was) for new, was in zip(size, old, strict=True)]
+        self._change(layer, bases, like.new_zeros(a, b, *like.shape[2:]), maps)
 
 
-def stored(kernel: Sequence[int], ranks: Ranks) -> int:
+def kernel_params(kernel: Sequence[int], ranks: Ranks) -> int:
     """Numbers that a kernel (out, in, k, …) takes at these ranks, each at most its mode's size:
     those of three convolutions, or of the dense one where that is less."""
     (out, into, *window), whole = kernel, math.prod(kernel)
@@ -226,32 +207,16 @@ def stored(kernel: Sequence[int], ranks: Ranks) -> int:
     return min(out * a + into * b + a * b * math.prod(window), whole)
 
 
-def _start(rank: int | float | None, kernel: Tensor, mode: int) -> int:
+def _energy_lost(before: Tensor, core: Tensor) -> float:
+    """The share of a tensor's energy that the core of its truncation does not have."""
+    whole, kept = float(before.double().square().sum()), float(core.double().square().sum())
+    return max(1 - kept / whole, 0.0) if whole > 0 else 0.0
+
+
+def _first_rank(rank: int | float | None, kernel: Tensor, mode: int) -> int:
     size = kernel.shape[mode]
     if rank is None:
         return max(size // 2, 1)
     _, values = modes.mode_svd(kernel, mode)
     wanted = max(rank_for(rank, values.square()), 1) if isinstance(rank, float) else rank
     return min(wanted, len(values))
-
-
-def _site(names: Sequence[str], module: Any) -> Site:
-    weight = module.weight
-    size = weight.numel()
-    cost = Cost(size, size * weight.dtype.itemsize, size)
-    shape = (weight.shape[0], size // weight.shape[0])
-    return Site(names[0], tuple(names), KIND, (module,), shape, cost, _obstacle(module))
-
-
-def _obstacle(module: Any) -> str:
-    if type(module) not in CONVS.values():
-        return f"{type(module).__name__} is a subclass and may compute something else"
-    if "weight" not in module._parameters:
-        return "its weight is not a plain parameter"
-    if module.groups != 1:
-        return f"it has {module.groups} groups"
-    if module.padding_mode != "zeros":
-        return f"it pads by {module.padding_mode!r}, which a 1×1 before it would not see alike"
-    if math.prod(module.kernel_size) == 1:
-        return "its kernel is one pixel: a matrix"
-    return ""

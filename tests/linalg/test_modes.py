@@ -58,7 +58,7 @@ def test_a_core_is_cut_like_the_whole() -> None:
     bases, core = modes.hosvd(x, (6, 5))
     before = np.einsum("oa,ib,ab...->oi...", *bases, core)
     vectors = [modes.mode_svd(core, mode)[0] for mode in (0, 1)]
-    fresh, small, maps = modes.truncated(bases, core, vectors, (3, 4))
+    fresh, small, maps = modes.truncated_modes(bases, core, vectors, (3, 4))
     after = np.einsum("oa,ib,ab...->oi...", *fresh, small)
     (u0, u1), best = modes.hosvd(torch.from_numpy(before), (3, 4))
     want = np.einsum("oa,ib,ab...->oi...", u0, u1, best)

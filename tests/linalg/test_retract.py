@@ -95,7 +95,7 @@ def test_a_truncation_loses_exactly_its_tail() -> None:
     p, values, q = retract.core_svd(core)
     before = (u @ core @ v.T).numpy()
     for rank in range(1, 7):
-        new_u, new_s, new_v, left, right = retract.truncated_bases(u, v, p, values, q, rank)
+        new_u, new_s, new_v, left, right = retract.truncated_usv(u, v, p, values, q, rank)
         after = (new_u @ new_s @ new_v.T).numpy()
         lost = np.linalg.norm(before - after)
         np.testing.assert_allclose(lost, np.linalg.norm(values.numpy()[rank:]), atol=1e-12)
@@ -109,7 +109,7 @@ def test_rounding_does_not_add_up() -> None:
     u, v, core = basis(12, 6).float(), basis(9, 6, seed=1).float(), gaussian(6, 6, seed=2).float()
     for number in range(1000):
         p, values, q = retract.core_svd(core)
-        made = retract.truncated_bases(u, v, p, values, q, 6)
+        made = retract.truncated_usv(u, v, p, values, q, 6)
         u, core, v = (made[0].float(), made[1].float(), made[2].float())
         core = core + 0.01 * gaussian(6, 6, seed=number).float()
     assert retract.loss_of_orthonormality(u) < 1e-6

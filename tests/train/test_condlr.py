@@ -12,7 +12,7 @@ from torch import nn
 
 from lowrank.nn import LowRankLinear
 from lowrank.train import CondLR
-from lowrank.train.parts.optimizer import check_exact, linear_state
+from lowrank.train.parts.optimizer import check_same_parameters, linear_state
 from tests.train.loops import Net, fit, one_layer, planted, run
 
 
@@ -38,7 +38,7 @@ def test_the_condition_is_bounded_after_every_step(name: str, tau: float) -> Non
     looked(-1)  # from the start
     losses = run(model, optimizer, controller, 200, each=looked)
     assert losses[-1] < losses[0]
-    check_exact(optimizer, model)
+    check_same_parameters(optimizer, model)
 
 
 def test_what_is_bounded_is_saved_bounded() -> None:
@@ -51,7 +51,7 @@ def test_what_is_bounded_is_saved_bounded() -> None:
     assert type(model.first) is type(model.second) is LowRankLinear
     assert condition(model.first) <= 1.5 * (1 + 1e-5)
     torch.testing.assert_close(model(torch.ones(1, 12)), output)
-    check_exact(optimizer, model)
+    check_same_parameters(optimizer, model)
 
 
 def riemannian(
@@ -132,7 +132,7 @@ def test_ranks_fall_only_when_due() -> None:
     assert controller.ranks["0"] == start
     fit(model, optimizer, controller, target, 1)
     assert controller.ranks["0"] == 4
-    check_exact(optimizer, model)
+    check_same_parameters(optimizer, model)
     lines = [line for line in controller.history if line["event"] == "bound"]
     assert [line["step"] for line in lines] == [0, 50]
     assert lines[-1]["rank"] == 4

@@ -14,7 +14,7 @@ import lowrank
 from lowrank.linalg import retract
 from lowrank.nn import LowRankLinear, USVLinear
 from lowrank.train import DLRT
-from lowrank.train.parts.optimizer import check_exact
+from lowrank.train.parts.optimizer import check_same_parameters
 from tests.train.loops import Net, batches, fit, one_layer, planted, run
 
 
@@ -138,7 +138,7 @@ def test_the_optimizer_holds_exactly_the_live_parameters(name: str) -> None:
     shapes = set()
 
     def looked(step: int) -> None:
-        check_exact(optimizer, model)
+        check_same_parameters(optimizer, model)
         shapes.add(model.first.s.shape)
         for parameter, state in optimizer.state.items():
             for value in state.values():
@@ -148,7 +148,7 @@ def test_the_optimizer_holds_exactly_the_live_parameters(name: str) -> None:
     run(model, optimizer, controller, 20, each=looked)
     assert len(shapes) > 2  # the ranks did change under it
     controller.finish()
-    check_exact(optimizer, model)
+    check_same_parameters(optimizer, model)
     loss = model(*next(batches(1)))["loss"]
     optimizer.zero_grad()
     loss.backward()
@@ -319,7 +319,7 @@ def test_a_detached_model_is_trained_on_by_its_optimizer_alone() -> None:
     controller.detach()
     assert type(model.first) is USVLinear
     assert all(p.requires_grad for p in model.parameters())
-    check_exact(optimizer, model)
+    check_same_parameters(optimizer, model)
     controller.before_step()
     controller.after_step()
 

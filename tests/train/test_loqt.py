@@ -1,4 +1,4 @@
-"""LoQT: what is quantised, what is merged and when; at full rank it is the dense training."""
+"""LoQT: which layer is merged when, and at full rank it is dense training."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from torch import nn
 
 from lowrank import LowrankError
 from lowrank.train import LoQT
-from lowrank.train.parts.optimizer import check_exact
-from lowrank.train.parts.quantised_weight import QuantisedLowRank, fitted, quantised, restored
-from tests.draws import orthonormal
+from lowrank.train.parts.optimizer import check_same_parameters
 from tests.train.loops import Net, batches, run
 
 NAMES = ("first", "second")
@@ -21,81 +19,6 @@ NAMES = ("first", "second")
 
 def sgd(model: nn.Module, momentum: float = 0.0) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
-
-
-def test_quantisation() -> None:
-    weight = torch.randn(6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    weight[2] = 0
-    weight[3] *= 1000
-    numbers, scale = quantised(weight)
-    assert numbers.dtype == torch.int8
-    assert scale.shape == (6, 1)
-    error = (restored(numbers, scale) - weight).abs()
-    assert bool((error <= scale / 2 * (1 + 1e-12)).all())  # half a step of the row's own grid
-    assert float(numbers.abs().amax(1)[[0, 1, 3, 4, 5]].min()) == 127
-    assert not numbers[2].any()
-
-
-@pytest.mark.parametrize("left", [True, False])
-def test_the_factor_makes_up_for_what_quantisation_loses(left: bool) -> None:
-    """Against numpy, and never worse with more rounds; exact where the basis is complete."""
-    weight = torch.randn(8, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    side = 8 if left else 12
-    basis = orthonormal(side, 3, seed=1)
-    (numbers, scale, _), error = fitted(weight, basis, left, 0.5, 1)
-    q = (numbers.double() * scale).numpy()
-    p = basis.numpy() @ basis.numpy().T
-    rest = weight.numpy() - q
-    rest -= p @ rest if left else rest @ p
-    assert error == pytest.approx(np.linalg.norm(rest) / np.linalg.norm(weight))
-    assert error < np.linalg.norm(weight.numpy() - q) / np.linalg.norm(weight)
-    more = [fitted(weight, basis, left, 0.5, rounds)[1] for rounds in (1, 2, 5, 20)]
-    assert more == sorted(more, reverse=True)
-    assert fitted(weight, orthonormal(side, side, seed=1), left, 0.5, 1)[1] < 1e-15
-
-
-@pytest.mark.parametrize("shape", [(12, 8), (8, 12)])
-def test_the_layer_is_its_dense_weight(shape: tuple[int, int]) -> None:
-    """Outputs, gradients of the input, the factor and the bias, and the gradient it collects."""
-    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    bias = nn.Parameter(torch.randn(shape[0], dtype=torch.float64))
-    layer = QuantisedLowRank(weight, 3, 0.5, bias)
-    layer.put(weight, orthonormal(8, 3, seed=1), 3)
-    x = torch.randn(2, 5, shape[1], dtype=torch.float64, requires_grad=True)
-    layer.collect(True)
-    y = layer(x)
-    y.square().sum().backward()
-    got = [x.grad, layer.factor.grad, layer.bias.grad]
-    dense = layer.dense_weight().detach().requires_grad_()
-    seen = x.detach().requires_grad_()
-    expected = seen @ dense.T + bias.detach()
-    torch.testing.assert_close(y, expected)
-    expected.square().sum().backward()
-    torch.testing.assert_close(got[0], seen.grad)
-    torch.testing.assert_close(layer.gathered, dense.grad)
-    turned = dense.grad if layer.left else dense.grad.T
-    torch.testing.assert_close(got[1], 0.5 * layer.basis.T @ turned)
-    torch.testing.assert_close(got[2], expected.detach().mul(2).sum((0, 1)))
-    layer(x).square().sum().backward()  # accumulated batches add up
-    torch.testing.assert_close(layer.gathered, 2 * dense.grad)
-    layer.collect(False)
-    layer(x).sum().backward()
-    assert layer.gathered is None
-
-
-def test_neither_pass_keeps_a_dense_weight() -> None:
-    """What autograd saves for the backward pass: one byte a number, and small tensors."""
-    weight = torch.randn(64, 96)
-    layer = QuantisedLowRank(weight, 2, 0.5, None)
-    sizes = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        sizes.append(tensor.numel() * tensor.element_size())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        layer(torch.randn(1, 96, requires_grad=True)).sum()
-    assert max(sizes) == weight.numel()
 
 
 def test_at_full_rank_it_is_gradient_descent() -> None:
@@ -120,8 +43,8 @@ def test_at_full_rank_it_is_gradient_descent() -> None:
                 if not (name.endswith("weight") and out[name.partition(".")[0]]):
                     parameter -= 0.1 * parameter.grad
     for name in NAMES:
-        found = model.get_submodule(name).dense_weight().detach()
-        torch.testing.assert_close(found, plain.get_submodule(name).weight, rtol=1e-10, atol=1e-12)
+        weight = model.get_submodule(name).dense_weight().detach()
+        torch.testing.assert_close(weight, plain.get_submodule(name).weight, rtol=1e-10, atol=1e-12)
 
 
 def test_between_merges_adam_runs_in_the_rotated_basis() -> None:
@@ -166,9 +89,9 @@ def test_between_merges_adam_runs_in_the_rotated_basis() -> None:
         other.step()
     for name, want in weights().items():
         layer = layers[name.partition(".")[0]]
-        found = layer.dense_weight().detach()
-        torch.testing.assert_close(found, want.detach(), rtol=1e-8, atol=1e-10)
-        assert float((found - plain.get_parameter(name)).detach().abs().max()) > 1e-3
+        weight = layer.dense_weight().detach()
+        torch.testing.assert_close(weight, want.detach(), rtol=1e-8, atol=1e-10)
+        assert float((weight - plain.get_parameter(name)).detach().abs().max()) > 1e-3
 
 
 def test_layers_take_turns_at_growing_gaps() -> None:
@@ -223,7 +146,7 @@ def test_only_small_factors_have_a_state() -> None:
     optimizer = torch.optim.Adam(model.parameters())
     controller = LoQT(model, optimizer, rank=2, gap=5)
     run(model, optimizer, controller, 12)
-    check_exact(optimizer, model)
+    check_same_parameters(optimizer, model)
     moments = {name: optimizer.state[p]["exp_avg"].numel() for name, p in model.named_parameters()}
     assert moments == {
         "first.factor": 2 * 64, "first.bias": 64, "second.factor": 2 * 64, "second.bias": 10
@@ -245,8 +168,8 @@ def test_momentum_of_the_dense_weight_goes_on() -> None:
     LoQT(model, optimizer, rank=3, strength=0.25)
     for moment, layer in zip(moments, (model.first, model.second), strict=True):
         turned = moment if layer.left else moment.T
-        found = optimizer.state[layer.factor]["momentum_buffer"]
-        torch.testing.assert_close(found, 0.25 * layer.basis.T @ turned)
+        momentum = optimizer.state[layer.factor]["momentum_buffer"]
+        torch.testing.assert_close(momentum, 0.25 * layer.basis.T @ turned)
 
 
 def test_it_trains_and_ends_dense() -> None:
@@ -260,7 +183,7 @@ def test_it_trains_and_ends_dense() -> None:
     model = controller.finish()
     assert type(model.first) is type(model.second) is nn.Linear
     torch.testing.assert_close(model(x), expected)
-    check_exact(optimizer, model)
+    check_same_parameters(optimizer, model)
     losses = [(model(a, b)["loss"].backward(), optimizer.step()) for a, b in batches(2)]
     LoQT(model, optimizer)  # nothing is claimed any more
 
@@ -281,8 +204,8 @@ def test_weights_stored_the_other_way_round() -> None:
     torch.testing.assert_close(model(x), dense, rtol=0.02, atol=0.02)
     layer = model[0]
     assert not layer.left  # (10, 6)
-    found = optimizer.state[layer.factor]["momentum_buffer"]
-    torch.testing.assert_close(found, layer.basis.T @ moment)
+    momentum = optimizer.state[layer.factor]["momentum_buffer"]
+    torch.testing.assert_close(momentum, layer.basis.T @ moment)
     for _ in range(5):
         optimizer.zero_grad()
         model(x).square().mean().backward()

@@ -15,7 +15,7 @@ from lowrank.nn import LowRankLinear
 from lowrank.train import Maestro
 from lowrank.train.maestro import lasso_gradient, tail_importance
 from lowrank.train.parts.draws import Draws
-from lowrank.train.parts.optimizer import check_exact
+from lowrank.train.parts.optimizer import check_same_parameters
 from tests.train.loops import Net, fit, of_outputs, one_layer, planted, run
 
 
@@ -49,7 +49,7 @@ def test_a_planted_rank_is_found(make: Any) -> None:
     for _ in range(8):
         fit(model, optimizer, controller, target, 100, of_outputs)
         controller.end_epoch()
-        check_exact(optimizer, model)  # T10
+        check_same_parameters(optimizer, model)  # T10
     model = controller.finish()
     assert type(model[0]) is LowRankLinear
     assert model[0].rank == 4
@@ -57,7 +57,7 @@ def test_a_planted_rank_is_found(make: Any) -> None:
     assert float((weight - target).norm() / target.norm()) < 0.01
     x = torch.randn(3, 16, dtype=target.dtype)
     torch.testing.assert_close(model.train()(x), x @ weight.T)  # no hook is left
-    check_exact(optimizer, model)
+    check_same_parameters(optimizer, model)
 
 
 @pytest.mark.parametrize("along", [0, 1])
@@ -104,8 +104,8 @@ def test_a_scaled_loss_scales_the_lasso() -> None:
         controller = Maestro(model, optimizer, lasso=0.5)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
         if scaled:
-            controller._at.optimizer = type("Wrapper", (), {"optimizer": optimizer})()
-            controller._at.optimizer.scaler = scaler
+            controller.attachment.optimizer = type("Wrapper", (), {"optimizer": optimizer})()
+            controller.attachment.optimizer.scaler = scaler
         x = torch.linspace(-1, 1, 24).reshape(2, 12)
         scaler.scale(model(x).square().mean()).backward()
         controller.before_step()
@@ -119,7 +119,7 @@ def test_a_layer_runs_with_its_first_components_alone() -> None:
     controller = Maestro(model, torch.optim.SGD(model.parameters(), lr=0.1))
     x = torch.randn(4, 12)
     while not all(3 <= width < 9 for width in controller._draws.widths().values()):
-        controller._stepped()
+        controller.on_step()
     (name, width), *more = controller._draws.widths().items()
     assert not more
     other = {"first": "second", "second": "first"}[name]
@@ -189,7 +189,7 @@ def test_shrinking_keeps_the_state_of_what_stays() -> None:
     state = optimizer.state
     assert torch.equal(state[model.first.up.weight]["exp_avg"], moment[:, :expected])
     torch.testing.assert_close(state[model.first.down.weight]["exp_avg_sq"], second[:expected])
-    check_exact(optimizer, model)
+    check_same_parameters(optimizer, model)
     noted = next(event for event in controller.history if event["event"] == "shrink")
     assert noted["rank"] == expected
     assert noted["importance_dropped"] == pytest.approx(float(found[expected] / found[0]))
@@ -221,7 +221,7 @@ def test_what_is_not_smaller_ends_dense_and_the_rest_saves(tmp_path: Any) -> Non
     assert type(model.second) is LowRankLinear
     assert model.second.rank == 2
     torch.testing.assert_close(model(x), expected)
-    check_exact(optimizer, model)
+    check_same_parameters(optimizer, model)
     lowrank.save(model, tmp_path)
     again = lowrank.load(tmp_path, Net(seed=3))
     assert torch.equal(again.eval()(x), model(x))

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from lowrank import LowrankError
 from lowrank.train import DLRT, NM, STF, CondLR, LoQT, LowRankCallback, Maestro, TuckerDLRT
 from tests.train.loops import data, net_for, run
 
@@ -122,6 +123,12 @@ def test_trainer_resumes_at_a_checkpoint(name: str, tmp_path: Path) -> None:
     assert losses.seen == pytest.approx(want[10:], abs=1e-6)
 
 
+def test_a_controller_that_is_still_to_be_built_is_asked_for_too_early() -> None:
+    callback = LowRankCallback(CONTROLLERS["DLRT"])
+    with pytest.raises(LowrankError, match=r"built when training begins: call trainer\.train"):
+        _ = callback.controller
+
+
 @EVERY
 @pytest.mark.parametrize("parts", [1, 2])
 def test_accelerate_trains_the_same_model(name: str, parts: int) -> None:
@@ -214,7 +221,7 @@ def test_a_skipped_step_is_no_step(name: str) -> None:
                 optimizer.step()
                 controller.after_step()
         losses.append(got)
-        assert controller._at.step == 6
+        assert controller.attachment.step == 6
     assert losses[0] == losses[1] == losses[2]
 
 
@@ -263,7 +270,7 @@ import os, sys, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from lowrank.train import DLRT, NM, STF, CondLR, LoQT, Maestro, TuckerDLRT
-from lowrank.train.optimizer import check_exact
+from lowrank.train.parts.optimizer import check_same_parameters
 from tests.train.loops import data, net_for
 
 def main(name):
@@ -290,7 +297,7 @@ def main(name):
         controller.before_step()
         optimizer.step()
         controller.after_step()
-        check_exact(optimizer, model.module)
+        check_same_parameters(optimizer, model.module)
         whole = loss.detach() / 2
         dist.all_reduce(whole)
         losses.append(whole.item())
@@ -320,7 +327,7 @@ import os, sys, tempfile, torch
 from pathlib import Path
 import torch.distributed as dist
 from lowrank.train import LowRankCallback
-from lowrank.train.optimizer import check_exact
+from lowrank.train.parts.optimizer import check_same_parameters
 from tests.train.loops import net_for
 from tests.train.test_plugs import CONTROLLERS, sgd, trainer
 
@@ -330,7 +337,7 @@ callback = LowRankCallback(CONTROLLERS[sys.argv[1]])
 with tempfile.TemporaryDirectory() as folder:
     options = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
     trainer(model, Path(folder), callback, optimizer, **options).train()
-check_exact(optimizer, model)
+check_same_parameters(optimizer, model)
 ranks = list(callback.controller.ranks.values())
 numbers = torch.cat([p.detach().flatten() for p in callback.controller.finish().parameters()])
 both = [torch.zeros_like(numbers) for _ in range(2)]

@@ -13,7 +13,7 @@ from torch import nn
 
 from lowrank import LowrankError
 from lowrank.train import DLRT, SMMF
-from lowrank.train.parts.optimizer import corner, replace
+from lowrank.train.parts.optimizer import CarriesState, corner, replace_parameter
 from lowrank.train.smmf import packed, squarest, unpacked
 from tests.train.loops import Net, run
 
@@ -89,8 +89,8 @@ def test_it_is_adam_where_gradients_have_rank_one() -> None:
         m = beta * m + (1 - beta) * size * pattern
         v = gamma * v + (1 - gamma) * (size * pattern) ** 2
         weight -= 0.01 * m / (np.sqrt(v) + 1e-8)
-    found = stepped([size * pattern for size in sizes], np.zeros((6, 6)), lr=0.01)
-    np.testing.assert_allclose(found, weight, rtol=1e-10)
+    weights = stepped([size * pattern for size in sizes], np.zeros((6, 6)), lr=0.01)
+    np.testing.assert_allclose(weights, weight, rtol=1e-10)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 12, 36, 97, 1000, 4096, 500 * 800])
@@ -185,17 +185,17 @@ def test_its_state_follows_a_change_of_rank() -> None:
     weight.grad = pattern
     optimizer.step()
     wide = nn.Parameter(torch.zeros(4, 5, dtype=torch.float64))
-    replace(optimizer, weight, wide, corner((4, 5)))
+    replace_parameter(optimizer, weight, wide, corner((4, 5)))
     assert optimizer.state[wide]["step"] == 1
     narrow = nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))
-    replace(optimizer, wide, narrow, corner((4, 4)))
+    replace_parameter(optimizer, wide, narrow, corner((4, 4)))
     assert weight not in optimizer.state
     alone = nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))
     other = SMMF([alone], lr=0.1)
     alone.grad = pattern
     other.step()
     half = nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
-    replace(other, alone, half, corner((2, 2)))
+    replace_parameter(other, alone, half, corner((2, 2)))
     half.grad = pattern[:2, :2].clone()
     before = copy.deepcopy(other.state[half])
     assert before["rows_m"].sum() == pytest.approx(0.1 * float(pattern[:2, :2].abs().sum()))
@@ -232,3 +232,9 @@ def test_sparse_gradients_are_refused() -> None:
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(LowrankError, match="dense gradients"):
         optimizer.step()
+
+
+def test_it_says_that_it_carries_its_own_state() -> None:
+    parameters = [nn.Parameter(torch.zeros(2, 2))]
+    assert isinstance(SMMF(parameters), CarriesState)
+    assert not isinstance(torch.optim.SGD(parameters, lr=0.1), CarriesState)

@@ -17,7 +17,7 @@ from lowrank.linalg import pursuit
 from lowrank.nn import DenseSparseLinear
 from lowrank.train import STF
 from lowrank.train.parts.latent import LatentCoefficients, LatentWeight
-from lowrank.train.parts.optimizer import check_exact
+from lowrank.train.parts.optimizer import check_same_parameters
 from tests.draws import normal
 from tests.nn.forms import check_differences
 from tests.train.loops import Net, fit, of_outputs, one_layer, run, sgd
@@ -137,13 +137,13 @@ def test_finished_it_has_exactly_s_coefficients_a_row(
     live = kinds[optimizer](model)
     controller = STF(model, live, ratio=0.7, latent=latent, every=2, freeze=freeze)
     bias = model.first.bias
-    check_exact(live, model)
-    run(model, live, controller, 30, each=lambda _: check_exact(live, model))
+    check_same_parameters(live, model)
+    run(model, live, controller, 30, each=lambda _: check_same_parameters(live, model))
     x = torch.randn(5, 12)
     before = model(x)
     counts = controller.counts
     assert controller.finish() is model
-    check_exact(live, model)
+    check_same_parameters(live, model)
     assert model.first.bias is bias
     torch.testing.assert_close(model(x), before)
     for name, count in counts.items():
@@ -224,7 +224,7 @@ def test_layers_that_were_compressed_keep_their_sizes_and_moments(latent: Any) -
     moments = {n: live.state[m.value]["exp_avg"].clone() for n, m in layers.items()}
     index = {n: m.index.long().clone() for n, m in layers.items()}
     controller = STF(model, live, latent=latent)
-    check_exact(live, model)
+    check_same_parameters(live, model)
     assert {n: (controller.ranks[n], controller.counts[n]) for n in sizes} == sizes
     torch.testing.assert_close(model(x), before)
     if latent == "coefficients":

@@ -13,7 +13,7 @@ from torch import nn
 from lowrank import LowrankError
 from lowrank.nn import TuckerConv
 from lowrank.train import DLRT, TuckerDLRT
-from lowrank.train.parts.optimizer import check_exact
+from lowrank.train.parts.optimizer import check_same_parameters
 from tests.train.loops import fit
 
 
@@ -50,7 +50,7 @@ def test_planted_ranks_are_found() -> None:
     model = controller.finish()
     torch.testing.assert_close(model(x), want, atol=1e-6, rtol=1e-6)
     assert type(model[0]) is TuckerConv
-    check_exact(optimizer, model)
+    check_same_parameters(optimizer, model)
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -73,7 +73,7 @@ def test_a_truncation_stays_within_the_tolerance_of_the_whole(tolerance: float) 
     model, _, controller = attached(rank=1.0, tolerance=tolerance, every=2, min_rank=1)
     before = model[0].dense_weight().detach()
     with torch.no_grad():
-        controller._truncate()
+        controller.truncate()
     lost = float((model[0].dense_weight().detach() - before).norm() / before.norm())
     assert 0 < lost <= tolerance
     assert controller.history[-1]["energy_lost"] == pytest.approx(lost**2)
@@ -81,7 +81,7 @@ def test_a_truncation_stays_within_the_tolerance_of_the_whole(tolerance: float) 
 
 def kept(model: Any, controller: Any) -> int:
     """Numbers that the chosen kernels take when training ends now."""
-    return sum(min(m.cost().params, m.dense_weight().numel()) for m in controller._modules.values())
+    return sum(min(m.cost().params, m.dense_weight().numel()) for m in controller.layers.values())
 
 
 @pytest.mark.parametrize("ratio", [0.9, 0.6, 0.25])
@@ -111,7 +111,7 @@ def test_a_budget_is_kept_and_used(ratio: float) -> None:
     largest = max(cut, key=lambda key: cut[key])
     more[largest][largest[1]] += 1
     size = 0
-    for name, module in controller._modules.items():
+    for name, module in controller.layers.items():
         out, into = module.dense_weight().shape[:2]
         a, b = more[largest] if name == largest[0] else controller.ranks[name]
         size += min(a * out + b * into + a * b * 9, out * into * 9)
@@ -176,7 +176,7 @@ def test_what_is_not_smaller_becomes_the_convolution_again() -> None:
     assert type(model[0]) is nn.Conv2d
     assert model[0].bias is bias
     torch.testing.assert_close(model(x), output)
-    check_exact(optimizer, model)
+    check_same_parameters(optimizer, model)
 
 
 def net(seed: int = 0) -> nn.Module:
@@ -217,7 +217,7 @@ def test_beside_dlrt_and_resumed_in_the_middle(name: str) -> None:
 
     model, optimizer, both = made(0)
     unbroken = steps(model, optimizer, both, 0, 60)
-    check_exact(optimizer, model)
+    check_same_parameters(optimizer, model)
     model, optimizer, both = made(0)
     steps(model, optimizer, both, 0, 30)
     kept = json.loads(json.dumps([controller.state_dict() for controller in both]))
@@ -232,7 +232,7 @@ def test_beside_dlrt_and_resumed_in_the_middle(name: str) -> None:
     assert 0 < worst < 1e-6
     for controller in resumed:
         controller.finish()
-    check_exact(live, again)
+    check_same_parameters(live, again)
 
 
 def test_a_start_out_of_range_is_refused() -> None:

@@ -1,1 +1,1 @@
-"""The machinery of the controllers: attachment, factors, optimizer state, cycles, processes."""
+"""What controllers are made of: their common life, and the forms, states and processes in it."""

@@ -1,7 +1,7 @@
-"""What every controller does: choose sites, claim them, replace layers, know when to act.
+"""Model and optimizer as a controller holds them: its sites, its claims, and when it acts.
 
-A controller never owns the loop. It is built after `accelerate.prepare` or DDP, is called between
-backward and `optimizer.step()` and once more after it, and holds one `Attachment`.
+A controller never owns the loop. It is built after `accelerate.prepare` or DDP, and is called
+between backward and `optimizer.step()` and once more after it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import LowrankError, listed
 from ...types import Site
 from ...walk import surgery
 from ...walk.sites import ALL_LINEAR, Patterns, covers, find_sites, select_sites
-from . import distributed
-from .optimizer import holds, inner_optimizer
+from . import distributed, wrappers
+from .optimizer import holds
+from .wrappers import inner_optimizer
 
 LINEAR = frozenset({"linear"})
 WIDE = (torch.float32, torch.float64)  # what can hold an orthonormal basis
@@ -36,7 +36,7 @@ class Attachment:
         model: as it was given, perhaps in DDP; `root` is the module inside.
         optimizer: as it was given, perhaps in accelerate's wrapper.
         sites: what the controller may adapt, in the model's order. Names are those within `root`.
-        history: one dict an event: "step", "site", "event", and what was measured.
+        history: one dict per event: "step", "site", "event", and what was measured.
         step: optimizer steps since the attachment (or since the run that was resumed began).
     """
 
@@ -49,16 +49,14 @@ class Attachment:
         target_modules: Patterns = ALL_LINEAR,
         exclude_modules: Patterns | None = None,
         kinds: Collection[str] = LINEAR,
-        wide: bool = True,
         find: Callable[[nn.Module], list[Site]] = find_sites,
     ) -> None:
-        """Every check comes here; nothing is changed.
+        """Check everything; nothing is changed.
 
         Args:
             who: the controller's name, for errors.
             kinds: kinds of sites that it adapts.
-            wide: leave weights alone that are stored in fewer than 32 bits.
-            find: the walk; by default over layers that are not factored yet.
+            find: lists the sites; by default those of layers that are not factored yet.
 
         Raises:
             LowrankError: the model is sharded, already has a controller on such a site, or has
@@ -70,15 +68,15 @@ class Attachment:
         self.step = 0
         distributed.refuse_sharded(model, optimizer, who)
         inner_optimizer(optimizer)
-        self._prepared = _is_prepared(self.root)
-        if distributed.world() > 1 and not _has_ddp(model):
+        self._prepared = wrappers.is_prepared(self.root)
+        if distributed.world() > 1 and not wrappers.has_ddp(model):
             raise LowrankError(
                 f"{who} was built before the model was wrapped for {distributed.world()} "
                 "processes: call accelerate.prepare or DistributedDataParallel first"
             )
         _refuse_claimed(self.root, who, target_modules, kinds)
         every = select_sites(find(self.root), self.root, target_modules, exclude_modules)
-        reasons = {site.title: self._reason(site, kinds, wide) for site in every}
+        reasons = {site.title: self._reason(site, kinds) for site in every}
         self.sites = [site for site in every if not reasons[site.title]]
         if not self.sites:
             left = [f"{name} ({reason})" for name, reason in reasons.items()]
@@ -88,7 +86,8 @@ class Attachment:
                 self.note("left", name, reason=reason)
         self._trained: dict[str, nn.Module] = {}
 
-    def _reason(self, site: Site, kinds: Collection[str], wide: bool) -> str:
+    def _reason(self, site: Site, kinds: Collection[str]) -> str:
+        """Why a site is left alone, or nothing."""
         weights = weights_of(site.module)
         if site.reason:
             return site.reason
@@ -102,7 +101,7 @@ class Attachment:
             return "its weight is frozen"
         if not all(holds(self.optimizer, w) for w in weights):
             return "its weight is not in the optimizer"
-        if wide and weights[0].dtype not in WIDE:
+        if weights[0].dtype not in WIDE:
             return f"its weight is {weights[0].dtype}: keep weights in fp32 and train with autocast"
         finite = all(bool(torch.isfinite(w).all()) for w in weights)
         return "" if finite else "its weight has numbers that are not finite"
@@ -117,7 +116,7 @@ class Attachment:
         self.claim(site.name, new, site.kind)
 
     def claim(self, name: str, module: nn.Module, kind: str = "linear") -> None:
-        """Say that this controller trains the module, so that no second one may."""
+        """Refuse the module to other controllers until `release`."""
         _CLAIMED[module] = (self.who, kind)
         self._trained[name] = module
 
@@ -128,7 +127,7 @@ class Attachment:
         surgery.swap(self.root, {id(old): new})
 
     def release(self) -> None:
-        """Give up all claims: another controller may take the sites."""
+        """Give up all claims, so that another controller may take the sites."""
         for module in self._trained.values():
             _CLAIMED.pop(module, None)
         self._trained.clear()
@@ -139,33 +138,27 @@ class Attachment:
         Raises:
             LowrankError: the model was given to accelerate after the controller was built.
         """
-        if _is_prepared(self.root) and not self._prepared:
+        if wrappers.is_prepared(self.root) and not self._prepared:
             raise LowrankError(
                 f"{self.who} was built before accelerate.prepare: prepare model and optimizer "
                 f"first, and build {self.who} with what it returns"
             )
-        state = getattr(self.optimizer, "gradient_state", None)
-        return state is None or bool(state.sync_gradients)
+        return wrappers.synchronises(self.optimizer)
 
-    def stepped(self) -> bool:
-        """Whether the step that was just asked for was made (a gradient scaler skips some)."""
-        return self.acting() and not getattr(self.optimizer, "step_was_skipped", False)
+    def skipped(self) -> bool:
+        """Whether a gradient scaler skipped the optimizer's last step."""
+        return wrappers.skipped_step(self.optimizer)
 
     def scaled(self) -> bool:
-        """Whether a scaler watches the gradients: infinite ones are then no error."""
-        return getattr(self.optimizer, "scaler", None) is not None
+        """Whether a gradient scaler will skip a step with gradients that are not finite."""
+        return wrappers.is_scaled(self.optimizer)
 
     def loss_scale(self) -> float:
-        """What the gradients are multiplied by now: a scaler's factor until they are unscaled."""
-        scaler: Any = getattr(self.optimizer, "scaler", None)
-        states = getattr(scaler, "_per_optimizer_states", None)
-        if states is None or not scaler.is_enabled():
-            return 1.0
-        stage = states[id(inner_optimizer(self.optimizer))]["stage"]
-        return float(scaler.get_scale()) if stage.name == "READY" else 1.0
+        """What the gradients are multiplied by now, and what is added to them has to be."""
+        return wrappers.loss_scale(self.optimizer)
 
     def rebind(self, optimizer: Any) -> None:
-        """A trainer wrapped model and optimizer by itself; they are the ones that were given.
+        """Take the optimizer as a trainer has wrapped it.
 
         Raises:
             LowrankError: the optimizer is another one.
@@ -176,17 +169,17 @@ class Attachment:
                 "optimizers=(optimizer, None), or give LowRankCallback a function that builds "
                 "the controller from model and optimizer"
             )
-        self.optimizer, self._prepared = optimizer, _is_prepared(self.root)
+        self.optimizer, self._prepared = optimizer, wrappers.is_prepared(self.root)
 
     def resized(self) -> None:
-        """Parameters were replaced: DDP has to know."""
+        """To be called after parameters were replaced: DDP then synchronises the new ones."""
         distributed.renew(self.model)
 
     def check_state(self, state: Mapping[str, Any], sites: Collection[str]) -> None:
-        """Whether a controller's saved state is of this controller and these sites.
+        """Whether a saved state is of this controller and these sites.
 
         Raises:
-            LowrankError: it is not; what differs is said.
+            LowrankError: it is not; the message says what differs.
         """
         if state.get("controller") != self.who:
             got = state.get("controller")
@@ -196,7 +189,7 @@ class Attachment:
             raise LowrankError(f"this state was saved with other layers: {listed(differ, 3)}")
 
     def note(self, event: str, site: str, **values: Any) -> None:
-        """One line of the history; values are numbers, words, or lists of them."""
+        """Add a line to the history; values are numbers, strings, or lists of them."""
         self.history.append({"step": self.step, "site": site, "event": event, **values})
 
 
@@ -208,7 +201,7 @@ def weights_of(module: nn.Module) -> list[nn.Parameter]:
 def refuse_not_finite(
     tensors: Mapping[str, torch.Tensor | None], what: str = "the gradient"
 ) -> None:
-    """Before anything is computed from them.
+    """To be called before anything is computed from the tensors.
 
     Raises:
         LowrankError: a tensor has NaN or Inf; the first such one is named.
@@ -219,19 +212,6 @@ def refuse_not_finite(
                 f"{what} at {name} has numbers that are not finite; nothing was changed: "
                 "skip this batch (zero_grad, no step), or lower the learning rate"
             )
-
-
-def _is_prepared(root: nn.Module) -> bool:
-    return bool(getattr(root, "_is_accelerate_prepared", False))
-
-
-def _has_ddp(model: nn.Module) -> bool:
-    while not isinstance(model, DistributedDataParallel):
-        inner = getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return False
-        model = inner
-    return True
 
 
 def _refuse_claimed(root: nn.Module, who: str, targets: Patterns, kinds: Collection[str]) -> None:

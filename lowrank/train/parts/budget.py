@@ -15,19 +15,19 @@ Shape = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
-class Spectrum:
+class CoreValues:
     """Singular values (k,) of the core of a weight (out, in), descending."""
 
     shape: Shape
     values: Tensor
 
 
-def stored(shape: Shape, rank: int) -> int:
+def matrix_params(shape: Shape, rank: int) -> int:
     """Numbers that a weight of this rank takes: factors, or the dense one where that is less."""
     return min(rank * sum(shape), math.prod(shape))
 
 
-def check_reachable(smallest: int, whole: int, ratio: float, least: int) -> None:
+def check_ratio(smallest: int, whole: int, ratio: float, least: int) -> None:
     """Raises LowrankError where even the smallest ranks are above the budget.
 
     Args:
@@ -55,7 +55,7 @@ def least_tolerance(size: Callable[[float], int], tolerance: float, limit: float
 
 
 def ranks_for(
-    spectra: Sequence[Spectrum],
+    cores: Sequence[CoreValues],
     tolerance: float,
     ratio: float | None,
     least: int,
@@ -67,14 +67,15 @@ def ranks_for(
     all tails are relative.
     """
 
-    def at(theta: float) -> list[int]:
-        return [rank_at(s.values, theta, least, most) for s in spectra]
+    def ranks_within(theta: float) -> list[int]:
+        return [rank_at(core.values, theta, least, most) for core in cores]
 
     def size(theta: float) -> int:
-        return sum(stored(s.shape, r) for s, r in zip(spectra, at(theta), strict=True))
+        ranks = ranks_within(theta)
+        return sum(matrix_params(c.shape, rank) for c, rank in zip(cores, ranks, strict=True))
 
-    limit = math.inf if ratio is None else ratio * sum(math.prod(s.shape) for s in spectra)
-    return at(least_tolerance(size, tolerance, limit))
+    limit = math.inf if ratio is None else ratio * sum(math.prod(c.shape) for c in cores)
+    return ranks_within(least_tolerance(size, tolerance, limit))
 
 
 def rank_at(values: Tensor, tolerance: float, least: int, most: int | None) -> int:

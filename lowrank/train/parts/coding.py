@@ -1,9 +1,9 @@
-"""What a dense-sparse layer begins with: which sites, of which sizes, and the latent's numbers."""
+"""What STF starts from: its sites, their sizes, and the latent's first numbers."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import replace as changed
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,11 @@ from ...nn.dense_sparse import MOST
 from ...types import Site
 from ...walk.sites import find_sites
 
-Size = tuple[int, int]  # r, s
+CodeSize = tuple[int, int]  # r, s
 BELOW = 0.99  # of the smallest chosen entry of a row: what others start with at most
 
 
-def start(weight: Tensor, coefficients: Tensor, basis: Tensor) -> Tensor:
+def first_latent(weight: Tensor, coefficients: Tensor, basis: Tensor) -> Tensor:
     """Z (out, r): C on its support, and elsewhere what W − C D has on the atoms, kept below it."""
     length = basis.norm(dim=1)
     rest = (weight - coefficients @ basis) @ basis.T / length.square().where(length > 0, 1)
@@ -28,10 +28,12 @@ def start(weight: Tensor, coefficients: Tensor, basis: Tensor) -> Tensor:
     return torch.where(chosen, coefficients, rest.clamp(-most, most))
 
 
-def sizes(ratio: float | None, rank: int | None, density: float) -> Callable[[Site], Size | None]:
-    """r and s of a dense site; None where they would not be smaller."""
+def size_rule(
+    ratio: float | None, rank: int | None, density: float
+) -> Callable[[Site], CodeSize | None]:
+    """A function that gives r and s of a dense site; None where they would not be smaller."""
 
-    def size(site: Site) -> Size | None:
+    def size(site: Site) -> CodeSize | None:
         itemsize = site.cost.bytes // site.cost.params
         most = min(rank or site.shape[0], MOST)
         limit = site.cost.bytes * ratio if ratio is not None else site.cost.bytes - 1
@@ -44,13 +46,14 @@ def sizes(ratio: float | None, rank: int | None, density: float) -> Callable[[Si
     return size if ratio is not None or rank is not None else lambda site: None
 
 
-def find(root: nn.Module, size: Callable[[Site], Size | None]) -> list[Site]:
+def coded_sites(root: nn.Module, size: Callable[[Site], CodeSize | None]) -> list[Site]:
+    """Dense sites, with a reason where `size` gives none, and layers that are dense-sparse."""
     sites = []
     for site in find_sites(root):
         reason = site.reason
         if not reason and site.kind == "linear" and size(site) is None:
             reason = "a dense layer: no ratio or rank that makes it smaller was given"
-        sites.append(changed(site, reason=reason))
+        sites.append(dataclasses.replace(site, reason=reason))
     names: dict[int, list[str]] = {}
     modules = {}
     for name, module in root.named_modules(remove_duplicate=False):

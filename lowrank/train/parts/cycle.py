@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import LowrankError
-from .attachment import Attachment, refuse_not_finite
-
-Form = TypeVar("Form", bound=nn.Module)
+from .base_controller import BaseController, Layer
 
 
-class Cycle(ABC, Generic[Form]):
+class Cycle(BaseController[Layer], ABC):
     """Bases grow in the first step of a cycle, the core is trained in the others, the last of which
     ends with a truncation. What growing and truncating mean is up to the form of the weight.
 
@@ -24,146 +21,93 @@ class Cycle(ABC, Generic[Form]):
     """
 
     every: int
-    _at: Attachment
-    _modules: dict[str, Form]
-    _since = 0  # steps since the bases were enlarged
-    _armed = False  # whether the next step enlarges them
+    _since = 0  # steps since the bases grew
+    _armed = False  # whether they grow in the next step
 
     @abstractmethod
-    def _bases(self, module: Form) -> Iterable[tuple[str, Tensor]]:
-        """The orthonormal parameters, by their names within the module."""
+    def bases(self, layer: Layer) -> Iterable[tuple[str, Tensor]]:
+        """The orthonormal parameters, by their names within the layer."""
 
     @abstractmethod
-    def _augment(self, name: str, module: Form) -> None:
+    def grow(self, name: str, layer: Layer) -> None:
         """Enlarge the bases by their gradients; the weight stays what it is."""
 
     @abstractmethod
-    def _truncate(self) -> None:
+    def truncate(self) -> None:
         """Cut every core. Raises LowrankError, before anything is changed, if one is not finite."""
 
-    @abstractmethod
-    def _leave(self, name: str, module: Form) -> None:
-        """Put the finished layer in place of the form."""
+    def arm(self, on: bool) -> None:
+        """Begin a cycle, or go on in it: bases need gradients only in the step in which they grow.
 
-    @abstractmethod
-    def _sizes(self, module: Form) -> Sequence[int]:
-        """What `_blank` needs to give the module these sizes again."""
-
-    @abstractmethod
-    def _blank(self, module: Form, sizes: Sequence[int]) -> None:
-        """Give parameters and optimizer these sizes; numbers are loaded later."""
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        return self._at.history
-
-    def rebind(self, optimizer: Any) -> None:
-        """A trainer wrapped the optimizer by itself: see `Attachment.rebind`."""
-        self._at.rebind(optimizer)
-
-    @torch.no_grad()
-    def before_step(self) -> None:
-        """After backward and clipping: where a cycle begins, enlarge the bases.
-
-        Raises:
-            LowrankError: a gradient is not finite; nothing was changed.
+        A method calls it once, when its layers are in place.
         """
-        if not self._at.acting() or not self._armed:
-            return
-        found = {f"{n}.{k}": p.grad for n, m in self._modules.items() for k, p in self._bases(m)}
-        if self._at.scaled() and not all(g is None or g.isfinite().all() for g in found.values()):
-            return  # the scaler will skip this step: the cycle begins with the next one
-        refuse_not_finite(found)
-        for name, module in self._modules.items():
-            self._augment(name, module)
-        self._since = 0
-        self._arm(False)
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """After `optimizer.step()`: where a cycle ends, truncate.
-
-        Raises:
-            LowrankError: `before_step` was not called, or a core is not finite.
-        """
-        if not self._at.stepped():
-            return
-        if self._armed:
-            raise LowrankError(
-                f"{type(self).__name__}.before_step was not called: call it after backward() and "
-                "before optimizer.step(), or the optimizer moves U and V off their manifold"
-            )
-        self._at.step += 1
-        self._since += 1
-        if self._since >= self.every:
-            self._truncate()
-            self._arm(True)
-
-    def end_epoch(self) -> None:
-        """Truncate now, so that the model is evaluated at its true ranks; a cycle begins anew."""
-        if not self._armed:
-            with torch.no_grad():
-                self._truncate()
-            self._arm(True)
-
-    @torch.no_grad()
-    def finish(self) -> nn.Module:
-        """Truncate a last time; the model with plain factored layers (dense where not larger).
-
-        The optimizer then holds the new parameters. The controller is done.
-        """
-        if not self._armed:
-            self._truncate()
-        for name, module in self._modules.items():
-            self._leave(name, module)
-        return self._close()
-
-    @torch.no_grad()
-    def detach(self) -> None:
-        """Stop adapting: the layers stay U S Vᵀ, all three trained from now on by the optimizer."""
-        if not self._armed:
-            self._truncate()
-        for module in self._modules.values():
-            module.requires_grad_(True)
-        self._close()
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON. Load it before the model's and the optimizer's states: it sets their sizes."""
-        return {
-            "controller": type(self).__name__,
-            "step": self._at.step,
-            "since": self._since,
-            "armed": self._armed,
-            "sites": {name: list(self._sizes(m)) for name, m in self._modules.items()},
-            "history": list(self.history),
-        }
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the sizes and the place in the cycle of a checkpoint, before model and optimizer.
-
-        Raises:
-            LowrankError: it is of another controller, or of other sites.
-        """
-        self._at.check_state(state, self._modules)
-        for name, sizes in state["sites"].items():
-            self._blank(self._modules[name], sizes)
-        self._at.step, self._since = state["step"], state["since"]
-        self.history[:] = state["history"]
-        self._arm(state["armed"])
-
-    def _arm(self, on: bool) -> None:
-        """U and V need gradients only in the step that enlarges them."""
         self._armed = on
-        for module in self._modules.values():
-            for _, parameter in self._bases(module):
+        for layer in self.layers.values():
+            for _, parameter in self.bases(layer):
                 parameter.requires_grad_(on)
                 parameter.grad = None
-        self._at.resized()
+        self.attachment.resized()
 
-    def _close(self) -> nn.Module:
+    def gradients(self) -> dict[str, Tensor | None]:
+        layers = self.layers if self._armed else {}
+        return {f"{n}.{key}": p.grad for n, m in layers.items() for key, p in self.bases(m)}
+
+    def on_gradients(self) -> None:
+        if self._armed:
+            for name, layer in self.layers.items():
+                self.grow(name, layer)
+            self._since = 0
+            self.arm(False)
+
+    def on_step(self) -> None:
+        self._since += 1
+        if self._since >= self.every:
+            self.on_epoch()
+
+    def on_epoch(self) -> None:
+        """Truncate, so that the model is evaluated at its true ranks; the next cycle begins."""
+        if not self._armed:
+            self.truncate()
+            self.arm(True)
+
+    def on_finish(self) -> None:
+        if not self._armed:
+            self.truncate()
+
+    def on_detach(self) -> None:
+        self.on_finish()
+        for layer in self.layers.values():
+            layer.requires_grad_(True)
+
+    def on_close(self) -> None:
         self._armed = False
-        self._modules = {}
-        self._at.resized()
-        self._at.release()
-        return self._at.root
+
+    def progress(self) -> dict[str, Any]:
+        return {"since": self._since, "armed": self._armed}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        self._since = state["since"]
+        self.arm(state["armed"])
+
+
+def check_options(
+    tolerance: float | None, ratio: float | None, every: int, least: int, most: int | None
+) -> float:
+    """The tolerance: 0.1 by default, and none beside a ratio.
+
+    Raises:
+        LowrankError: an option is out of range.
+    """
+    if tolerance is not None and not 0 <= tolerance < 1:
+        raise LowrankError(
+            f"tolerance must be in [0, 1), got {tolerance}: at 1 and above it truncates everything"
+        )
+    if ratio is not None and not 0 < ratio < 1:
+        raise LowrankError(f"ratio is the share kept, in (0, 1), got {ratio}")
+    if every < 2:
+        raise LowrankError(
+            f"every must be at least 2, got {every}: one step enlarges the bases, the others train"
+        )
+    if least < 1 or (most is not None and most < least):
+        raise LowrankError(f"need 1 <= min_rank <= max_rank, got {least} and {most}")
+    return (0.1 if ratio is None else 0.0) if tolerance is None else tolerance

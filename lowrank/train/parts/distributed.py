@@ -1,15 +1,17 @@
-"""Several processes: every one gets rank 0's decomposition, and DDP learns of new parameters."""
+"""Several processes: all take rank 0's decomposition, and DDP synchronises new parameters."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import LowrankError
+from .wrappers import nested
 
 SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
 SHARDED_OPTIMIZERS = (
@@ -25,29 +27,27 @@ def world() -> int:
     return torch.distributed.get_world_size() if there else 1
 
 
-def refuse_sharded(model: nn.Module, optimizer: object, who: str) -> None:
+def refuse_sharded(model: nn.Module, optimizer: Any, who: str) -> None:
     """FSDP and ZeRO keep slices of flattened parameters, which have no rank.
 
     Raises:
         LowrankError: model or optimizer are sharded.
     """
-    found = [n for m in model.modules() for n in _names(m) if n in SHARDED]
-    inner: object | None = optimizer
-    while inner is not None:
-        found += [
-            n for n in _names(inner) if n in SHARDED_OPTIMIZERS or n.startswith("DeepSpeedZero")
-        ]
-        inner = getattr(inner, "optimizer", None)
-    found += [n for p in model.parameters() for n in _names(p) if n == "DTensor"]
-    if found:
+    names = [name for module in model.modules() for name in _classes(module) if name in SHARDED]
+    for inner in nested(optimizer):
+        for name in _classes(inner):
+            if name in SHARDED_OPTIMIZERS or name.startswith("DeepSpeedZero"):
+                names.append(name)
+    names += [name for p in model.parameters() for name in _classes(p) if name == "DTensor"]
+    if names:
         raise LowrankError(
-            f"{who} cannot change ranks under {found[0]}: FSDP and ZeRO hold slices of parameters; "
+            f"{who} cannot change ranks under {names[0]}: FSDP and ZeRO hold slices of parameters; "
             "train with DistributedDataParallel or on one device, or compress after training"
         )
 
 
 def wrapper_of(root: nn.Module) -> nn.Module:
-    """The DDP module that holds `root`, for trainers that hand out only what is inside.
+    """The DDP module around `root`, for trainers that hand out only the module inside.
 
     Raises:
         LowrankError: there is none.
@@ -59,17 +59,17 @@ def wrapper_of(root: nn.Module) -> nn.Module:
 
 
 def agreed(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors as rank 0 has them, shapes included; on one process those that were given."""
+    """The tensors as rank 0 has them, shapes included; on one process the given ones."""
     if world() == 1:
         return list(tensors)
     sizes: list[object] = [[tuple(t.shape) for t in tensors]]
     torch.distributed.broadcast_object_list(sizes, src=0)
-    found = []
+    agreed_on = []
     for tensor, size in zip(tensors, sizes[0], strict=True):  # type: ignore[call-overload]
         same = tensor.contiguous() if tensor.shape == size else tensor.new_empty(size)
         torch.distributed.broadcast(same, src=0)
-        found.append(same)
-    return found
+        agreed_on.append(same)
+    return agreed_on
 
 
 def renew(model: nn.Module) -> None:
@@ -94,5 +94,5 @@ def renew(model: nn.Module) -> None:
         model._set_static_graph()
 
 
-def _names(thing: object) -> list[str]:
+def _classes(thing: object) -> list[str]:
     return [cls.__name__ for cls in type(thing).__mro__]

@@ -25,7 +25,7 @@ class Draws:
     def __init__(self, how: Cut, seed: int) -> None:
         """
         Raises:
-            LowrankError: the way of cutting is unknown.
+            LowrankError: `how` is unknown.
         """
         if how not in CUTS:
             raise unknown("cut", str(how), CUTS)
@@ -38,18 +38,20 @@ class Draws:
         self._begin(ranks, self.round + 1, 0)
 
     def resume(self, ranks: Mapping[str, int], state: dict[str, Any]) -> None:
-        """Where a saved run was."""
+        """Go on where a saved run was."""
         self._begin(ranks, state["round"], state["place"])
 
     def state(self) -> dict[str, Any]:
         return {"round": self.round, "place": self.place}
 
     def widths(self) -> dict[str, int]:
-        """Components that are used in this step, by layer; a layer that is not named runs whole."""
+        """Components used in this step, by layer; layers that are not named run whole."""
         if self.how == "one":
-            drawn = self._orders[0][self.place] if self.names else 0
-            at = bisect.bisect_right(self._starts, drawn) - 1
-            return {self.names[at]: drawn - self._starts[at] + 1} if self.names else {}
+            if not self.names:
+                return {}
+            drawn = self._orders[0][self.place]
+            layer = bisect.bisect_right(self._starts, drawn) - 1
+            return {self.names[layer]: drawn - self._starts[layer] + 1}
         pairs = zip(self.names, self._orders, strict=True)
         return {name: order[self.place % len(order)] + 1 for name, order in pairs}
 

@@ -1,7 +1,7 @@
-"""Layers W = C · D whose few coefficients a row are chosen anew while they are trained.
+"""Layers W = C · D whose few coefficients per row are chosen again and again during training.
 
-Both keep something dense that is trained in place of C. Forward it counts with s entries a row;
-backward it gets the gradient of all of them, as if nothing had been left out (straight-through).
+Both train a dense latent in place of C. The forward pass uses s of its entries per row; in the
+backward pass all of them get a gradient, as if none had been left out (straight-through).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ...nn import Form
 
 
 class Latent(Form):
-    """What both have: `basis.weight` D (r, in), `latent`, `bias` (out,), and s = `count`."""
+    """What both share: `basis.weight` D (r, in), `latent`, `bias` (out,), and s = `count`."""
 
     latent: nn.Parameter
     bias: nn.Parameter | None
@@ -39,7 +39,7 @@ class Latent(Form):
         return len(self.latent)
 
     def choose(self) -> int:
-        """The s best atoms of every row as the numbers are now; how many of all are new."""
+        """Choose the s best atoms of every row again; returns how many of all are new."""
         raise NotImplementedError
 
     def code(self) -> tuple[Tensor, Tensor]:

@@ -1,24 +1,36 @@
 """Parameters replaced, grown and shrunk inside a live torch optimizer, its state carried along.
 
-Let the new coordinates of a parameter be carry(x), a linear map such as M x N. A first moment is
-carried as it is, m ← carry(m). A second moment estimates squares, v ← carry(√v)², which is exact
-where the map moves or drops entries and a heuristic where it mixes them (arXiv 2505.08022). What a
-factored optimizer keeps (Adafactor's row and column means) is multiplied out, carried, and averaged
-again. Everything happens in place: learning-rate schedulers, gradient scalers and accelerate's
-wrapper keep the optimizer that they know.
+Let carry(x) be the new coordinates of a parameter x, a linear map such as M x N. A first moment is
+carried in the same way, m ← carry(m). A second moment estimates squares, v ← carry(√v)², which is
+exact where the map moves or drops entries and a heuristic where it mixes them (arXiv 2505.08022).
+What a factored optimizer keeps (Adafactor's row and column means) is multiplied out, carried, and
+averaged again. Everything happens in place: learning-rate schedulers, gradient scalers and
+accelerate's wrapper keep the optimizer that they know.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import LowrankError, listed
+from .wrappers import inner_optimizer
 
 Carry = Callable[[Tensor], Tensor]
+
+
+@runtime_checkable
+class CarriesState(Protocol):
+    """An optimizer whose state only itself can take to new coordinates, as `SMMF` does."""
+
+    def carried_state(
+        self, state: Mapping[str, Any], old: Tensor, new: Tensor, carry: Carry
+    ) -> dict[str, Any]:
+        """The state of `old` for `new`, whose coordinates are carry(those of `old`)."""
+
 
 # Names that torch's optimizers (and transformers' Adafactor) give to tensors of a parameter's shape
 # which are no linear function of gradients; every other one is carried linearly.
@@ -27,31 +39,12 @@ SIZES = frozenset({"exp_inf", "step_size"})  # not squared, never negative
 MEANS = (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col"))
 
 
-def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer itself, out of accelerate's wrapper.
-
-    Raises:
-        LowrankError: it is none, or one whose state is not per parameter (LBFGS).
-    """
-    inner = optimizer
-    while not isinstance(inner, torch.optim.Optimizer) or type(inner).__module__.startswith(
-        "accelerate"
-    ):
-        inner = getattr(inner, "optimizer", None)
-        if inner is None:
-            got = type(optimizer).__name__
-            raise LowrankError(f"expected a torch.optim.Optimizer, or accelerate's, got {got}")
-    if isinstance(inner, torch.optim.LBFGS):
-        raise LowrankError("LBFGS keeps one state for all parameters: its ranks cannot change")
-    return inner
-
-
 def holds(optimizer: Any, parameter: Tensor) -> bool:
     """Whether the optimizer steps on this very parameter."""
     return any(parameter is p for g in inner_optimizer(optimizer).param_groups for p in g["params"])
 
 
-def two_sided(left: Tensor | None = None, right: Tensor | None = None) -> Carry:
+def both_sides(left: Tensor | None = None, right: Tensor | None = None) -> Carry:
     """x (a, b) → M x N with M (a', a) and N (b, b'); None stands for the identity."""
 
     def carry(x: Tensor) -> Tensor:
@@ -61,7 +54,7 @@ def two_sided(left: Tensor | None = None, right: Tensor | None = None) -> Carry:
     return carry
 
 
-def along(matrices: Mapping[int, Tensor]) -> Carry:
+def along_modes(matrices: Mapping[int, Tensor]) -> Carry:
     """A tensor multiplied along each mode by a matrix (new, old)."""
 
     def carry(x: Tensor) -> Tensor:
@@ -84,7 +77,7 @@ def corner(shape: Sequence[int]) -> Carry:
     return carry
 
 
-def replace(
+def replace_parameter(
     optimizer: Any,
     old: Tensor,
     new: Tensor | Iterable[Tensor],
@@ -112,16 +105,16 @@ def replace(
     if carry is not None and inner.state.get(old):
         if len(fresh) != 1:
             raise LowrankError(f"state is carried to one parameter, got {len(fresh)}")
-        known = getattr(inner, "carried", carried)  # an optimizer may know its own state best
-        state = known(inner.state[old], old, fresh[0], carry)
-    at = next(i for i, p in enumerate(group["params"]) if p is old)
-    group["params"][at : at + 1] = fresh
+        own = inner.carried_state if isinstance(inner, CarriesState) else carried_state
+        state = own(inner.state[old], old, fresh[0], carry)
+    place = next(i for i, p in enumerate(group["params"]) if p is old)
+    group["params"][place : place + 1] = fresh
     inner.state.pop(old, None)
     if state is not None:
         inner.state[fresh[0]] = state
 
 
-def insert(optimizer: Any, beside: Tensor, new: Iterable[Tensor]) -> None:
+def insert_parameters(optimizer: Any, beside: Tensor, new: Iterable[Tensor]) -> None:
     """Step on `new` too, right after `beside` and with its options.
 
     Raises:
@@ -129,14 +122,16 @@ def insert(optimizer: Any, beside: Tensor, new: Iterable[Tensor]) -> None:
     """
     fresh = list(new)
     for group in inner_optimizer(optimizer).param_groups:
-        for at, parameter in enumerate(group["params"]):
+        for place, parameter in enumerate(group["params"]):
             if parameter is beside:
-                group["params"][at + 1 : at + 1] = fresh
+                group["params"][place + 1 : place + 1] = fresh
                 return
     raise LowrankError(f"a parameter of shape {tuple(beside.shape)} is not in the optimizer")
 
 
-def carried(state: Mapping[str, Any], old: Tensor, new: Tensor, carry: Carry) -> dict[str, Any]:
+def carried_state(
+    state: Mapping[str, Any], old: Tensor, new: Tensor, carry: Carry
+) -> dict[str, Any]:
     """The optimizer's state of one parameter in new coordinates; the given one is left as it is.
 
     Raises:
@@ -176,11 +171,11 @@ def linear_state(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
     }
 
 
-def check_exact(optimizer: Any, model: nn.Module) -> None:
-    """The optimizer steps on exactly the model's parameters.
+def check_same_parameters(optimizer: Any, model: nn.Module) -> None:
+    """Whether the optimizer steps on the model's parameters and no others.
 
     Raises:
-        LowrankError: it misses some, or holds some that are gone; both counts and names are given.
+        LowrankError: it misses some, or holds some that are gone; the message gives both counts.
     """
     held = {id(p) for g in inner_optimizer(optimizer).param_groups for p in g["params"]}
     live = {id(p): name for name, p in model.named_parameters()}
@@ -214,8 +209,8 @@ def _means(
     full = rows * columns / rows.mean(-2, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
     moved = carry(full.sqrt()).square()
     _check(row, moved, new)
-    found = {row: moved.mean(-1, keepdim=not flat), column: moved.mean(-2, keepdim=not flat)}
-    return {name: value.to(state[name].dtype).contiguous() for name, value in found.items()}
+    means = {row: moved.mean(-1, keepdim=not flat), column: moved.mean(-2, keepdim=not flat)}
+    return {name: value.to(state[name].dtype).contiguous() for name, value in means.items()}
 
 
 def _check(name: str, moved: Tensor, new: Tensor) -> None:

@@ -1,8 +1,8 @@
-"""A linear layer W = q(W) + s·UV that trains one factor over a weight of one byte a number.
+"""A linear layer W = q(W) + s·UV that trains one factor over a weight of one byte per number.
 
-q(W) is symmetric int8 with one scale a row. Of U (out, r) and V (r, in) the one on the smaller side
-of W is a fixed orthonormal basis, the other one is trained. Neither pass keeps the dense weight: it
-is multiplied out where it is used, once forward and once backward.
+q(W) is symmetric int8 with one scale per row. Of U (out, r) and V (r, in) the one on the smaller
+side of W is a fixed orthonormal basis, the other one is trained. Neither pass keeps the dense
+weight: it is multiplied out where it is used, once forward and once backward.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from torch.nn.functional import linear
 from ...linalg.gram import full_precision
 
 
-def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers (out, in) int8 in [−127, 127] and a scale a row (out, 1), 0 of a row of zeros."""
+def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers (out, in) int8 in [−127, 127] and scales (out, 1) of the rows, 0 of a zero row."""
     scale = weight.abs().amax(1, keepdim=True) / 127
     steps = (weight / torch.where(scale > 0, scale, 1)).round()
     return steps.clamp(-127, 127).to(torch.int8), scale
 
 
-def restored(numbers: Tensor, scale: Tensor) -> Tensor:
-    """(out, in) in the dtype of the scales."""
+def from_int8(numbers: Tensor, scale: Tensor) -> Tensor:
+    """The weight (out, in), in the dtype of the scales."""
     return numbers.to(scale.dtype) * scale
 
 
 def product(basis: Tensor, factor: Tensor, left: bool) -> Tensor:
     """UV (out, in): basis (side, r) times factor (r, other side), or that transposed."""
-    found = basis @ factor
-    return found if left else found.T
+    narrow = basis @ factor
+    return narrow if left else narrow.T
 
 
-def fitted(
+def fit_in_turns(
     weight: Tensor, basis: Tensor, left: bool, strength: float, rounds: int
 ) -> tuple[tuple[Tensor, Tensor, Tensor], float]:
-    """q(W) and the trained factor, in turns, so that their sum is near W.
+    """Fit q(W) and the trained factor in turns, so that their sum is near W.
 
-    q ← quantised(W − s·PB), B ← Pᵀ(W − q)/s; the best of all rounds is kept.
+    q ← to_int8(W − s·PB), B ← Pᵀ(W − q)/s; the best of all rounds is kept.
 
     Args:
         weight: W (out, in).
@@ -50,22 +50,24 @@ def fitted(
         (numbers, scale, B (r, other side)), and ‖W − q − s·PB‖ / ‖W‖.
     """
     factor = basis.new_zeros(basis.shape[1], weight.shape[1 if left else 0])
-    found: list[tuple[tuple[Tensor, Tensor, Tensor], float]] = []
+    best: tuple[tuple[Tensor, Tensor, Tensor], float] | None = None
     size = float(weight.double().norm())
     for _ in range(rounds):
-        numbers, scale = quantised(weight - strength * product(basis, factor, left))
-        error = weight - restored(numbers, scale)
+        numbers, scale = to_int8(weight - strength * product(basis, factor, left))
+        error = weight - from_int8(numbers, scale)
         factor = basis.T @ (error if left else error.T) / strength
         rest = float((error - strength * product(basis, factor, left)).double().norm())
-        found.append(((numbers, scale, factor), rest / size if size > 0 else 0.0))
-        found = [min(found, key=lambda one: one[1])]  # of equals the first
-    return found[0]
+        left_over = rest / size if size > 0 else 0.0
+        if best is None or left_over < best[1]:
+            best = (numbers, scale, factor), left_over
+    assert best is not None  # there is one round at least
+    return best
 
 
-class _Base(torch.autograd.Function):
+class _QuantisedLinear(torch.autograd.Function):
     """x q(W)ᵀ; while its layer collects, the gradient of W is summed up there.
 
-    `trained` takes no part: a parameter among the inputs has the backward pass come by even where
+    `trained` is not used: with a parameter among the inputs, autograd calls `backward` even where
     x needs no gradient.
     """
 
@@ -76,7 +78,7 @@ class _Base(torch.autograd.Function):
         ctx.layer = layer if layer.collecting else None
         ctx.save_for_backward(numbers, scale, x if layer.collecting else None)
         ctx.dtype = x.dtype
-        return linear(x, restored(numbers, scale))
+        return linear(x, from_int8(numbers, scale))
 
     @staticmethod
     @once_differentiable
@@ -84,11 +86,11 @@ class _Base(torch.autograd.Function):
         numbers, scale, x = ctx.saved_tensors
         wide = gradient.to(scale.dtype)
         if ctx.layer is not None:
-            found = wide.flatten(0, -2).T @ x.to(scale.dtype).flatten(0, -2)  # (out, in)
-            there = ctx.layer.gathered
-            ctx.layer.gathered = found if there is None else there + found
+            full = wide.flatten(0, -2).T @ x.to(scale.dtype).flatten(0, -2)  # (out, in)
+            before = ctx.layer.gathered
+            ctx.layer.gathered = full if before is None else before + full
         needed = ctx.needs_input_grad[0]
-        back = (wide @ restored(numbers, scale)).to(ctx.dtype) if needed else None
+        back = (wide @ from_int8(numbers, scale)).to(ctx.dtype) if needed else None
         return back, None, None, None, None
 
 
@@ -105,7 +107,7 @@ class QuantisedLowRank(nn.Module):
     basis: Tensor
 
     def __init__(self, weight: Tensor, rank: int, strength: float, bias: Tensor | None) -> None:
-        """Of W (out, in), all zero but for the shapes: `put` gives the numbers."""
+        """Zeros of the shapes that W (out, in) gives; `put` fills in the numbers."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.strength = strength
@@ -128,31 +130,30 @@ class QuantisedLowRank(nn.Module):
         return self.factor.shape[0]
 
     def put(self, weight: Tensor, basis: Tensor, rounds: int) -> float:
-        """Hold W (out, in) by this basis (side, rank); the relative error that is left."""
+        """Hold W (out, in) with this basis (side, rank); returns the relative error."""
         with full_precision(weight):
-            found, error = fitted(weight, basis, self.left, self.strength, rounds)
-        for old, new in zip(
-            (self.numbers, self.scale, self.factor.data, self.basis), (*found, basis), strict=True
-        ):
+            parts, error = fit_in_turns(weight, basis, self.left, self.strength, rounds)
+        held = (self.numbers, self.scale, self.factor.data, self.basis)
+        for old, new in zip(held, (*parts, basis), strict=True):
             old.copy_(new)
         return error
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """q(W) + s·UV (out, in)."""
         dtype = dtype or self.scale.dtype
-        base = restored(self.numbers, self.scale.to(dtype))
+        base = from_int8(self.numbers, self.scale.to(dtype))
         return base + self.strength * product(
             self.basis.to(dtype), self.factor.to(dtype), self.left
         )
 
     def collect(self, on: bool) -> None:
-        """Sum up dL/dW in the coming backward passes, or stop and forget it."""
+        """Sum up dL/dW in the next backward passes, or stop and forget the sum."""
         self.collecting, self.gathered = on, None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         trained = self.factor if self.collecting else None
-        base = _Base.apply(x, self.numbers, self.scale, trained, self)
+        base = _QuantisedLinear.apply(x, self.numbers, self.scale, trained, self)
         down, up = (self.factor, self.basis) if self.left else (self.basis.T, self.factor.T)
         y = base + self.strength * linear(linear(x, down), up)
         return y if self.bias is None else y + self.bias

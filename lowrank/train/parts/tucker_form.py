@@ -1,13 +1,16 @@
-"""A convolution as 1×1, k×k, 1×1: the Tucker-2 form in which its ranks are trained."""
+"""A convolution as 1×1, k×k, 1×1: the Tucker-2 form in which its ranks are trained, and which
+convolutions have one."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ...types import Cost
+from ...types import Cost, Site
 
 CONVS: dict[int, type[nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -48,10 +51,9 @@ class TuckerForm(nn.Module):
         return form
 
     def set_factors(self, u0: Tensor, core: Tensor, u1: Tensor) -> None:
-        """New parameters of new sizes; all are copied."""
+        """New parameters, perhaps of new sizes; the tensors are copied."""
         ones = (1,) * (core.ndim - 2)
-        made = ((self.last, u0), (self.core, core), (self.first, u1.T))
-        for child, tensor in made:
+        for child, tensor in ((self.last, u0), (self.core, core), (self.first, u1.T)):
             shaped = tensor.detach().reshape(*tensor.shape[:2], *(tensor.shape[2:] or ones))
             copy = shaped.clone(memory_format=torch.contiguous_format)
             child.weight = nn.Parameter(copy)
@@ -94,17 +96,50 @@ class TuckerForm(nn.Module):
         return torch.einsum("oa,ab...,ib->oi...", u0, core, u1)
 
     def cost(self) -> Cost:
-        """macs per output position, without what the 1×1 at the input saves by a stride."""
+        """MACs are per output position; what a stride saves at the input is not counted."""
         numbers = sum(child.weight.numel() for child in (self.first, self.core, self.last))
         return Cost(numbers, numbers * self.core.weight.dtype.itemsize, numbers)
 
     def dense(self) -> nn.Module:
         """The plain convolution of the same map, with this very bias."""
         core, conv = self.core, CONVS[self.core.weight.ndim]
-        made: Any = conv(
+        plain: Any = conv(
             self.first.in_channels, self.last.out_channels, core.kernel_size, stride=core.stride,
             padding=core.padding, dilation=core.dilation, bias=False, device="meta",
         )  # fmt: skip
-        made.weight = nn.Parameter(self.dense_weight().detach().contiguous())
-        made.bias = self.bias
-        return made.train(self.training)
+        plain.weight = nn.Parameter(self.dense_weight().detach().contiguous())
+        plain.bias = self.bias
+        return plain.train(self.training)
+
+
+def conv_sites(model: nn.Module) -> list[Site]:
+    """Every convolution of the model, with the reason where it has no Tucker form."""
+    names: dict[int, list[str]] = {}
+    convolutions: dict[int, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, tuple(CONVS.values())):
+            convolutions[id(module)] = module
+            names.setdefault(id(module), []).append(name)
+    return [_site(names[key], module) for key, module in convolutions.items()]
+
+
+def _site(names: Sequence[str], module: Any) -> Site:
+    weight = module.weight
+    size = weight.numel()
+    cost = Cost(size, size * weight.dtype.itemsize, size)
+    shape = (weight.shape[0], size // weight.shape[0])
+    return Site(names[0], tuple(names), "conv", (module,), shape, cost, _obstacle(module))
+
+
+def _obstacle(module: Any) -> str:
+    if type(module) not in CONVS.values():
+        return f"{type(module).__name__} is a subclass and may compute something else"
+    if "weight" not in module._parameters:
+        return "its weight is not a plain parameter"
+    if module.groups != 1:
+        return f"it has {module.groups} groups"
+    if module.padding_mode != "zeros":
+        return f"it pads by {module.padding_mode!r}, which a 1×1 before it would not see alike"
+    if math.prod(module.kernel_size) == 1:
+        return "its kernel is one pixel: a matrix"
+    return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,9 +17,9 @@ from ...linalg.spectra import rank_for
 from ...nn import LowRankLinear, USVLinear, remember_layout
 from ...types import Site
 from ...walk import layouts
-from .attachment import Attachment
+from .attachment import Attachment, weights_of
 from .distributed import agreed
-from .optimizer import insert, replace, two_sided
+from .optimizer import both_sides, insert_parameters, replace_parameter
 
 Init = Literal["svd", "random"]
 
@@ -57,97 +58,115 @@ class Start:
         return min(self.rank, side)
 
 
-def enter(at: Attachment, site: Site, start: Start, number: int) -> USVLinear:
+def as_usv(attachment: Attachment, site: Site, start: Start, number: int) -> USVLinear:
     """Put U S Vᵀ in place of a dense layer, in model and optimizer; `number` seeds the draws.
 
-    A moment of the weight becomes that of the core, UᵀmV.
+    A moment m of the weight becomes that of the core, UᵀmV.
     """
     dense = site.module
     weight = layouts.matrix(dense).detach()
     rank = start.rank_of(weight)
     random = start.init == "random"
-    made = _drawn(weight, rank, start.seed + number) if random else _cut(weight, rank)
-    u, s, v = agreed([factor.to(weight).contiguous() for factor in made])
+    parts = _drawn(weight, rank, start.seed + number) if random else _cut(weight, rank)
+    u, s, v = agreed([factor.to(weight).contiguous() for factor in parts])
     new = USVLinear.from_factors(u, s, v, dense._parameters.get("bias"))
     turned = layouts.layout(dense) == "conv1d"  # its moments are those of the transposed weight
-    basis = two_sided(u.double().T, v.double())
+    basis = both_sides(u.double().T, v.double())
+    carry = (lambda x: basis(x.T)) if turned else basis
     old: nn.Parameter = dense.weight  # type: ignore[assignment]
-    replace(at.optimizer, old, new.core.weight, (lambda x: basis(x.T)) if turned else basis)
-    insert(at.optimizer, new.core.weight, [new.up.weight, new.down.weight])
-    at.put(site, new)
+    replace_parameter(attachment.optimizer, old, new.core.weight, carry)
+    bases = [new.up.weight, new.down.weight]
+    insert_parameters(attachment.optimizer, new.core.weight, bases)
+    attachment.put(site, new)
     whole, kept = float(weight.double().square().sum()), float(s.double().square().sum())
     lost = 0.0 if random or whole == 0 else max(1 - kept / whole, 0.0)
-    at.note("attach", site.name, rank=rank, shape=list(site.shape), energy_lost=lost)
+    attachment.note("attach", site.name, rank=rank, shape=list(site.shape), energy_lost=lost)
     return new
 
 
-def change(
-    at: Attachment,
-    module: USVLinear,
+def change_factors(
+    attachment: Attachment,
+    layer: USVLinear,
     factors: tuple[Tensor, Tensor, Tensor],
     maps: tuple[Tensor, Tensor],
 ) -> None:
     """New U, S, V in model and optimizer; the core's state follows by x → left x right."""
-    dtype = module.s.dtype
+    dtype = layer.s.dtype
     u, s, v, left, right = agreed([t.contiguous() for t in (*factors, *maps)])
-    old = [module.core.weight, module.up.weight, module.down.weight]
-    carry = two_sided(left, right)
-    module.set_factors(u.to(dtype), s.to(dtype), v.to(dtype))
-    replace(at.optimizer, old[0], module.core.weight, carry)
-    replace(at.optimizer, old[1], module.up.weight)
-    replace(at.optimizer, old[2], module.down.weight)
+    old = [layer.core.weight, layer.up.weight, layer.down.weight]
+    layer.set_factors(u.to(dtype), s.to(dtype), v.to(dtype))
+    optimizer = attachment.optimizer
+    replace_parameter(optimizer, old[0], layer.core.weight, both_sides(left, right))
+    replace_parameter(optimizer, old[1], layer.up.weight)
+    replace_parameter(optimizer, old[2], layer.down.weight)
 
 
-def blank(at: Attachment, module: USVLinear, rank_out: int, rank_in: int) -> None:
-    """The sizes of a checkpoint; numbers come with the model's and the optimizer's own states."""
-    u = module.u.new_zeros(module.out_features, rank_out)
-    v = module.u.new_zeros(module.in_features, rank_in)
-    left, right = u.new_zeros(rank_out, module.u.shape[1]), u.new_zeros(module.v.shape[1], rank_in)
-    change(at, module, (u, u.new_zeros(rank_out, rank_in), v), (left, right))
+def truncate_usv(
+    attachment: Attachment, layer: USVLinear, p: Tensor, values: Tensor, q: Tensor
+) -> None:
+    """Keep the leading directions of S = P diag(σ) Qᵀ, as many as there are values σ (r,)."""
+    u, s, v, left, right = retract.truncated_usv(layer.u, layer.v, p, values, q, len(values))
+    change_factors(attachment, layer, (u, s, v), (left, right))
 
 
-def leave(at: Attachment, name: str, module: USVLinear) -> nn.Module:
-    """Plain factors in place of U S Vᵀ, or the dense layer where that is not larger.
+def resize_usv(attachment: Attachment, layer: USVLinear, rank_out: int, rank_in: int) -> None:
+    """The sizes of a checkpoint; numbers are loaded later."""
+    u = layer.u.new_zeros(layer.out_features, rank_out)
+    v = layer.u.new_zeros(layer.in_features, rank_in)
+    left, right = u.new_zeros(rank_out, layer.u.shape[1]), u.new_zeros(layer.v.shape[1], rank_in)
+    change_factors(attachment, layer, (u, u.new_zeros(rank_out, rank_in), v), (left, right))
 
-    The optimizer then holds the new parameters, without a state; a bias stays the one it was.
+
+def as_factors(attachment: Attachment, name: str, layer: USVLinear) -> nn.Module:
+    """Put plain factors in place of U S Vᵀ, or the dense layer where that is not larger.
+
+    The optimizer then holds the new parameters, without a state; a bias stays the same object.
     """
-    rows, columns = module.out_features, module.in_features
-    p, values, q = retract.core_svd(module.s)
+    rows, columns = layer.out_features, layer.in_features
+    p, values, q = retract.core_svd(layer.s)
+    dense = len(values) * (rows + columns) >= rows * columns
     new: nn.Module
-    if len(values) * (rows + columns) >= rows * columns:
-        new, storage = densify(module), "dense"
+    if dense:
+        new = holder = densify(layer)
     else:
         with full_precision(p):
-            up, down = svd.balance(module.u.to(p) @ (p * values), (module.v.to(p) @ q).T)
-        new, storage = (
-            LowRankLinear.from_factors(*_stored(down, up, module), module.bias),
-            "factors",
-        )
-        remember_layout(new, module.layout)
-    holder = new.up if isinstance(new, LowRankLinear) else new
-    if module.bias is not None:
-        holder.bias = module.bias  # the object itself: its state in the optimizer stays
-    weights = [p for key, p in new.named_parameters() if not key.endswith("bias")]
-    replace(at.optimizer, module.core.weight, weights)
-    replace(at.optimizer, module.up.weight, [])
-    replace(at.optimizer, module.down.weight, [])
-    at.set(name, new)
-    at.note("finish", name, rank=len(values), storage=storage)
+            up, down = svd.balance(layer.u.to(p) @ (p * values), (layer.v.to(p) @ q).T)
+        dtype = layer.s.dtype
+        new = LowRankLinear.from_factors(down.to(dtype), up.to(dtype), layer.bias)
+        holder = new.up
+        remember_layout(new, layer.layout)
+    if layer.bias is not None:
+        holder.bias = layer.bias  # the object itself: its state in the optimizer stays
+    replace_parameter(attachment.optimizer, layer.core.weight, weights_of(new))
+    replace_parameter(attachment.optimizer, layer.up.weight, [])
+    replace_parameter(attachment.optimizer, layer.down.weight, [])
+    attachment.set(name, new)
+    storage = "dense" if dense else "factors"
+    attachment.note("finish", name, rank=len(values), storage=storage)
     return new
 
 
-def measures(module: USVLinear, values: Tensor) -> dict[str, Any]:
-    """What the history says of a site: rank, condition of the weight, orthonormality."""
-    least = float(values[-1]) if len(values) else 0.0
-    both = (retract.loss_of_orthonormality(module.u), retract.loss_of_orthonormality(module.v))
-    condition = float(values[0]) / least if least > 0 else None  # JSON knows no infinity
-    return {"rank": module.rank, "condition": condition, "orthonormality": max(both)}
+def measures(layer: USVLinear, values: Tensor, kept: Tensor) -> dict[str, Any]:
+    """What the history says of a truncated layer.
+
+    Args:
+        values: σ (k,) of the core before; kept: those of the core as it is now (r,).
+    """
+    largest, least = (float(kept[0]), float(kept[-1])) if len(kept) else (0.0, 0.0)
+    whole = float(values.double().square().sum())
+    lost = float(values[len(kept) :].double().square().sum())
+    return {
+        "rank": layer.rank,
+        "condition": largest / least if least > 0 else None,  # JSON knows no infinity
+        "orthonormality": max(map(retract.loss_of_orthonormality, (layer.u, layer.v))),
+        "energy_lost": lost / whole if whole > 0 else 0.0,
+    }
 
 
-def gradients(modules: dict[str, USVLinear]) -> dict[str, Tensor | None]:
+def gradients_of(layers: Mapping[str, USVLinear]) -> dict[str, Tensor | None]:
     """Gradients of U and V, by the name of the tensor."""
-    both = {f"{name}.up.weight": m.up.weight.grad for name, m in modules.items()}
-    return both | {f"{name}.down.weight": m.down.weight.grad for name, m in modules.items()}
+    both = {f"{name}.up.weight": m.up.weight.grad for name, m in layers.items()}
+    return both | {f"{name}.down.weight": m.down.weight.grad for name, m in layers.items()}
 
 
 def _cut(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,7 +188,3 @@ def _drawn(weight: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor
     values = gaussian(rank).abs().sort(descending=True).values
     values = values * (weight.double().norm().cpu() / values.norm())
     return tuple(t.to(weight.device) for t in (u, torch.diag(values), v))  # type: ignore[return-value]
-
-
-def _stored(down: Tensor, up: Tensor, module: USVLinear) -> tuple[Tensor, Tensor]:
-    return down.to(module.s.dtype), up.to(module.s.dtype)
