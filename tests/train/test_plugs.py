@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ CONTROLLERS: dict[str, Build] = {
     "NM": lambda m, o: NM(m, o, decay=12, dense=4),
     "TuckerDLRT": lambda m, o: TuckerDLRT(m, o, ratio=0.6, min_rank=1, every=4),
 }
-PORTS = {name: 29511 + 2 * number for number, name in enumerate(CONTROLLERS)}
 EVERY = pytest.mark.parametrize("name", CONTROLLERS)
 
 
@@ -274,7 +274,6 @@ from lowrank.train.parts.optimizer import check_same_parameters
 from tests.train.loops import data, net_for
 
 def main(name):
-    dist.init_process_group("gloo")
     rank = dist.get_rank()
     model = DistributedDataParallel(net_for(name, seed=rank))  # DDP takes rank 0's numbers
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -312,12 +311,13 @@ def main(name):
     out = model(x, y)["loss"]
     out.backward()  # the finished model trains on in DDP
     if rank == 0:
-        print("LOSSES", *losses)
-        print("RANKS", ranks[-1], flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+        print(name, losses, ranks[-1], sep=";", flush=True)
 
-main(sys.argv[1])
+dist.init_process_group("gloo")
+for name in sys.argv[1:]:
+    main(name)
+dist.barrier()
+dist.destroy_process_group()
 os._exit(0)
 """
 
@@ -331,28 +331,31 @@ from lowrank.train.parts.optimizer import check_same_parameters
 from tests.train.loops import net_for
 from tests.train.test_plugs import CONTROLLERS, sgd, trainer
 
-model = net_for(sys.argv[1])
-optimizer = sgd(model)
-callback = LowRankCallback(CONTROLLERS[sys.argv[1]])
-with tempfile.TemporaryDirectory() as folder:
-    options = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
-    trainer(model, Path(folder), callback, optimizer, **options).train()
-check_same_parameters(optimizer, model)
-ranks = list(callback.controller.ranks.values())
-numbers = torch.cat([p.detach().flatten() for p in callback.controller.finish().parameters()])
-both = [torch.zeros_like(numbers) for _ in range(2)]
-dist.all_gather(both, numbers)
-assert torch.equal(*both), "the processes ended with different weights"
-if dist.get_rank() == 0:
-    print("RANKS", ranks, flush=True)
+for name in sys.argv[1:]:
+    torch.manual_seed(0)
+    model = net_for(name)
+    optimizer = sgd(model)
+    callback = LowRankCallback(CONTROLLERS[name])
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
+        trainer(model, Path(folder), callback, optimizer, **options).train()
+    check_same_parameters(optimizer, model)
+    ranks = list(callback.controller.ranks.values())
+    finished = callback.controller.finish()
+    numbers = torch.cat([p.detach().flatten() for p in finished.parameters()])
+    both = [torch.zeros_like(numbers) for _ in range(2)]
+    dist.all_gather(both, numbers)
+    assert torch.equal(*both), f"{name}: the processes ended with different weights"
+    if dist.get_rank() == 0:
+        print(name, ranks, sep=";", flush=True)
 dist.barrier()
 dist.destroy_process_group()
 os._exit(0)
 """
 
 
-def two(source: str, name: str, port: int, folder: Path) -> list[str]:
-    """Run a script in two processes on gloo; what rank 0 printed."""
+def two(source: str, names: Iterable[str], port: int, folder: Path) -> dict[str, list[Any]]:
+    """Run a script for all names in two processes on gloo; what rank 0 printed of each."""
     script = folder / "two.py"
     script.write_text(source)
     shared = {
@@ -361,7 +364,7 @@ def two(source: str, name: str, port: int, folder: Path) -> list[str]:
     }  # fmt: skip
     started = [
         subprocess.Popen(
-            [sys.executable, str(script), name],
+            [sys.executable, str(script), *names],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -371,35 +374,38 @@ def two(source: str, name: str, port: int, folder: Path) -> list[str]:
     ]
     said = [process.communicate() for process in started]
     assert [process.returncode for process in started] == [0, 0], said[0][1] + said[1][1]
-    return said[0][0].splitlines()
+    lines = [line.split(";") for line in said[0][0].splitlines() if ";" in line]
+    return {name: [ast.literal_eval(part) for part in parts] for name, *parts in lines}
 
 
 @pytest.mark.slow
-@EVERY
-def test_two_processes_agree(name: str, tmp_path: Path) -> None:
+def test_two_processes_agree(tmp_path: Path) -> None:
     """DDP on gloo: identical weights and ranks, and what one process with whole batches does."""
-    losses, ranks = two(TWO, name, PORTS[name], tmp_path)
-    model = net_for(name)
-    optimizer = sgd(model)
-    build = {
-        "DLRT": lambda: DLRT(model, optimizer, tolerance=0.3, every=4),
-        "CondLR": lambda: CondLR(model, optimizer, tau=2.0, tolerance=0.1, every=4),
-    }
-    controller = build[name]() if name in build else CONTROLLERS[name](model, optimizer)
+    results = two(TWO, CONTROLLERS, 29511, tmp_path)
+    assert results.keys() == CONTROLLERS.keys()
+    for name, (losses, ranks) in results.items():
+        model = net_for(name)
+        optimizer = sgd(model)
+        if name == "CondLR":
+            controller: Any = CondLR(model, optimizer, tau=2.0, tolerance=0.1, every=4)
+        else:
+            controller = CONTROLLERS[name](model, optimizer)
 
-    def each(step: int) -> None:
-        if step % 8 == 7:
-            controller.end_epoch()
+        def each(step: int, controller: Any = controller) -> None:
+            if step % 8 == 7:
+                controller.end_epoch()
 
-    want = run(model, optimizer, controller, STEPS, each=each)
-    assert [float(number) for number in losses.split()[1:]] == pytest.approx(want, abs=1e-5)
-    assert ranks == f"RANKS {list(controller.ranks.values())}"
+        want = run(model, optimizer, controller, STEPS, each=each)
+        assert losses == pytest.approx(want, abs=1e-5), name
+        assert ranks == list(controller.ranks.values()), name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["DLRT", "CondLR", "TuckerDLRT"])
-def test_trainer_on_two_processes(name: str, tmp_path: Path) -> None:
+def test_trainer_on_two_processes(tmp_path: Path) -> None:
     """The controller is built when training begins, on the DDP module that the Trainer made."""
-    ranks = two(TRAINER, name, PORTS[name] + 1, tmp_path)[-1]
-    _, controller = plain(name)
-    assert ranks == f"RANKS {list(controller.ranks.values())}"
+    names = ["DLRT", "CondLR", "TuckerDLRT"]
+    results = two(TRAINER, names, 29513, tmp_path)
+    assert list(results) == names
+    for name, (ranks,) in results.items():
+        _, controller = plain(name)
+        assert ranks == list(controller.ranks.values()), name
