@@ -88,6 +88,9 @@ class Seen:
         monkeypatch.setattr(chain.Workbench, "__init__", init)
 
 
+ONE = {"target_modules": ["layers.1.self_attn.k_proj"]}  # comparing all forms takes its time
+
+
 class Asks:
     """A plain callable: it does not say that it never judges."""
 
@@ -100,8 +103,8 @@ class Asks:
 
 @pytest.mark.parametrize(
     "asked",
-    [{"method": "auto"}, {"method": Auto()}, {"policy": "lossaware"}, {"policy": Asks()},
-     {"effort": "fast"}],
+    [{"method": "auto", **ONE}, {"method": Auto(), **ONE}, {"policy": "lossaware"},
+     {"policy": Asks()}, {"effort": "fast"}],
     ids=["auto", "Auto()", "lossaware", "callable", "effort"],
 )  # fmt: skip
 @pytest.mark.parametrize("verb", ["plan", "compress", "sweep"])

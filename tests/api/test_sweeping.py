@@ -50,7 +50,7 @@ class Counted:
 WAYS: dict[str, dict[str, Any]] = {
     "closed": {},
     "judging policy": {"method": "two-sided", "policy": "lossaware"},
-    "forms": {"method": "auto"},
+    "forms": {"method": "auto", "target_modules": ["1.self_attn.k_proj"]},
     "effort": {"effort": Recovery()},
 }
 
