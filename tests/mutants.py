@@ -307,7 +307,7 @@ MUTANTS = (
     ),
     Mutant(
         "a convolution that counts at one position in a budget of products",
-        "lowrank/api/repeats.py",
+        "lowrank/api/repeated.py",
         "max(round(count / least), 1)",
         "1",
         (
@@ -379,7 +379,7 @@ MUTANTS = (
     ),
     Mutant(
         "a form of its own made anew of the old weight, whatever the stream asks for",
-        "lowrank/methods/refitting.py",
+        "lowrank/methods/resolved.py",
         "wanted.weight = nn.Parameter(moved,",
         "wanted.weight = nn.Parameter(weight.detach().to(moved),",
         ("tests/methods/test_own_forms.py::test_a_refit_serves_the_stream_that_it_reads",),
