@@ -68,9 +68,9 @@ def cp_factors(
                 best = error, sides
         if total > 0 and best is None:
             raise LowrankError(
-                f"the {rank} components of a weight {tuple(weight.shape)} diverge at all "
-                f"{starts} starts (longer than {limit:g} times the weight): take another rank, "
-                "a larger ridge, or the Tucker form"
+                f"the {rank} components of a weight of shape {tuple(weight.shape)} diverge from "
+                f"all {starts} starts (norm above {limit:g} times the weight's): use another rank, "
+                "a larger ridge, or Tucker"
             )
         sides = best[1] if best else [whole.new_zeros(n, rank) for n in whole.shape]
     return _parts(sides)

@@ -33,7 +33,7 @@ def evbmf_rank(matrix: Tensor, *, least: int = 1) -> int:
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise LowrankError(f"expected a matrix, got a tensor of shape {tuple(matrix.shape)}")
     if not bool(torch.isfinite(matrix).all()):
-        raise LowrankError("the matrix holds numbers that are not finite: no rank can be estimated")
+        raise LowrankError("the matrix holds NaN or Inf: no rank can be estimated")
     return evbmf_count(energies(matrix), max(matrix.shape), least=least)
 
 
