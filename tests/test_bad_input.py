@@ -302,7 +302,7 @@ def test_data_that_reaches_no_layer(model: nn.Module) -> None:
 def test_a_spent_iterator(model: nn.Module) -> None:
     batches = iter([X])
     list(batches)
-    expected = "the data gave no batch: an empty list, or an iterator already spent?"
+    expected = "the data gave no batch: an empty list, or an exhausted iterator?"
     assert refused(model, 0.5, data=batches) == expected
     assert refused(model, 0.5, data=[]) == expected
     assert refused(model, 0.5, data=(x for x in ())) == expected
@@ -312,7 +312,7 @@ def test_texts_without_a_tokenizer() -> None:
     model = make("llama")
     for texts in ("a text", ["a text"], iter(["a text"])):
         assert refused(model, 0.5, data=texts) == "texts need a tokenizer: pass tokenizer=…"
-    assert refused(model, 0.5, data=[""], tokenizer=Tokenizer()) == "the texts hold no token"
+    assert refused(model, 0.5, data=[""], tokenizer=Tokenizer()) == "the texts contain no tokens"
 
 
 @pytest.mark.parametrize(
