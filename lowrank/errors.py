@@ -1,4 +1,4 @@
-"""The one error that users are meant to read: what was got, expected, to be done, and where."""
+"""The library's one error for users: what was wrong, what was expected, what to do, where."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 
 class LowrankError(ValueError):
-    """Raised before anything is changed; the command line prints it as one line, exit code 2."""
+    """Raised before anything is changed; the command line prints one line and exits with 2."""
 
 
 def unknown(what: str, got: str, known: Iterable[str]) -> LowrankError:
-    """Error for a name that a registry does not hold; near matches are named."""
+    """Error for a name that is not registered, with close matches suggested."""
     names = sorted(known)
     near = difflib.get_close_matches(got, names, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
@@ -19,7 +19,7 @@ def unknown(what: str, got: str, known: Iterable[str]) -> LowrankError:
 
 
 def listed(names: Iterable[str], most: int = 12) -> str:
-    """`a, b, c … (+9 more)`: names for an error message that must stay readable."""
+    """`a, b, c … (+9 more)`: names, shortened for an error message."""
     every = list(names)
     more = f" … (+{len(every) - most} more)" if len(every) > most else ""
     return ", ".join(every[:most]) + more

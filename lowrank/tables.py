@@ -10,7 +10,7 @@ NUMBERS = ("rank", "kept", "error", "measured")
 
 
 def aligned(rows: Rows) -> list[str]:
-    """Lines in which columns stand under each other; empty columns are left out."""
+    """Lines with aligned columns; empty columns are omitted."""
     columns = _filled(rows)
     width = {c: max(len(c), *(len(row[c]) for row in rows)) for c in columns}
     lines = ["  ".join(c.ljust(width[c]) for c in columns)] if columns else []
@@ -19,7 +19,7 @@ def aligned(rows: Rows) -> list[str]:
 
 
 def rich_table(title: str, rows: Rows) -> Any:
-    """A rich.table.Table; nothing in it is read as markup."""
+    """A rich.table.Table, with markup disabled."""
     from rich.table import Table
     from rich.text import Text
 
@@ -46,5 +46,5 @@ def markdown(rows: Rows) -> str:
 
 
 def _filled(rows: Rows) -> list[str]:
-    """Columns in which anything stands."""
+    """Columns that are not empty."""
     return [c for c in rows[0] if any(row[c] for row in rows)] if rows else []

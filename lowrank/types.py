@@ -1,4 +1,4 @@
-"""The words of the library: sites, statistics, options, curves, budgets, and the contracts."""
+"""The library's core types: sites, statistics, options, curves, budgets, and the protocols."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 Size = tuple[int, ...]
 Unit = Literal["params", "bytes", "macs"]
 UNITS: tuple[Unit, ...] = ("params", "bytes", "macs")
-Storage = Literal["factors", "pivoted"]  # of low-rank factors; other forms are named by methods
+Storage = Literal["factors", "pivoted"]  # of low-rank factors; methods name the other forms
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one form of a weight costs.
+    """The cost of one form of a weight.
 
     Attributes:
         params: floating-point numbers stored, biases excluded.
-        bytes: of those tensors as saved, index tensors included.
+        bytes: of the tensors as saved, index tensors included.
         macs: multiply-accumulates per token (linear) or per output position (convolution).
     """
 
@@ -33,7 +33,7 @@ class Cost:
         return int(getattr(self, unit))
 
     def often(self, times: int) -> Cost:
-        """The same stored numbers, multiplied by so many times."""
+        """The same storage, with `times` times the MACs."""
         return Cost(self.params, self.bytes, self.macs * times)
 
     def __add__(self, other: Cost) -> Cost:
@@ -47,13 +47,13 @@ class Site:
     Attributes:
         name: the first fully qualified name in the model's own order ("" for the root itself).
         names: all names under which the weight is reached; tied weights are one site.
-        kind: "linear", "conv" or "embedding" (experts follow); an embedding whose weight
-            is the output head's too is one site of kind "embedding", its first module.
+        kind: "linear", "conv" or "embedding"; an embedding tied to the output head is one site
+            of kind "embedding", with the embedding as its first module.
         module: the live module; methods read its weight through `lowrank.walk.layouts`.
         modules: every distinct module that holds this weight; `module` is the first.
-        shape: (out, in) of the weight as a matrix; (vocabulary, width) of an embedding; (O, I · K)
-            of a convolution, K numbers under its kernel, which reads patches.
-        cost: what the dense weight costs.
+        shape: (out, in) of the weight matrix; (vocabulary, width) of an embedding; (O, I · K) of a
+            convolution, which is applied to patches; K is the number of kernel taps.
+        cost: cost of the dense weight.
         reason: why the site stays dense ("" if it may be factored).
     """
 
@@ -71,26 +71,26 @@ class Site:
 
     @property
     def title(self) -> str:
-        """The name for people: the root has none of its own."""
+        """The display name: "(root)" for the root module."""
         return self.name or "(root)"
 
 
 @dataclass(eq=False)
 class Statistics:
-    """What was seen of one distinct input, shared by the sites that read it.
+    """Statistics of one distinct input, shared by the sites that read it.
 
     Attributes:
-        count: tokens seen; 0 means that the model was never run.
-        gram: E[x xᵀ] per token, (in, in) float64, or None for data-free work.
+        count: tokens seen; 0 without data.
+        gram: E[x xᵀ] per token, (in, in) float64; None without data.
         mean: E[x] per token, (in,) float64.
-        freq: of an embedding: how often each id was looked up, (V,) float64. Its `gram` is that of
-            the head's input where a head holds the same weight.
+        freq: lookup counts of an embedding's ids, (V,) float64; `gram` is then that of the input
+            of a tied head, if there is one.
         out_gram: E[g gᵀ] per token, (out, out) float64, g the gradient at the layer's output of the
-            cross entropy to labels drawn from the model; the site's own, while `gram` is shared. Of
-            a convolution summed over its positions, per token of the linear layers or per sample:
-            that makes it comparable with theirs.
-        row_fisher: (out,) float64: the weight's squared gradient of a sequence, summed over each
-            row, the mean over sequences (FWSVD).
+            cross entropy to labels drawn from the model; per site, while `gram` is shared. For a
+            convolution, summed over positions, per token of the linear layers or else per sample,
+            so that it is comparable with theirs.
+        row_fisher: squared weight gradient of a sequence, summed over each row and averaged over
+            sequences (FWSVD), (out,) float64.
     """
 
     count: int = 0
@@ -103,7 +103,7 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One thing a site could become; `size` None is the dense weight, with error 0.
+    """One candidate form of a site; `size` None is the dense weight, with error 0.
 
     `error` is squared and absolute, in the norm that its curve names.
     """
@@ -121,9 +121,9 @@ class Option:
 
 @dataclass(frozen=True)
 class Curve:
-    """The Pareto set of options of one site, or of a group of sites that read one tensor.
+    """The Pareto front of options of one site, or of a group of sites that read one tensor.
 
-    A policy is given every site in exactly one curve, alone or in its group.
+    A policy gets every site in exactly one curve, alone or in its group.
 
     Attributes:
         sites: names of the sites that an option covers.
@@ -132,10 +132,10 @@ class Curve:
         spectrum: singular values (min(out, in),) float64, descending, or None.
         norm: "weight" (squared Frobenius), "output" (per token), "fisher" (input and output side),
             "row-fisher" (FWSVD) or "kl".
-        exact: the error of an option is what the factored layer will show, to 1e-6 of `total`;
+        exact: whether an option's error equals that of the factored layer, to 1e-6 of `total`;
             otherwise it is a bound or an interpolation, and the method says which.
-        tails: error of every rank 0…min(out, in), (min + 1,) float64, where the method knows them:
-            also of ranks that this storage does not make smaller, and another may.
+        tails: error at every rank 0…min(out, in), (min + 1,) float64, or None; includes ranks that
+            save nothing in this storage but may in another.
     """
 
     sites: tuple[str, ...]
@@ -153,7 +153,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Budget:
-    """At most `limit` units for the curves that a policy is given."""
+    """An upper limit on the total cost of a policy's options."""
 
     limit: int
     unit: Unit = "params"
@@ -166,39 +166,38 @@ Policy = Callable[[Sequence[Curve], Budget, Probe | None], Allocation]
 
 @runtime_checkable
 class Judging(Protocol):
-    """A policy that says whether it judges: a callable that does not say so counts as one that
-    does."""
+    """A policy that declares whether it judges; one that does not is assumed to."""
 
     @property
     def judges(self) -> bool:
-        """Whether it compares allocations by the probe, on rows that no statistic may see."""
+        """Whether it compares allocations by the probe, on rows held out of the statistics."""
 
 
 class Method(Protocol):
-    """A way to factor one site: a frozen dataclass of options, in one file.
+    """A factorisation method for one site: a frozen dataclass of its settings, in one file.
 
-    A method may say more of itself, by any of the protocols that follow; what a method does not
-    say has a plain answer. Nothing depends on how it is called.
+    It may implement any of the optional protocols below; each has a default. Nothing depends on
+    its name.
     """
 
     @property
     def kinds(self) -> frozenset[str]:
-        """Kinds of sites it takes, such as {"linear"}."""
+        """Kinds of sites it supports, such as {"linear"}."""
 
     @property
     def needs(self) -> frozenset[str]:
         """Statistics that it reads, such as {"gram"}; empty means data-free."""
 
     def curve(self, site: Site, stats: Statistics) -> Curve:
-        """All sizes from one decomposition."""
+        """Options of all sizes, from one decomposition."""
 
     def factor(self, module: nn.Module, option: Option, stats: Statistics) -> nn.Module:
-        """The factored module; the input module is untouched, bit for bit."""
+        """The factored module; `module` is left unchanged, bit for bit."""
 
 
 @runtime_checkable
 class Named(Protocol):
-    """A method whose name depends on its options; else plans call it what its options do."""
+    """A method whose name depends on its settings; by default, `Option.method` is the name."""
 
     @property
     def name(self) -> str: ...
@@ -206,88 +205,87 @@ class Named(Protocol):
 
 @runtime_checkable
 class HandsOver(Protocol):
-    """A method that leaves sites of some kinds to another one, which fits them better."""
+    """A method that delegates some kinds of sites to another method."""
 
     def for_kind(self, kind: str) -> Method:
-        """What factors sites of this kind: itself, or another method with the same options."""
+        """The method for sites of this kind: itself, or another one with the same settings."""
 
 
 @runtime_checkable
 class OwnError(Protocol):
-    """A method whose curves have a norm of their own, beside "weight" and "output"."""
+    """A method whose curves use a norm other than "weight" and "output"."""
 
     def error(self, module: nn.Module, weight: Tensor, stats: Statistics) -> float:
-        """The error of any weight (out, in) in place of the module's, in that norm."""
+        """The error, in that norm, of `weight` (out, in) in place of the module's."""
 
 
 @runtime_checkable
 class WeighsOutputs(Protocol):
-    """A method that weighs outputs, as the refit of what it made then does too."""
+    """A method with a metric on the outputs, which its refit uses too."""
 
     def output_metric(self, stats: Statistics) -> Tensor | None:
-        """S (out, out), upper triangular: the metric of the outputs is SᵀS; None where the
-        statistics do not tell."""
+        """S (out, out), upper triangular, of the metric SᵀS; None if the statistics lack it."""
 
 
 @runtime_checkable
 class OwnForm(Protocol):
-    """A method that stores layers in a form of its own, sized by several numbers, not by a rank."""
+    """A method with its own form of layer, sized by several numbers instead of a rank."""
 
     @property
     def own_form(self) -> str:
-        """The storage of its layers; of several, the one that a size given by hand is of."""
+        """The storage of its layers; if several, the one that a user-given size refers to."""
 
 
 @runtime_checkable
 class SeveralForms(Protocol):
-    """A method that chooses among forms, which held-out rows then compare one by one."""
+    """A method that chooses among forms, each of which is also compared on held-out rows."""
 
     def apart(self) -> Mapping[str, Method]:
-        """One method for each form, by the form's name."""
+        """One method per form, by the form's name."""
 
     def joined(self, site: Site, curves: Sequence[Curve]) -> Curve:
-        """What none of the options of several curves of a site beats."""
+        """The Pareto front of several curves of one site."""
 
 
 @runtime_checkable
 class JointMethod(Protocol):
-    """A way to factor several sites that read one tensor: a frozen dataclass of options."""
+    """A factorisation method for several sites that read one tensor, otherwise like `Method`."""
 
     @property
     def kinds(self) -> frozenset[str]:
-        """Kinds of sites it takes."""
+        """Kinds of sites it supports."""
 
     @property
     def needs(self) -> frozenset[str]:
-        """Statistics that it reads, of the input that all members share."""
+        """Statistics of the shared input that it reads."""
 
     @property
     def alone(self) -> str:
-        """The method of sites that share their input with no other."""
+        """The method for sites that share their input with no other."""
 
     def curve(self, sites: Sequence[Site], stats: Statistics) -> Curve:
-        """All sizes from one decomposition; `Curve.sites` are the members' names, one after the
-        other, costs and errors those of all members together."""
+        """Options of all sizes, from one decomposition; `Curve.sites` lists the members' names,
+        costs and errors are totals over the members."""
 
     def factor(
         self, modules: Sequence[nn.Module], option: Option, stats: Statistics
     ) -> Sequence[nn.Module]:
-        """The factored modules in the same order; the input modules are untouched. What they share
-        is stored in the first; the others have `bind(first)`."""
+        """The factored modules, in order; `modules` are left unchanged. The first stores what is
+        shared; the others are bound to it by `bind(first)`."""
 
 
 @runtime_checkable
 class Factored(Protocol):
-    """Every module in lowrank.nn; what else a form says of itself is declared by `nn.Form`."""
+    """The protocol of every module in lowrank.nn; `nn.Form` declares the rest."""
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The matrix (out, in) that the module stands for, multiplied in `dtype`."""
+        """The dense weight (out, in), computed in `dtype`."""
 
     def spec(self) -> dict[str, Any]:
-        """JSON that rebuilds the module empty."""
+        """JSON from which `empty` rebuilds the module."""
 
     def cost(self) -> Cost:
-        """What is stored, biases excluded."""
+        """Cost of the module, biases excluded."""
 
     @classmethod
     def empty(cls, **spec: Any) -> Self:
@@ -296,36 +294,36 @@ class Factored(Protocol):
 
 @runtime_checkable
 class Controller(Protocol):
-    """A rank-adaptive training method attached to a user's own loop, which it never owns.
+    """A rank-adaptive training method, attached to the user's own training loop.
 
-    Built on model and optimizer after `accelerate.prepare` or DDP; acts where gradients are
-    synchronised. A parameter that `before_step` resizes has grad None for that step.
+    Built on model and optimizer after `accelerate.prepare` or DDP; acts when gradients are
+    synchronised. A parameter resized by `before_step` has grad None for that step.
     """
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One dict per event: "step", "site", "event", and what was measured."""
+        """One dict per event: "step", "site", "event", and measurements."""
 
     def before_step(self) -> None:
-        """After backward and clipping: gradients are there."""
+        """Call after backward and clipping, when gradients are available."""
 
     def after_step(self) -> None:
-        """After `optimizer.step()`; does nothing where a gradient scaler skipped that step."""
+        """Call after `optimizer.step()`; a no-op if a gradient scaler skipped that step."""
 
     def end_epoch(self) -> None:
-        """At the end of an epoch, before the model is evaluated."""
+        """Call at the end of an epoch, before evaluation."""
 
     def finish(self) -> nn.Module:
         """The model with plain factored modules, ready to save."""
 
     def detach(self) -> None:
-        """Stop; the model stays as it is and trains on."""
+        """Stop; the model is left as it is and can be trained further."""
 
     def rebind(self, optimizer: Any) -> None:
-        """A trainer has wrapped the optimizer that the controller was built on."""
+        """Switch to `optimizer`, in which a trainer has wrapped the original one."""
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON: sizes, the place in the cycle, the history."""
+        """JSON: sizes, position in the cycle, history."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Before the model's and the optimizer's states are loaded: sets their sizes."""
+        """Call before loading the model's and the optimizer's states: sets their sizes."""

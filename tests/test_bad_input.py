@@ -146,7 +146,7 @@ def test_a_pattern_that_matches_nothing(option: str, pattern: Any) -> None:
         "matches none of 16 layers; their last names: down_proj, embed_tokens, gate_proj, k_proj"
         in message
     )
-    assert "such as: model.embed_tokens, model.layers.0.self_attn.q_proj" in message
+    assert "for example: model.embed_tokens, model.layers.0.self_attn.q_proj" in message
 
 
 def test_a_rank_pattern_that_matches_nothing() -> None:
@@ -157,13 +157,13 @@ def test_a_rank_pattern_that_matches_nothing() -> None:
 def test_a_rank_pattern_for_what_stays_dense() -> None:
     message = refused(make("gpt2"), 0.5, rank_pattern={"lm_head": 4})
     assert message == (
-        "rank_pattern 'lm_head' names only layers that stay dense; transformer.wte: an "
+        "rank_pattern 'lm_head' matches only layers that stay dense; transformer.wte: an "
         "embedding: name it, or target 'all'"
     )
 
 
 def test_an_invalid_expression(model: nn.Module) -> None:
-    assert "'(q|k' is no regular expression" in refused(model, 0.5, target_modules="(q|k")
+    assert "'(q|k' is not a regular expression" in refused(model, 0.5, target_modules="(q|k")
 
 
 # Models
@@ -302,7 +302,7 @@ def test_data_that_reaches_no_layer(model: nn.Module) -> None:
 def test_a_spent_iterator(model: nn.Module) -> None:
     batches = iter([X])
     list(batches)
-    expected = "the data gave no batch: an empty list, or an iterator already spent?"
+    expected = "the data gave no batch: an empty list, or an exhausted iterator?"
     assert refused(model, 0.5, data=batches) == expected
     assert refused(model, 0.5, data=[]) == expected
     assert refused(model, 0.5, data=(x for x in ())) == expected
@@ -312,7 +312,7 @@ def test_texts_without_a_tokenizer() -> None:
     model = make("llama")
     for texts in ("a text", ["a text"], iter(["a text"])):
         assert refused(model, 0.5, data=texts) == "texts need a tokenizer: pass tokenizer=…"
-    assert refused(model, 0.5, data=[""], tokenizer=Tokenizer()) == "the texts hold no token"
+    assert refused(model, 0.5, data=[""], tokenizer=Tokenizer()) == "the texts contain no tokens"
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""What data showed of a model."""
+"""Statistics and structure of a model, gathered on data."""

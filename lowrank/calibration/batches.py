@@ -1,4 +1,4 @@
-"""Calibration and evaluation data in the forms that people have: texts, tensors, dicts, loaders."""
+"""Calibration and evaluation data in common forms: texts, tensors, dicts, loaders, callables."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import LowrankError
 
-LENGTH = 256  # tokens of a row when texts are cut
-ROWS = 16  # rows of a batch when texts are cut
+LENGTH = 256  # tokens per row of cut texts
+ROWS = 16  # rows per batch of cut texts
 
 Batch = Tensor | dict[str, Any]
 Forward = Callable[[nn.Module], object]
@@ -21,17 +21,17 @@ Data = Forward | Iterable[Any] | str | Sequence[str] | Tensor
 def materialise(
     data: Data, tokenizer: Any = None, *, length: int = LENGTH
 ) -> list[Batch] | Forward:
-    """Batches that can be run again and again.
+    """The data as batches that can be run repeatedly.
 
     Args:
         data: a callable `forward(model)`, which is called more than once; a text or a list of
             texts (with a tokenizer); a tensor; or an iterable of tensors, dicts (passed as
-            keywords) or tuples (the first item is the input), which is read to its end.
+            keywords) or tuples (the first item is the input), which is consumed.
         tokenizer: of transformers; texts are cut into rows of at most `length` tokens.
 
     Raises:
-        LowrankError: nothing was there (a spent iterator), texts came without a tokenizer, or a
-            batch has none of these forms.
+        LowrankError: there is no batch (an exhausted iterator), texts without a tokenizer, or a
+            batch of another form.
     """
     if isinstance(data, Tensor):
         return [data]
@@ -47,7 +47,7 @@ def materialise(
         return [_batch(data)]
     items = list(data)
     if not items:
-        raise LowrankError("the data gave no batch: an empty list, or an iterator already spent?")
+        raise LowrankError("the data gave no batch: an empty list, or an exhausted iterator?")
     if all(isinstance(item, str) for item in items):
         if tokenizer is None:
             raise LowrankError("texts need a tokenizer: pass tokenizer=…")
@@ -62,13 +62,13 @@ def text_rows(text: str, tokenizer: Any, length: int) -> list[Tensor]:
 
 
 def text_batches(texts: Iterable[str], tokenizer: Any, length: int) -> list[Batch]:
-    """Rows of equal length go together, so that nothing is padded."""
+    """Batches of token rows of equal length, so that nothing is padded."""
     by_length: dict[int, list[Tensor]] = {}
     for text in texts:
         for row in text_rows(text, tokenizer, length):
             by_length.setdefault(len(row), []).append(row)
     if not by_length:
-        raise LowrankError("the texts hold no token")
+        raise LowrankError("the texts contain no tokens")
     return [
         torch.stack(rows[start : start + ROWS])
         for rows in by_length.values()
@@ -79,7 +79,7 @@ def text_batches(texts: Iterable[str], tokenizer: Any, length: int) -> list[Batc
 def rebatched(batches: Sequence[Batch], rows: int = ROWS) -> list[Batch]:
     """The same rows in batches of at most `rows`; a batch that cannot be cut stays whole.
 
-    So does one of vectors alone: it may be a single input without an axis of rows.
+    So does one of 1-d tensors: it may be a single input without a batch axis.
     """
     batched: list[Batch] = []
     for batch in batches:
@@ -96,7 +96,7 @@ def rebatched(batches: Sequence[Batch], rows: int = ROWS) -> list[Batch]:
 def parted(
     batches: list[Batch] | Forward, share: float
 ) -> tuple[list[Batch] | Forward, tuple[Batch, ...]]:
-    """The last rows apart; data of one row, or a callable, is not parted.
+    """The batches less their last rows, and those; a callable or a single row is not split.
 
     Raises:
         LowrankError: `share` is not in [0, 1).
@@ -106,14 +106,14 @@ def parted(
     if share == 0 or callable(batches):
         return batches, ()
     rows = rebatched(batches, 1)
-    kept = round(share * len(rows))
-    if not 0 < kept < len(rows):
+    count = round(share * len(rows))
+    if not 0 < count < len(rows):
         return batches, ()
-    return _stacked(rows[:-kept]), tuple(_stacked(rows[-kept:]))
+    return _stacked(rows[:-count]), tuple(_stacked(rows[-count:]))
 
 
 def _stacked(rows: Sequence[Batch]) -> list[Batch]:
-    """Single rows in batches again, where neighbours are tensors of one shape, or dicts of them."""
+    """Single rows batched again, where neighbours are tensors of one shape, or dicts of them."""
     runs: list[list[Batch]] = []
     for row in rows:
         fits = runs and len(runs[-1]) < ROWS and _form(row) is not None
@@ -125,7 +125,7 @@ def _stacked(rows: Sequence[Batch]) -> list[Batch]:
 
 
 def _form(row: Batch) -> object:
-    """What two rows must have in common to be in one batch; None of what is no single row."""
+    """What rows of one batch must have in common; None for anything but a single row."""
     parts = {"": row} if isinstance(row, Tensor) else row
     single = _is_rows(parts) and all(len(v) == 1 for v in parts.values())
     return {k: (v.shape, v.dtype, v.device) for k, v in parts.items()} if single else None

@@ -1,4 +1,4 @@
-"""What a file was made from, as digests, and files written whole or not at all."""
+"""Digests of models and data, and atomic writes of files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .batches import Batch
 
 
 def model_print(model: nn.Module) -> str:
-    """Digest of every tensor that a checkpoint would hold, with names, shapes and dtypes."""
+    """Digest of all tensors of the state dict, with names, shapes and dtypes."""
     digest = hashlib.sha256(type(model).__qualname__.encode())
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, Tensor):
@@ -39,7 +39,7 @@ def data_print(batches: Iterable[Batch]) -> str:
 
 
 def write_whole(path: Path, about: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file with its metadata, in one step: a reader sees all of it or nothing."""
+    """Write a safetensors file with its metadata atomically: a reader sees all of it or nothing."""
     from safetensors.torch import save
 
     data = save(dict(tensors), metadata=dict(about))
@@ -54,13 +54,13 @@ def write_whole(path: Path, about: Mapping[str, str], tensors: Mapping[str, Tens
 
 
 def check_place(path: Path) -> None:
-    """Raises LowrankError where the file could not be written in the end."""
+    """Raises LowrankError if there is no folder to write the file to."""
     if not path.parent.is_dir():
         raise LowrankError(f"the cache {path} cannot be written: there is no folder {path.parent}")
 
 
 def add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
-    """Name, shape, dtype and bytes of a tensor, into a digest of hashlib."""
+    """Add name, shape, dtype and bytes of a tensor to a digest of hashlib."""
     digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
     flat = tensor.detach().cpu().contiguous().flatten()
     if flat.numel():

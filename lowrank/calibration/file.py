@@ -1,4 +1,4 @@
-"""A calibration in a file: statistics, spectra and rows, so that another day starts from there.
+"""Calibrations in files: statistics, spectra and rows, to be used again.
 
 One safetensors file, never pickle. It belongs to one model, known by the digest of its tensors.
 """
@@ -26,17 +26,17 @@ MATRICES = ("gram", "mean", "freq", "out_gram", "row_fisher")  # of Statistics
 
 
 def save_calibration(calibration: Calibration, path: str | Path, model: nn.Module) -> None:
-    """Keep a calibration of `model`; a file of that name is replaced if it is one of these.
+    """Save a calibration of `model`; an existing file is replaced if it is a calibration.
 
     Raises:
-        LowrankError: its data is a callable or holds more than tensors, or the file is another's.
+        LowrankError: its data is a callable or holds more than tensors, or the file is not one.
     """
     path = Path(path)
     check_place(path)
     if path.exists():
         _opened(path)
     if callable(calibration.batches):
-        raise LowrankError("a calibration from a callable cannot be kept: pass batches or texts")
+        raise LowrankError("a calibration from a callable cannot be saved: pass batches or texts")
     store = _Store()
     own: dict[int, int] = {}
     parts: list[dict[str, Any]] = []
@@ -66,11 +66,10 @@ def save_calibration(calibration: Calibration, path: str | Path, model: nn.Modul
 
 
 def load_calibration(path: str | Path, model: nn.Module) -> Calibration:
-    """The calibration in a file, accepted as `data=` everywhere; nothing is run.
+    """Load a calibration, accepted as `data=` everywhere; nothing is run.
 
     Raises:
-        LowrankError: there is no such file, it is something else, broken, or was made for another
-            model.
+        LowrankError: the file is missing, something else, broken, or made for another model.
     """
     path = Path(path)
     if not path.is_file():
@@ -90,7 +89,7 @@ def load_calibration(path: str | Path, model: nn.Module) -> Calibration:
 
 
 def _opened(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a file of ours; raises LowrankError for any other."""
+    """Metadata and tensors of a calibration file; raises LowrankError for any other."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -98,14 +97,14 @@ def _opened(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise LowrankError(f"{path} is no calibration of lowrank, or broken ({error})") from error
+        raise LowrankError(f"{path} is not a lowrank calibration, or broken ({error})") from error
     if about.get("format") != FORMAT:
-        raise LowrankError(f"{path} is no calibration of lowrank: choose another name")
+        raise LowrankError(f"{path} is not a lowrank calibration: choose another name")
     return about, tensors
 
 
 class _Store:
-    """Tensors by number; one that several hold is stored once, and comes back as one."""
+    """Tensors by number; a shared one is stored once, and restored as one."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -127,22 +126,22 @@ def _batch(batch: Batch, store: _Store) -> Any:
     if isinstance(batch, Tensor):
         return store.put(batch)
     if not all(isinstance(value, Tensor) for value in batch.values()):
-        raise LowrankError("only batches of tensors can be kept in a file")
+        raise LowrankError("only batches of tensors can be saved")
     return {name: store.put(value) for name, value in batch.items()}
 
 
 def _curve(curve: Curve, store: _Store) -> dict[str, Any]:
-    """Options as tables: a weight has as many as ranks."""
-    own = [(o.method, o.storage, o.size and len(o.size)) for o in curve.options]
-    kinds = list(dict.fromkeys(own))
-    wide = max(len(o.size or ()) for o in curve.options)
+    """A curve with its options as tables, since there is one per rank."""
+    option_kinds = [(o.method, o.storage, o.size and len(o.size)) for o in curve.options]
+    kinds = list(dict.fromkeys(option_kinds))
+    width = max(len(o.size or ()) for o in curve.options)
     numbers = [
         [
             kinds.index(kind),
             *(getattr(o.cost, f.name) for f in fields(Cost)),
-            *((o.size or ()) + (0,) * wide)[:wide],
+            *((o.size or ()) + (0,) * width)[:width],
         ]
-        for o, kind in zip(curve.options, own, strict=True)
+        for o, kind in zip(curve.options, option_kinds, strict=True)
     ]
     errors = [o.error for o in curve.options]
     return {

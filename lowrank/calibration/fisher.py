@@ -1,9 +1,9 @@
-"""The true Fisher at the layers' outputs: gradients for labels that the model itself draws.
+"""The true Fisher at the layers' outputs: gradients for labels sampled from the model.
 
 For a model with predictions p(y | x), the curvature of its KL to itself is E_{y ~ p}[∇L ∇Lᵀ], L the
-cross entropy to the drawn label (Martens, arXiv 1412.1193); labels from the data would give the
-"empirical" Fisher, which is another matrix. One backward pass a batch, gathered by hooks:
-G = E[g gᵀ] per token, and for FWSVD (arXiv 2207.00112) the squared weight gradients of a sequence.
+cross entropy to the sampled label (Martens, arXiv 1412.1193); labels from the data would give the
+"empirical" Fisher, a different matrix. One backward pass per batch, gathered by hooks: G = E[g gᵀ]
+per token, and for FWSVD (arXiv 2207.00112) the squared weight gradients of a sequence.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from .batches import Batch, Forward, rebatched
 from .running import SameTensor, first_tensor, forward, logits_of, mask_of, quiet, without_cache
 from .statistics import Calibration
 
-FISHER = frozenset({"out_gram", "row_fisher"})  # what methods that need this pass say
-ROWS = 16  # of a backward pass
-POSITIONS = 1024  # whose labels are drawn at once
+FISHER = frozenset({"out_gram", "row_fisher"})  # the needs that require this pass
+ROWS = 16  # rows per backward pass
+POSITIONS = 1024  # positions whose labels are sampled at once
 
 
 def with_fisher(
@@ -40,35 +40,35 @@ def with_fisher(
     seed: int = 0,
     progress: bool = False,
 ) -> Calibration:
-    """The calibration with `out_gram` and `row_fisher` of linear sites that it saw.
+    """The calibration with `out_gram` and `row_fisher` of the linear and conv sites that it saw.
 
-    Sites that have them already are passed over; where all have, the calibration is returned as it
-    is. The inputs' `gram` stays one tensor of the sites that share it.
+    Sites that have them already are skipped; if all have, the calibration is returned as it is. A
+    `gram` of the inputs stays one tensor for the sites that share it.
 
     Args:
-        sites: None: every linear layer but the output head, whose `out_gram` would hold as many
-            numbers as the vocabulary squared; `compress` passes its targets.
-        seed: of the labels, drawn on the CPU.
+        sites: None: every linear layer but the output head, whose `out_gram` would be vocabulary ×
+            vocabulary; `compress` passes its targets.
+        seed: of the labels, sampled on the CPU.
 
     Raises:
         LowrankError: as `fisher`.
     """
     chosen = select_sites(find_sites(model), model) if sites is None else sites
-    had = calibration.statistics
+    known = calibration.statistics
     wanted = [
         site
         for site in chosen
-        if not site.reason and site.kind in ("linear", "conv") and site.name in had
-        if had[site.name].count and had[site.name].out_gram is None
+        if not site.reason and site.kind in ("linear", "conv") and site.name in known
+        if known[site.name].count and known[site.name].out_gram is None
     ]
     if not wanted:
         return calibration
     fishers = gradient_moments(model, calibration.batches, wanted, seed=seed, progress=progress)
     added = {
-        name: replace(had[name], out_gram=gram, row_fisher=rows)
+        name: replace(known[name], out_gram=gram, row_fisher=rows)
         for name, (gram, rows) in fishers.items()
     }
-    return replace(calibration, statistics={**had, **added})
+    return replace(calibration, statistics={**known, **added})
 
 
 def gradient_moments(
@@ -79,22 +79,22 @@ def gradient_moments(
     seed: int = 0,
     progress: bool = False,
 ) -> Moments:
-    """G = E[g gᵀ] (out, out) and the rows' Fisher (out,), both float64, by names of linear sites.
+    """G = E[g gᵀ] (out, out) and the rows' Fisher (out,), both float64, by names of sites.
 
     g is the gradient, at one token's output, of the cross entropies *summed* over all predictions;
     the row's Fisher is Σ_j (∂L/∂W_ij)², L the loss of one sequence (the first axis of the logits),
-    averaged over sequences. Where a layer's tokens are no multiple of the sequences, each counts
-    as one by itself. Labels are drawn at every position of the logits (…, classes) from their own
-    softmax; positions that the attention mask pads are left out. A layer that was never called is
-    missing; one that the logits do not depend on has zeros.
+    averaged over sequences. If a layer's tokens are not a multiple of the sequences, each token
+    counts as one. Labels are sampled at every position of the logits (…, classes) from their
+    softmax; padded positions are left out. A layer that was never called is missing; one that the
+    logits do not depend on has zeros.
 
     The model runs in evaluation mode, its parameters frozen: flags, gradients, modes and random
-    states are as before afterwards. `no_grad` and `inference_mode` around the call do no harm,
-    unless the parameters themselves were made in inference mode.
+    states are restored. `no_grad` and `inference_mode` around the call do not matter, unless the
+    parameters were created in inference mode.
 
     Args:
-        batches: as `materialise` gives them; at most `ROWS` rows go at a time.
-        seed: of the labels; drawn on the CPU.
+        batches: from `materialise`; at most `ROWS` rows are run at a time.
+        seed: of the labels, sampled on the CPU.
 
     Raises:
         LowrankError: the data is a callable; the model gives no logits, or fewer than two classes,
@@ -123,7 +123,7 @@ def gradient_moments(
             gather.finish()
         if not reached:
             raise LowrankError(
-                f"no gradient leads from a prediction to any of {len(sites)} layers: does the "
+                f"no gradient flows from the predictions to any of {len(sites)} layers: does the "
                 "model run under no_grad, or did the data not reach them?"
             )
         return gather.result()
@@ -134,17 +134,17 @@ def _predictions(output: object) -> Tensor:
         return logits_of(output)
     except LowrankError as error:
         raise LowrankError(
-            f"the Fisher is of the model's predictions: {error}; method='whitened' with "
-            "policy='uniform' does without"
+            f"the Fisher needs the model's predictions: {error}; method='whitened' with "
+            "policy='uniform' does not"
         ) from None
 
 
 def _loss(logits: Tensor, batch: Batch, generator: torch.Generator) -> tuple[Tensor | None, int]:
-    """Summed cross entropy to drawn labels, None where all is padding; and the sequences."""
+    """Summed cross entropy to sampled labels, None if all is padding; number of sequences."""
     classes = logits.shape[-1] if logits.ndim else 1
     if classes < 2:
         raise LowrankError(
-            f"the Fisher draws labels from the logits; of shape {tuple(logits.shape)} they hold "
+            f"the Fisher samples labels from the logits; of shape {tuple(logits.shape)} they have "
             "fewer than two classes"
         )
     mask, flat = mask_of(batch), logits.reshape(-1, classes)
@@ -158,16 +158,16 @@ def _loss(logits: Tensor, batch: Batch, generator: torch.Generator) -> tuple[Ten
         loss = cross_entropy(wide, _drawn(wide.detach(), generator), reduction="sum")
     if not bool(torch.isfinite(loss.detach())):
         raise LowrankError(
-            "the model's logits hold NaN or Inf: look at its last layers and at the data; float16 "
+            "the model's logits hold NaN or Inf: check its last layers and the data; float16 "
             "overflows where float32 and bfloat16 do not"
         )
     return loss, sequences
 
 
 def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One label for each row (positions, classes) from its softmax, (positions,) int64.
+    """One label per row (positions, classes), sampled from its softmax, (positions,) int64.
 
-    By the inverse of the distribution function, so that every device draws the same labels.
+    By inverse transform sampling, so that every device samples the same labels.
     """
     labels = []
     for rows in logits.split(POSITIONS):
@@ -180,7 +180,7 @@ def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter is given a gradient; the flags are restored."""
+    """A context in which no parameter gets a gradient; the flags are restored."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:
@@ -192,7 +192,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _plain(batch: Batch) -> Batch:
-    """Without inference tensors, which no backward pass can keep."""
+    """The batch with copies of inference tensors, which autograd cannot save."""
     if isinstance(batch, Tensor):
         return batch.clone() if batch.is_inference() else batch
     return {name: _plain(v) if isinstance(v, Tensor) else v for name, v in batch.items()}
@@ -221,14 +221,14 @@ class Gradients:
         self._all_sequences += self.sequences
         self._read = None
         for sums in self._sums.values():
-            sums.fold(self.sequences)  # calls that got no gradient leave others waiting
+            sums.fold(self.sequences)  # calls without a gradient leave others waiting
 
     def result(self) -> Moments:
         called = {name: sums for name, sums in self._sums.items() if sums.count}
-        # A convolution's positions add up to what a token of a linear layer, or a sample, does.
+        # A convolution's positions are summed, per token of a linear layer or per sample.
         tokens = max((s.count for s in called.values() if s.site.kind == "linear"), default=0)
-        whole = tokens or self._all_sequences
-        return {name: sums.means(self._all_sequences, whole) for name, sums in called.items()}
+        conv_tokens = tokens or self._all_sequences
+        return {name: sums.means(self._all_sequences, conv_tokens) for name, sums in called.items()}
 
     def __enter__(self) -> None:
         for sums in self._sums.values():
@@ -251,7 +251,7 @@ class Gradients:
             keep = mask.flatten().to(output.device) if mask is not None and fits else None
             sums.called(output, keep)
             if not torch.is_grad_enabled():
-                return None  # the model's own no_grad: nothing can flow here
+                return None  # the model's own no_grad: no gradient flows here
             if not output.requires_grad:  # a copy: a leaf could not be changed in place
                 output = leaf = output.detach().requires_grad_().clone()
             inputs = self._copy(given)
@@ -261,7 +261,7 @@ class Gradients:
         return hook
 
     def _copy(self, given: Tensor) -> Tensor:
-        """What was read, safe from later changes in place; one copy for all that read it."""
+        """A copy of the input, safe from in-place changes; one for all sites that read it."""
         if self._read is None or not self._read[0](given):
             self._read = (SameTensor(given), given.detach().clone())
         return self._read[1]
@@ -303,7 +303,7 @@ class _Sums:
             self.fold(sequences)
 
     def fold(self, sequences: int) -> None:
-        """Squared weight gradients of every sequence; what waited is let go."""
+        """Add the squared weight gradients of every sequence, and drop what waited."""
         waiting = [(x, g) for x, g in self._waiting if len(g)]
         self._waiting, self._calls = [], 0
         if not waiting:
@@ -327,10 +327,10 @@ class _Sums:
                 self._rows += rows.square().sum(0)
 
     def _fold_patches(self, waiting: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Of a convolution: sample by sample, for patches are many."""
+        """`fold` for a convolution: sample by sample, since patches are large."""
         assert self._rows is not None
         module, samples = self.site.module, {len(x) for x, _ in waiting}
-        if len(samples) > 1:  # calls of other sizes have no samples in common
+        if len(samples) > 1:  # calls with different batch sizes share no samples
             for call in waiting:
                 self._fold_patches([call])
             return
@@ -347,7 +347,7 @@ class _Sums:
             self._rows += norms.square()
 
     def means(self, sequences: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """Per token of this layer; of a convolution per `tokens`, its positions summed."""
+        """Means per token of this layer; for a convolution per `tokens`, its positions summed."""
         assert self._gram is not None
         assert self._rows is not None
         count = tokens if self.site.kind == "conv" else self.count

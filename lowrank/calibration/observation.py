@@ -1,7 +1,7 @@
-"""What one forward pass shows: who reads the same tensor, and which modules form a chain.
+"""What one forward pass shows: which layers read one tensor, and which modules form a chain.
 
-Nothing is known of architectures. Layers that are given the same tensor form a group; members of
-an ordered container that take the previous member's output form a chain of blocks.
+No architecture is assumed. Layers that receive the same tensor form a group; members of an ordered
+container that take the previous member's output form a chain of blocks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True)
 class Observation:
-    """One forward pass.
+    """Order of calls, groups and chains in one forward pass.
 
     Attributes:
         order: names of the sites in the order of their first call; those never called are absent.
@@ -39,7 +39,7 @@ class Observation:
 
 
 def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
-    """Run the model once under hooks; the model and its modes are as before afterwards."""
+    """Run the model once under hooks; the model and its modes are restored."""
     reads = _Reads()
     containers = {
         name: module
@@ -58,7 +58,7 @@ def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
                     with_kwargs=True,
                 )
                 for module in site.modules
-                if site.kind != "embedding"  # ids are no input of a product
+                if site.kind != "embedding"  # ids are not multiplied
             ]
         for name, container in containers.items():
             for index, member in enumerate(container):
@@ -82,7 +82,7 @@ def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
 
 
 class _Reads:
-    """Which read each call of a site was; a read is one tensor between its first and last use."""
+    """The read behind each call of a site; a read is one tensor between its first and last use."""
 
     def __init__(self) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -92,7 +92,7 @@ class _Reads:
         self._count = 0
 
     def note(self, name: str, tensor: Tensor | None, how: tuple[object, ...] = ()) -> None:
-        """`how`: what else decides what is read of the tensor."""
+        """`how`: what else determines the rows that are read of the tensor."""
         if tensor is None:
             return
         self._how[name] = how
@@ -112,7 +112,7 @@ class _Reads:
 
 
 class _Chain:
-    """Whether each member of a container was given the previous member's output."""
+    """Whether each member of a container received the previous member's output."""
 
     def __init__(self, length: int) -> None:
         self._outputs: list[list[SameTensor]] = [[] for _ in range(length)]
@@ -123,7 +123,7 @@ class _Chain:
         def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
             self._called[index] = True
             given = list(tensors_in((args, kwargs)))
-            # A member that stands in several places is called several times: one link is enough.
+            # A member that occurs several times is called several times: one link is enough.
             if index > 0 and not self._links[index]:
                 self._links[index] = any(
                     same(tensor) for same in self._outputs[index - 1] for tensor in given
@@ -146,7 +146,7 @@ def _inside(name: str, outer: str) -> bool:
 
 
 class Frequencies:
-    """Counts while it is entered; positions that `mask` pads are left out."""
+    """Hooks that count the ids looked up; positions padded by `mask` are left out."""
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self._counts = {site.name: torch.zeros(0) for site in sites}
@@ -170,7 +170,7 @@ class Frequencies:
             handle.remove()
 
     def statistics(self, name: str, head: Statistics | None) -> Statistics:
-        """Of one table; `head` is what the output head that shares its weight was given."""
+        """The statistics of one table; `head` are those of the input of the tied output head."""
         counts = self._counts[name]
         if not counts.numel():
             return Statistics()
@@ -190,10 +190,10 @@ class Frequencies:
         """Count ids of any shape.
 
         Raises:
-            LowrankError: an id has no row; the site is named, where torch names none.
+            LowrankError: an id is out of range; the site is named, unlike in torch's error.
         """
         if ids.is_floating_point():
-            return  # the layer itself will refuse it, and say it better
+            return  # the layer itself raises a better error
         rows = site.shape[0]
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
             raise LowrankError(
@@ -204,6 +204,6 @@ class Frequencies:
             ids = ids[self._mask.to(ids.device)]
         counts = torch.bincount(ids.flatten().long(), minlength=rows).double()
         if padding is not None:
-            counts[padding] = 0  # padding is no token
-        before = self._counts[site.name]
-        self._counts[site.name] = counts if not before.numel() else before + counts.to(before)
+            counts[padding] = 0  # padding is not a token
+        previous = self._counts[site.name]
+        self._counts[site.name] = counts if not previous.numel() else previous + counts.to(previous)

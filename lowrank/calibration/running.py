@@ -1,4 +1,4 @@
-"""Running a model and leaving it as it was: modes, caches, and what goes in and out."""
+"""Running a model and restoring it: modes, caches, inputs and outputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .batches import Batch
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; training flags and random states are restored."""
+    """A context of evaluation mode without gradients; flags and random states are restored."""
     training = [module for module in model.modules() if module.training]
     cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
     model.eval()
@@ -30,7 +30,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """Blocks keep no keys and values of earlier calls inside; every config is put back."""
+    """A context in which models keep no key–value cache; every config is restored."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     caching = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
     try:
@@ -43,16 +43,16 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 
 
 def forward(model: nn.Module, batch: Batch) -> Any:
-    """Run one batch on the model's device; labels serve only to make a decoder's input."""
+    """The model's output for one batch, on its device; labels only make a decoder's input."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if isinstance(batch, Tensor):
         return model(batch.to(device))
-    given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    labels = given.pop("labels", None)
+    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    labels = inputs.pop("labels", None)
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if labels is not None and callable(shift) and "decoder_input_ids" not in given:
-        given["decoder_input_ids"] = shift(labels=labels)
-    return model(**given)
+    if labels is not None and callable(shift) and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = shift(labels=labels)
+    return model(**inputs)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -72,7 +72,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def mask_of(batch: Batch) -> Tensor | None:
-    """The attention mask (rows, tokens) where a batch has one with padding in it."""
+    """The attention mask (rows, tokens), bool, if a batch has one with padding."""
     mask = batch.get("attention_mask") if isinstance(batch, dict) else None
     if mask is None or not isinstance(mask, Tensor) or bool((mask != 0).all()):
         return None
@@ -87,7 +87,7 @@ class SameTensor:
         self._key = _key(tensor)
 
     def __call__(self, tensor: Tensor) -> bool:
-        # Only while the first tensor is alive can its memory not have been given to another.
+        # Only while the first tensor is alive its memory cannot have been reused.
         return self._ref() is not None and self._key == _key(tensor)
 
 
@@ -115,6 +115,6 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def _key(tensor: Tensor) -> tuple[object, ...]:
-    # Inference tensors count no versions; a change in place shows in their sum.
+    # Inference tensors have no version counter; in-place changes show in their sum.
     version = float(tensor.sum()) if tensor.is_inference() else tensor._version
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, version)

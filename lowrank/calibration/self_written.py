@@ -1,9 +1,9 @@
-"""Calibration text that a causal language model writes itself, where there is no other.
+"""Calibration text sampled from the causal language model itself, for want of other text.
 
-What a model writes is what it knows of its training text (data-free calibration by generation:
-LLM-QAT, arXiv 2305.17888). Here every token is drawn from the model's own softmax, at temperature
-1 and without any cut, so that the rows are a sample of the model's distribution; the paper takes
-the likeliest tokens first. Random first tokens make the rows differ.
+Generated text reflects the training text (data-free calibration by generation: LLM-QAT, arXiv
+2305.17888). Here every token is sampled from the model's softmax at temperature 1, without
+truncation, so that the rows are a sample of the model's distribution; the paper takes the first few
+greedily. Random first tokens make the rows differ.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from ..errors import LowrankError
 from .batches import LENGTH, ROWS, Batch
 from .running import forward, logits_of, quiet
 
-COUNT = 192  # rows that are written
-TOGETHER = 64  # rows that are written at a time
+COUNT = 192  # rows to write
+TOGETHER = 64  # rows written at a time
 FROM_START = 0.25  # share of rows from the start token; benchmarks/self_calibration.py
 
 
 def writes(model: nn.Module) -> bool:
-    """Whether a model writes text: it generates, token after token, from what stands before."""
+    """Whether a model can write text: it generates token by token from the previous ones."""
     generates, config = getattr(model, "can_generate", None), _config(model)
     if not callable(generates) or not isinstance(getattr(config, "vocab_size", None), int):
         return False
@@ -33,7 +33,7 @@ def writes(model: nn.Module) -> bool:
 
 
 def described(model: nn.Module, *, length: int = LENGTH, seed: int = 0) -> str:
-    """What `written_batches` gives, in words that are equal where model and tokens are."""
+    """A description of `written_batches`, which for one model is equal if the tokens are."""
     words = f"{COUNT} rows of {_fitting(model, length)} tokens"
     return f"{words} that the model wrote itself, seed {seed}"
 
@@ -46,7 +46,7 @@ def written_batches(
     rows: int | None = None,
     progress: bool = False,
 ) -> list[Batch]:
-    """The rows that `write` gives, 16 to a batch; COUNT of them where None."""
+    """The rows of `write` in batches of 16; COUNT of them if `rows` is None."""
     written = write(model, rows=rows or COUNT, length=length, seed=seed, progress=progress)
     return list(written.split(ROWS))
 
@@ -60,18 +60,18 @@ def write(
     batch: int = TOGETHER,
     progress: bool = False,
 ) -> Tensor:
-    """Let a causal language model write; it and the global random state stay as they are.
+    """Text sampled from a causal language model; it and the global random state are unchanged.
 
-    A quarter of the rows starts with the model's start token, the others with a random token: no
-    special one, and no two alike while there are enough. Without a start token all are random.
-    What follows is drawn at temperature 1. After an end token comes a new start token, or, where
-    the model has none or one token is both, what the model says: rows are full, none is padded.
+    A quarter of the rows begin with the model's start token, the others with random tokens, not
+    special and distinct while there are enough. Without a start token all are random. The rest is
+    sampled at temperature 1. An end token is followed by a new start token, or, if the model has
+    none or one token is both, by what the model samples: rows are full, none is padded.
 
     Args:
-        rows: how many rows.
-        length: tokens of a row, cut to the positions that the model has.
-        seed: decides all numbers drawn, whatever the batch: the same model writes the same.
-        batch: rows that are written at a time.
+        rows: number of rows.
+        length: tokens per row, limited by the model's positions.
+        seed: determines all samples, whatever the batch: the same model writes the same.
+        batch: rows written at a time.
 
     Returns:
         Token ids (rows, length), int64, on the CPU.
@@ -98,7 +98,7 @@ def write(
         raise
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         raise LowrankError(
-            f"{type(model).__name__} failed at writing its calibration data "
+            f"{type(model).__name__} failed to write its calibration data "
             f"({' '.join(str(error).split())[:200]}): pass data=…, or data=None to work without"
         ) from error
     return written
@@ -106,38 +106,38 @@ def write(
 
 def _first(model: nn.Module, rows: int, generator: torch.Generator) -> Tensor:
     """The first token of every row (rows,)."""
-    words, start = _words(model), _start(model)
+    vocabulary, start = _words(model), _start(model)
     drawn = 0 if start is None else round(rows * FROM_START)
-    rounds = range(0, max(rows - drawn, 1), len(words))
-    shuffled = [words[torch.randperm(len(words), generator=generator)] for _ in rounds]
+    rounds = range(0, max(rows - drawn, 1), len(vocabulary))
+    shuffled = [vocabulary[torch.randperm(len(vocabulary), generator=generator)] for _ in rounds]
     return torch.cat([torch.full((drawn,), start or 0), *shuffled])[:rows]
 
 
 def _write_on(model: nn.Module, rows: Tensor, chances: Tensor, cached: bool, bar: Any) -> None:
-    """Draw all tokens of some rows (rows, length) but the first, in place."""
+    """Sample all tokens of some rows (rows, length) but the first, in place."""
     start, ends = _start(model), _known(model, "eos_token_id")
-    again = torch.tensor(sorted(ends), dtype=torch.long) if start not in {None, *ends} else None
+    restart = torch.tensor(sorted(ends), dtype=torch.long) if start not in {None, *ends} else None
     past = None
     for position in range(1, rows.shape[1]):
         given = rows[:, :position] if past is None else rows[:, position - 1 : position]
         logits, past = _next(model, given, past, cached)
         drawn = _drawn(logits, chances[:, position])
-        if again is not None and start is not None:
-            drawn[torch.isin(rows[:, position - 1], again)] = start
+        if restart is not None and start is not None:
+            drawn[torch.isin(rows[:, position - 1], restart)] = start
         rows[:, position] = drawn
         bar.update(len(rows))
 
 
 def _next(model: nn.Module, ids: Tensor, past: Any, cached: bool) -> tuple[Tensor, Any]:
-    """Logits (rows, words) of the next token, and the model's memory of what it has read."""
-    memory = {} if past is None else {"past_key_values": past}
-    given = {"input_ids": ids, **({"use_cache": True} if cached else {}), **memory}
-    output = forward(model, given)
+    """Logits (rows, vocabulary) of the next token, and the key–value cache."""
+    cache = {} if past is None else {"past_key_values": past}
+    inputs = {"input_ids": ids, **({"use_cache": True} if cached else {}), **cache}
+    output = forward(model, inputs)
     return logits_of(output)[:, -1], getattr(output, "past_key_values", None) if cached else None
 
 
 def _drawn(logits: Tensor, chances: Tensor) -> Tensor:
-    """One id for each row of logits (rows, words), by the inverse of its distribution function.
+    """One id sampled per row of logits (rows, vocabulary), by inverse transform sampling.
 
     Raises:
         LowrankError: logits are NaN.
@@ -146,40 +146,42 @@ def _drawn(logits: Tensor, chances: Tensor) -> Tensor:
     whole = sums[:, -1:]
     if not bool(torch.isfinite(whole).all()):
         raise LowrankError("the model's logits are NaN: pass data=None to work without data")
-    # `right`: a word of no probability leaves the sum as it is, and is never the first above.
+    # `right`: a token of probability 0 leaves the sum as it is, and is never the first above.
     drawn = torch.searchsorted(sums, chances[:, None].to(sums.device) * whole, right=True)
     return drawn[:, 0].clamp(max=logits.shape[-1] - 1).cpu()
 
 
 def _remembers(model: nn.Module) -> bool:
-    """Whether the model, given tokens one by one, says the same as for all of them at once.
+    """Whether the model's cache works: one token at a time gives the same as all at once.
 
     Raises:
-        LowrankError: a token changes what was said before it.
+        LowrankError: a token changes earlier predictions.
     """
     ids = _words(model)[None, :4]
     whole, past = _next(model, ids, None, False)
-    before = logits_of(forward(model, {"input_ids": ids}))[:, 0]
-    if not _alike(before, _next(model, ids[:, :1], None, False)[0]):
+    first = logits_of(forward(model, {"input_ids": ids}))[:, 0]
+    if not _alike(first, _next(model, ids[:, :1], None, False)[0]):
         raise LowrankError(
-            f"{type(model).__name__} looks at later tokens too, and cannot write its calibration "
+            f"{type(model).__name__} attends to later tokens too, and cannot write its calibration "
             "data: pass data=…, or data=None to work without"
         )
-    said = before
+    last = first
     try:
         for token in ids.T[:, None]:
-            said, past = _next(model, token, past, True)
+            last, past = _next(model, token, past, True)
             if past is None:
                 return False
-    except TypeError:  # its forward knows no cache
+    except TypeError:  # its forward takes no cache
         return False
-    return _alike(whole, said)
+    return _alike(whole, last)
 
 
 def _alike(logits: Tensor, others: Tensor) -> bool:
     """Whether two distributions are equal up to rounding, in total variation."""
     apart = (logits.double().softmax(-1) - others.double().softmax(-1)).abs().sum(-1) / 2
-    return not bool((apart > torch.finfo(logits.dtype).eps ** 0.5).any())  # NaN is told elsewhere
+    return not bool(
+        (apart > torch.finfo(logits.dtype).eps ** 0.5).any()
+    )  # NaN is handled elsewhere
 
 
 def _config(model: Any) -> Any:
@@ -189,18 +191,18 @@ def _config(model: Any) -> Any:
 
 
 def _words(model: Any) -> Tensor:
-    """All ids but the special ones that the model tells of."""
+    """All ids but the model's special ones."""
     kinds = ("bos_token_id", "eos_token_id", "pad_token_id")
     special = set().union(*(_known(model, kind) for kind in kinds))
-    words = [i for i in range(_config(model).vocab_size) if i not in special]
-    return torch.tensor(words or [0])
+    ids = [i for i in range(_config(model).vocab_size) if i not in special]
+    return torch.tensor(ids or [0])
 
 
 def _known(model: Any, name: str) -> set[int]:
-    """A setting's token ids, without those beyond the model's words."""
+    """A setting's token ids, without those beyond the vocabulary."""
     places = (getattr(model, "generation_config", None), _config(model))
-    said = [getattr(place, name, None) for place in places]
-    value = next((ids for ids in said if ids is not None), None)
+    settings = [getattr(place, name, None) for place in places]
+    value = next((ids for ids in settings if ids is not None), None)
     ids = value if isinstance(value, list | tuple) else [value]
     return {int(i) for i in ids if i is not None and 0 <= i < _config(model).vocab_size}
 
@@ -210,7 +212,7 @@ def _start(model: Any) -> int | None:
 
 
 def _fitting(model: Any, length: int) -> int:
-    """A length that the model has positions for."""
+    """`length`, limited by the model's positions."""
     most = getattr(_config(model), "max_position_embeddings", None)
     return min(length, most) if most else length
 

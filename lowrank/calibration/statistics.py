@@ -20,12 +20,12 @@ from .observation import Frequencies, Observation, observe
 from .running import SameTensor, first_tensor, forward, mask_of, quiet
 
 Groups = tuple[tuple[str, ...], ...]
-SELF = "self"  # as data: the model writes it
+SELF = "self"  # as `data`: the model writes it
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What a model showed on some data; accepted as `data=` everywhere.
+    """Statistics of a model on some data; accepted as `data=` everywhere.
 
     Attributes:
         statistics: per site name; sites that read one tensor share one object.
@@ -33,10 +33,10 @@ class Calibration:
         batches: the data, ready to be run again, or the caller's own callable.
         tokens: the most input vectors that any linear layer saw; without one, the most lookups.
         min_tokens: a site that saw fewer follows `on_missing`.
-        source: where the data came from when the model wrote it itself, else "".
-        held_out: batches that no statistic saw, kept for judging.
-        spectra: curves made from these statistics, remembered for the next ratio: by method,
-            storage and weight, with the statistics that each was made from.
+        source: where the data came from if the model wrote it itself, else "".
+        held_out: batches kept out of the statistics, for evaluation.
+        spectra: curves from these statistics, cached for the next ratio: by method, storage and
+            weight, with the statistics that each was made from.
     """
 
     statistics: dict[str, Statistics]
@@ -61,21 +61,21 @@ def calibrate(
     progress: bool = True,
     sites: Sequence[Site] | None = None,
 ) -> Calibration:
-    """Gather E[x xᵀ] and E[x] of every linear layer's input, and how often ids are looked up.
+    """Gather E[x xᵀ] and E[x] of every linear layer's input, and the lookup counts of embeddings.
 
-    An embedding whose weight is the output head's too has both, under the embedding's name.
+    An embedding tied to the output head has both, under the embedding's name.
 
-    Positions that the attention mask pads are left out wherever a layer's input still has the
-    mask's shape, or its rows in one line.
+    Padded positions are left out wherever a layer's input still has the attention mask's shape, or
+    its rows flattened.
 
     Args:
-        data: see `materialise`; or "self": text that a causal language model writes
-            itself. A finished calibration is returned as it is.
-        length: tokens of a row when texts are cut or written.
+        data: see `materialise`; or "self": text that a causal language model writes itself. A
+            finished calibration is returned as it is.
+        length: tokens per row of cut or written texts.
         min_tokens: a site that saw fewer tokens counts as unseen.
         seed: of the text that the model writes.
-        hold_out: share of the rows, the last ones, that is kept for judging; none of a callable.
-        sites: all of the model, where they are known already.
+        hold_out: share of the rows, the last ones, held out for evaluation; none of a callable.
+        sites: all of the model, if already known.
 
     Raises:
         LowrankError: no layer was reached, an activation is NaN or Inf, or an id is out of range
@@ -91,7 +91,7 @@ def calibrate(
     heads = tied_heads(model, tables)
     readers = [site for site in free if site.kind in ("linear", "conv")] + list(heads.values())
     first = batches if callable(batches) else batches[:1]
-    with Frequencies(tables):  # a bad id gets an error of ours, whichever pass meets it first
+    with Frequencies(tables):  # for its error about bad ids, in the first pass too
         observation = observe(model, readers, lambda: _run(model, first, (), progress=False))
     statistics, groups, lookups = _gathered(model, batches, observation, readers, tables, progress)
     tokens = max((stats.count for stats in statistics.values()), default=0)
@@ -102,7 +102,7 @@ def calibrate(
     tokens = tokens or max((stats.count for stats in statistics.values()), default=0)
     if tokens == 0:
         hint = (
-            "it is called more than once, so it must not use up an iterator"
+            "it is called more than once, so it must not exhaust an iterator"
             if callable(batches)
             else "does it run this model?"
         )
@@ -112,7 +112,7 @@ def calibrate(
 
 
 def statistics_of(site: Site, calibration: Calibration | None) -> Statistics:
-    """What the calibration saw of a site's input; count 0 where it saw nothing.
+    """The statistics of a site's input; count 0 if the calibration has none.
 
     Raises:
         LowrankError: the calibration saw inputs of another width.
@@ -134,8 +134,8 @@ def statistics_of(site: Site, calibration: Calibration | None) -> Statistics:
 
 
 def doubts(sites: Sequence[Site], calibration: Calibration) -> list[str]:
-    """Where the data said too little of linear layers, in a sentence each: inputs that were zero
-    throughout, and those with fewer vectors than directions."""
+    """Warnings about linear layers with too little data: inputs that are always zero, and fewer
+    distinct inputs than features."""
     read = [
         (site, stats)
         for site, stats in ((site, statistics_of(site, calibration)) for site in sites)
@@ -145,18 +145,18 @@ def doubts(sites: Sequence[Site], calibration: Calibration) -> list[str]:
     zero = [s.title for s, gram in grams if float(gram.diagonal().sum()) == 0]
     share = _distinct(calibration)
     few = [s.title for s, stats in read if s.title not in zero and stats.count * share < s.shape[1]]
-    said = []
+    warnings = []
     if zero:
-        said.append(
-            f"the data gave {len(zero)} layers nothing but zeros, so that their factors are "
-            f"arbitrary: {listed(zero, 3)}"
+        warnings.append(
+            f"all inputs of {len(zero)} layers are zero, so that their factors are arbitrary: "
+            f"{listed(zero, 3)}"
         )
     if few:
-        said.append(
-            f"the data gave {len(few)} layers fewer different inputs than they have features, so "
-            f"that their factors are poorly determined: {listed(few, 3)}"
+        warnings.append(
+            f"{len(few)} layers saw fewer distinct inputs than they have features, so that their "
+            f"factors are poorly determined: {listed(few, 3)}"
         )
-    return said
+    return warnings
 
 
 def _gathered(
@@ -186,7 +186,7 @@ def _gathered(
 def _batches(
     model: nn.Module, data: Data, tokenizer: Any, length: int, seed: int, progress: bool
 ) -> tuple[list[Batch] | Forward, str]:
-    """The data, ready to be run, and where it came from if the model wrote it."""
+    """The data as batches, and its source if the model wrote it."""
     if not (isinstance(data, str) and data == SELF):
         return materialise(data, tokenizer, length=length), ""
     written = self_written.written_batches(model, length=length, seed=seed, progress=progress)
@@ -194,7 +194,7 @@ def _batches(
 
 
 class _Gather:
-    """Hooks on the sites of every group; the first member counts, the others are compared."""
+    """Hooks on all groups; the first member is accumulated, the others are compared with it."""
 
     def __init__(self, groups: Sequence[Sequence[Site]]) -> None:
         self._sums = [_Sums(group[0]) for group in groups]
@@ -237,7 +237,7 @@ class _Gather:
         return hook
 
     def check_calls(self) -> None:
-        """A member that was not called as often as the first did not see all of its tensors."""
+        """Part members not called as often as the first: they did not see all of its tensors."""
         for sums in self._sums:
             self.parted.update(n for n, calls in sums.calls.items() if calls != sums.owner_calls)
 
@@ -264,7 +264,7 @@ class _Sums:
     @torch.inference_mode(False)  # sums outlive the caller's inference mode
     def add(self, tensor: Tensor, mask: Tensor | None) -> None:
         if not layouts.fits(self.site.module, tensor):
-            return  # the layer itself will refuse it, and say it better
+            return  # the layer itself raises a better error
         self.last = SameTensor(tensor)
         self.owner_calls += 1
         for rows in counted_rows(self.site.module, tensor.detach(), mask):
@@ -275,7 +275,7 @@ class _Sums:
         if not bool(torch.isfinite(gram.diagonal()).all()):
             raise LowrankError(
                 f"{self.site.title}: its input holds NaN or Inf, or numbers too large to square: "
-                "look at the data and at the layers before it; float16 overflows where float32 and "
+                "check the data and the layers before it; float16 overflows where float32 and "
                 "bfloat16 do not"
             )
         self.gram = gram if self.gram is None else self.gram.add_(gram)
@@ -289,7 +289,7 @@ class _Sums:
 
 
 def counted_rows(module: nn.Module, tensor: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
-    """The input vectors (rows, in) of a layer, some at a time, without those that are padding."""
+    """The input vectors (rows, in) of a layer, in chunks, without padding."""
     padded = mask is not None and tensor.shape[:-1] in (mask.shape, (mask.numel(),))
     if mask is None or not padded or layouts.kind(module) == "conv":
         yield from layouts.chunks(module, tensor)
@@ -323,7 +323,7 @@ def _split(groups: Groups, parted: set[str]) -> Groups:
 
 
 def _distinct(calibration: Calibration) -> float:
-    """The share of the rows that no other row repeats; 1 of a callable's."""
+    """The number of distinct rows over that of all rows; 1 for a callable."""
     if callable(calibration.batches):
         return 1.0
     rows = rebatched(calibration.batches, 1)

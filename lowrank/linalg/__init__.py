@@ -1,4 +1,4 @@
-"""Pure tensor functions: they know nothing of modules."""
+"""Pure tensor functions, independent of modules."""
 
 from .blast import BlastFactors as BlastFactors
 from .blast import blast_factors as blast_factors

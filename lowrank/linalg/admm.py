@@ -1,17 +1,17 @@
-"""Alternating directions (ADMM) for matrices with a fixed number of non-zeros.
+"""ADMM for matrices with a fixed number of non-zeros.
 
-X is to be near a target in a metric, and sparse. It is split in two: `free` obeys the metric,
-`sparse` the pattern; a dual Y and a penalty ρ hold them together (Boyd et al., Foundations and
+X has to be sparse and close to a target in some metric. It is split in two: `free` minimises the
+loss, `sparse` has the pattern; a dual Y and a penalty ρ couple them (Boyd et al., Foundations and
 Trends in Machine Learning 3(1), 2011, section 3.1):
 
     free   = argmin_X  loss(X) + ⟨Y, X − sparse⟩ + ρ/2 ‖X − sparse‖²
-    sparse = the nearest to free + Y / ρ that has the pattern
+    sparse = projection of free + Y / ρ onto the pattern
     Y      = Y + ρ (free − sparse)
 
-and a third block, the basis that stands beside or below X, then follows the new `sparse`. The set
-of sparse matrices is not convex: ρ rises from weak to strong, so that the support moves freely at
-first and both parts agree in the end. The schedule is ours. What comes out is the support; the best
-values on it are `on_support`'s.
+A third block, the basis that X multiplies or is added to, is then updated for the new `sparse`.
+The set of sparse matrices is not convex: ρ rises from weak to strong, so that the support moves
+freely at first and both parts agree in the end. The schedule is ours. The result is the support;
+`on_support` finds the best values on it.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-STEPS = 20  # of conjugate gradients
+STEPS = 20  # of conjugate gradients, at most
 
 
 class Blocks(Protocol):
-    """The three steps of one problem; shapes are the problem's own."""
+    """The three block updates of one problem, in its own shapes."""
 
     def free(self, sparse: Tensor, dual: Tensor, rho: float) -> Tensor:
-        """The X of least loss, held to `sparse` by the dual and the penalty."""
+        """Minimise the loss plus the dual and penalty terms."""
 
     def project(self, wish: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest matrix that has the pattern, and its support in any form."""
+        """The nearest matrix with the pattern, and its support in any form."""
 
     def follow(self, sparse: Tensor, dual: Tensor) -> tuple[Tensor, Tensor]:
-        """Move the third block; returns both arguments in the units that it now has."""
+        """Update the third block; return both arguments, rescaled to match it."""
 
 
 def alternate(
@@ -48,24 +48,24 @@ def alternate(
     strong: float,
     most: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`sparse` and its support after so many exchanges with `free`.
+    """`sparse` and its support after `iterations` steps of ADMM.
 
     Args:
-        blocks: its third block moves with every exchange.
-        sparse: the start, with its `support`; both come back where `iterations` is 0.
-        weak, strong: ρ of the first and of the last exchange; it rises geometrically.
-        most: the exchange ends before a `sparse` whose norm is above this, or is no number.
+        blocks: its third block is updated at every step.
+        sparse, support: the start, returned as it is if `iterations` is 0.
+        weak, strong: ρ of the first and of the last step; it rises geometrically.
+        most: stop before a `sparse` whose norm exceeds this or is NaN.
     """
     dual = torch.zeros_like(sparse)
     for step in torch.linspace(0, 1, iterations).tolist():
         rho = weak * (strong / weak) ** step
         free = blocks.free(sparse, dual, rho)
-        projected, where = blocks.project(free + dual / rho)
+        projected, projected_support = blocks.project(free + dual / rho)
         if most is not None and not float(projected.norm()) <= most:
             break
         dual = dual + rho * (free - projected)
         sparse, dual = blocks.follow(projected, dual)
-        support = where
+        support = projected_support
     return sparse, support
 
 
@@ -79,17 +79,17 @@ def on_support(
     apart: bool,
     steps: int = STEPS,
 ) -> Tensor:
-    """The X on the mask of least ½ ⟨X, A X⟩ − ⟨B, X⟩, by conjugate gradients from `start`.
+    """The minimiser of ½ ⟨X, A X⟩ − ⟨B, X⟩ on the mask, by conjugate gradients from `start`.
 
-    The error never rises. Where A is flat X stays as it is.
+    The error never rises. In the null space of A, X keeps its start.
 
     Args:
         start: X (a, b), zero off the mask.
-        slope: B − A X (a, b) at the start; off the mask it is not read.
+        slope: B − A X (a, b) at the start; ignored off the mask.
         curvature: X -> A X, symmetric and positive semi-definite.
         mask: (a, b) bool.
-        diagonal: of A, as what broadcasts to (a, b): the preconditioner.
-        apart: A couples no two rows, and each is a problem of its own.
+        diagonal: of A, broadcastable to (a, b): the preconditioner.
+        apart: whether A couples no rows, so that each is a separate problem.
         steps: at most.
     """
     eps, tiny = torch.finfo(start.dtype).eps, torch.finfo(start.dtype).tiny
@@ -98,19 +98,19 @@ def on_support(
     def total(matrix: Tensor) -> Tensor:
         return matrix.sum(1 if apart else (0, 1), keepdim=True)
 
-    sparse, left = start, slope * mask
-    direction = left / scale
-    size = total(left * direction)
-    done = eps * size  # below it only rounding errors are left
+    sparse, residual = start, slope * mask
+    direction = residual / scale
+    size = total(residual * direction)
+    floor = eps * size  # below it only rounding errors are left
     for _ in range(steps):
-        along = curvature(direction) * mask
-        bent = total(direction * along)
-        moves = (size > done) & (bent > eps * total(scale * direction * direction))
+        image = curvature(direction) * mask
+        bend = total(direction * image)
+        moves = (size > floor) & (bend > eps * total(scale * direction * direction))
         if not apart and not bool(moves):
             break
-        stride = (size / bent.clamp(min=tiny)).where(moves, 0)
-        sparse, left = sparse + stride * direction, left - stride * along
-        again = total(left * left / scale)
-        direction = left / scale + (again / size.clamp(min=tiny)).where(moves, 0) * direction
-        size = again
+        stride = (size / bend.clamp(min=tiny)).where(moves, 0)
+        sparse, residual = sparse + stride * direction, residual - stride * image
+        new_size = total(residual * residual / scale)
+        direction = residual / scale + (new_size / size.clamp(min=tiny)).where(moves, 0) * direction
+        size = new_size
     return sparse

@@ -1,13 +1,14 @@
 """Block matrices with shared bases (BLAST, arXiv 2410.21262): W_ij ≈ B_i diag(d_ij) C_j.
 
-The rows of blocks share B_i, the columns C_j, and a block owns but r numbers d_ij. One block is
-plain low rank; block-diagonal, block-low-rank and Monarch matrices are special cases.
+Blocks of one row share B_i, blocks of one column C_j, and each block adds only r numbers d_ij. A
+single block is plain low rank; block-diagonal, block-low-rank and Monarch matrices are special
+cases.
 
-The factors are found in turn by gradient steps that are preconditioned with the factor's own
-normal matrix, damped by the error that is left: what is almost Newton at the end is careful at the
-beginning. Steps shrink to zero; a last least-squares step of B closes. Where plain low rank of the
-same r is nearer, it is taken as it is. The authors' code knows no data. Here columns are scaled by
-the size of their inputs, and the last step is in the full norm of the outputs.
+The factors are updated in turn by gradient steps, preconditioned with the factor's normal matrix
+and damped by the size of the residual: cautious at first, close to Newton at the end. Step sizes
+decay to zero; a least-squares fit of B comes last. If plain low rank of the same r is closer, it is
+used instead. The authors' code uses no data. Here columns are scaled by the size of their inputs,
+and the last fit is in the norm of the outputs.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from .gram import full_precision, safe_root
 from .svd import compute_dtype, factor
 
 SWEEPS = 300
-DAMP = 0.03  # times the norm of what is left
-SMALL = 1e-3  # of the initial bases
+DAMP = 0.03  # times the norm of the residual
+SMALL = 1e-3  # scale of the initial bases
 FLOOR = 1e-3  # of the mean size of an input: columns of dead inputs are not divided by zero
 
 
@@ -31,7 +32,7 @@ class BlastFactors(NamedTuple):
 
     Attributes:
         left: B (b, p, r).
-        mix: d (b, b, r): of the block row i and the block column j.
+        mix: d (b, b, r), by block row i and block column j.
         right: C (b, r, q).
     """
 
@@ -52,7 +53,7 @@ def blast_product(left: Tensor, mix: Tensor, right: Tensor) -> Tensor:
 
 
 def padded(weight: Tensor, blocks: int) -> Tensor:
-    """W with zero rows and columns up to the next multiple of `blocks` on both sides."""
+    """W, zero-padded to multiples of `blocks` on both sides."""
     rows, columns = (-side % blocks for side in weight.shape)
     return torch.nn.functional.pad(weight, (0, columns, 0, rows))
 
@@ -66,15 +67,15 @@ def blast_factors(
     sweeps: int = SWEEPS,
     seed: int = 0,
 ) -> BlastFactors:
-    """Factors of W, padded with zeros where its sides are no multiples of `blocks`.
+    """BLAST factors of W, zero-padded where `blocks` does not divide a side.
 
     Args:
         weight: W (out, in).
-        blocks: b ≥ 1, along each side.
+        blocks: b ≥ 1, per side.
         rank: r ≥ 1.
         gram: H (in, in), or None for the identity.
         sweeps: over the three factors.
-        seed: of the start.
+        seed: of the random start.
     """
     dtype = compute_dtype(min(weight.shape))
     matrix = padded(weight.detach().to(dtype), blocks)
@@ -90,11 +91,11 @@ def blast_factors(
         right = factors.right / scale.view(blocks, 1, -1)
         metric = None if gram is None else _padded_gram(gram, matrix)
         left = _fitted(matrix, factors.mix, right, metric)
-        tried = BlastFactors(left, factors.mix, right)
+        fitted = BlastFactors(left, factors.mix, right)
         plain = _low_rank(matrix, blocks, rank, metric, seed)
-        if plain is not None and _error(matrix, plain, metric) <= _error(matrix, tried, metric):
-            tried = plain
-        return _even(tried)
+        if plain is not None and _error(matrix, plain, metric) <= _error(matrix, fitted, metric):
+            fitted = plain
+        return _even(fitted)
 
 
 def _swept(cells: Tensor, factors: BlastFactors, step: float) -> BlastFactors:
@@ -102,22 +103,22 @@ def _swept(cells: Tensor, factors: BlastFactors, step: float) -> BlastFactors:
     left, mix, right = factors
     across = (mix[..., None] * right).transpose(1, 2).flatten(2)  # (b, r, b·q)
     rows = cells.transpose(1, 2).flatten(2)  # (b, p, b·q)
-    rest = rows - left @ across
+    residual = rows - left @ across
     normal = across @ across.mT
-    left = left + step * _conditioned(normal, rest, (rest @ across.mT).mT).mT
+    left = left + step * _conditioned(normal, residual, (residual @ across.mT).mT).mT
     down = (mix[:, :, None] * left[:, None]).transpose(0, 1).flatten(1, 2)  # (b, b·p, r)
     columns = cells.permute(1, 0, 2, 3).flatten(1, 2)  # (b, b·p, q)
-    rest = columns - down @ right
-    right = right + step * _conditioned(down.mT @ down, rest, down.mT @ rest)
-    rest = cells - (left[:, None] * mix[:, :, None]) @ right
-    gradient = ((left.mT[:, None] @ rest) * right).sum(-1)  # (b, b, r)
+    residual = columns - down @ right
+    right = right + step * _conditioned(down.mT @ down, residual, down.mT @ residual)
+    residual = cells - (left[:, None] * mix[:, :, None]) @ right
+    gradient = ((left.mT[:, None] @ residual) * right).sum(-1)  # (b, b, r)
     normal = (left.mT @ left)[:, None] * (right @ right.mT)
-    mix = mix + step * _conditioned(normal, rest, gradient[..., None])[..., 0]
+    mix = mix + step * _conditioned(normal, residual, gradient[..., None])[..., 0]
     return BlastFactors(left, mix, right)
 
 
 def _conditioned(normal: Tensor, rest: Tensor, gradient: Tensor) -> Tensor:
-    """(normal + δ‖rest‖ I)⁻¹ gradient, of batches of (r, r) and (r, k)."""
+    """(normal + δ‖residual‖ I)⁻¹ gradient, for batches of (r, r) and (r, k)."""
     root = safe_root(normal, DAMP * rest.norm())
     solved: Tensor = torch.cholesky_solve(gradient, root)
     return solved
@@ -136,9 +137,9 @@ def _fitted(matrix: Tensor, mix: Tensor, right: Tensor, metric: Tensor | None) -
 def _low_rank(
     matrix: Tensor, blocks: int, rank: int, metric: Tensor | None, seed: int
 ) -> BlastFactors | None:
-    """The best matrix of that rank in blocks, with every d_ij = 1; None if there is no such rank.
+    """The best matrix of that rank as blocks with every d_ij = 1; None if the rank is too large.
 
-    Gradient steps from there are caught in it, steps from elsewhere can miss it.
+    Gradient steps that start there cannot leave it; from elsewhere they may not reach it.
     """
     if rank > min(matrix.shape):
         return None
@@ -148,28 +149,28 @@ def _low_rank(
 
 
 def _error(matrix: Tensor, factors: BlastFactors, metric: Tensor | None) -> float:
-    rest = matrix - factors.product()
-    return float(((rest if metric is None else rest @ metric) * rest).sum())
+    residual = matrix - factors.product()
+    return float(((residual if metric is None else residual @ metric) * residual).sum())
 
 
 def _even(factors: BlastFactors) -> BlastFactors:
-    """Every one of the r components as long in B as in C, d at most 1; a dead one stays alive in C.
+    """Scale each of the r components to equal norms in B and C, with |d| at most 1.
 
-    A component is spread over all blocks: its lengths are those over all of them.
+    A component spans all blocks, and so do its norms. Zero components are left unchanged.
     """
     left, mix, right = factors
     sides = left.square().sum((0, 1)).sqrt(), right.square().sum((0, 2)).sqrt()
     inner = mix.abs().amax((0, 1))
     alive = (sides[0] > 0) & (sides[1] > 0) & (inner > 0)
     inner = inner.where(alive, 1)
-    want = (sides[0] * sides[1] * inner).sqrt()  # of both sides
-    up = torch.where(alive, want / sides[0].where(alive, 1), 1)
-    down = torch.where(alive, want / sides[1].where(alive, 1), 1)
+    target = (sides[0] * sides[1] * inner).sqrt()  # of both sides
+    up = torch.where(alive, target / sides[0].where(alive, 1), 1)
+    down = torch.where(alive, target / sides[1].where(alive, 1), 1)
     return BlastFactors(left * up, mix / inner, right * down[:, None])
 
 
 def _cells(matrix: Tensor, blocks: int) -> Tensor:
-    """(b, b, p, q) of (b·p, b·q)."""
+    """The blocks (b, b, p, q) of a matrix (b·p, b·q)."""
     rows, columns = (side // blocks for side in matrix.shape)
     return matrix.view(blocks, rows, blocks, columns).transpose(1, 2)
 
@@ -190,7 +191,7 @@ def _start(cells: Tensor, rank: int, seed: int) -> BlastFactors:
 
 
 def _column_scale(gram: Tensor | None, matrix: Tensor) -> Tensor:
-    """(b·q,): the root mean square of every input, floored; 1 where nothing is known."""
+    """RMS of each input over their mean, floored, (b·q,); 1 without a Gram matrix."""
     if gram is None:
         return matrix.new_ones(matrix.shape[1])
     size = gram.diagonal().clamp(min=0).sqrt().to(matrix)

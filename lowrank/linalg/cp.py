@@ -1,10 +1,10 @@
-"""CP of a convolution's weight: a sum of R products of one vector a dimension.
+"""CP decomposition of a convolution's weight: a sum of R outer products of one vector per mode.
 
 W[o, i, a, …] ≈ Σ_r last[o, r] · first[r, i] · taps₀[r, a] · …, by alternating least squares (ALS;
-Lebedev et al., arXiv 1412.6553, for convolutions). A best sum need not exist: components may grow
-without bound and cancel (de Silva and Lim, arXiv math/0607647), and such weights are worthless once
-rounded. A small ridge pulls every step towards the one before, which bounds it; several starts are
-tried, and where all diverge it is an error, not a result.
+Lebedev et al., arXiv 1412.6553, for convolutions). A best approximation need not exist: components
+may grow without bound and cancel (de Silva and Lim, arXiv math/0607647), and rounding then ruins
+the weight. A small proximal term keeps each step close to the previous one; several starts are
+tried, and it is an error if all of them diverge.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ..errors import LowrankError
 from .gram import full_precision
 
 RIDGE = 1e-6  # of the mean diagonal of a step's normal equations
-LIMIT = 30.0  # times the weight's length that all components may have: what cancels is lost
-EVERY = 5  # sweeps between two looks at the error
+LIMIT = 30.0  # largest √Σ‖component‖² / ‖W‖: cancellation loses digits
+EVERY = 5  # sweeps between two evaluations of the error
 Parts = tuple[Tensor, list[Tensor], Tensor]  # last (O, R), taps (R, k) for each dimension, first
 
 
@@ -38,14 +38,14 @@ def cp_factors(
 
     Args:
         weight: (O, I, *kernel).
-        rank: R; it may be larger than any of the sides.
-        starts: how many are tried; the seed draws them on the CPU.
-        tolerance: of ‖W‖²; an error that falls by less in some sweeps has converged.
-        limit: √Σ‖component‖² / ‖W‖ above which components are said to diverge.
+        rank: R; it may exceed every dimension.
+        starts: how many are tried, drawn on the CPU from `seed`.
+        tolerance: of ‖W‖²; ALS stops when the error falls by less in `EVERY` sweeps.
+        limit: √Σ‖component‖² / ‖W‖ above which the components count as divergent.
 
     Returns:
-        last (O, R), taps (R, k) for each dimension of the kernel, first (R, I): every component has
-        sides of one length, the largest entry of all but `last` positive.
+        last (O, R), taps (R, k) for each dimension of the kernel, first (R, I): each component has
+        the same norm in every factor; its largest entry is positive in all but `last`.
 
     Raises:
         LowrankError: rank below 1, a weight of fewer than three dimensions, or components that
@@ -68,22 +68,22 @@ def cp_factors(
                 best = error, sides
         if total > 0 and best is None:
             raise LowrankError(
-                f"the {rank} components of a weight {tuple(weight.shape)} diverge at all "
-                f"{starts} starts (longer than {limit:g} times the weight): take another rank, "
-                "a larger ridge, or the Tucker form"
+                f"the {rank} components of a weight of shape {tuple(weight.shape)} diverge from "
+                f"all {starts} starts (norm above {limit:g} times the weight's): use another rank, "
+                "a larger ridge, or Tucker"
             )
         sides = best[1] if best else [whole.new_zeros(n, rank) for n in whole.shape]
     return _parts(sides)
 
 
 def rebuilt_cp(parts: Parts) -> Tensor:
-    """The weight (O, I, *kernel) that parts stand for."""
+    """The weight (O, I, *kernel) of the parts."""
     last, taps, first = parts
     return _product([last, first.T, *(t.T for t in taps)])
 
 
 def component_norm(sides: Sequence[Tensor]) -> float:
-    """√Σ‖component‖²: much more than the norm of their sum where they cancel."""
+    """√Σ‖component‖²: far above the norm of the sum where components cancel."""
     return float(torch.stack([side.square().sum(0) for side in sides]).prod(0).sum().sqrt())
 
 
@@ -103,23 +103,23 @@ def _alternate(
         for mode in range(len(sides)):
             gram = torch.stack([g for m, g in enumerate(grams) if m != mode]).prod(0)
             shift = ridge * gram.diagonal().mean().clamp(min=1e-300)
-            # Proximal: towards the step before, so that the error falls and nothing shrinks.
+            # Proximal: towards the previous step, so that the error falls without shrinkage.
             target = _against(whole, sides, mode) + shift * sides[mode]
             sides[mode] = torch.linalg.solve(gram + shift * eye, target.T).T
-            if mode:  # lengths are gathered in the first side
+            if mode:  # the first factor takes all norms
                 length = torch.linalg.vector_norm(sides[mode], dim=0).clamp(min=1e-300)
                 sides[mode], sides[0] = sides[mode] / length, sides[0] * length
                 grams[0] = sides[0].T @ sides[0]
             grams[mode] = sides[mode].T @ sides[mode]
         if sweep % EVERY == 0 or sweep == sweeps:
-            before, error = error, float((whole - _product(sides)).square().sum())
-            if before - error < least:
+            previous, error = error, float((whole - _product(sides)).square().sum())
+            if previous - error < least:
                 break
     return error
 
 
 def _against(whole: Tensor, sides: Sequence[Tensor], mode: int) -> Tensor:
-    """Σ over all other dimensions of W times their vectors: (n, R)."""
+    """W contracted with the vectors of all other dimensions, (n, R)."""
     letters = "abcde"[: whole.ndim]
     others = [m for m in range(whole.ndim) if m != mode]
     text = ",".join([letters, *(letters[m] + "r" for m in others)])
@@ -135,19 +135,19 @@ def _product(sides: Sequence[Tensor]) -> Tensor:
 
 
 def _parts(sides: Sequence[Tensor]) -> Parts:
-    """Sides of one length, signs gathered in the outputs; a component that is zero keeps unit sides
-    everywhere else, so that gradients reach it."""
+    """Factors of equal norm, signs collected in `last`; a zero component keeps unit norm in all
+    others, so that gradients reach it."""
     lengths = torch.stack([side.norm(dim=0) for side in sides])  # (modes, R)
     alive = lengths.prod(0) > 0
     even = lengths.prod(0).pow(1 / len(sides))
-    made, sign = [], torch.ones_like(even)
+    factors, sign = [], torch.ones_like(even)
     for mode, (side, length) in enumerate(zip(sides, lengths, strict=True)):
         unit = torch.where(alive, side / length.where(alive, 1), 0)
         if mode:
             peak = unit.gather(0, unit.abs().argmax(0, keepdim=True))[0]
-            turn = torch.where(peak < 0, -1.0, 1.0)
-            unit, sign = unit * turn, sign * turn
+            flip = torch.where(peak < 0, -1.0, 1.0)
+            unit, sign = unit * flip, sign * flip
             unit = torch.where(alive, unit * even, len(side) ** -0.5)
-        made.append(unit)
-    last = made[0] * sign * even
-    return last, [side.T for side in made[2:]], made[1].T
+        factors.append(unit)
+    last = factors[0] * sign * even
+    return last, [side.T for side in factors[2:]], factors[1].T

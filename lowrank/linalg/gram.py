@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def gram_sum(rows: Tensor) -> Tensor:
-    """Σ x xᵀ over the rows of (tokens, in): product in fp32 (fp64 stays), returned in float64.
+    """Σ x xᵀ over rows (tokens, in), multiplied in fp32 (fp64 inputs: fp64), summed in float64.
 
     Chunks bound both the rounding of the fp32 sums and the memory of the cast.
     """
@@ -21,7 +21,7 @@ def gram_sum(rows: Tensor) -> Tensor:
 
 
 def cross_sum(left: Tensor, right: Tensor) -> Tensor:
-    """Σ x yᵀ over the rows of two (tokens, ·) tensors, summed as `gram_sum` does."""
+    """Σ x yᵀ over the rows of two tensors (tokens, ·), in the precision of `gram_sum`."""
     wide = torch.float64 if left.dtype == torch.float64 else torch.float32
     total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64, device=left.device)
     with full_precision(left):
@@ -39,10 +39,10 @@ def squared_error(weight: Tensor, approximation: Tensor, gram: Tensor | None = N
 
 
 def safe_root(normal: Tensor, shift: Tensor | float = 0.0) -> Tensor:
-    """The Cholesky factor of (…, k, k) positive semi-definite matrices, singular or zero ones too.
+    """Cholesky factors of positive semi-definite (…, k, k), which may be singular or zero.
 
     Args:
-        shift: added to every diagonal, beside what rounding calls for.
+        shift: added to each diagonal, on top of a ridge for rounding errors.
     """
     side = normal.diagonal(dim1=-2, dim2=-1)
     ridge = side.amax(-1, keepdim=True) * (8 * side.shape[-1] * torch.finfo(normal.dtype).eps)
@@ -52,24 +52,24 @@ def safe_root(normal: Tensor, shift: Tensor | float = 0.0) -> Tensor:
 
 
 def full_precision(tensor: Tensor) -> torch.autocast:
-    """A `with` block in which autocast is off on the device of `tensor`."""
+    """A context that disables autocast on the device of `tensor`."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 DAMP = 0.1
-FLOOR = 1e-11  # of the trace: above what rounding does to a singular G
-TINY = 1e-30  # of a G that is zero
+FLOOR = 1e-11  # of the trace: above the rounding errors of a singular G
+TINY = 1e-30  # for a zero G
 
 
 def output_root(out_gram: Tensor, damp: float = DAMP) -> Tensor:
     """S (out, out) float64, upper triangular, with SᵀS = G + damp · mean(diag G) · I.
 
-    Cholesky's factor, for outputs are many and an eigendecomposition costs far more products; S V
-    has the singular values that G^½ V has.
+    The Cholesky factor, which is far cheaper than an eigendecomposition; S V has the singular
+    values of G^½ V.
 
     Args:
-        out_gram: G = E[g gᵀ] (out, out), symmetric positive semi-definite. The zero matrix, and
-            one that is undamped and singular, are floored: S is always invertible.
+        out_gram: G = E[g gᵀ] (out, out), symmetric positive semi-definite. If zero, or singular
+            and undamped, it is floored: S is always invertible.
         damp: relative to the mean of the diagonal.
     """
     with full_precision(out_gram):

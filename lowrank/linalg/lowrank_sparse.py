@@ -1,15 +1,15 @@
-"""Low rank plus a few input channels: W ≈ U Uᵀ W + S, where S has columns at chosen inputs J only.
+"""Low rank plus a few input channels: W ≈ U Uᵀ W + S, with S non-zero only in the columns J.
 
-LOST (arXiv 2508.02668) splits a weight so to train from scratch: the leading singular values make
-the low-rank part, and the channels on which the others are largest are kept as columns. Its body
-was not at hand; its authors' related code chooses by a part of the tail and copies columns of W.
-Here channels are chosen by the whole tail R = W − U UᵀW, and hold what is missing there: without
-data that is R[:, J], and ‖W − L − S‖² = ‖R‖² − ‖R[:, J]‖², the best that any c columns can do.
+LOST (arXiv 2508.02668) trains from scratch with this split: the leading singular values make the
+low-rank part, and the channels on which the others are largest are kept as columns. Its authors'
+related code selects by part of the tail and copies columns of W. Ours selects by the whole tail
+R = W − U UᵀW and stores the residual: without data that is R[:, J], and ‖W − L − S‖² = ‖R‖² −
+‖R[:, J]‖², the optimum for c columns.
 
-In the norm of the outputs a channel also answers for what other inputs share with it: the best S is
-the regression of R x on x_J, and what remains of H is its Schur complement. Channels are then taken
-one by one, each where it takes away most. U for given channels is the whitened problem in what
-remains; doing both in turn (as OATS does, arXiv 2409.13652) never raises the error.
+In the norm of the outputs a channel also explains inputs correlated with it: the best S is the
+regression of R x on x_J, which leaves the Schur complement of H. Channels are then chosen greedily
+by the error that they remove. U for given channels is the whitened problem in the Schur complement;
+alternating the two (as OATS does, arXiv 2409.13652) never raises the error.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 from .gram import full_precision, safe_root
 from .svd import balance, compute_dtype, output_basis
 
-ROUNDS = 5  # of channels and low rank in turn
-FLOOR = 1e-10  # of the largest diagonal entry of H: a channel that is below has no input of its own
+ROUNDS = 5  # alternations of channels and low rank
+FLOOR = 1e-10  # of the largest diagonal entry of H: channels below are explained by others
 
 
 class ColumnParts(NamedTuple):
@@ -50,15 +50,15 @@ def low_rank_sparse(
     rounds: int = ROUNDS,
     seed: int = 0,
 ) -> ColumnParts:
-    """Low rank and channels of little error ‖(W − L − S) H^½‖.
+    """Low rank and channels that approximately minimise ‖(W − L − S) H^½‖.
 
     Args:
         weight: W (out, in).
         rank: r in [1, min(out, in)].
         count: c in [1, in], channels.
         gram: H (in, in), or None for the identity.
-        rounds: of refinement, at most, from the channels of two tails: that of rank r, and of the
-            power of two below; 0: the best rank r, and the channels of its tail.
+        rounds: of alternation, at most, from the channels of two tails: that of rank r and that of
+            the power of two below; 0: the best rank r and the channels of its tail.
         seed: as for `factor`.
     """
     dtype = compute_dtype(min(weight.shape))
@@ -70,64 +70,64 @@ def low_rank_sparse(
         candidates = [
             _refined(matrix, basis, start, count, metric, rounds) for start in sorted(ranks)
         ]
-        _, basis, index = min(candidates, key=lambda each: each[0])
-        rest = _beyond(matrix, basis)
+        _, basis, index = min(candidates, key=lambda candidate: candidate[0])
+        residual = _beyond(matrix, basis)
         index = index.sort().values
         up, down = balance(basis, basis.T @ matrix)
-        return ColumnParts(up, down, _columns(rest, index, metric), index)
+        return ColumnParts(up, down, _columns(residual, index, metric), index)
 
 
 def channels(rest: Tensor, count: int, gram: Tensor | None = None) -> Tensor:
-    """The inputs (count,) whose columns take most away of ‖R H^½‖, in the order of their choice.
+    """The inputs (count,) whose columns reduce ‖R H^½‖ most, greedily and in that order.
 
-    Fewer are a beginning of more. Without H they are the longest columns of R, and optimal.
+    A smaller count gives a prefix. Without H they are the longest columns of R, which is optimal.
     """
     if gram is None:
         return rest.square().sum(0).argsort(descending=True, stable=True)[:count]
-    left, shared = gram.to(rest).clone(), rest @ gram.to(rest)  # H and R H of what remains
-    floor = FLOOR * left.diagonal().max()
-    taken: list[int] = []
+    schur, cross = gram.to(rest).clone(), rest @ gram.to(rest)  # H and R H, less those chosen
+    floor = FLOOR * schur.diagonal().max()
+    chosen: list[int] = []
     for _ in range(count):
-        own = left.diagonal()
-        gain = shared.square().sum(0) / own.clamp(min=torch.finfo(own.dtype).tiny)
+        own = schur.diagonal()
+        gain = cross.square().sum(0) / own.clamp(min=torch.finfo(own.dtype).tiny)
         gain = gain.masked_fill(own <= floor, 0.0)
-        gain[taken] = -1.0
-        taken.append(best := int(gain.argmax()))
+        gain[chosen] = -1.0
+        chosen.append(best := int(gain.argmax()))
         if own[best] > floor:
-            row = left[best] / own[best]
-            shared = shared - torch.outer(shared[:, best], row)
-            left = left - torch.outer(left[:, best], row)
-    return torch.tensor(taken, device=rest.device)
+            row = schur[best] / own[best]
+            cross = cross - torch.outer(cross[:, best], row)
+            schur = schur - torch.outer(schur[:, best], row)
+    return torch.tensor(chosen, device=rest.device)
 
 
 def remaining(gram: Tensor | None, index: Tensor, like: Tensor) -> Tensor:
-    """H without all that the inputs `index` explain: its Schur complement (in, in).
+    """The Schur complement of H (in, in): without all that the inputs `index` explain.
 
-    Without H, the diagonal (in,) of a mask. Dtype and device are those of `like` (out, in).
+    Without H, a diagonal (in,) of zeros and ones. Dtype and device are those of `like` (out, in).
     """
     if gram is None:
         return like.new_ones(like.shape[1]).index_fill(0, index, 0.0)
     metric = gram.to(like)
     rows = metric[index]
-    left = metric - rows.T @ _solved(rows[:, index], rows)
-    left = (left + left.T) / 2
-    return left.index_fill(0, index, 0.0).index_fill(1, index, 0.0)
+    schur = metric - rows.T @ _solved(rows[:, index], rows)
+    schur = (schur + schur.T) / 2
+    return schur.index_fill(0, index, 0.0).index_fill(1, index, 0.0)
 
 
 def _refined(
     matrix: Tensor, basis: Tensor, start: int, count: int, metric: Tensor | None, rounds: int
 ) -> tuple[float, Tensor, Tensor]:
-    """The error, a basis (out, r) and channels, from those of the tail of rank `start` ≤ r on."""
+    """The error, basis (out, r) and channels, from the channels of the tail of rank `start` ≤ r."""
     index = channels(_beyond(matrix, basis[:, :start]), count, metric)
     least = _error(_beyond(matrix, basis), remaining(metric, index, matrix))
     for _ in range(rounds):
-        turned = output_basis(matrix, basis.shape[1], remaining(metric, index, matrix))
-        rest = _beyond(matrix, turned)
-        again = channels(rest, count, metric)
-        error = _error(rest, remaining(metric, again, matrix))
+        new_basis = output_basis(matrix, basis.shape[1], remaining(metric, index, matrix))
+        residual = _beyond(matrix, new_basis)
+        new_index = channels(residual, count, metric)
+        error = _error(residual, remaining(metric, new_index, matrix))
         if not error < least:
             break
-        basis, index, least = turned, again, error
+        basis, index, least = new_basis, new_index, error
     return least, basis, index
 
 
@@ -145,7 +145,7 @@ def _columns(rest: Tensor, index: Tensor, gram: Tensor | None) -> Tensor:
 
 
 def _solved(inner: Tensor, right: Tensor) -> Tensor:
-    """inner⁻¹ · right of a Gram matrix (c, c) that may be singular."""
+    """inner⁻¹ · right for a Gram matrix (c, c) that may be singular."""
     solved: Tensor = torch.cholesky_solve(right, safe_root(inner))
     return solved
 

@@ -1,11 +1,11 @@
-"""Low rank plus single entries: W ≈ L + S, S zero but for a mask, min ‖(W − L − S) H^½‖.
+"""Low rank plus sparse: W ≈ L + S, with S zero off a mask, min ‖(W − L − S) H^½‖.
 
 OATS (arXiv 2409.13652) alternates a truncated SVD with thresholding, both scaled by the inputs'
-sizes alone; 3BASiL (arXiv 2603.01376) is an ADMM of three blocks in the whole metric. So is this,
-by our own numerics (admm.py): inputs are scaled to unit size, S is split into a part that obeys the
-metric and one that obeys the mask, and in every iteration one step of subspace iteration turns the
-basis of L. That decides which entries stay; their values are least squares on the mask, all rows at
-once, in turn with the best L.
+sizes alone; 3BASiL (arXiv 2603.01376) is a three-block ADMM in the full metric. So is this, with
+our own numerics (admm.py): inputs are scaled to unit size, S is split into a part that minimises
+the loss and one that has the mask, and each iteration updates the basis of L by one step of
+subspace iteration. That selects the mask; the values on it are fitted by least squares, all rows at
+once, alternating with the best L.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .gram import full_precision
 from .svd import balance, compute_dtype, output_basis
 
 ITERATIONS = 80
-WEAK, STRONG = 0.01, 1.0  # how much the two parts of S are held together, at first and at last
-LEAST = 1e-12  # of the largest diagonal entry of H: inputs below count as that large
+WEAK, STRONG = 0.01, 1.0  # penalty that couples the two parts of S, at first and at last
+LEAST = 1e-12  # floor of the diagonal of H, relative to its largest entry
 
 Keep = Callable[[Tensor], Tensor]
 
@@ -51,14 +51,14 @@ def low_rank_masked(
     iterations: int = ITERATIONS,
     seed: int = 0,
 ) -> MaskedParts:
-    """Low rank and entries of little error ‖(W − L − S) H^½‖.
+    """Low-rank and sparse parts that approximately minimise ‖(W − L − S) H^½‖.
 
     Args:
         weight: W (out, in).
         rank: r in [1, min(out, in)].
-        keep: from sizes (out, in) ≥ 0 to the mask of those that stay: `largest`, or N of each M.
+        keep: maps magnitudes (out, in) to the mask of entries to keep: `largest`, or N:M.
         gram: H (in, in), or None for the identity.
-        iterations: of ADMM; 0: the mask of what the best rank r leaves.
+        iterations: of ADMM; 0: the mask of the residual of the best rank r.
         seed: as for `factor`.
     """
     matrix = weight.detach().to(compute_dtype(min(weight.shape)))
@@ -80,7 +80,7 @@ def low_rank_masked(
 
 
 def largest(count: int) -> Keep:
-    """Keeps so many entries of the matrix, wherever they are."""
+    """A `Keep` of the `count` largest entries of the matrix."""
 
     def keep(size: Tensor) -> Tensor:
         mask = torch.zeros(size.numel(), dtype=torch.bool, device=size.device)
@@ -93,10 +93,9 @@ def largest(count: int) -> Keep:
 def on_mask(
     target: Tensor, metric: Tensor, mask: Tensor, start: Tensor, *, steps: int = STEPS
 ) -> Tensor:
-    """The S (out, in) on the mask of least ‖(R − S) H^½‖, by conjugate gradients from `start`.
+    """The S (out, in) on the mask of least ‖(target − S) H^½‖, by conjugate gradients from `start`.
 
-    Every row is a problem of its own; the error of none rises. What a row shares with no input that
-    varies stays as it is.
+    Rows are independent, and no row's error rises. In the null space of H, S keeps its start.
     """
     sparse = start * mask
     slope = (target - sparse) @ metric
@@ -108,10 +107,10 @@ def on_mask(
 def _chosen(
     target: Tensor, basis: Tensor, metric: Tensor, keep: Keep, iterations: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The basis of L, S and its mask, by ADMM from what the basis given leaves."""
-    rest = target - _low(target, basis)
-    mask = keep(rest.abs())
-    sparse = rest * mask
+    """The basis of L, S and its mask, by ADMM from the residual of the given basis."""
+    residual = target - _low(target, basis)
+    mask = keep(residual.abs())
+    sparse = residual * mask
     if not iterations:
         return basis, sparse, mask
     blocks = _Blocks(target, basis, metric, keep)
@@ -120,7 +119,7 @@ def _chosen(
 
 
 class _Blocks:
-    """S, free and masked, and the basis U (out, r) of the L beside it."""
+    """ADMM blocks: S, free and masked, and the basis U (out, r) of L."""
 
     def __init__(self, target: Tensor, basis: Tensor, metric: Tensor, keep: Keep) -> None:
         self.target, self.basis, self.metric, self.keep = target, basis, metric, keep
@@ -141,12 +140,12 @@ class _Blocks:
 
     def follow(self, sparse: Tensor, dual: Tensor) -> tuple[Tensor, Tensor]:
         """One step of subspace iteration on R H Rᵀ with R = T − S."""
-        rest = self.target - sparse
-        self.basis = torch.linalg.qr(rest @ (self.metric @ (rest.T @ self.basis))).Q
-        self.low = _low(rest, self.basis)
+        residual = self.target - sparse
+        self.basis = torch.linalg.qr(residual @ (self.metric @ (residual.T @ self.basis))).Q
+        self.low = _low(residual, self.basis)
         return sparse, dual
 
 
 def _low(rest: Tensor, basis: Tensor) -> Tensor:
-    """U Uᵀ R: the best L whose columns U spans."""
+    """U Uᵀ R: the best L with columns in the span of U."""
     return basis @ (basis.T @ rest)

@@ -1,9 +1,9 @@
 """Tucker factors in training: C = S ×₀ U₀ ×₁ U₁, with orthonormal U₀ (out, a) and U₁ (in, b).
 
-The core S is (a, b, k, …); spatial modes stay whole. Cutting every mode by its own singular values
-is the truncated HOSVD of the core: the squared error is at most the sum of the squared tails, so a
-tolerance θ for the whole gives θ/√2 to each of two modes (arXiv 2305.19059 in the form with one
-gradient of arXiv 2505.08022).
+The core S is (a, b, k, …); spatial modes are not factored. Truncating each mode by its own singular
+values is the truncated HOSVD of the core: the squared error is at most the sum of the squared
+tails, so a total tolerance θ allows θ/√2 in each of two modes (arXiv 2305.19059, in the
+single-gradient form of arXiv 2505.08022).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .svd import compute_dtype
 
 
 def unfolded(tensor: Tensor, mode: int) -> Tensor:
-    """(size of the mode, product of all other sizes)."""
+    """The unfolding along a mode, (size of the mode, product of all other sizes)."""
     return tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)
 
 
@@ -31,13 +31,13 @@ def times(tensor: Tensor, matrices: Mapping[int, Tensor]) -> Tensor:
 
 
 def mode_svd(core: Tensor, mode: int) -> tuple[Tensor, Tensor]:
-    """Left singular vectors (n, k) and values (k,) of an unfolding, k ≤ n, signs fixed."""
+    """Left singular vectors (n, k), signs fixed, and values (k,) of an unfolding, k ≤ n."""
     p, values, _ = core_svd(unfolded(core, mode))
     return p, values
 
 
 def hosvd(tensor: Tensor, ranks: Sequence[int]) -> tuple[list[Tensor], Tensor]:
-    """Bases of the first modes, U_i (n_i, r_i), and the core, of the truncated HOSVD."""
+    """The truncated HOSVD: bases U_i (n_i, r_i) of the first modes, and the core."""
     with full_precision(tensor):
         wide = tensor.detach().to(compute_dtype(min(tensor.shape[:2])))
         bases = [mode_svd(wide, mode)[0][:, :rank] for mode, rank in enumerate(ranks)]
@@ -47,13 +47,13 @@ def hosvd(tensor: Tensor, ranks: Sequence[int]) -> tuple[list[Tensor], Tensor]:
 def truncated_modes(
     bases: Sequence[Tensor], core: Tensor, vectors: Sequence[Tensor], ranks: Sequence[int]
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    """Every mode cut to its leading `ranks` vectors; rounding of the bases goes into the core.
+    """Truncate each mode to its leading `ranks` vectors, with re-orthonormalised bases.
 
     Args:
         bases: U_i (n_i, a_i); vectors: P_i (a_i, ·) of the core's unfoldings.
 
     Returns:
-        new bases (n_i, r_i), the core, and the maps (r_i, a_i) along which moments follow.
+        New bases (n_i, r_i), the core, and the maps (r_i, a_i) that carry over moments.
     """
     with full_precision(core):
         turns = [p[:, :rank] for p, rank in zip(vectors, ranks, strict=True)]

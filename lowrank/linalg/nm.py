@@ -1,4 +1,4 @@
-"""N:M sparsity: of each M consecutive entries of a row at most N are kept."""
+"""N:M sparsity: at most N of each M consecutive entries of a row are kept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 
 def nm_mask(weight: Tensor, n: int, m: int) -> Tensor:
-    """Where the n largest of each m consecutive entries of the last dimension are, bool.
+    """A bool mask of the n largest of each m consecutive entries along the last dimension.
 
     A last group of g < m entries keeps ⌈n g / m⌉.
 
@@ -31,6 +31,6 @@ def nm_mask(weight: Tensor, n: int, m: int) -> Tensor:
 
 
 def nm_bytes(mask: Tensor, m: int, itemsize: int) -> int:
-    """Of the kept values, and ⌈log2 m⌉ bits for the place of each in its group."""
+    """Bytes of the kept values, plus ⌈log2 m⌉ bits each for the position in the group."""
     kept = int(mask.sum())
     return kept * itemsize + math.ceil(kept * math.ceil(math.log2(m)) / 8)

@@ -1,9 +1,9 @@
-"""A product of rank r in r(m + n − r) numbers: r rows as they are, the others mixed from them.
+"""A rank-r matrix in r(m + n − r) numbers: r pivot rows, and the others as combinations of them.
 
 W = up · down has r rows P such that W[rest] = C W[P] (PIFA, arXiv 2501.19090). Their code pivots
-on the whole of W; here, on an orthonormal basis of its outputs, O(m r²): C belongs to the space of
-columns alone, so that factors of a smaller true rank, and zeros, are no special case. A basis has
-full rank whatever the factors are, and |C| ≤ 2 can always be reached.
+on W itself; ours on an orthonormal basis of its outputs, O(m r²): C depends on the column space
+alone, so that rank-deficient or zero factors need no special case. The basis always has full rank,
+and |C| ≤ 2 can always be reached.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 
 from .gram import full_precision
 
-BOUND = 2.0  # the largest |coefficient|; rounding errors of the pivots are multiplied by C
+BOUND = 2.0  # the largest |coefficient|: C amplifies rounding errors of the pivots
 
 
 class PivotedFactors(NamedTuple):
     """W (m, n) of rank r: `W[order[:r]]` is `kept`, `W[order[r:]]` is `mix @ kept`.
 
     Attributes:
-        kept: (r, n) float64, already rounded to the dtype that it will be stored in.
+        kept: (r, n) float64, already rounded to the storage dtype.
         mix: (m − r, r) float64.
-        order: (m,) int64, the pivots first; both parts ascend.
+        order: (m,) int64, the pivots first; both parts ascending.
     """
 
     kept: Tensor
@@ -33,9 +33,9 @@ class PivotedFactors(NamedTuple):
 
 
 def pivoted(up: Tensor, down: Tensor, dtype: torch.dtype) -> PivotedFactors:
-    """The pivoted form of W = up (m, r) · down (r, n), for pivot rows that are stored in `dtype`.
+    """The pivoted form of W = up (m, r) · down (r, n), with pivot rows stored in `dtype`.
 
-    C is fitted to the pivots as they are rounded; still, 16 bits cost this form more than plain
+    C is fitted to the rounded pivots; still, 16 bits cost this form more accuracy than plain
     factors (benchmarks/speed.py).
 
     Args:
@@ -52,22 +52,22 @@ def pivoted(up: Tensor, down: Tensor, dtype: torch.dtype) -> PivotedFactors:
 
 
 def pivot_rows(basis: Tensor, *, most: int | None = None) -> Tensor:
-    """r rows by which all rows of `basis` (m, r) are mixed with coefficients of at most `BOUND`.
+    """Indices of r rows that express all rows of `basis` (m, r) with |coefficients| ≤ `BOUND`.
 
     Gaussian elimination with row pivoting chooses the first set. Then rows are exchanged (Goreinov
     et al., How to find a good submatrix, 2010): each exchange multiplies the volume |det| of the
-    set by more than `BOUND`, so that they come to an end; on random bases there is seldom one.
+    set by more than `BOUND`, so that the process terminates; on random bases exchanges are rare.
 
     Args:
-        basis: of full column rank, best orthonormal.
-        most: exchanges after which the set is given back as it is; None: 64 + 8 r.
+        basis: of full column rank, ideally orthonormal.
+        most: maximum number of exchanges; None: 64 + 8 r.
 
     Returns:
         (r,) int64, ascending.
     """
     rank, left = basis.shape[1], 64 + 8 * basis.shape[1] if most is None else most
     pivots = _eliminated(basis)
-    while True:  # the coefficients are solved anew until a fresh solution needs no exchange
+    while True:  # re-solve for the coefficients until a fresh solution needs no exchange
         mix, before = mixed_from(basis, pivots), left
         while left:
             row, column = divmod(int(mix.abs().argmax()), rank)
@@ -93,23 +93,23 @@ def _eliminated(basis: Tensor) -> Tensor:
     """The pivot rows of Gaussian elimination, (r,)."""
     exchanges = torch.linalg.lu_factor_ex(basis).pivots.tolist()
     rows = list(range(len(basis)))
-    for here, there in enumerate(exchanges):  # counted from 1, as LAPACK does
-        rows[here], rows[there - 1] = rows[there - 1], rows[here]
+    for row, partner in enumerate(exchanges):  # LAPACK counts from 1
+        rows[row], rows[partner - 1] = rows[partner - 1], rows[row]
     return torch.tensor(rows[: basis.shape[1]], device=basis.device)
 
 
 def _others(pivots: Tensor, count: int) -> Tensor:
-    """The numbers below `count` that are no pivots, ascending."""
+    """The indices below `count` that are not pivots, ascending."""
     rest = torch.ones(count, dtype=torch.bool, device=pivots.device)
     rest[pivots] = False
     return rest.nonzero()[:, 0]
 
 
 def _refit(kept: Tensor, stored: Tensor, dtype: torch.dtype) -> Tensor:
-    """T (r, r): C T mixes the rounded pivots best, by least squares, where C mixes exact ones.
+    """T (r, r) such that C T is the least-squares fit to rounded pivots, as C is to exact ones.
 
-    Directions of `kept` (r, n) below its rounding are left to C: a ridge of the size of the
-    rounding's energy keeps them from blowing up.
+    Directions of `kept` (r, n) below its rounding are left to C: a ridge of the rounding's energy
+    keeps them bounded.
     """
     rank = len(kept)
     one = torch.eye(rank, dtype=kept.dtype, device=kept.device)

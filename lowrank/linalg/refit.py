@@ -1,10 +1,10 @@
-"""Refit of both factors at once, for inputs that are no longer those of the dense model.
+"""Joint refit of both factors, to the inputs of the layer in the compressed model.
 
-A layer inside a compressed model reads x', where the dense model's layer reads x. Its target is
+A layer of the compressed model reads x', where the dense model's layer reads x. Its target is
 t = W((1 − λ)x' + λx), so that E[t x'ᵀ] = W K with K = (1 − λ)H' + λC, H' = E[x'x'ᵀ] and
 C = E[x x'ᵀ]. The best product of rank r in ‖S(t − up·down x')‖ is the truncated SVD of
 S W K H'^{-½}: its left vectors are the eigenvectors of T H' Tᵀ with T = S W K H'⁻¹. MPIFA (arXiv
-2501.19090) reaches it by turns, one factor after the other; SAES-SVD and AA-SVD have special cases.
+2501.19090) alternates between the factors instead; SAES-SVD and AA-SVD solve special cases.
 """
 
 from __future__ import annotations
@@ -23,19 +23,18 @@ RIDGE = 1e-4  # of the mean diagonal of H'
 def regressed(
     weight: Tensor, gram: Tensor, target: Tensor, *, ridge: float = RIDGE, least: float = 0.0
 ) -> Tensor:
-    """W K H'⁻¹ (out, in) with one ridge on K and H', so that K = H' gives W.
+    """W K H'⁻¹ (out, in), with the same ridge on K and H', so that K = H' gives W.
 
-    H' has no low-rank form, so that this is the one step on the side of the inputs however wide:
-    a Cholesky decomposition, in³/3 multiplications, and two triangular solves for the rows of W
-    alone; no eigenproblem. A gram that rounding has made indefinite gets a larger ridge until it
-    is not; in the limit W stays as it is.
+    The one decomposition of size `in` even where out is smaller: Cholesky, in³/3 multiplications,
+    and two triangular solves for the rows of W; no eigenproblem. If rounding has made H'
+    indefinite, the ridge grows until it is not; in the limit the result is W.
 
     Args:
         weight: W (out, in).
         gram: H' (in, in), symmetric positive semi-definite up to rounding; zero gives W.
         target: K (in, in).
-        least: the ridge is no smaller, in the unit of H'; for one whose rounding errors are large
-            beside itself.
+        least: lower bound of the ridge, in the unit of H'; for an H' with large relative rounding
+            errors.
 
     Returns:
         In the dtype of `gram`.
@@ -67,18 +66,18 @@ def refit_factors(
     least: float = 0.0,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The best rank-`rank` factors for the stream that the layer really reads.
+    """The best rank-`rank` factors for the inputs in the compressed model.
 
     Args:
         weight: W (out, in).
         gram: H' = E[x'x'ᵀ] (in, in).
         target: K = (1 − λ)H' + λE[x x'ᵀ] (in, in).
-        root: S (out, out) as `output_root` gives it, upper triangular: SᵀS is the metric of the
-            outputs; None stands for the identity.
+        root: S (out, out) from `output_root`, upper triangular: SᵀS is the metric of the outputs;
+            None stands for the identity.
         ridge, least: see `regressed`.
 
     Returns:
-        up (out, rank) and down (rank, in), float64 up to the size that is decomposed in it.
+        up (out, rank) and down (rank, in), in the compute dtype.
     """
     dtype = compute_dtype(min(weight.shape))
     with full_precision(weight):

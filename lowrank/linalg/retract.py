@@ -1,10 +1,10 @@
-"""Orthonormal bases that grow, shrink and stay orthonormal: the algebra of W = U S Vᵀ in training.
+"""Augmentation, truncation and retraction of orthonormal bases, for training W = U S Vᵀ.
 
-Augmentation and truncation are those of dynamical low-rank training (arXiv 2205.13571) in its form
-with one gradient (arXiv 2505.08022). Two differences: a basis grows only by directions that are
-really there, with U itself in its first columns, so that S is padded by zeros and nothing is lost
-or mixed; and the right singular vectors are used as V, where the authors' code takes Vᵀ for V. All
-is computed in fp64 (fp32 above a side of 4096) with autocast off.
+The first two are those of dynamical low-rank training (arXiv 2205.13571) in its single-gradient
+form (arXiv 2505.08022). Two differences: a basis is augmented only by directions above rounding,
+with U itself in its first columns, so that S is zero-padded and nothing is lost or mixed; and the
+right singular vectors are used as V, where the authors' code takes Vᵀ for V. Everything is computed
+in fp64 (fp32 above a side of 4096) with autocast off.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ def orthonormal(matrix: Tensor) -> Tensor:
 
 
 def tangent(basis: Tensor, gradient: Tensor) -> Tensor:
-    """(I − UUᵀ) G, (n, r), without the (n, n) matrix."""
+    """(I − UUᵀ) G, (n, r), without forming the (n, n) matrix."""
     with full_precision(basis):
         u, g = _wide(basis), _wide(gradient)
         return g - u @ (u.T @ g)
 
 
 def new_directions(basis: Tensor, gradient: Tensor, most: int | None = None) -> Tensor:
-    """Orthonormal (n, k): what the gradient reaches outside of the basis, the strongest first.
+    """Orthonormal (n, k): directions of the gradient outside the basis, the strongest first.
 
     Args:
         basis: U (n, r), orthonormal columns.
         gradient: dL/dU (n, r), finite.
-        most: at most so many; k ≤ min(r, n − r) anyway. Directions below rounding are left out: a
-            QR of [U | G] would fill them with noise.
+        most: upper bound of k, beside min(r, n − r). Directions below rounding are left out: a QR
+            of [U | G] would fill them with noise.
     """
     with full_precision(basis):
         u, g = _wide(basis), _wide(gradient)
@@ -47,10 +47,10 @@ def new_directions(basis: Tensor, gradient: Tensor, most: int | None = None) -> 
         size = float(g.norm())
         if size == 0 or count == 0:
             return u[:, :0]
-        rest = g / size
+        residual = g / size
         for _ in range(2):  # twice is enough
-            rest = rest - u @ (u.T @ rest)
-        left, values, _ = torch.linalg.svd(rest, full_matrices=False)
+            residual = residual - u @ (u.T @ residual)
+        left, values, _ = torch.linalg.svd(residual, full_matrices=False)
         floor = max(g.shape) * torch.finfo(basis.dtype).eps
         directions = left[:, : min(int((values > floor).sum()), count)]
         directions = directions - u @ (u.T @ directions)
@@ -84,13 +84,13 @@ def core_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def truncated_usv(
     u: Tensor, v: Tensor, p: Tensor, values: Tensor, q: Tensor, rank: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """U S Vᵀ cut to the leading `rank` directions of S = P diag(σ) Qᵀ.
+    """U S Vᵀ truncated to the leading `rank` directions of S = P diag(σ) Qᵀ.
 
-    Bases are made orthonormal again, and what that changes goes into the core: rounding never adds
-    up over thousands of truncations.
+    Bases are re-orthonormalised, and the change goes into the core: rounding does not accumulate
+    over thousands of truncations.
 
     Returns:
-        U (out, r), S (r, r), V (in, r), and the maps by which tensors of the core's shape follow:
+        U (out, r), S (r, r), V (in, r), and the maps for tensors of the core's shape:
         x → left x right, left (r, a), right (b, r).
     """
     with full_precision(u):
@@ -102,7 +102,7 @@ def truncated_usv(
 
 
 def clamped(values: Tensor, tau: float) -> Tensor:
-    """σ moved into [μ − e, μ + e], μ their mean and e = μ (τ − 1)/(τ + 1): condition ≤ τ.
+    """σ clamped to [μ − e, μ + e], μ their mean and e = μ (τ − 1)/(τ + 1): condition ≤ τ.
 
     The clamp of CondLR (arXiv 2306.01485); τ ≥ 1, and at τ = 1 all become equal.
     """

@@ -1,4 +1,4 @@
-"""One input basis D (r, n) for several matrices W_i (m_i, n) that read the same input.
+"""One input basis D (r, n) for several matrices W_i (m_i, n) applied to the same input.
 
 min Σ_i ‖(W_i − U_i D) H^½‖_F² over D and all U_i is the low-rank problem of the stacked matrix
 W_s (Σ m_i, n): its best factors, the rows of `up` split among the members. Basis Sharing (arXiv
@@ -20,7 +20,7 @@ def shared_energies(
 ) -> Tensor:
     """Squared singular values of W_s H^½, descending, (min(Σ m_i, n),) float64.
 
-    The tails are the errors Σ_i of every rank. Arguments as for `factor_shared`.
+    Their tails are the errors Σ_i of all ranks. Arguments as for `factor_shared`.
     """
     return energies(_stacked(weights, row_weights), gram)
 
@@ -38,9 +38,8 @@ def factor_shared(
     Args:
         weights: W_i (m_i, n).
         rank: in [1, min(Σ m_i, n)].
-        gram: H (n, n), the second moment of the input that all read; None for the identity.
-        row_weights: (Σ m_i,) > 0, the diagonal of P: what an error of each output counts; None
-            for 1 each.
+        gram: H (n, n), the second moment of the shared input; None for the identity.
+        row_weights: (Σ m_i,) > 0, the diagonal of P: weight of each output's error; None for ones.
         seed: as for `factor`.
 
     Returns:
@@ -53,7 +52,7 @@ def factor_shared(
 
 
 def _stacked(weights: Sequence[Tensor], row_weights: Tensor | None) -> Tensor:
-    """P^½ W_s (Σ m_i, n); a copy, for the inputs stay as they are."""
+    """P^½ W_s (Σ m_i, n), a copy."""
     rows = torch.cat([weight.detach() for weight in weights])
     if row_weights is None:
         return rows

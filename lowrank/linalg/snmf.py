@@ -4,11 +4,11 @@ Their updates with F = downᵀ, G = up, X = Wᵀ: down is the least-squares solu
 up ← up · √(([W downᵀ]⁺ + up [down downᵀ]⁻) / ([W downᵀ]⁻ + up [down downᵀ]⁺)), where A⁺ and A⁻
 are the positive and the negative part of A. Neither step raises the error.
 
-The start decides more than the updates. Gillis and Kumar (arXiv 1410.7220) take it from the SVD:
-where the leading r outputs of W span a vector p > 0, every basis of that span can be shifted along
-p until it is non-negative, and the error *is* the tail of the SVD. Where they do not, p takes one
-of the r places, and the error is at most the tail of r − 1. A second start, the larger half of each
-leading direction, has no such bound but is often better; the better end of the two is kept.
+The start matters more than the updates. Gillis and Kumar (arXiv 1410.7220) take it from the SVD:
+if the span of the leading r left singular vectors contains a vector p > 0, any basis of it can be
+shifted along p until it is non-negative, and the error *is* the tail of the SVD. Otherwise p takes
+one of the r places, and the error is at most the tail of r − 1. A second start, the larger half of
+each leading direction, has no such bound but is often better; the better result is kept.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from .gram import full_precision
 from .svd import balance, compute_dtype, output_basis
 
 ITERATIONS = 100
-STOP = 1e-5  # relative decrease of the error in one iteration, below which no more are made
+STOP = 1e-5  # least relative decrease of the error for another iteration
 SEARCH = 300  # steps in the search for a positive vector
-STEEP = 0.02  # least cosine between a positive vector and every row of the basis
-CONDITION = 500  # of up; above it the components cancel, and 16 bits lose more than is gained
-FLOOR = 0.2  # of a column's mean, added: an entry of zero would stay zero under the updates
+STEEP = 0.02  # least cosine between a positive vector and the rows of the basis
+CONDITION = 500  # of up; above it components cancel, and 16 bits lose more than is gained
+FLOOR = 0.2  # of a column's mean, added: the updates cannot leave zero
 MARGIN = 1.1  # of the shift along p, for the same reason
 
 
 def semi_nmf(
     weight: Tensor, rank: int, *, iterations: int = ITERATIONS, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Factors of W, the left one non-negative.
+    """Semi-NMF factors of W, the left one non-negative.
 
     Args:
         weight: W (out, in).
         rank: in [1, min(out, in)].
-        iterations: at most so many updates; 0 keeps the start.
-        seed: of the sketch that very large matrices start from at small ranks.
+        iterations: maximum number of updates; 0 keeps the start.
+        seed: of the randomised SVD that starts very large matrices at small ranks.
 
     Returns:
         up (out, rank) ≥ 0 and down (rank, in) in the compute dtype, balanced. ‖W − up·down‖² lies
@@ -62,7 +62,7 @@ def semi_nmf(
 def _descend(
     matrix: Tensor, up: Tensor, iterations: int, least: float
 ) -> tuple[float, Tensor, Tensor]:
-    """Updates from `up` until the error is `least` or hardly falls; error, up and down."""
+    """Error, up and down after updates from `up`, until the error is `least` or stops falling."""
     down = _least_squares(up, matrix)
     error = _error(matrix, up, down)
     for _ in range(iterations):
@@ -70,15 +70,15 @@ def _descend(
             break
         trial = _update(matrix, up, down)
         solved = _least_squares(trial, matrix)
-        lower = _error(matrix, trial, solved)
-        if not lower < error * (1 - STOP):
+        new_error = _error(matrix, trial, solved)
+        if not new_error < error * (1 - STOP):
             break
-        up, down, error = trial, solved, lower
+        up, down, error = trial, solved, new_error
     return error, up, down
 
 
 def _starts(matrix: Tensor, basis: Tensor, seed: int) -> Iterator[Tensor]:
-    """up (out, rank) ≥ 0, from the leading outputs (out, rank) of W."""
+    """Starts up (out, rank) ≥ 0, from the leading left singular vectors of W."""
     positive = _positive(basis)
     shifted = None if positive is None else _shifted(basis, positive)
     if shifted is not None and torch.linalg.cond(shifted) <= CONDITION:
@@ -90,16 +90,16 @@ def _starts(matrix: Tensor, basis: Tensor, seed: int) -> Iterator[Tensor]:
     if basis.shape[1] == 1:
         return
     ones = matrix.new_full((matrix.shape[0], 1), matrix.shape[0] ** -0.5)
-    rest = output_basis(matrix - ones @ (ones.T @ matrix), basis.shape[1] - 1, seed=seed)
-    rest = torch.linalg.qr(rest - ones @ (ones.T @ rest)).Q
-    yield torch.cat([ones, _shifted(rest, ones[:, 0])], dim=1)
+    residual = output_basis(matrix - ones @ (ones.T @ matrix), basis.shape[1] - 1, seed=seed)
+    residual = torch.linalg.qr(residual - ones @ (ones.T @ residual)).Q
+    yield torch.cat([ones, _shifted(residual, ones[:, 0])], dim=1)
 
 
 def _positive(basis: Tensor) -> Tensor | None:
     """A vector > 0 in the span of the columns (out, rank), or None if the search finds none.
 
-    The perceptron: while an entry of basis·z is not positive, its row is added to z. It ends where
-    such a vector exists with some margin.
+    The perceptron: while an entry of basis·z is not positive, its row is added to z. It converges
+    if such a vector exists with some margin.
     """
     rows = torch.nn.functional.normalize(basis, dim=1)
     z = rows.sum(0)
@@ -113,7 +113,7 @@ def _positive(basis: Tensor) -> Tensor | None:
 
 
 def _shifted(basis: Tensor, positive: Tensor) -> Tensor:
-    """The columns, each shifted along `positive` until none of its entries is negative."""
+    """The columns, each shifted along `positive` until it is non-negative."""
     most = (-basis / positive[:, None]).amax(0).clamp(min=0)  # (rank,)
     return (basis + MARGIN * most * positive[:, None]).clamp(min=0)
 

@@ -1,13 +1,12 @@
 """A dense basis with sparse coefficients: exactly s of r atoms in every row, or in every column.
 
-DSFormer (arXiv 2312.13211) factors W ≈ C · D so; of it only the abstract was at hand, and what
-follows is our own: an ADMM (admm.py) in which the basis is learned too. Coefficients are split into
-a part that obeys the norm of the outputs and one that has s entries a row; after each exchange D is
-refitted, held back towards what it was, for a basis that follows at once runs away. Neither the
-inputs' Gram matrix nor a root of it is ever inverted.
+The form W ≈ C · D is DSFormer's (arXiv 2312.13211), the algorithm ours: ADMM (admm.py) that also
+learns the basis. The coefficients are split into a part that minimises the output error and one
+with s entries per row; after each step D is refitted, with a penalty on its change, without which
+it diverges. Neither the inputs' Gram matrix nor a root of it is ever inverted.
 
-The start is an orthonormal basis of the outputs, turned by Procrustes' rotation until thresholding
-loses least (COMPOT does the same).
+The start is an orthonormal basis of the outputs, rotated (orthogonal Procrustes) to minimise the
+error of thresholding, as in COMPOT.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from .svd import compute_dtype, output_basis
 Side = Literal["out", "in"]
 
 ITERATIONS = 80
-WEAK, STRONG = 0.2, 1.0  # how much the two parts of C are held together, at first and at last
-HELD = 3.0  # how much a basis is held back, against the least squares that move it
-RUNAWAY = 1e3  # times the norm of the start's coefficients: there the exchange ends
-POLISH = 3  # times that basis and values are fitted to each other on the support found
-TURNS = 30  # of the orthonormal start
-CHUNK = 2**24  # numbers of the rows' own Gram matrices at once
-ROUNDS = 8  # of a pursuit: so many times it looks at what is left
+WEAK, STRONG = 0.2, 1.0  # penalty that couples the two parts of C, at first and at last
+HELD = 3.0  # penalty on a change of the basis, relative to its least squares
+RUNAWAY = 1e3  # times the norm of the initial coefficients: there ADMM stops
+POLISH = 3  # alternating fits of values and basis on the final support
+TURNS = 30  # Procrustes rotations of the start, at most
+CHUNK = 2**24  # entries of per-row Gram matrices at once
+ROUNDS = 8  # of a pursuit: updates of the residual
 
 
 class SparseCode(NamedTuple):
@@ -53,15 +52,15 @@ class SparseCode(NamedTuple):
 
 
 class _Problem(NamedTuple):
-    """min ‖L^½ (T − C D) R^½‖; of the two metrics, None is the identity."""
+    """min ‖L^½ (T − C D) R^½‖; a metric None is the identity."""
 
     target: Tensor
     left: Tensor | None
     right: Tensor | None
 
     def error(self, coefficients: Tensor, basis: Tensor) -> float:
-        rest = self.target - coefficients @ basis
-        return float((self.weighed(rest, self.right) * self.of_rows(rest)).sum())
+        residual = self.target - coefficients @ basis
+        return float((self.weighed(residual, self.right) * self.of_rows(residual)).sum())
 
     def of_rows(self, matrix: Tensor) -> Tensor:
         return matrix if self.left is None else self.left @ matrix
@@ -71,32 +70,31 @@ class _Problem(NamedTuple):
         return matrix if metric is None else matrix @ metric
 
     def dot(self, one: Tensor, other: Tensor) -> Tensor:
-        """⟨one_i, other_j⟩ of rows, by R."""
+        """⟨one_i, other_j⟩ of rows, in the metric R."""
         return self.weighed(one, self.right) @ other.T
 
     def unit(self, basis: Tensor) -> Tensor:
-        """(r,): lengths of atoms, 1 of those that have none."""
+        """Norms of the atoms (r,), 1 for zero atoms."""
         size = (self.weighed(basis, self.right) * basis).sum(1).clamp(min=0).sqrt()
         return size.where(size > 0, 1)
 
 
 def spread(value: Tensor, index: Tensor, rank: int) -> Tensor:
-    """(out, r) with `value` (out, s) at the places `index` (out, s) of its rows."""
+    """The matrix (out, r) with `value` (out, s) in columns `index` (out, s)."""
     return value.new_zeros(len(value), rank).scatter(1, index, value)
 
 
 def pursuit(
     products: Tensor, gram: Tensor, count: int, *, rounds: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Orthogonal matching pursuit of all rows at once: least squares on `count` atoms of each.
+    """Orthogonal matching pursuit, batched over rows: least squares on `count` atoms each.
 
     Args:
         products: ⟨w_i, d_j⟩ (rows, r) of the rows with the atoms.
         gram: ⟨d_i, d_j⟩ (r, r) of the atoms.
         count: s in [1, r].
-        rounds: atoms are chosen in so many rounds, s / rounds of them at once by their product
-            with what is left; None: one at a time, the textbook's pursuit. Each round costs a solve
-            for every row.
+        rounds: number of rounds, each of which adds s / rounds atoms by their products with the
+            residual; None: one at a time, as in the textbook. Each round costs a solve per row.
 
     Returns:
         value, index: (rows, s); index ascending, no atom twice.
@@ -106,15 +104,15 @@ def pursuit(
     size = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny)
     chosen = products.new_zeros(rows, rank, dtype=torch.bool)
     index = products.new_zeros(rows, 0, dtype=torch.int64)
-    left = products
-    for turn in range(1, rounds + 1):
-        more = count * turn // rounds - index.shape[1]
-        score = (left.square() / size).masked_fill(chosen, -1.0)
-        further = score.topk(more, dim=1, sorted=False).indices
-        chosen.scatter_(1, further, True)
-        index = torch.cat([index, further], 1).sort(1).values
+    residual = products
+    for number in range(1, rounds + 1):
+        more = count * number // rounds - index.shape[1]
+        score = (residual.square() / size).masked_fill(chosen, -1.0)
+        added = score.topk(more, dim=1, sorted=False).indices
+        chosen.scatter_(1, added, True)
+        index = torch.cat([index, added], 1).sort(1).values
         value = _on_support(products, gram, index)
-        left = products - spread(value, index, rank) @ gram
+        residual = products - spread(value, index, rank) @ gram
     return value, index
 
 
@@ -128,21 +126,21 @@ def dense_sparse_code(
     iterations: int = ITERATIONS,
     seed: int = 0,
 ) -> SparseCode:
-    """C and D of little error ‖(W − C D) H^½‖, or ‖(W − (C D)ᵀ) H^½‖.
+    """C and D that approximately minimise ‖(W − C D) H^½‖, or ‖(W − (C D)ᵀ) H^½‖.
 
     Args:
         weight: W (out, in).
-        rank: r ≥ 1, the number of atoms; it may be above min(out, in).
-        count: s in [1, r], of every output or of every input.
+        rank: r ≥ 1, the number of atoms; it may exceed min(out, in).
+        count: s in [1, r], per output or per input.
         gram: H (in, in), or None for the identity.
         side: "out": every row of W has s coefficients, C is (out, r) and D (r, in). "in": every
             column has, and the code is that of Wᵀ, C (in, r) and D (r, out).
         iterations: of ADMM; 0 keeps the support of the thresholded start.
-        seed: of the atoms beyond the rank of W, which are drawn.
+        seed: of the random atoms beyond the rank of W.
 
     Returns:
-        The better of the start and what ADMM ends with, both with basis and values fitted to each
-        other; both sides of the product equally long.
+        The better of the start and the result of ADMM, both after alternating fits of values and
+        basis; balanced.
     """
     matrix = weight.detach().to(compute_dtype(min(weight.shape)))
     metric = None if gram is None else gram.to(matrix)
@@ -152,17 +150,17 @@ def dense_sparse_code(
             problem = _Problem(matrix.T, metric, None)
         basis = _start(problem, rank, count, seed)
         candidates = [_thresholded(problem, basis, count)]
-        if count == 1:  # rows are points on lines then, and a bad start stays bad
+        if count == 1:  # clustering of rows by line, which a bad start cannot recover
             candidates.append(_thresholded(problem, _far_rows(problem, basis), count))
         if iterations:
             candidates.append(_alternated(problem, basis, count, iterations))
-        polished = [_polished(problem, *one) for one in candidates]
+        polished = [_polished(problem, *candidate) for candidate in candidates]
         _, basis, coefficients, index = min(polished, key=itemgetter(0))
         return balanced(SparseCode(basis, coefficients.gather(1, index), index))
 
 
 def balanced(code: SparseCode) -> SparseCode:
-    """Every atom as long as its column of coefficients; one that carries nothing keeps length 1."""
+    """Scale every atom to the norm of its column of coefficients; an unused atom to norm 1."""
     coefficients = code.coefficients()
     up, down = coefficients.norm(dim=0), code.basis.norm(dim=1)
     alive = (up > 0) & (down > 0)
@@ -172,7 +170,7 @@ def balanced(code: SparseCode) -> SparseCode:
 
 
 def _start(problem: _Problem, rank: int, count: int, seed: int) -> Tensor:
-    """(rank, b): an orthonormal basis turned towards sparse coefficients; the rest is drawn."""
+    """(rank, b): an orthonormal basis rotated towards sparse coefficients, then random atoms."""
     target = problem.target
     if problem.left is None:
         outputs = output_basis(target, min(target.shape), problem.right, seed=seed)
@@ -185,47 +183,47 @@ def _start(problem: _Problem, rank: int, count: int, seed: int) -> Tensor:
     kept = min(rank, len(rows))
     products = problem.dot(target, rows)  # (a, k)
     weighed = problem.of_rows(products)
-    turn = torch.eye(kept, len(rows), dtype=target.dtype, device=target.device)
-    before = None
+    rotation = torch.eye(kept, len(rows), dtype=target.dtype, device=target.device)
+    previous = None
     for _ in range(TURNS if count < kept else 0):
-        turned = products @ turn.T
-        index = turned.abs().topk(count, dim=1).indices.sort(1).values
-        if before is not None and torch.equal(index, before):
+        rotated = products @ rotation.T
+        index = rotated.abs().topk(count, dim=1).indices.sort(1).values
+        if previous is not None and torch.equal(index, previous):
             break
-        before = index
-        sparse = spread(turned.gather(1, index), index, kept)
+        previous = index
+        sparse = spread(rotated.gather(1, index), index, kept)
         left, _, right = torch.linalg.svd(sparse.T @ weighed, full_matrices=False)
-        turn = left @ right
+        rotation = left @ right
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(rank - kept, target.shape[1], generator=generator, dtype=target.dtype)
-    basis = torch.cat([turn @ rows, drawn.to(target.device)])
+    basis = torch.cat([rotation @ rows, drawn.to(target.device)])
     return basis / problem.unit(basis)[:, None]
 
 
 def _far_rows(problem: _Problem, basis: Tensor) -> Tensor:
     """`basis` (r, b), its first atoms replaced by rows of T: each the farthest from those before.
 
-    Of rows that lie on r lines, one on each is found.
+    Finds one row on each line if all rows lie on r lines.
     """
-    left, rows = problem.dot(problem.target, problem.target), []
-    least = left.diagonal().max() * torch.finfo(left.dtype).eps ** 0.5
-    for _ in range(min(len(basis), len(left))):
-        far = int(left.diagonal().argmax())
-        if not left[far, far] > least:
+    residual, rows = problem.dot(problem.target, problem.target), []
+    least = residual.diagonal().max() * torch.finfo(residual.dtype).eps ** 0.5
+    for _ in range(min(len(basis), len(residual))):
+        far = int(residual.diagonal().argmax())
+        if not residual[far, far] > least:
             break
         rows.append(far)
-        left = left - torch.outer(left[:, far], left[far]) / left[far, far]
+        residual = residual - torch.outer(residual[:, far], residual[far]) / residual[far, far]
     basis = torch.cat([problem.target[rows], basis[len(rows) :]])
     return basis / problem.unit(basis)[:, None]
 
 
 def _thresholded(problem: _Problem, basis: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A basis of unit atoms, and of each row's products with it the `count` largest, (a, r)."""
+    """The basis of unit atoms, and each row's `count` largest products with it, (a, r)."""
     return basis, *_largest(problem.dot(problem.target, basis), count)
 
 
 def _largest(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The matrix without all but the `count` largest entries of a row, and where they are."""
+    """The `count` largest entries of each row, the others zero, and their columns."""
     index = matrix.abs().topk(count, dim=1).indices.sort(1).values
     return spread(matrix.gather(1, index), index, matrix.shape[1]), index
 
@@ -243,7 +241,7 @@ def _alternated(
 
 
 class _Blocks:
-    """C, free and with `count` entries a row, and the basis D (r, b) of unit atoms below it."""
+    """ADMM blocks: C, free and with `count` entries a row, and the basis D (r, b) of unit atoms."""
 
     def __init__(self, problem: _Problem, basis: Tensor, count: int) -> None:
         self.problem, self.basis, self.count = problem, basis, count
@@ -252,10 +250,9 @@ class _Blocks:
         self.eye = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
 
     def free(self, sparse: Tensor, dual: Tensor, rho: float) -> Tensor:
-        """L C G + ρ C = L T R Dᵀ − Y + ρ S with G = D R Dᵀ.
+        """Solve L C G + ρ C = L T R Dᵀ − Y + ρ S, with G = D R Dᵀ, for C.
 
-        Without L that is one solve for all rows; with it, L and G are diagonal together in the
-        bases of both.
+        Without L that is one solve for all rows; otherwise the eigenbases of L and G decouple it.
         """
         pull = self.whole @ self.basis.T - dual + rho * sparse
         gram = self.problem.dot(self.basis, self.basis)
@@ -272,7 +269,7 @@ class _Blocks:
         return _largest(wish, self.count)
 
     def follow(self, sparse: Tensor, dual: Tensor) -> tuple[Tensor, Tensor]:
-        """Refit the basis, held back; what the atoms lose in length C gains."""
+        """Refit the basis with a penalty on its change; C takes the norms of the atoms."""
         basis = _least_squares(self.problem, sparse, self.basis, HELD)
         length = self.problem.unit(basis)
         self.basis = basis / length[:, None]
@@ -282,7 +279,7 @@ class _Blocks:
 def _polished(
     problem: _Problem, basis: Tensor, sparse: Tensor, index: Tensor
 ) -> tuple[float, Tensor, Tensor, Tensor]:
-    """The error, basis, C and support, after both were fitted to each other on this support."""
+    """The error, basis, C and support, after alternating fits of C and basis on this support."""
     mask = torch.zeros_like(sparse, dtype=torch.bool).scatter(1, index, True)
     for _ in range(POLISH):
         sparse = _on_mask(problem, basis, sparse, mask)
@@ -291,7 +288,7 @@ def _polished(
 
 
 def _on_mask(problem: _Problem, basis: Tensor, start: Tensor, mask: Tensor) -> Tensor:
-    """C (a, r) on the mask of less error, by conjugate gradients from `start`."""
+    """C (a, r) on the mask with less error, by conjugate gradients from `start`."""
     gram = problem.dot(basis, basis)
     diagonal = gram.diagonal().expand_as(start)
     if problem.left is not None:
@@ -305,10 +302,10 @@ def _on_mask(problem: _Problem, basis: Tensor, start: Tensor, mask: Tensor) -> T
 def _least_squares(
     problem: _Problem, coefficients: Tensor, basis: Tensor, held: float = 0.0
 ) -> Tensor:
-    """(CᵀLC)⁻¹ CᵀL T, which no R changes, by a Cholesky factor with a relative ridge.
+    """(CᵀLC)⁻¹ CᵀL T, which does not depend on R, by Cholesky with a relative ridge.
 
-    An atom without coefficients stays as it is in `basis`; the others are drawn towards it by
-    `held`, relative to their own size.
+    Atoms without coefficients stay as they are in `basis`; `held` penalises changes of the others,
+    relative to their size.
     """
     weighed = problem.of_rows(coefficients)
     normal, wanted = coefficients.T @ weighed, weighed.T @ problem.target
@@ -323,11 +320,11 @@ def _least_squares(
 
 
 def _on_support(products: Tensor, gram: Tensor, index: Tensor) -> Tensor:
-    """Least squares of every row on its own atoms, (rows, s)."""
+    """Coefficients (rows, s) of the least squares of each row on its own atoms."""
     solved = []
     wanted = products.gather(1, index)[..., None]
     step = max(1, CHUNK // index.shape[1] ** 2)
-    for some, right in zip(torch.split(index, step), torch.split(wanted, step), strict=True):
-        parts = gram[some[:, :, None], some[:, None, :]]  # (rows, s, s)
+    for atoms, right in zip(torch.split(index, step), torch.split(wanted, step), strict=True):
+        parts = gram[atoms[:, :, None], atoms[:, None, :]]  # (rows, s, s)
         solved.append(torch.cholesky_solve(right, safe_root(parts))[..., 0])
     return torch.cat(solved)

@@ -1,8 +1,8 @@
-"""Rows and columns of a kernel apart: W[o, i, a, b] ≈ Σ_r up[o, r, b] · down[r, i, a].
+"""Separable kernels: W[o, i, a, b] ≈ Σ_r up[o, r, b] · down[r, i, a].
 
-That is a matrix of rank r: the truncated SVD of the weight rearranged to (O · kw, I · kh) is the
-best in ‖W − Ŵ‖ (Tai et al., arXiv 1511.06067). In the metric of the patches no closed form is
-known: both sides are improved by turns, and the error never rises.
+Rearranged to (O · kw, I · kh) that is a matrix of rank r, and its truncated SVD is optimal in
+‖W − Ŵ‖ (Tai et al., arXiv 1511.06067). In the metric of the patches no closed form is known:
+updates alternate between the sides, and the error never rises.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def spatial_matrix(weight: Tensor) -> Tensor:
     """A weight (O, I, kh, kw) as (O · kw, I · kh).
 
     Raises:
-        LowrankError: it has not two spatial dimensions.
+        LowrankError: it does not have two spatial dimensions.
     """
     if weight.ndim != 4:
         raise LowrankError(
@@ -32,14 +32,14 @@ def spatial_matrix(weight: Tensor) -> Tensor:
 
 
 def spatial_energies(weight: Tensor) -> Tensor:
-    """Squared singular values of the rearranged weight, descending, float64: `tails` of these are
-    the errors of every rank."""
+    """Squared singular values of the rearranged weight, descending, float64; their `tails` are the
+    errors of all ranks."""
     return energies(spatial_matrix(weight))
 
 
 def spatial_bounds(weight: Tensor, gram: Tensor, ranks: Sequence[int]) -> list[tuple[int, float]]:
-    """Of every rank, the squared error in the metric of the patches at the first start of
-    `spatial_factors`, which gives no worse.
+    """(rank, error): the squared error in the metric of the patches at the first start of
+    `spatial_factors`, an upper bound for its result.
 
     Args:
         weight: (O, I, kh, kw).
@@ -62,12 +62,12 @@ def spatial_factors(
     Args:
         weight: any floating dtype; computed in float64 where a metric is given.
         rank: r, at most min(O · kw, I · kh).
-        gram: H (I·kh·kw, I·kh·kw), of patches in the order of the weight's: the outputs are to be
-            near, ‖(W − Ŵ)H^½‖. None stands for the identity, where the SVD is the optimum.
-        sweeps: at most so many alternations, with a metric; 0 keeps the start.
+        gram: H (I·kh·kw, I·kh·kw), of patches in the weight's order, to minimise ‖(W − Ŵ)H^½‖.
+            None stands for the identity, where the SVD is optimal.
+        sweeps: maximum number of alternations, with a metric; 0 keeps the start.
 
     Raises:
-        LowrankError: the weight has not two spatial dimensions.
+        LowrankError: the weight does not have two spatial dimensions.
     """
     matrix = spatial_matrix(weight)
     outputs, inputs, height, width = weight.shape
@@ -79,10 +79,10 @@ def spatial_factors(
 
 
 def _by_outputs(weight: Tensor, rank: int, gram: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:
-    """Factors of (O · kw, I · kh), from two starts: the channels that the metric of the columns
-    chooses, and the SVD. To `down`, columns of the kernel are what taps are to a Tucker form."""
+    """Factors of (O · kw, I · kh), the better of two starts: channels chosen in the metric of the
+    columns, and the SVD. Kernel columns take the place of the taps in a Tucker form."""
     rows = weight.detach().double().flatten(1, 2)  # (O, I·kh, kw)
-    inner = min(rows.shape[0], rank * rows.shape[2])  # nothing is lost among the outputs
+    inner = min(rows.shape[0], rank * rows.shape[2])  # the outputs are not truncated
     best: tuple[float, Parts] | None = None
     for first in (first_of(rows, gram), factor(spatial_matrix(weight.double()), rank)[1]):
         basis = torch.linalg.qr(first[:rank].T).Q.T

@@ -1,6 +1,6 @@
-"""How low the rank of a spectrum is: figures computed from its energies (squared singular values).
+"""Measures of the rank of a spectrum, computed from its energies (squared singular values).
 
-All take energies (k,) descending, as `energies` gives them, and are 0 for the zero matrix.
+All take energies (k,), descending, as from `energies`, and are 0 for the zero matrix.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .svd import compute_dtype, tails
 def effective_rank(energy: Tensor) -> float:
     """exp of the entropy of p = σ² / Σ σ²: how many directions share the energy.
 
-    Planted rank 8 under noise reads as 8.5 here and as 42.8 by `entropy_rank`, whose sum of σ is
+    A planted rank of 8 under noise gives 8.5 here and 42.8 by `entropy_rank`, whose sum of σ is
     mostly noise: choose ranks by this one.
     """
     return _perplexity(energy.double())
@@ -28,15 +28,15 @@ def entropy_rank(energy: Tensor) -> float:
 
 
 def stable_rank(energy: Tensor) -> float:
-    """‖W‖²_F / ‖W‖²_2: never above the rank, and blind to small directions."""
+    """‖W‖²_F / ‖W‖²_2: at most the rank, and insensitive to small directions."""
     most = float(energy.max()) if len(energy) else 0.0
     return float(energy.double().sum()) / most if most > 0 else 0.0
 
 
 def condition_number(energy: Tensor) -> float:
-    """σ_max / σ_min; inf beyond what the eigenproblem that the energies came from resolves.
+    """σ_max / σ_min; inf beyond the resolution of the eigenproblem that gave the energies.
 
-    In float64 that is some 10⁷ / √k, more than the rounding of float32 weights leaves meaning to.
+    In float64 that is some 10⁷ / √k, beyond the precision of float32 weights.
     """
     if not len(energy) or float(energy[0]) == 0:
         return 0.0

@@ -1,10 +1,10 @@
-"""Truncated decompositions: W ≈ up · down, always through the smaller side of W.
+"""Truncated decompositions: W ≈ up · down, always computed on the smaller side of W.
 
 The optimum for the norm ‖(W − Ŵ)H^½‖ (H = E[x xᵀ]; H = I is the plain SVD) is Ŵ = U_r U_rᵀ W,
 where U_r are the leading eigenvectors of W H Wᵀ: nothing is inverted, whatever the rank of H.
 This one form serves plain SVD, SVD-LLM (arXiv 2403.07378), its v2 (arXiv 2503.12340) and
-Swift-SVD, which share their optimum. For out > in a thin QR, W = QR, moves the same problem to the
-smaller side: the eigenvectors of R H Rᵀ, turned by Q. With H = I, Wᵀ is factored instead. A
+Swift-SVD, which share this optimum. For out > in a thin QR, W = QR, moves the problem to the
+smaller side: the eigenvectors of R H Rᵀ, multiplied by Q. With H = I, Wᵀ is factored instead. A
 diagonal H may be given as the vector (in,) of its diagonal.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from .gram import full_precision
 
 FP64_UP_TO = 4096  # smaller side of W; above it fp32, with error sums in fp64
-RANDOMISED_FROM = 4096  # smaller side above which a rank below an eighth of it is sketched
+RANDOMISED_FROM = 4096  # smaller side above which ranks up to an eighth of it are randomised
 
 
 def compute_dtype(side: int) -> torch.dtype:
@@ -40,9 +40,9 @@ def energies(weight: Tensor, gram: Tensor | None = None) -> Tensor:
 
 
 def tails(energy: Tensor) -> Tensor:
-    """Error of every rank 0…k: the energy that a rank leaves out, (k + 1,) float64.
+    """Error at every rank 0…k: the energy beyond it, (k + 1,) float64.
 
-    Summed from the small end, so that small tails keep their digits.
+    Summed from the small end, so that small tails keep their precision.
     """
     rest = energy.double().flip(0).cumsum(0).flip(0)
     return torch.cat([rest, rest.new_zeros(1)])
@@ -57,11 +57,11 @@ def factor(
         weight: W (out, in).
         rank: in [1, min(out, in)].
         gram: H (in, in), its diagonal (in,), or None for the identity.
-        seed: of the sketch, used only above `RANDOMISED_FROM`.
+        seed: of the randomised SVD, used only above `RANDOMISED_FROM`.
 
     Returns:
-        up (out, rank) and down (rank, in) in the compute dtype, balanced and sign-fixed, so that
-        two runs agree.
+        up (out, rank) and down (rank, in) in the compute dtype, balanced, with fixed signs, so
+        that runs agree.
     """
     if gram is None and weight.shape[0] > weight.shape[1]:
         down, up = factor(weight.T, rank, seed=seed)
@@ -87,9 +87,9 @@ def output_basis(weight: Tensor, rank: int, gram: Tensor | None = None, *, seed:
 
 
 def carried(weight: Tensor, basis: Tensor, gram: Tensor) -> Tensor:
-    """What each direction of the outputs carries, u_jᵀ W H Wᵀ u_j, (rank,) float64.
+    """Energy of each output direction, u_jᵀ W H Wᵀ u_j, (rank,) float64.
 
-    The error of U_r U_rᵀ W is the sum over the directions left out, for any orthonormal basis
+    The error of U_r U_rᵀ W is the sum over the discarded directions, for any orthonormal basis
     (out, rank) that spans the outputs of W.
     """
     with full_precision(weight):
@@ -106,7 +106,7 @@ def randomised_basis(
     power: int = 2,
     seed: int = 0,
 ) -> Tensor:
-    """Orthonormal (out, rank): a sketch of the leading left singular vectors of W H^½.
+    """Orthonormal (out, rank): approximate leading left singular vectors of W H^½.
 
     Halko, Martinsson and Tropp (arXiv 0909.4061), algorithm 4.4 with a QR after every product,
     followed by a Rayleigh–Ritz step that drops the oversampling. The generator is seeded on the
@@ -126,11 +126,11 @@ def randomised_basis(
 
 
 def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale each of the components so that its column of `up` and row of `down` are equally long.
+    """Scale each component so that its column of `up` and row of `down` have equal norms.
 
-    Training sees factors of one size, and rounding to 16 bits treats both alike. A component that
-    carries nothing keeps its unit side: were both sides zero, no gradient could reach it. Nothing
-    means below √ε of the largest: the eigenproblem of W H Wᵀ resolves no more.
+    Training then sees factors of one scale, and rounding to 16 bits affects both alike. A component
+    of zero energy keeps its unit side: with both sides zero, no gradient could reach it. Zero means
+    below √ε of the largest, the resolution of the eigenproblem of W H Wᵀ.
     """
     long_up, long_down = up.norm(dim=0), down.norm(dim=1)
     product = long_up * long_down
@@ -140,7 +140,7 @@ def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _reduced(weight: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The eigenproblem on the smaller side, and what turns its vectors back."""
+    """The eigenproblem on the smaller side, and the Q that maps its vectors back, if any."""
     core, turn = weight.detach().to(compute_dtype(min(weight.shape))), None
     if core.shape[0] > core.shape[1]:
         turn, core = torch.linalg.qr(core)
@@ -163,7 +163,7 @@ def _symmetric(matrix: Tensor) -> Tensor:
 
 
 def _fix_signs(vectors: Tensor) -> Tensor:
-    """Each column's entry of largest size becomes positive."""
+    """Make each column's entry of largest magnitude positive."""
     largest = vectors.abs().argmax(dim=0, keepdim=True)
     signs = vectors.gather(0, largest).sign()
     return vectors * torch.where(signs == 0, 1, signs)

@@ -1,15 +1,15 @@
-"""Low-rank token tables: E (V, D), one row a token, approximated in a subspace of its D columns.
+"""Low-rank token tables: E (V, D), one row per token, approximated in a subspace of its D columns.
 
-The norm is the site's own output: a token drawn at its frequency p_t gives Σ_t p_t ‖δ_t‖² for the
-rows δ_t of E − Ê. A table that is the output head too gives logits E h as well, whose errors δ_t·h
-count at the same p_t: to second order KL weighs a logit by its token's probability. So both parts
-share the row weights, and the sum
+The norm is that of the outputs: with token frequencies p_t it is Σ_t p_t ‖δ_t‖² for the rows δ_t of
+E − Ê. A table tied to the output head also gives logits E h, whose errors δ_t·h are weighted by the
+same p_t: to second order, the KL weights a logit by its token's probability. Both parts then share
+the row weights, and the sum
 
     ‖P^½ (E − Ê) C^½‖_F²,   P = diag(p),   C = ¾ I + ¼ H · D / tr H,   H = E[h hᵀ]
 
-has its optimum in closed form: with V_k the leading eigenvectors of M = C^½ Eᵀ P E C^½ it is
-Ê = (E C^½ V_k)(C^{-½} V_k)ᵀ. The rows are projected, never divided by √p, so that a token that was
-not seen does no harm and a zero row (padding) stays exactly zero; C ⪰ ¾ I keeps C^{-½} tame.
+has a closed-form optimum: with V_k the leading eigenvectors of M = C^½ Eᵀ P E C^½ it is
+Ê = (E C^½ V_k)(C^{-½} V_k)ᵀ. Rows are projected, never divided by √p, so that unseen tokens do no
+harm and zero rows (padding) stay exactly zero; C ⪰ ¾ I bounds C^{-½}.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from .gram import full_precision
 from .svd import balance, compute_dtype
 
-CHUNK = 8192  # rows that are cast at once
+CHUNK = 8192  # rows cast at once
 EVEN = 0.5  # of the mean count, added to every count
 HEAD = 0.25  # the head's share in the norm of a tied table; see benchmarks/embeddings.py
 
@@ -28,12 +28,12 @@ HEAD = 0.25  # the head's share in the norm of a tied table; see benchmarks/embe
 def token_weights(freq: Tensor) -> Tensor:
     """p (V,) float64 from counts; half the mean count is added to each.
 
-    A third of the weight is thus spread evenly: counts of rare tokens are mostly chance, and a
-    token that the calibration lacks must still be kept.
+    A third of the weight is thus spread evenly: counts of rare tokens are mostly noise, and tokens
+    absent from the calibration still matter.
     """
-    seen = freq.double()
-    seen = seen + EVEN * seen.mean().clamp(min=1e-300)
-    share: Tensor = seen / seen.sum()
+    counts = freq.double()
+    counts = counts + EVEN * counts.mean().clamp(min=1e-300)
+    share: Tensor = counts / counts.sum()
     return share
 
 
@@ -48,7 +48,7 @@ def output_metric(gram: Tensor | None, columns: int) -> Tensor | None:
 
 
 def row_moments(table: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Eᵀ diag(weights) E, (D, D) in the compute dtype; None weighs every row by 1."""
+    """Eᵀ diag(weights) E, (D, D) in the compute dtype; None for weights of 1."""
     dtype = compute_dtype(table.shape[1])
     total = table.new_zeros((table.shape[1], table.shape[1]), dtype=dtype)
     with full_precision(table):
@@ -68,11 +68,11 @@ def token_energies(
     *,
     seen_in: Tensor | None = None,
 ) -> Tensor:
-    """What every component carries, (min(V, D),) float64: the tails are the errors.
+    """Energy of each component, (min(V, D),) float64: the tails are the errors.
 
     Args:
-        metric: C in which the components are the leading ones; energies are descending in it.
-        seen_in: another metric to measure the components of C = I in; it may change their order.
+        metric: C that defines the components; energies descend in it.
+        seen_in: another metric, to measure the components of C = I in; their order may differ.
     """
     with full_precision(table):
         half = None if metric is None else _root(metric)[0]
@@ -90,7 +90,7 @@ def factor_tokens(
 
     Args:
         table: E (V, D).
-        weights: p (V,), or None for 1 each.
+        weights: p (V,), or None for ones.
         metric: C (D, D), positive definite, or None for the identity.
 
     Returns:
@@ -125,13 +125,13 @@ def _between(moments: Tensor, half: Tensor | None) -> Tensor:
 
 
 def _root(metric: Tensor) -> tuple[Tensor, Tensor]:
-    """C^½ and C^{-½} of a matrix that is positive definite."""
+    """C^½ and C^{-½} of a positive definite matrix."""
     values, vectors = torch.linalg.eigh(metric)
     root = values.clamp(min=torch.finfo(values.dtype).eps).sqrt()
     return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
 
 
 def _signs(vectors: Tensor) -> Tensor:
-    """What makes each column's entry of largest size positive."""
+    """Signs that make each column's entry of largest magnitude positive."""
     signs = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)).sign()
     return torch.where(signs == 0, 1, signs)

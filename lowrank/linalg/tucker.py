@@ -1,10 +1,10 @@
-"""Tucker-2 of a convolution's weight (O, I, K): fewer channels in and out, the kernel untouched.
+"""Tucker-2 decomposition of a convolution's weight (O, I, K), along its channels only.
 
 W ≈ C ×₁ A ×₂ B with A (O, r_out), B (I, r_in) and a core C (r_out, r_in, K) (Kim et al., arXiv
-1511.06530). By the weight alone: the truncated higher-order SVD, improved by alternation (HOOI; De
+1511.06530). By the weight alone: the truncated higher-order SVD, refined by alternation (HOOI; De
 Lathauwer et al. 2000). By the outputs, ‖(W − Ŵ)H^½‖ with the Gram matrix H of the patches: the
-input channels are chosen in the metric of H summed over the kernel, and for these the best core and
-output channels follow in closed form; alternation improves both.
+input channels are chosen in the metric of H summed over the kernel, the best core and output
+channels for them follow in closed form, and alternation refines both.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from .gram import full_precision, squared_error
 from .svd import energies, factor, tails
 
 STOP = 1e-5  # of the error
-ROUNDING = 1e-12  # of the weight: where nothing is lost, gains are of this size
+ROUNDING = 1e-12  # of ‖W‖²: where nothing is lost, gains are of this size
 RIDGE = 1e-10  # of the mean diagonal of a metric
 Parts = tuple[Tensor, Tensor, Tensor]  # last (O, r_out), core (r_out, r_in, K), first (r_in, I)
 
 
 def hosvd_errors(weight: Tensor) -> Tensor:
-    """Squared error of the truncated higher-order SVD at every (r_out, r_in), (O + 1, I + 1)
-    float64: exact for it, and a bound for what alternation makes of it. At most √2 of the optimum.
+    """Squared error of the truncated HOSVD at every (r_out, r_in), (O + 1, I + 1) float64.
+
+    An upper bound for HOOI; at most twice the optimum.
 
     Args:
         weight: (O, I, K).
@@ -40,8 +41,8 @@ def hosvd_errors(weight: Tensor) -> Tensor:
 
 
 def tucker_factors(weight: Tensor, ranks: tuple[int, int], *, sweeps: int = 20) -> Parts:
-    """The parts of a Tucker-2 decomposition, orthonormal outside, by HOSVD and at most `sweeps` of
-    HOOI; one that gains less than `STOP` of what is lost is the last.
+    """The parts of a Tucker-2 decomposition, outer factors orthonormal, by HOSVD and at most
+    `sweeps` of HOOI, until one lowers the error by less than `STOP` of it.
 
     Args:
         weight: (O, I, K), any floating dtype; computed in float64.
@@ -65,8 +66,8 @@ def tucker_factors(weight: Tensor, ranks: tuple[int, int], *, sweeps: int = 20) 
 
 
 def first_of(weight: Tensor, gram: Tensor) -> Tensor:
-    """Input channels in the order of what the outputs lose without them, (min(O·K, I), I) float64:
-    the leading `r_in` rows are `first` at that rank.
+    """Input channels by their energy in the outputs, descending, (min(O·K, I), I) float64: the
+    leading `r_in` rows are `first` at that rank.
 
     Args:
         weight: (O, I, K).
@@ -81,7 +82,7 @@ def first_of(weight: Tensor, gram: Tensor) -> Tensor:
 
 
 def conditioned(weight: Tensor, first: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, float]:
-    """For given input channels: what the kernel should be, in which metric, and what is lost.
+    """The best kernel for given input channels, its metric, and the error.
 
     min over Z (O, r_in·K) of ‖(W − Z F)H^½‖², F = first ⊗ 1: Z = W H Fᵀ (F H Fᵀ)⁻¹.
 
@@ -100,12 +101,12 @@ def conditioned(weight: Tensor, first: Tensor, gram: Tensor) -> tuple[Tensor, Te
 
 
 def outer_errors(kernel: Tensor, metric: Tensor) -> Tensor:
-    """What truncating the outputs of Z (O, r_in·K) adds, by r_out: (min + 1,) float64."""
+    """Error added by truncating the outputs of Z (O, r_in·K), by r_out, (min + 1,) float64."""
     return tails(energies(kernel, metric))
 
 
 def outer(kernel: Tensor, metric: Tensor, r_out: int, r_in: int) -> tuple[Tensor, Tensor]:
-    """`last` (O, r_out) and `core` (r_out, r_in, K) of Z (O, r_in · K)."""
+    """The best `last` (O, r_out) and `core` (r_out, r_in, K) of Z (O, r_in · K)."""
     up, down = factor(kernel, r_out, metric)
     return up, down.view(r_out, r_in, -1)
 
@@ -113,16 +114,16 @@ def outer(kernel: Tensor, metric: Tensor, r_out: int, r_in: int) -> tuple[Tensor
 def alternated(
     weight: Tensor, parts: Parts, gram: Tensor, *, sweeps: int = 10, steps: int = 8
 ) -> tuple[Parts, list[float]]:
-    """Parts with a smaller error ‖(W − Ŵ)H^½‖², by turns: the input channels for given others, by
-    conjugate gradients from where they are, then the best core and output channels for these.
+    """Parts with a smaller error ‖(W − Ŵ)H^½‖², by alternation: conjugate gradients on the input
+    channels from their present value, then the best core and output channels for them.
 
-    Neither turn can raise the error; a sweep that gains less than 1e-3 of it is the last.
+    Neither step raises the error; a sweep that gains less than 1e-3 of it is the last.
 
     Args:
         weight: (O, I, K).
-        parts: to start from: `outer` after `conditioned` gives good ones.
+        parts: the start; `outer` after `conditioned` gives a good one.
         gram: H (I·K, I·K), of patches in the order of the weight's (I, K).
-        steps: of conjugate gradients in a sweep.
+        steps: of conjugate gradients per sweep.
 
     Returns:
         The parts, and the error at the start and after each sweep.
@@ -137,11 +138,11 @@ def alternated(
             first = _nearer(whole, parts, metric, steps)
             first = torch.linalg.qr(first.T).Q.T
             kernel, inner, _lost = conditioned(whole, first, metric)
-            tried = (*outer(kernel, inner, r_out, r_in), first)
-            error = squared_error(flat, rebuilt(tried).flatten(1), metric)
+            candidate = (*outer(kernel, inner, r_out, r_in), first)
+            error = squared_error(flat, rebuilt(candidate).flatten(1), metric)
             if not error < errors[-1]:
                 break
-            parts = tried
+            parts = candidate
             errors.append(error)
             if errors[-2] - error < 1e-3 * errors[-2]:
                 break
@@ -149,39 +150,39 @@ def alternated(
 
 
 def rebuilt(parts: Parts) -> Tensor:
-    """The weight (O, I, K) that parts stand for."""
+    """The weight (O, I, K) of the parts."""
     last, core, first = parts
     return torch.einsum("op,pjk,ji->oik", last, core, first)
 
 
 def _nearer(whole: Tensor, parts: Parts, metric: Tensor, steps: int) -> Tensor:
-    """`first` (r_in, I) after some steps of conjugate gradients on ‖(W − C ∘ F)H^½‖²: nothing is
-    inverted, and every step is nearer."""
+    """`first` (r_in, I) after conjugate-gradient steps on ‖(W − C ∘ F)H^½‖²: nothing is inverted,
+    and each step lowers the error."""
     last, core, first = parts
     turn, square = torch.linalg.qr(last)
-    spread = torch.einsum("qp,pjk->qjk", square, core)  # what F is followed by, in few outputs
+    spread = torch.einsum("qp,pjk->qjk", square, core)  # applied after F, outputs reduced
     target = torch.einsum("oq,oik->qik", turn, whole)
 
     def pulled(difference: Tensor) -> Tensor:
         weighed = (difference.flatten(1) @ metric).view_as(difference)
         return torch.einsum("qjk,qik->ji", spread, weighed)
 
-    rest = pulled(target - torch.einsum("qjk,ji->qik", spread, first))
-    way, size = rest, rest.square().sum()
+    residual = pulled(target - torch.einsum("qjk,ji->qik", spread, first))
+    direction, size = residual, residual.square().sum()
     least = 1e-24 * size
     for _ in range(steps):
         if size <= least:
             break
-        bent = pulled(torch.einsum("qjk,ji->qik", spread, way))
-        length = size / (way * bent).sum()
-        first, rest = first + length * way, rest - length * bent
-        before, size = size, rest.square().sum()
-        way = rest + size / before * way
+        image = pulled(torch.einsum("qjk,ji->qik", spread, direction))
+        stride = size / (direction * image).sum()
+        first, residual = first + stride * direction, residual - stride * image
+        previous, size = size, residual.square().sum()
+        direction = residual + size / previous * direction
     return first
 
 
 def _solved(rows: Tensor, metric: Tensor) -> Tensor:
-    """rows · M⁻¹ for a positive semi-definite M (n, n), with a ridge that grows until it serves."""
+    """rows · M⁻¹ for a positive semi-definite M (n, n), with a ridge as large as Cholesky needs."""
     shift = RIDGE * float(metric.diagonal().mean())
     if shift <= 0:
         return rows * 0
@@ -199,13 +200,13 @@ def _core(weight: Tensor, out: Tensor, into: Tensor) -> Tensor:
 
 
 def _shrunk(weight: Tensor, basis: Tensor) -> Tensor:
-    """(n, m, K) with its first mode in the basis (n, r), as (m, r, K)."""
+    """(n, m, K) projected on the basis (n, r) along its first mode, as (m, r, K)."""
     inner = basis.T @ weight.flatten(1)
     return inner.view(-1, *weight.shape[1:]).transpose(0, 1)
 
 
 def _basis(weight: Tensor, mode: int) -> Tensor:
-    """Orthonormal (n, n): directions of a mode in the order of their energy."""
+    """Orthonormal (n, n): directions of a mode, by descending energy."""
     unfolded = weight.movedim(mode, 0).flatten(1)
     vectors: Tensor = torch.linalg.eigh(unfolded @ unfolded.T).eigenvectors
     return vectors.flip(1)

@@ -1,4 +1,4 @@
-"""The registry of methods, a row each: wherever a name is accepted, an object is too."""
+"""The registry of methods: wherever a name is accepted, an object is too."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ METHODS: dict[str, type[Method]] = {
     "auto": Auto,
 }
 
-# Those of several sites that read one tensor; they name the method of sites that are alone.
+# Methods of several sites that read one tensor; `alone` names that of single sites.
 JOINT: dict[str, type[JointMethod]] = {
     "basis-sharing": BasisSharing,
 }

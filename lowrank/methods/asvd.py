@@ -2,8 +2,8 @@
 
 W S with S = diag(E[x²]^(α/2)), α = 0.5 (Yuan et al., arXiv 2312.05821, who take mean |x|); the best
 rank-r approximation of W S is U_r U_rᵀ W S, so that Ŵ = U_r U_rᵀ W and S is never inverted: an
-input that is always zero needs no floor. Unlike the authors' code the decomposition is exact, and
-the curve is that of the output error, ‖(W − Ŵ) H^½‖² = Σ_{j>r} u_jᵀ W H Wᵀ u_j.
+input that is always zero needs no floor. Unlike in the authors' code the decomposition is exact,
+and the curve is that of the output error, ‖(W − Ŵ) H^½‖² = Σ_{j>r} u_jᵀ W H Wᵀ u_j.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from .common import gram_of, low_rank_curve, low_rank_layer, rank_of
 @dataclass(frozen=True)
 class ASVD:
     """Options: `alpha`, the power of the input's size, in [0, 1], 0 is plain SVD; `seed` of the
-    sketch that very large matrices use at small ranks.
+    randomised SVD that very large matrices use at small ranks.
 
-    The spectrum is what each direction of the outputs carries, as a root, in descending order.
+    The spectrum is the root of each output direction's energy, in descending order.
     """
 
     seed: int = 0

@@ -1,8 +1,8 @@
-"""For every layer whichever stored form serves its outputs best at the cost: the curves, joined.
+"""For every layer the form with the least output error at its cost: the joint Pareto front.
 
 Plain and pivoted factors of the whitened optimum, dense-sparse, low rank with channels, and blocks,
-all in the norm of the outputs. A policy that sees one curve a layer then chooses form and size at
-once; what it chose is carried out by the method of that name.
+all in the norm of the outputs. A policy then chooses form and size at once from one curve per
+layer; the method of the chosen form builds the layer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .lowrank_sparse import LowRankSparse
 from .sampled import pareto_front
 from .whitened import Whitened
 
-# By the form's name, which "dense-sparse" gives to both of its sides.
+# By the form's name; "dense-sparse" is that of both of its sides.
 OWN: dict[str, type[Method]] = {
     "dense-sparse": DenseSparse,
     "lowrank-sparse": LowRankSparse,
@@ -30,16 +30,16 @@ OWN: dict[str, type[Method]] = {
     "lowrank-masked": LowRankMasked,
 }
 KNOWN = ("factors", "pivoted", *OWN)
-FORMS = tuple(form for form in KNOWN if form != "lowrank-masked")  # which multiplies as dense does
+FORMS = tuple(form for form in KNOWN if form != "lowrank-masked")  # which is no faster than dense
 
 
 @dataclass(frozen=True)
 class Auto:
-    """Options: `forms`, the storages to choose among; `seed` of what they draw. "lowrank-masked",
-    which is never faster than the dense layer, is one of them only where it is named.
+    """Options: `forms`, the storages to choose among; `seed` of their random numbers.
+    "lowrank-masked", which is never faster than the dense layer, has to be named.
 
-    Sizes are those of the form that an option names as its storage. The curve is not exact: errors
-    of forms that iterate are those of little effort, which may leave a form out that would be best.
+    Sizes are those of the option's storage. The curve is not exact: errors of iterative forms are
+    those of few iterations, which may exclude a form that would be best.
     """
 
     seed: int = 0
@@ -57,18 +57,18 @@ class Auto:
         return self.joined(site, [self._curve(form, site, stats) for form in self.forms])
 
     def joined(self, site: Site, curves: Sequence[Curve]) -> Curve:
-        """What none of the options of several curves of a site beats."""
+        """The Pareto front of several curves of a site."""
         options = [option for curve in curves for option in curve.options if not option.dense]
         total = curves[0].total
         return Curve(site.names, pareto_front(site, options), total, None, "output", exact=False)
 
     def apart(self) -> dict[str, Method]:
-        """One method for each form. The least error of outputs need not be the least effect on the
-        predictions: where held-out rows can tell, each form alone is compared with the best mix."""
+        """One method per form. The least output error need not be the least effect on the
+        predictions: with held-out rows, each form alone is compared with the best mix."""
         return {form: replace(self, forms=(form,)) for form in self.forms}
 
     def factor(self, module: nn.Module, option: Option, stats: Statistics) -> nn.Module:
-        # The one form that is stored in two ways goes by the name of one of them.
+        # The one form with two storages goes by the name of the first.
         form = "dense-sparse" if option.storage == "sparse-dense" else option.storage
         return self._method(form).factor(module, option, stats)
 

@@ -2,9 +2,9 @@
 
 min Σ_i E‖(W_i − U_i D) x‖² is the whitened problem of the stacked rows (linalg/shared.py). At rank
 r a group costs r (n + Σ m_i) where separate factors cost Σ_i r_i (n + m_i), so that equal storage
-buys a higher rank, and the first product is computed once. Basis Sharing (arXiv 2410.03765) and
-D-Rank group one kind of layer across neighbouring blocks; within a block the Gram matrix is the
-same, nothing has to be streamed twice, and grouped-query shapes do no harm.
+allows a higher rank, and the first product is computed once. Basis Sharing (arXiv 2410.03765) and
+D-Rank group layers of one kind across neighbouring blocks; within a block the Gram matrix is
+shared, one pass over the data is enough, and grouped-query shapes do no harm.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .common import gram_of, low_rank_curve, stacked
 
 @dataclass(frozen=True)
 class BasisSharing:
-    """Options: `seed` of the sketch that very large matrices use at small ranks."""
+    """Options: `seed` of the randomised SVD that very large matrices use at small ranks."""
 
     seed: int = 0
     kinds = frozenset({"linear"})

@@ -1,7 +1,7 @@
 """Blocks that share their bases: W_ij ≈ B_i diag(d_ij) C_j (BLAST, arXiv 2410.21262).
 
-r (m + n + b²) numbers, and as many products per token: a block matrix of up to rank r in every
-block costs about what one low rank r does. Unlike the authors' code the columns are scaled by the
+r (m + n + b²) numbers and as many MACs per token: a block matrix with rank up to r in every block
+costs about as much as a single rank r. Unlike in the authors' code the columns are scaled by the
 size of their inputs, the bases of the outputs are fitted to the outputs at the end, and sides that
 b does not divide are padded (linalg/blast.py).
 """
@@ -24,13 +24,13 @@ from ..walk import layouts
 from .common import gram_of
 from .sampled import sampled_curve, sizes_of
 
-NARROW = 4  # the least width of a block that a curve offers
+NARROW = 4  # the least width of a block in a curve
 
 
 @dataclass(frozen=True)
 class Blast:
-    """Options: `blocks` along each side, fewer where a block would be narrower than four; `sweeps`
-    over the factors; `seed` of their start.
+    """Options: `blocks` per side, fewer where a block would be narrower than four; `sweeps` over
+    the factors; `seed` of their random start.
 
     Sizes are (b, r). The curve is an interpolation, not exact: see `sampled_curve`.
     """
@@ -69,9 +69,7 @@ class Blast:
         weight = layouts.matrix(module)
         blocks, rank = sizes_of(option, module, "blocks, rank")
         if blocks > min(weight.shape):
-            raise LowrankError(
-                f"{blocks} blocks along each side do not fit shape {tuple(weight.shape)}"
-            )
+            raise LowrankError(f"{blocks} blocks per side do not fit shape {tuple(weight.shape)}")
         factors = linalg.blast_factors(
             weight, blocks, rank, gram_of(stats, weight.shape[1]), sweeps=self.sweeps,
             seed=self.seed,

@@ -1,4 +1,4 @@
-"""What low-rank methods of one matrix share: options, their two storages, the factored layer."""
+"""Shared by low-rank methods of one matrix: options, two storages, statistics, layers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def options_of(
     errors: Iterable[tuple[int, float]],
     cost_of: Callable[[int], Cost],
 ) -> tuple[Option, ...]:
-    """An option for every rank that is smaller than the dense weight, and the dense one.
+    """An option for every rank that is smaller than the dense weight, and the dense option.
 
     Args:
         errors: (rank, error), ranks rising.
@@ -61,7 +61,7 @@ def options_of(
         cost = cost_of(rank)
         if cost.params >= site.cost.params or cost.bytes >= site.cost.bytes:
             break
-        if error < least:  # ties carry nothing: the smaller one is enough
+        if error < least:  # a tie adds nothing: the smaller rank is enough
             least = error
             options.append(Option(method, (rank,), storage, cost, least))
     return (*options, Option("dense", None, "dense", site.cost, 0.0))
@@ -70,26 +70,26 @@ def options_of(
 def pivoted_curve(curve: Curve, site: Site) -> Curve:
     """The same errors by rank at the cost of the pivoted form; linear layers only.
 
-    A matrix of rank r takes r(m + n − r) numbers there (PIFA, arXiv 2501.19090) in place of
+    A matrix of rank r takes r(m + n − r) numbers there (PIFA, arXiv 2501.19090) instead of
     r(m + n), so that every rank below min(m, n) is smaller than the dense weight: at equal cost the
     rank is higher, by 13 to 38 % for square matrices. Ranks above the break-even of plain factors
-    take their errors from `curve.tails`; without them the ranks of the curve alone are priced anew.
-    A curve of another kind of site is returned as it is.
+    take their errors from `curve.tails`; without them only the ranks of the curve are repriced. A
+    curve of another kind of site is returned as it is.
 
     Raises:
-        LowrankError: the options are no plain factors.
+        LowrankError: the options are not plain factors.
     """
     factored = [option for option in curve.options if not option.dense]
     if site.kind != "linear" or not factored:
         return curve
-    other = [o for o in factored if o.storage != "factors" or o.size is None or len(o.size) != 1]
-    if other:
+    foreign = [o for o in factored if o.storage != "factors" or o.size is None or len(o.size) != 1]
+    if foreign:
         raise LowrankError(
-            f"{site.title}: storage 'pivoted' is another form of plain factors, {other[0].method} "
-            f"stores {other[0].storage!r} of size {other[0].size}: leave storage out"
+            f"{site.title}: storage 'pivoted' needs plain factors, but {foreign[0].method} "
+            f"stores {foreign[0].storage!r} of size {foreign[0].size}: omit storage"
         )
     errors = [(option.size[0], option.error) for option in factored if option.size]
-    if curve.tails is not None:  # of the full rank too, which is not smaller: it ends there
+    if curve.tails is not None:  # up to full rank, which is not smaller and ends the options
         errors = list(enumerate(curve.tails.tolist()))[1:]
     itemsize = layouts.matrix(site.module).dtype.itemsize
     cost = partial(pivoted_cost, *site.shape, itemsize=itemsize)
@@ -97,7 +97,7 @@ def pivoted_curve(curve: Curve, site: Site) -> Curve:
 
 
 def factored_cost(site: Site, rank: int) -> Cost:
-    """Of plain factors, for all modules that hold the weight together."""
+    """Cost of plain factors, for all modules that hold the weight."""
     itemsize, form = layouts.matrix(site.module).dtype.itemsize, form_of("factors", site.kind)
     heads = layouts.head_count(site.modules)
     assert form is not None
@@ -107,9 +107,9 @@ def factored_cost(site: Site, rank: int) -> Cost:
 
 
 def stacked(sites: Sequence[Site]) -> Site:
-    """Several sites as one of the shape (Σ out, in), under all their names, the first one's first.
+    """Several sites as one of shape (Σ out, in), with all their names and modules, in order.
 
-    Its curve, its ranks and its break-even are those of one matrix; its modules are the members'.
+    Its curve, ranks and break-even are those of the stacked matrix.
     """
     cost = Cost(0, 0, 0)
     for site in sites:
@@ -184,10 +184,10 @@ def freq_of(stats: Statistics, rows: int) -> Tensor:
 
 
 def rank_of(option: Option, module: nn.Module) -> int:
-    """The rank that an option asks for, checked against the layer.
+    """The rank of an option, checked against the layer.
 
     Raises:
-        LowrankError: the size is no rank of this weight.
+        LowrankError: the size is not a valid rank of this weight.
     """
     shape = tuple(layouts.matrix(module).shape)
     if option.size is None or len(option.size) != 1 or not 1 <= option.size[0] <= min(shape):
@@ -200,8 +200,8 @@ def rank_of(option: Option, module: nn.Module) -> int:
 def low_rank_layer(
     module: nn.Module, down: Tensor, up: Tensor, option: Option
 ) -> LowRankLinear | PivotedLinear | ChannelConv:
-    """Factors in the compute dtype -> a layer with the dtype, device and bias of `module`, in the
-    storage that the option names; of a convolution, one through fewer channels."""
+    """The layer of factors in the compute dtype, with the dtype, device and bias of `module`, in
+    the option's storage; for a convolution, a ChannelConv."""
     weight, bias = layouts.matrix(module), layouts.bias(module)
     if layouts.kind(module) == "conv":
         return ChannelConv.from_factors(module, down.to(weight), up.to(weight))
@@ -211,22 +211,22 @@ def low_rank_layer(
 
 
 def pivoted_layer(new: nn.Module, method: str) -> PivotedLinear:
-    """A factored layer in the pivoted storage, which some methods do not give by themselves.
+    """A factored layer in the pivoted storage, for methods that do not return it themselves.
 
     Raises:
-        LowrankError: it is no product of two plain factors; the method is named.
+        LowrankError: it is not a product of two plain factors; the method is named.
     """
     if isinstance(new, PivotedLinear):
         return new
     if not isinstance(new, LowRankLinear):
         raise LowrankError(
-            f"storage 'pivoted' is another form of a LowRankLinear, {method} gives "
-            f"{type(new).__name__}: leave storage out"
+            f"storage 'pivoted' needs a LowRankLinear, but {method} gives "
+            f"{type(new).__name__}: omit storage"
         )
     return pivot_layer(new)
 
 
 def table_layer(module: nn.Module, rows: Tensor, down: Tensor) -> LowRankEmbedding:
-    """Factors (V, rank), (rank, D) in the compute dtype -> a table like `module`."""
+    """The table of factors (V, rank), (rank, D) in the compute dtype, otherwise like `module`."""
     weight = layouts.matrix(module)
     return LowRankEmbedding.from_factors(rows.to(weight), down.T.to(weight), module)

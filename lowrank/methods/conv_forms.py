@@ -1,7 +1,7 @@
-"""The forms that a convolution can be stored in, beside fewer channels with the kernel first.
+"""The stored forms of a convolution, other than fewer channels with the kernel first.
 
-Each knows where it fits, what it costs, how near it comes at every size, and how to build it: by
-the weight, ‖W − Ŵ‖, or by outputs and predictions, ‖S(W − Ŵ)H^½‖. The numerics are linalg's.
+Each says where it applies, what it costs, its error at every size, and how to build it: by the
+weight, ‖W − Ŵ‖, or by outputs and predictions, ‖S(W − Ŵ)H^½‖. The numerics are in linalg.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from ..nn import (
 )
 from ..types import Cost, Option, Size
 
-STEPS = 16  # numbers of input channels that a Tucker curve is computed for
-SPATIAL_STEPS = 32  # ranks of rows and columns in the metric of patches
-CP_STEPS, CP_SWEEPS, CP_STARTS = 6, 60, 1  # every rank of it is an iteration
+STEPS = 16  # input ranks of a Tucker curve
+SPATIAL_STEPS = 32  # ranks of spatial and kernel-last curves in the metric of patches
+CP_STEPS, CP_SWEEPS, CP_STARTS = 6, 60, 1  # few, since every rank takes an iteration
 SWEEPS = 3  # of alternation in the metric of patches
 Errors = list[tuple[Size, float]]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What a weight has to be near in: ‖S(W − Ŵ)H^½‖², None for the identity.
+    """The metric of a weight's error, ‖S(W − Ŵ)H^½‖²; None for the identity.
 
     Attributes:
         gram: H (I·K, I·K), of patches.
-        root: S (O, O) as `output_root` gives it.
+        root: S (O, O) from `output_root`.
     """
 
     gram: Tensor | None = None
@@ -55,26 +55,26 @@ class Metric:
         return (self.root.to(weight) @ weight.flatten(1)).view_as(weight)
 
     def back(self, outputs: Tensor) -> Tensor:
-        """S⁻¹ of the output side of a form (O, r)."""
+        """S⁻¹ times the output side of a form (O, r)."""
         return outputs if self.root is None else linalg.unrooted(self.root, outputs)
 
 
 class ConvFit(Protocol):
-    """One way to store a convolution; weights are (O, I, *kernel), float64."""
+    """One stored form of a convolution; weights are (O, I, *kernel), float64."""
 
     def fits(self, geometry: Geometry) -> bool:
-        """Whether it is another form than fewer channels there."""
+        """Whether the form differs from fewer channels for this geometry."""
 
     def most(self, geometry: Geometry) -> Size:
-        """The largest sizes."""
+        """The largest size."""
 
     def cost(self, geometry: Geometry, size: Size, itemsize: int) -> Cost: ...
 
     def errors(self, weight: Tensor, metric: Metric) -> Errors:
-        """Of many sizes: what `build` gives is no worse."""
+        """Errors at many sizes; upper bounds for what `build` gives."""
 
     def build(self, module: nn.Module, weight: Tensor, size: Size, metric: Metric) -> nn.Module:
-        """The form nearest to `weight` in the metric, with the geometry and bias of `module`."""
+        """The form closest to `weight` in the metric, with the geometry and bias of `module`."""
 
 
 class _Tucker:
@@ -204,7 +204,7 @@ class _CP:
         for rank in steps(even, CP_STEPS):
             try:
                 parts = self._parts(weight, rank)
-            except LowrankError:  # components that cancel: no option of that rank
+            except LowrankError:  # components that diverge: no option of that rank
                 continue
             errors.append(((rank,), float((weight - linalg.rebuilt_cp(parts)).square().sum())))
         return errors
@@ -223,10 +223,10 @@ FORMS: dict[str, ConvFit] = {
 
 
 def fitted(module: nn.Module, weight: Tensor, size: Size, form: str, metric: Metric) -> nn.Module:
-    """The layer of a form and a size nearest to a weight in the metric of patches and of outputs.
+    """The layer of a form and a size that is closest to a weight in the metric.
 
     Args:
-        weight: (O, I, *kernel): the module's own, or what it should be for the stream it reads.
+        weight: (O, I, *kernel): the module's own, or one regressed for a refit.
     """
     return FORMS[form].build(module, weight, size, metric)
 
@@ -237,17 +237,17 @@ def _taps(weight: Tensor) -> Tensor:
 
 
 def steps(most: int, count: int) -> Sequence[int]:
-    """So many numbers from 1 to `most`, evenly spread, all where they are few."""
+    """At most `count` numbers from 1 to `most`, evenly spaced."""
     if most <= count:
         return range(1, most + 1)
     return sorted({max(round(most * i / count), 1) for i in range(1, count + 1)})
 
 
 def size_of(option: Option, module: nn.Module) -> Size:
-    """The size that an option asks for, checked against the layer.
+    """The size of an option, checked against the layer.
 
     Raises:
-        LowrankError: the kernel has no such form, or no such ranks.
+        LowrankError: an invalid form or size for this kernel.
     """
     form, geometry = FORMS[option.storage], Geometry.of(module)
     if not form.fits(geometry):

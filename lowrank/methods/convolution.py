@@ -1,13 +1,13 @@
-"""Convolutions beside fewer channels: Tucker-2, rows and columns apart, CP; rank by rank the best.
+"""Convolutions in all their forms: fewer channels, Tucker-2, separable kernels, CP.
 
 By the weight, `channel` (the kernel first or last), `tucker` (HOSVD, then HOOI; Kim et al., arXiv
 1511.06530), `spatial` (Tai et al., arXiv 1511.06067) and `cp` (ALS; Lebedev et al., arXiv
-1412.6553) minimise ‖W − Ŵ‖. The same forms by the outputs stand in whitened.py, and by the
-predictions in two_sided.py: they say in which metric a weight has to be near.
+1412.6553) minimise ‖W − Ŵ‖. whitened.py has the same forms by the outputs, two_sided.py by the
+predictions: only the metric differs.
 
-A curve holds the options that no other beats: storage "factors" of size (r,) is ChannelConv,
-"kernel-last" (r,) its mirror image, "tucker" (r_out, r_in) TuckerConv, "spatial" (r,) SpatialConv,
-"cp" (R,) CPConv. 1×1 convolutions and linear layers are matrices, and have the first form alone.
+A curve is the Pareto front of its forms: storage "factors" of size (r,) is ChannelConv,
+"kernel-last" (r,) its mirrored form, "tucker" (r_out, r_in) TuckerConv, "spatial" (r,) SpatialConv,
+"cp" (R,) CPConv. 1×1 convolutions and linear layers are matrices, and have the first form only.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from .conv_forms import FORMS, Metric, fitted, size_of
 from .sampled import pareto_front
 from .svd import SVD
 
-JOINED = ("tucker", "spatial")  # the kernel last stands apart, in the methods of channels
+JOINED = ("tucker", "spatial")  # "kernel-last" is left to the `channel` methods
 
 
 @dataclass(frozen=True)
 class Tucker:
-    """By the weight alone. The curve of (r_out, r_in) is the HOSVD's, a bound for what HOOI gives.
+    """Tucker-2 by the weight. The curve of (r_out, r_in) is the HOSVD's, a bound for HOOI's.
 
     Options: `seed` as for `SVD`.
     """
@@ -62,7 +62,7 @@ class Tucker:
 
 @dataclass(frozen=True)
 class Channel(Tucker):
-    """By the weight alone, the kernel first or last, whichever is nearer at its cost.
+    """Fewer channels by the weight, with the kernel first or last, whichever is better at its cost.
 
     Options: `seed` as for `SVD`.
     """
@@ -73,7 +73,7 @@ class Channel(Tucker):
 
 @dataclass(frozen=True)
 class Spatial(Tucker):
-    """By the weight alone: the best there is. Options: `seed` as for `SVD`."""
+    """Separable kernels by the weight, at the optimum. Options: `seed` as for `SVD`."""
 
     forms = ("spatial",)
     name = "spatial"
@@ -81,7 +81,7 @@ class Spatial(Tucker):
 
 @dataclass(frozen=True)
 class CP(Tucker):
-    """By the weight alone, for a few ranks; one whose components cancel is left out.
+    """CP by the weight, for a few ranks; those whose components diverge are left out.
 
     Options: `seed` as for `SVD`; the start of the iteration is always the same.
     """
@@ -91,7 +91,7 @@ class CP(Tucker):
 
 
 def joined(plain: Curve, site: Site, method: str, forms: Sequence[str], metric: Metric) -> Curve:
-    """The options of all forms, those that none beats: cost rising, error falling."""
+    """The Pareto front of the options of all forms."""
     if not forms:
         return plain
     geometry, itemsize = Geometry.of(site.module), layouts.matrix(site.module).dtype.itemsize
@@ -104,7 +104,7 @@ def joined(plain: Curve, site: Site, method: str, forms: Sequence[str], metric: 
 
 
 def fitting(module: nn.Module, forms: Sequence[str]) -> tuple[str, ...]:
-    """Those of the forms that are more than a matrix for this layer."""
+    """Those of the forms that apply to this layer."""
     if layouts.kind(module) != "conv":
         return ()
     return tuple(form for form in forms if FORMS[form].fits(Geometry.of(module)))

@@ -1,11 +1,11 @@
-"""A small dense basis and few coefficients: in every row, W ≈ C · D, or in every column of W.
+"""A dense basis with sparse coefficients: few in every row, W ≈ C · D, or in every column of W.
 
-DSFormer (arXiv 2312.13211) stores n r + m s numbers so, D with r rows and C with exactly s
-non-zeros a row: a union of subspaces, where low rank has but one. It starts without data and
-refines C while it fine-tunes; of it only the abstract was at hand. This is the start alone, aware
-of data and by our own numerics (linalg/sparse.py), with one basis for the whole matrix. Read by
-columns, W ≈ (C · D)ᵀ, the basis is that of the outputs: it costs less where they are fewer than the
-inputs. Every coefficient also stores a one- or two-byte index, which counts in bytes.
+The form of DSFormer (arXiv 2312.13211): n r + m s numbers, D with r rows and C with exactly s
+non-zeros per row, a union of subspaces where low rank has only one. DSFormer starts without data
+and refines C in fine-tuning; ours is the start alone, data-aware, with our own numerics
+(linalg/sparse.py) and one basis for the whole matrix. By columns, W ≈ (C · D)ᵀ, the basis is one of
+the outputs: it costs less where they are fewer than the inputs. Every coefficient also stores a
+one- or two-byte index, which counts in bytes.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ COST = {"out": dense_sparse_cost, "in": sparse_dense_cost}
 @dataclass(frozen=True)
 class DenseSparse:
     """Options: `density`, the share s / r of atoms that every row uses, in (0, 1]; `side`, "out"
-    for s coefficients in every row of W, "in" for every column, or "best": each site that which
-    serves it; `iterations` of the solver; `seed` of atoms that are drawn.
+    for s coefficients in every row of W, "in" for every column, or "best", the better one for each
+    site; `iterations` of the solver; `seed` of random atoms.
 
-    Sizes are (r, s), r up to the number of outputs (by columns: of inputs); the storage says of
-    which side. The curve is an interpolation, not exact: see `sampled_curve`.
+    Sizes are (r, s), r up to the number of outputs (by columns: of inputs); the storage tells the
+    side. The curve is an interpolation, not exact: see `sampled_curve`.
     """
 
     seed: int = 0
@@ -74,10 +74,11 @@ class DenseSparse:
 
     def factor(self, module: nn.Module, option: Option, stats: Statistics) -> nn.Module:
         weight = layouts.matrix(module)
-        rank, count = sizes_of(option, module, "atoms, coefficients in a row")
+        rank, count = sizes_of(option, module, "atoms, coefficients per row")
         if count > rank or rank > MOST:
             raise LowrankError(
-                f"{count} coefficients a row need as many atoms, at most {MOST}; got {option.size}"
+                f"{count} coefficients per row need as many atoms, at most {MOST}; got "
+                f"{option.size}"
             )
         side: Side = "in" if option.storage == STORAGE["in"] else "out"
         gram = gram_of(stats, weight.shape[1])

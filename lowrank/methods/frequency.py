@@ -1,13 +1,13 @@
-"""Embeddings by how often their rows are read: frequent tokens are kept better.
+"""Embeddings weighted by token frequency: frequent tokens are approximated better.
 
 min Σ_t p_t ‖e_t − ê_t‖² over tables Ê of rank r, where p_t is the frequency of token t in the
-calibration, a third of it spread evenly so that no row is free (linalg/tokens.py). The optimum is
+calibration, a third of it spread evenly so that every row counts (linalg/tokens.py). The optimum is
 Ê = E P Pᵀ with P the r leading eigenvectors of Eᵀ diag(p) E: rows are projected, not scaled and
 scaled back, so nothing is divided by a frequency. Weighted low rank with row weights has this
 closed form (Srebro and Jaakkola, ICML 2003); OFA (arXiv 2311.08849) factors its tables unweighted.
 
-Of a table that is the output head too, the curve tells the error of both readers (see
-linalg/tokens.py), but only the lookups are minimised: `head-aware` minimises the sum.
+For a table tied to the output head, the curve has the error of lookups and logits (see
+linalg/tokens.py), but only that of lookups is minimised: `head-aware` minimises the sum.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .common import freq_of, low_rank_curve, rank_of, table_layer
 
 @dataclass(frozen=True)
 class Frequency:
-    """No options; nothing is random, so `seed` changes nothing."""
+    """No options; deterministic, so `seed` has no effect."""
 
     seed: int = 0
     kinds = frozenset({"embedding"})

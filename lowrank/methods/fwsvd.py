@@ -1,10 +1,10 @@
 """FWSVD: plain SVD with every row weighted by its Fisher information (arXiv 2207.00112).
 
 min ‖D^½ (W − up·down)‖_F with D = diag of the rows' importance: their squared gradients, summed
-over the row. A baseline: it knows nothing of the inputs. The authors scale the left factor of the
-SVD of D^½ W back by D^{-½}; that is Ŵ = W V_r V_rᵀ, V the right singular vectors of D^½ W. We take
-this form: nothing is divided, and rows without any gradient need no floor. Where the authors take
-the labels of the task, ours are drawn from the model (the true Fisher).
+over the row. A baseline: it ignores the inputs. The authors scale the left factor of the SVD of
+D^½ W back by D^{-½}; that is Ŵ = W V_r V_rᵀ, V the right singular vectors of D^½ W. We use this
+form: nothing is divided, and rows without any gradient need no floor. The authors use the labels of
+the task, ours are sampled from the model (the true Fisher).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .common import low_rank_curve, low_rank_layer, rank_of, row_fisher_of
 
 @dataclass(frozen=True)
 class FWSVD:
-    """Options: `seed` of the sketch that very large matrices use at small ranks."""
+    """Options: `seed` of the randomised SVD that very large matrices use at small ranks."""
 
     seed: int = 0
     kinds = frozenset({"linear", "conv"})
@@ -47,5 +47,5 @@ class FWSVD:
 
     def error(self, module: nn.Module, weight: Tensor, stats: Statistics) -> float:
         """‖D^½ (W − Ŵ)‖² of any Ŵ (out, in), in the norm of the curve."""
-        off = layouts.matrix(module).detach().double() - weight.detach().double()
-        return float((row_fisher_of(stats, len(off)).to(off) * off.square().sum(1)).sum())
+        diff = layouts.matrix(module).detach().double() - weight.detach().double()
+        return float((row_fisher_of(stats, len(diff)).to(diff) * diff.square().sum(1)).sum())

@@ -1,15 +1,15 @@
-"""Embeddings that are the output head too: what is looked up and what is predicted, in one norm.
+"""Embeddings tied to the output head: the errors of lookups and of logits in one norm.
 
 min Σ_t p_t (¾ ‖δ_t‖² + ¼ δ_tᵀ H δ_t · D / tr H) over tables Ê of rank r, δ_t the rows of E − Ê,
 H = E[h hᵀ] of the head's input h, p_t as in `frequency`. The first part is the error of a looked-up
-row, the second that of its logit δ_t·h, scaled so that h has mean square 1 per coordinate; ¼ served
-best of ¼, ½, ¾ on the embedded model. Both count at the token's frequency: to second order, KL
-weighs the error of a logit by the probability of its token, whose mean is p_t (taken as if token
-and h were independent). So one metric C = ¾ I + ¼ H · D / tr H serves both, and
+row, the second that of its logit δ_t·h, scaled so that h has mean square 1 per coordinate; ¼ was
+the best of ¼, ½, ¾ on the embedded model. Both are weighted by token frequency: to second order,
+the KL weights the error of a logit by the probability of its token, whose mean is p_t (assuming
+token and h independent). So one metric C = ¾ I + ¼ H · D / tr H serves both, and
 Ê = (E C^½ V)(C^{-½} V)ᵀ, V the leading eigenvectors of C^½ Eᵀ diag(p) E C^½, is the exact optimum
 of the sum above (linalg/tokens.py).
 
-A table without a head has C = I, which is `frequency`.
+Without a tied head C = I, which is `frequency`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .common import freq_of, low_rank_curve, rank_of, table_layer
 
 @dataclass(frozen=True)
 class HeadAware:
-    """No options; nothing is random, so `seed` changes nothing."""
+    """No options; deterministic, so `seed` has no effect."""
 
     seed: int = 0
     kinds = frozenset({"embedding"})

@@ -1,8 +1,8 @@
-"""Low rank, and the single entries that it serves worst: W ≈ L + S, S zero but for a mask.
+"""Low rank plus sparse: W ≈ L + S, with S zero off a mask, unstructured or N:M.
 
 The form of OATS (arXiv 2409.13652), fitted to the outputs as in linalg/masked.py. At equal bytes,
-the bit for every entry counted, it is nearer to the dense model than any form that is also faster
-(benchmarks/sparse_quality.py); it multiplies as the dense layer does.
+bitmask included, it is closer to the dense model than any form that is also faster
+(benchmarks/sparse_quality.py); it costs as many MACs as the dense layer, and more.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..walk import layouts
 from .common import gram_of
 from .sampled import pareto_front, sampled_curve, sizes_of
 
-RANKS = (0.02, 0.06)  # both serve: the larger one where much is kept
+RANKS = (0.02, 0.06)  # both are useful: the larger one at high ratios
 STEPS = 100  # sizes of a curve, for each rank
 STORAGE = "lowrank-masked"
 
@@ -33,10 +33,10 @@ STORAGE = "lowrank-masked"
 @dataclass(frozen=True)
 class LowRankMasked:
     """Options: `pattern`, "unstructured" or (N, M), N of each M consecutive inputs of a row;
-    `ranks`, shares of min(out, in) that an unstructured S is offered with; `iterations` of the
+    `ranks`, as shares of min(out, in), to combine with an unstructured S; `iterations` of the
     solver; `seed` as for `SVD`.
 
-    Sizes are (r, k), k entries. With (N, M) k is what the pattern keeps, and r any rank. The curve
+    Sizes are (r, k), k kept entries. With (N, M) the pattern fixes k, and r is any rank. The curve
     is an interpolation, not exact: see `sampled_curve`.
     """
 
@@ -53,7 +53,7 @@ class LowRankMasked:
         whole = isinstance(pair, tuple) and len(pair) == 2 and all(type(n) is int for n in pair)
         if pair != "unstructured" and not (whole and 1 <= int(pair[0]) < int(pair[1])):
             raise LowrankError(
-                "pattern is 'unstructured' or (N, M) with 1 <= N < M, such as (2, 4); "
+                "pattern must be 'unstructured' or (N, M) with 1 <= N < M, such as (2, 4); "
                 f"got {self.pattern!r}"
             )
         if not self.ranks or not all(0 < share < 1 for share in self.ranks):
@@ -63,7 +63,7 @@ class LowRankMasked:
 
     @property
     def name(self) -> str:
-        """Sizes do not tell a pattern, so that its name does."""
+        """The name tells the pattern, since sizes do not."""
         if isinstance(self.pattern, str):
             return STORAGE
         return f"lowrank-{self.pattern[0]}:{self.pattern[1]}"
@@ -112,7 +112,7 @@ class LowRankMasked:
         )
 
     def _sizes(self, shape: tuple[int, int]) -> Iterator[list[Size]]:
-        """Sizes of one curve each, cost rising."""
+        """The sizes of each curve, cost rising."""
         least, entries = min(shape), shape[0] * shape[1]
         if isinstance(self.pattern, tuple):
             yield [(rank, self._kept(shape)) for rank in range(1, least + 1)]
@@ -129,6 +129,6 @@ class LowRankMasked:
 
 @dataclass(frozen=True)
 class LowRank24(LowRankMasked):
-    """Low rank plus 2:4, the pattern that accelerators multiply."""
+    """Low rank plus 2:4, the pattern that accelerators support."""
 
     pattern: str | tuple[int, int] = (2, 4)

@@ -1,10 +1,10 @@
-"""Low rank, and a few input channels in full: W ≈ L + S, S with columns at c inputs.
+"""Low rank plus a few full input channels: W ≈ L + S, S with columns at c inputs.
 
-LOST (arXiv 2508.02668) trains such layers from scratch, OATS (arXiv 2409.13652) compresses to low
-rank plus sparse in turn. Here both parts are fitted to the outputs, min E‖(W − L − S) x‖²: what
-low rank serves worst are inputs that stand out, and each of them costs m numbers alone. The
-channels are those that take most of the whole tail away; rank and channels are refined in turn
-(linalg/lowrank_sparse.py). Unlike LOST's related code the columns hold the residual, not W.
+LOST (arXiv 2508.02668) trains such layers from scratch, OATS (arXiv 2409.13652) alternates between
+low rank and sparse. Here both parts are fitted to the outputs, min E‖(W − L − S) x‖²: low rank fits
+outlier inputs worst, and each of them costs only m numbers. The channels are those that reduce the
+whole tail most; low rank and channels are refined in turn (linalg/lowrank_sparse.py). Unlike in
+LOST's related code the columns hold the residual, not W.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..walk import layouts
 from .common import gram_of
 from .sampled import pareto_front, sizes_of
 
-SHARES = (0.01, 0.03, 0.1)  # LOST's own δ lies among them
+SHARES = (0.01, 0.03, 0.1)  # LOST's δ is in this range
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class LowRankSparse:
     input; `rounds` of refinement; `seed` as for `SVD`.
 
     Sizes are (r, c). The curve is a bound, not exact: channels are those of the tails of ranks 1,
-    2, 4, …, before any refinement.
+    2, 4, …, without refinement.
     """
 
     seed: int = 0
@@ -81,7 +81,7 @@ class LowRankSparse:
 
 
 def _errors(weight: Tensor, counts: list[int], gram: Tensor, seed: int) -> dict[int, list[float]]:
-    """By the number of channels: the errors of ranks 1…min(out, in), with channels for the tail."""
+    """Errors of ranks 1…min(out, in) by the number of channels, which are chosen for the tail."""
     matrix = weight.detach().to(compute_dtype(min(weight.shape)))
     side = min(matrix.shape)
     basis = linalg.output_basis(matrix, side, gram, seed=seed)

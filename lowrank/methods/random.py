@@ -1,7 +1,7 @@
 """Random factors, for training a model that is factored by design (Greenformer, arXiv 2109.06762).
 
-The trained weight is given up; its scale is kept: entries of up·down have the variance of W's. The
-bias is kept too. Asked for by name only.
+The trained weight is discarded, its scale kept: entries of up·down have the variance of W's. The
+bias is kept too. Never a default.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Random:
     """Options: `seed`; layers with different weights get different numbers from one seed.
 
     The curve is a bound, not exact: the mean error of W projected on a random subspace of that
-    rank, ‖W‖²(1 − r / min(out, in)), which is what training one factor could still reach.
+    rank, ‖W‖²(1 − r / min(out, in)), which training one factor could reach.
     """
 
     seed: int = 0
@@ -44,7 +44,7 @@ class Random:
             torch.randn(shape, generator=generator, dtype=torch.float64).to(weight.device)
             for shape in ((weight.shape[0], rank), (rank, weight.shape[1]))
         )
-        # Of a zero weight one factor stays alive: were both zero, no gradient could reach them.
+        # For a zero weight one factor stays non-zero: else no gradient could reach them.
         down = down * (std or weight.shape[1] ** -0.5)
         return low_rank_layer(module, down, up * std, option)
 

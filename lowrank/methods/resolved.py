@@ -1,8 +1,7 @@
-"""A request's method, found once: what sites, alone or in groups, are measured and factored by.
+"""A request's method, resolved once: it measures and factors sites, alone or in groups.
 
-Everything that measures or makes layers asks here: plans and their application, the probe, sweeps
-and sensitivity. So all of them see the same curve of a site, whatever its kind, its storage and
-what the data showed of it.
+All that measures or makes layers uses it: plans and their application, the probe, sweeps and
+sensitivity. So they all see the same curve of a site, whatever its kind, storage and statistics.
 """
 
 from __future__ import annotations
@@ -47,13 +46,13 @@ PLAIN = frozenset({"factors", "pivoted"})
 
 @dataclass(frozen=True)
 class Resolved:
-    """What factors each site.
+    """The methods of a request.
 
     Attributes:
-        method: of sites alone. It may leave those of some kinds to another method.
+        method: of single sites; it may delegate those of some kinds to another method.
         joint: of several sites that read one tensor, or None.
         storage: of linear layers: "factors" or "pivoted".
-        called: what the options of these methods call them, as a plan's entries do.
+        called: names of these methods in their options and in a plan's entries.
         seed: of methods that other entries name.
     """
 
@@ -65,12 +64,12 @@ class Resolved:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Statistics that are read."""
+        """Statistics that the methods read."""
         own = frozenset() if self.joint is None else self.joint.needs
         return own | self.method.needs
 
     def for_kind(self, kind: str) -> Method:
-        """The method of sites of this kind that are alone."""
+        """The method of single sites of this kind."""
         if isinstance(self.method, HandsOver):
             return self.method.for_kind(kind)
         return self.method
@@ -79,7 +78,7 @@ class Resolved:
         return kind in self.for_kind(kind).kinds
 
     def is_seen(self, site: Site, calibration: Calibration | None) -> bool:
-        """Whether there are the statistics that the site's method works from."""
+        """Whether the site has the statistics that its method needs."""
         if calibration is None or not self.for_kind(site.kind).needs:
             return True
         least = max(calibration.min_tokens, 1)
@@ -88,11 +87,11 @@ class Resolved:
     def curve(
         self, group: Group, calibration: Calibration | None, *, ranked: bool = False
     ) -> Curve:
-        """The options of a site, or of a group as one; of one that the data did not reach, those
-        of plain SVD (on_missing="data-free").
+        """The curve of a site, or of a group as one; that of plain SVD if the data did not reach
+        it (on_missing="data-free").
 
         Args:
-            ranked: a convolution is to have a rank, of channels: no other form stands beside it.
+            ranked: whether a convolution must have a rank, of channels, and no other form.
         """
         site, stats = group[0], statistics_of(group[0], calibration)
         if self.joint is not None and len(group) > 1:
@@ -107,10 +106,10 @@ class Resolved:
         return pivoted_curve(curve, site) if pivoted else curve
 
     def factor(self, group: Group, option: Option, stats: Statistics) -> list[nn.Module]:
-        """The new modules of a site or a group, in its order; nothing is put in place.
+        """The new modules of a site or a group, in its order; the model is not changed.
 
         Raises:
-            LowrankError: the method is not at hand, lacks statistics, or gave no modules.
+            LowrankError: the method is unknown, lacks statistics, or returned no modules.
         """
         method = self.maker(option.method, group[0], grouped=len(group) > 1)
         if method.needs and stats.count == 0:
@@ -126,17 +125,17 @@ class Resolved:
                 made = [cast(Method, method).factor(modules[0], option, stats)]
         wrong = [type(new).__name__ for new in made if not isinstance(new, nn.Module)]
         if wrong or len(made) != len(group):
-            said = f"an nn.Module, got {listed(wrong)}"
+            expected = f"an nn.Module, got {listed(wrong)}"
             if not wrong:
-                said = f"{len(group)} modules, got {len(made)}"
-            raise LowrankError(f"{group[0].title}: {option.method} must give {said}")
+                expected = f"{len(group)} modules, got {len(made)}"
+            raise LowrankError(f"{group[0].title}: {option.method} must return {expected}")
         if option.storage == "pivoted":
             made = [pivoted_layer(new, option.method) for new in made]
         return made
 
     def error(self, site: Site, curve: Curve, new: nn.Module, stats: Statistics) -> float | None:
         """Error of the stored factors, rounding included, in the norm of the site's curve; None
-        where the module or the norm cannot be read."""
+        if the module or the norm does not allow it."""
         if not isinstance(new, Factored):
             return None
         gram = stats.gram if curve.norm == "output" else None
@@ -165,10 +164,10 @@ class Resolved:
         least: float = 0.0,
         seed: int = 0,
     ) -> Any:
-        """The layer of an option made anew, in closed form, for the stream that it really reads.
+        """The layer of an option, refitted in closed form to its inputs in the compressed model.
 
         Args:
-            stats: of the dense stream: what the outputs are weighed by.
+            stats: of the dense model, for the metric of the outputs.
             gram, target: H' and K, (in, in); see linalg/refit.py.
         """
         method = cast(Method, self.maker(option.method, site, grouped=False))
@@ -181,10 +180,10 @@ class Resolved:
         return refitted_form(method, site.module, option, gram, target, least=least)
 
     def maker(self, named: str, site: Site, *, grouped: bool) -> Method | JointMethod:
-        """What makes the layers of an option or an entry that calls its method so.
+        """The method that an option or an entry calls `named`.
 
         Raises:
-            LowrankError: that name is neither one of these methods nor of the registry.
+            LowrankError: the name is neither that of one of these methods nor registered.
         """
         if grouped and self.joint is not None:
             return self.joint
@@ -199,22 +198,22 @@ class Resolved:
         )
 
     def knowing(self, curves: Iterable[Curve]) -> Resolved:
-        """The same, told by the options of its own curves what they call it."""
+        """The same, with the names by which the options of its curves call it."""
         names = dict.fromkeys(self.called)
         for curve in curves:
             names |= dict.fromkeys(o.method for o in curve.options if not o.dense)
         return dataclasses.replace(self, called=tuple(names))
 
     def name(self) -> str:
-        """What plans call the method: by its registered name, or as its options do."""
+        """The method's name in plans: the registered one, or that in its options."""
         method = self.joint or self.method
         names = names_of(method)
-        both = [name for name in names if name in self.called]
-        return (*both, *names, *self.called, type(method).__name__)[0]
+        known = [name for name in names if name in self.called]
+        return (*known, *names, *self.called, type(method).__name__)[0]
 
 
 def resolve(given: Given, *, seed: int = 0, storage: str = "factors", data: bool) -> Resolved:
-    """What a name or an object stands for; None stands for what the presence of data allows."""
+    """The methods of a name or an object; None is "whitened" with data and "svd" without."""
     joint = joint_of(given, seed)
     single = given if joint is None else joint.alone
     method = method_of(cast(Any, single) or ("whitened" if data else "svd"), seed)
@@ -222,15 +221,15 @@ def resolve(given: Given, *, seed: int = 0, storage: str = "factors", data: bool
 
 
 def method_of(given: str | Method, seed: int = 0) -> Method:
-    """The method that a name stands for, with the given seed; an object is returned as it is."""
+    """The method of a name, with the given seed; an object is returned as it is."""
     if isinstance(given, str):
         if given in JOINT:
-            raise LowrankError(f"method {given!r} factors groups of layers together, not one alone")
+            raise LowrankError(f"method {given!r} factors groups of layers, not single ones")
         if given not in METHODS:
             raise unknown("method", given, [*METHODS, *JOINT])
         return METHODS[given](seed=seed)  # type: ignore[call-arg]
     if joint_of(given) is not None:
-        raise LowrankError(f"{type(given).__name__} factors groups of layers, not one alone")
+        raise LowrankError(f"{type(given).__name__} factors groups of layers, not single ones")
     lacking = [verb for verb in ("kinds", "needs", "curve", "factor") if not hasattr(given, verb)]
     if lacking or isinstance(given, type):
         raise LowrankError(
@@ -241,26 +240,25 @@ def method_of(given: str | Method, seed: int = 0) -> Method:
 
 
 def joint_of(given: Given, seed: int = 0) -> JointMethod | None:
-    """The joint method that a name or an object stands for; None if it is none."""
+    """The joint method of a name or an object; None if it is not joint."""
     if isinstance(given, str):
         return JOINT[given](seed=seed) if given in JOINT else None  # type: ignore[call-arg]
     return given if isinstance(given, JointMethod) else None
 
 
 def own_form(given: Given) -> str:
-    """What a method stores layers as that has a form of its own, sized by several numbers; else
-    ""."""
+    """The storage of a method with its own form, sized by several numbers; "" for others."""
     method = declared(given)
     return method.own_form if isinstance(method, OwnForm) else ""
 
 
 def declared(given: Given) -> object:
-    """What says of itself what a method is: the class of a registered name, or the object."""
+    """What declares a method's properties: the class of a registered name, or the object."""
     return METHODS.get(given) if isinstance(given, str) else given
 
 
 def names_of(method: Method | JointMethod) -> list[str]:
-    """What a method is called: as it says itself, or in the registry."""
+    """The names of a method: its own, or those in the registry."""
     if isinstance(method, Named):
         return [method.name]
     kinds: Iterable[tuple[str, Any]] = (*METHODS.items(), *JOINT.items())
@@ -278,10 +276,10 @@ def refitted_layer(
     least: float = 0.0,
     seed: int = 0,
 ) -> Any:
-    """The best layer of a size for the stream that it reads; see linalg/refit.py.
+    """The best layer of a size for its inputs in the compressed model; see linalg/refit.py.
 
-    In a form of convolutions other than fewer channels it is the weight that the stream asks for,
-    W K H'⁻¹, in this form in the metric H'.
+    For a form of convolutions other than fewer channels, the one closest to the regressed weight
+    W K H'⁻¹ in the metric H'.
 
     Args:
         size, storage: of the option that was chosen.
@@ -309,9 +307,9 @@ def refitted_form(
     *,
     least: float = 0.0,
 ) -> Any:
-    """A linear layer in a form of its own for the stream that it reads.
+    """A linear layer in the method's own form, refitted to its inputs in the compressed model.
 
-    It is what the method makes of the weight that the stream asks for, W K H'⁻¹, in the metric H'.
+    The method factors the regressed weight W K H'⁻¹ in the metric H'.
 
     Args:
         gram, target: H' and K, (in, in).

@@ -1,4 +1,4 @@
-"""Curves of forms sized by two numbers. An error costs an iteration there: few are computed."""
+"""Curves of forms sized by two numbers: few errors are computed, since each takes an iteration."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..errors import LowrankError
 from ..types import Cost, Curve, Option, Site, Size
 from ..walk import layouts
 
-FEW = 8  # sizes of which all errors are computed
-ANCHORS = 5  # of more, sizes whose error is computed
-SHARE = 0.2  # of the iterations, then
-TINY = 1e-12  # of the total: no logarithm of less
+FEW = 8  # up to so many sizes, all errors are computed
+ANCHORS = 5  # beyond, sizes whose error is computed
+SHARE = 0.2  # of the iterations, for anchors
+TINY = 1e-12  # of the total: floor of the logarithm
 
 
 def sampled_curve(
@@ -28,13 +28,13 @@ def sampled_curve(
 ) -> Curve:
     """The curve of a form stored under its method's name, in the norm of the outputs.
 
-    Up to `FEW` sizes all get their error; of more, `ANCHORS` get that of a fifth of the
-    iterations, and what lies between is linear in the logarithm of the error.
+    Up to `FEW` sizes, all errors are computed; beyond, those of `ANCHORS` sizes, with a fifth of
+    the iterations, and the others are interpolated in the logarithm of the error.
 
     Args:
-        sizes: cost rising; those that are not smaller than the dense weight end them.
-        cost_of: of a size, as separate numbers.
-        error_of: of a size, by this share of the iterations.
+        sizes: cost rising; cut at the first that is not smaller than the dense weight.
+        cost_of: of a size, given as separate numbers.
+        error_of: of a size, with this share of the iterations.
     """
     costs: dict[Size, Cost] = {}
     for size in sizes:
@@ -53,11 +53,11 @@ def sampled_curve(
 
 
 def pareto_front(site: Site, options: Iterable[Option]) -> tuple[Option, ...]:
-    """Of options of any sizes those that are worth their cost, and the dense one.
+    """The Pareto front of options of any sizes, and the dense option.
 
-    They are smaller than the dense weight, and whatever costs more, in parameters and in bytes,
-    has less error. Of two that disagree, one with fewer parameters and one with fewer bytes, the
-    one of less error stays.
+    All are smaller than the dense weight, and one that costs more, in parameters and in bytes, has
+    less error. Of two that conflict, one with fewer parameters and one with fewer bytes, the one of
+    less error stays.
     """
     kept: list[Option] = []
     for option in sorted(options, key=lambda o: (o.cost.params, o.cost.bytes, o.error)):
@@ -72,10 +72,10 @@ def pareto_front(site: Site, options: Iterable[Option]) -> tuple[Option, ...]:
 
 
 def sizes_of(option: Option, module: nn.Module, what: str) -> tuple[int, int]:
-    """The two numbers that an option of such a form asks for; `what` names them.
+    """The two numbers of an option's size; `what` names them.
 
     Raises:
-        LowrankError: the size is not two numbers from 1 on.
+        LowrankError: the size is not two numbers >= 1.
     """
     size = option.size or ()
     if len(size) != 2 or min(size) < 1:
@@ -85,14 +85,14 @@ def sizes_of(option: Option, module: nn.Module, what: str) -> tuple[int, int]:
 
 
 def _anchors(count: int) -> Sequence[int]:
-    """Some of so many places, the first and the last among them."""
+    """Some of `count` positions, including the first and the last."""
     if count <= FEW:
         return range(count)
     return sorted({round((count - 1) * step / (ANCHORS - 1)) for step in range(ANCHORS)})
 
 
 def _between(known: dict[int, float], total: float) -> dict[int, float]:
-    """The error of every place."""
+    """The error at every position, interpolated between the known ones."""
     floor, errors = TINY * total or 1.0, dict(known)
     for (low, below), (high, above) in pairwise(known.items()):
         start, end = math.log(max(below, floor)), math.log(max(above, floor))

@@ -1,10 +1,10 @@
 """Semi-NMF: W ≈ up · down with up ≥ 0, so that outputs are sums of parts (Greenformer's `snmf`).
 
 min ‖W − up·down‖_F, up ≥ 0 (Ding, Li and Jordan, TPAMI 32, 2010); Greenformer (arXiv 2109.06762)
-takes the same side to be non-negative. Differs from the updates that it calls: the start comes from
-the SVD (Gillis and Kumar, arXiv 1410.7220) and bounds the error by the SVD's at one rank less, and
-the iteration is deterministic, in float64. No library that we depend on offers it; scikit-learn
-has NMF alone. See linalg/snmf.py. Plain `svd` is never farther from the weight, and much faster.
+makes the same side non-negative. Unlike in the updates that it calls, the start comes from the SVD
+(Gillis and Kumar, arXiv 1410.7220) and bounds the error by the SVD's at one rank less, and the
+iteration is deterministic, in float64. None of our dependencies offers it; scikit-learn has only
+NMF. See linalg/snmf.py. Plain `svd` is never farther from the weight, and much faster.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .common import low_rank_curve, low_rank_layer, rank_of
 
 @dataclass(frozen=True)
 class SemiNMF:
-    """Options: `iterations`, the most updates made; `seed` as for `SVD`.
+    """Options: `iterations`, the maximum number of updates; `seed` as for `SVD`.
 
     The curve is a lower bound, not exact: the tails of the SVD. From rank two on, the tail of one
     rank less is an upper bound, so that the curve is off by at most one rank.

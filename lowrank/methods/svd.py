@@ -18,7 +18,7 @@ from .common import low_rank_curve, low_rank_layer, rank_of, table_layer
 
 @dataclass(frozen=True)
 class SVD:
-    """Options: `seed` of the sketch that very large matrices use at small ranks."""
+    """Options: `seed` of the randomised SVD that very large matrices use at small ranks."""
 
     seed: int = 0
     kinds = frozenset({"linear", "conv", "embedding"})

@@ -1,12 +1,12 @@
 """Two-sided SVD: the matrix of a given rank that changes the loss least, to second order.
 
 min ‖G^½ (W − Ŵ) H^½‖², H = E[x xᵀ] and G = E[g gᵀ] of the gradients g at the layer's outputs, with
-labels drawn from the model itself (the true Fisher). IO-SVD and OBD-LLM; K-FAC's approximation of
-the Fisher. G is damped, for it is estimated from few tokens and holds near the dense model only.
-Errors are estimates of twice the KL to the dense model, and so compare across layers.
+labels sampled from the model (the true Fisher). IO-SVD and OBD-LLM; K-FAC's approximation of the
+Fisher. G is damped, since it is estimated from few tokens and holds only near the dense model.
+Errors estimate twice the KL to the dense model, and so are comparable across layers.
 
-`two-sided-…` find the other forms of convolutions (convolution.py) in the same metric. `two-sided`
-leaves convolutions to `two-sided-conv`, which takes for each the best form, and embeddings to
+`two-sided-…` fit the other forms of convolutions (convolution.py) in the same metric. `two-sided`
+delegates convolutions to `two-sided-conv`, which chooses the best form for each, and embeddings to
 `head-aware`.
 """
 
@@ -30,7 +30,7 @@ from .head_aware import HeadAware
 
 @dataclass(frozen=True)
 class TwoSided:
-    """Options: `damp` of G, a share of its mean diagonal; `seed` of the sketch for large layers."""
+    """Options: `damp` of G, relative to its mean diagonal; `seed` of the randomised SVD."""
 
     damp: float = linalg.DAMP
     seed: int = 0
@@ -67,9 +67,9 @@ class TwoSided:
 
     def error(self, module: nn.Module, weight: Tensor, stats: Statistics) -> float:
         """‖G^½ (W − Ŵ) H^½‖² of any Ŵ (out, in), in the norm of the curve."""
-        off = layouts.matrix(module).detach().double() - weight.detach().double()
-        root, gram = self._root(stats, off.shape[0]), gram_of(stats, off.shape[1])
-        return linalg.squared_error(_rooted(root, off), off.new_zeros(()), gram)
+        diff = layouts.matrix(module).detach().double() - weight.detach().double()
+        root, gram = self._root(stats, diff.shape[0]), gram_of(stats, diff.shape[1])
+        return linalg.squared_error(_rooted(root, diff), diff.new_zeros(()), gram)
 
     def output_metric(self, stats: Statistics) -> Tensor | None:
         """S with SᵀS = G, damped; None without gradients."""
@@ -87,7 +87,7 @@ def _rooted(root: Tensor, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TwoSidedTucker(Tucker):
-    """By the predictions. Options: `damp` as for `TwoSided`, `seed`."""
+    """Tucker-2 by the predictions. Options: `damp` as for `TwoSided`, `seed`."""
 
     damp: float = linalg.DAMP
     name = "two-sided-tucker"
@@ -110,7 +110,7 @@ class TwoSidedTucker(Tucker):
 
 @dataclass(frozen=True)
 class TwoSidedConv(TwoSidedTucker):
-    """By the predictions, the best of all forms. Options: `damp` as for `TwoSided`, `seed`."""
+    """The best of all forms by the predictions. Options: `damp` as for `TwoSided`, `seed`."""
 
     forms = JOINED
     name = "two-sided-conv"

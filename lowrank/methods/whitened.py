@@ -1,14 +1,14 @@
-"""Activation-aware SVD: the matrix of a given rank whose *outputs* are nearest.
+"""Activation-aware SVD: the matrix of a given rank whose *outputs* are closest.
 
 min E‖(W − up·down) x‖² = ‖(W − up·down) H^½‖_F², H = E[x xᵀ]; the error is the tail of the
 squared singular values of W H^½. SVD-LLM (arXiv 2403.07378), its v2 (arXiv 2503.12340) and
-Swift-SVD reach this same optimum; DRONE had it in 2021. Unlike their code we neither take a
-Cholesky factor of H nor invert one: Ŵ = U_r U_rᵀ W needs neither (see linalg/svd.py), and
-directions that the calibration never showed are treated as the output basis treats the others.
+Swift-SVD reach this same optimum; DRONE had it in 2021. Unlike in their code, no Cholesky factor of
+H is taken or inverted: Ŵ = U_r U_rᵀ W needs neither (see linalg/svd.py), and input directions that
+the calibration never showed are projected like the others.
 
-Of convolutions it is the matrix that patches are multiplied by; `whitened-…` find the other forms
-(convolution.py) that are nearest in ‖(W − Ŵ)H^½‖, H of the patches. `whitened` leaves convolutions
-to `whitened-conv`, which takes for each the best form, and embeddings to `head-aware`.
+For convolutions W is the matrix that multiplies patches; `whitened-…` fit the other forms
+(convolution.py) in ‖(W − Ŵ)H^½‖, H of the patches. `whitened` delegates convolutions to
+`whitened-conv`, which chooses the best form for each, and embeddings to `head-aware`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .head_aware import HeadAware
 
 @dataclass(frozen=True)
 class Whitened:
-    """Options: `seed` of the sketch that very large matrices use at small ranks."""
+    """Options: `seed` of the randomised SVD that very large matrices use at small ranks."""
 
     seed: int = 0
     kinds = frozenset({"linear", "conv"})
@@ -60,7 +60,7 @@ class Whitened:
 
 @dataclass(frozen=True)
 class WhitenedTucker(Tucker):
-    """By the outputs. Options: `seed` as for `Whitened`."""
+    """Tucker-2 by the outputs. Options: `seed` as for `Whitened`."""
 
     name = "whitened-tucker"
     needs = frozenset({"gram"})
@@ -74,7 +74,7 @@ class WhitenedTucker(Tucker):
 
 @dataclass(frozen=True)
 class WhitenedChannel(WhitenedTucker):
-    """By the outputs, the kernel first or last. Options: `seed` as for `Whitened`."""
+    """Fewer channels by the outputs, kernel first or last. Options: `seed` as for `Whitened`."""
 
     forms = ("kernel-last",)
     name = "whitened-channel"
@@ -82,7 +82,7 @@ class WhitenedChannel(WhitenedTucker):
 
 @dataclass(frozen=True)
 class WhitenedSpatial(WhitenedTucker):
-    """By the outputs. Options: `seed` as for `Whitened`."""
+    """Separable kernels by the outputs. Options: `seed` as for `Whitened`."""
 
     forms = ("spatial",)
     name = "whitened-spatial"
@@ -90,7 +90,7 @@ class WhitenedSpatial(WhitenedTucker):
 
 @dataclass(frozen=True)
 class WhitenedConv(WhitenedTucker):
-    """By the outputs, the best of all forms. Options: `seed` as for `Whitened`."""
+    """The best of all forms by the outputs. Options: `seed` as for `Whitened`."""
 
     forms = JOINED
     name = "whitened-conv"

@@ -1,4 +1,4 @@
-"""Factored modules: each one is its factorisation, describes itself and can be built empty."""
+"""Factored modules: each holds its factors, describes itself and can be built empty."""
 
 from .blast_linear import BlastLinear as BlastLinear
 from .blast_linear import blast_cost as blast_cost

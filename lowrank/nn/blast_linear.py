@@ -1,4 +1,4 @@
-"""Blocks with shared bases, W_ij = B_i diag(d_ij) C_j (BLAST, arXiv 2410.21262)."""
+"""Block linear layer with shared bases, W_ij = B_i diag(d_ij) C_j (BLAST, arXiv 2410.21262)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class BlastLinear(LinearForm):
 
     Tensors: `right` C (b, r, q), `mix` d (b, b, r), of block row i and block column j, `left` B
     (b, p, r), `bias` (out,); p = ⌈out / b⌉, q = ⌈in / b⌉. Where b does not divide a side, inputs
-    are padded by zeros and the outputs beyond the last are dropped; what pads is stored too.
+    are zero-padded and surplus outputs are dropped; the padding is stored too.
     """
 
     STORAGE = "blast"
@@ -73,10 +73,10 @@ class BlastLinear(LinearForm):
         """A layer that owns contiguous copies of B (b, p, r), d (b, b, r) and C (b, r, q).
 
         Args:
-            shape: (out, in) without what pads it.
+            shape: (out, in) without padding.
 
         Raises:
-            LowrankError: the factors do not fit each other and the shape.
+            LowrankError: the factors do not fit each other or the shape.
         """
         (out_features, in_features), (blocks, _, rank) = shape, mix.shape
         layer = cls.empty(
@@ -84,10 +84,10 @@ class BlastLinear(LinearForm):
             bias=bias is not None,
         )  # fmt: skip
         for name, factor in (("left", left), ("mix", mix), ("right", right)):
-            wanted = tuple(getattr(layer, name).shape)
-            if tuple(factor.shape) != wanted:
+            expected = tuple(getattr(layer, name).shape)
+            if tuple(factor.shape) != expected:
                 raise LowrankError(
-                    f"expected {name} of shape {wanted} for a layer of shape {shape} in {blocks} "
+                    f"expected {name} of shape {expected} for a layer of shape {shape} in {blocks} "
                     f"blocks of rank {rank}, got {tuple(factor.shape)}"
                 )
             setattr(layer, name, own(factor))
@@ -118,7 +118,7 @@ class BlastLinear(LinearForm):
         blocks, _, columns = self.right.shape
         rows = x.reshape(-1, self.in_features)
         rows = F.pad(rows, (0, blocks * columns - self.in_features))
-        # Tokens stand last, so that each of the r small products of `mix` reads rows as they lie.
+        # Tokens last, so that each of the r small products of `mix` reads contiguous rows.
         inner = torch.bmm(self.right, rows.view(-1, blocks, columns).permute(1, 2, 0))  # (b, r, t)
         mixed = torch.bmm(self.mix.permute(2, 0, 1), inner.transpose(0, 1))  # (r, b, t)
         y = torch.bmm(self.left, mixed.transpose(0, 1))  # (b, p, t)
@@ -127,7 +127,7 @@ class BlastLinear(LinearForm):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(out, in), multiplied in `dtype` (None: that of the factors)."""
+        """The dense weight (out, in), computed in `dtype` (None: that of the factors)."""
         dtype = dtype or self.left.dtype
         factors = (factor.to(dtype) for factor in (self.left, self.mix, self.right))
         whole = linalg.blast_product(*factors)
@@ -154,7 +154,7 @@ class BlastLinear(LinearForm):
 def blast_cost(
     out_features: int, in_features: int, blocks: int, rank: int, *, itemsize: int
 ) -> Cost:
-    """rank · (out + in + blocks²) numbers and as many products, sides rounded up to the blocks.
+    """rank · (out + in + blocks²) numbers and as many MACs, sides rounded up to whole blocks.
 
     Args:
         itemsize: bytes of one number.

@@ -1,9 +1,9 @@
-"""A convolution through fewer channels: the kernel to r channels, and a 1×1 convolution on them.
+"""A convolution through fewer channels: the kernel to r channels, then a 1×1 convolution.
 
-The weight as a matrix W (O, I · K) has rank r: `down` are r filters, `up` mixes them (Denton et
-al., arXiv 1404.0736; Zhang et al., arXiv 1505.06798). The mirror image mixes first and has the
-kernel last: W as (O · K, I) has rank r then. A 1×1 convolution is a linear layer, and so are both
-of its factors. In a grouped convolution every group has r channels of its own.
+The weight as a matrix W (O, I · K) has rank r: `down` has r filters, `up` mixes their outputs
+(Denton et al., arXiv 1404.0736; Zhang et al., arXiv 1505.06798). The mirrored form mixes first and
+has the kernel last: then W as (O · K, I) has rank r. A 1×1 convolution is a linear layer, and so
+are both of its factors. In a grouped convolution every group has its own r channels.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Wide = Literal["first", "last"]
 
 
 class ChannelConv(FactoredConv):
-    """Two real convolutions, y = up(down(x)), of g groups.
+    """Two nn.Conv children, y = up(down(x)), with g groups.
 
-    Tensors, where the kernel is `wide="first"`: `down.weight` (g·r, I/g, *kernel), `up.weight`
-    (O, r, 1…); `"last"`: `down.weight` (g·r, I/g, 1…), `up.weight` (O, r, *kernel). `up.bias` (O,).
-    The child with the kernel has the stride, padding and dilation of the whole. It has the
-    attributes of an nn.Conv, and its `rank` r is that of one group.
+    Tensors for `wide="first"`: `down.weight` (g·r, I/g, *kernel), `up.weight` (O, r, 1…); for
+    `"last"`: `down.weight` (g·r, I/g, 1…), `up.weight` (O, r, *kernel). `up.bias` (O,). The child
+    with the kernel has the original stride, padding and dilation. The module has the attributes of
+    an nn.Conv; its `rank` r is per group.
     """
 
     STORAGE = "factors"
@@ -38,14 +38,14 @@ class ChannelConv(FactoredConv):
     OUT = "up"
 
     def __init__(self, geometry: Geometry, rank: int, *, bias: bool, wide: Wide = "first") -> None:
-        """On the meta device; see `from_factors`.
+        """Built on the meta device; see `from_factors`.
 
         Raises:
             LowrankError: `wide` is neither "first" nor "last".
         """
         super().__init__()
         if wide not in get_args(Wide):
-            raise unknown("place of the kernel, wide =", str(wide), get_args(Wide))
+            raise unknown("position of the kernel, wide =", str(wide), get_args(Wide))
         self.geometry, self.rank, self.wide = geometry, rank, wide
         geometry.label(self)
         inner = geometry.groups * rank
@@ -59,15 +59,15 @@ class ChannelConv(FactoredConv):
     def from_factors(
         cls, conv: nn.Module, down: Tensor, up: Tensor, *, wide: Wide = "first"
     ) -> Self:
-        """Factors in place of a convolution, in its dtype and on its device; its bias is copied.
+        """The factored form of `conv`, in its dtype and on its device; the bias is copied.
 
         Args:
             conv: nn.Conv1d, 2d or 3d.
-            down: (g·r, I/g · K); (g·r, I/g) where the kernel is last.
-            up: (O, r); (O, r · K) where the kernel is last.
+            down: (g·r, I/g · K); (g·r, I/g) with the kernel last.
+            up: (O, r); (O, r · K) with the kernel last.
 
         Raises:
-            LowrankError: they do not fit the convolution.
+            LowrankError: the factors do not fit the convolution.
         """
         geometry, bias, weight = Geometry.of(conv), conv.bias, conv.weight
         rank = per_group(down.shape[0], geometry.groups, "rows of `down`")
@@ -83,7 +83,7 @@ class ChannelConv(FactoredConv):
 
     @classmethod
     def size_cost(cls, shape: Sequence[int], size: Size, *, itemsize: int, heads: int = 0) -> Cost:
-        """With the kernel first, where both factors are those of the matrix (O, I · K)."""
+        """Cost with the kernel first, as of the factored matrix (O, I · K)."""
         return low_rank_cost(*shape, *size, itemsize=itemsize)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,17 +92,17 @@ class ChannelConv(FactoredConv):
         return output
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(O, I/g · K), multiplied in `dtype` (None: that of the factors)."""
+        """The dense weight (O, I/g · K), computed in `dtype` (None: that of the factors)."""
         dtype = dtype or self.up.weight.dtype
         groups, up = self.geometry.groups, self.up.weight.to(dtype).flatten(2)
         up = up.unflatten(0, (groups, -1))  # (g, O/g, r, K or 1)
         down = self.down.weight.to(dtype).flatten(2).unflatten(0, (groups, -1))
-        # One of the two has a kernel of one number.
+        # One of the two is 1×1.
         dense: Tensor = torch.einsum("gork,gril->goikl", up, down)
         return dense.reshape(self.geometry.out_channels, -1)
 
     def spec(self) -> dict[str, Any]:
-        """`wide` is written where it is "last"."""
+        """JSON; `wide` is present only if "last"."""
         sizes: dict[str, Any] = {"rank": self.rank, "bias": self.bias is not None}
         placed = {} if self.wide == "first" else {"wide": self.wide}
         return {**self.geometry.spec(), **sizes, **placed}
@@ -116,12 +116,11 @@ class ChannelConv(FactoredConv):
 
 
 def channel_cost(geometry: Geometry, rank: int, *, itemsize: int, wide: Wide = "first") -> Cost:
-    """Products per output position: with the kernel first both children work at output positions;
-    with the kernel last `down` works at every input position, of which a stride of s leaves s
-    times as many in each dimension.
+    """MACs are per output position: with the kernel first both children run at output positions;
+    with the kernel last `down` runs at input positions, s times as many in a dimension of stride s.
 
     Args:
-        rank: of one group.
+        rank: per group.
         itemsize: bytes of one number.
     """
     taps = geometry.kernel_numbers

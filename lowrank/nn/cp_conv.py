@@ -1,7 +1,7 @@
 """A convolution as 1×1, one depthwise convolution along each dimension, and 1×1: the CP form.
 
 W[o, i, a, b] = Σ_r last[o, r] · height[r, a] · width[r, b] · first[r, i] (Lebedev et al., arXiv
-1412.6553). In a grouped convolution every group has R components of its own.
+1412.6553). In a grouped convolution every group has its own R components.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from .geometry import Geometry, fill, fill_bias, per_group
 
 
 class CPConv(FactoredConv):
-    """Real convolutions, y = last(spatial(first(x))), of g groups.
+    """nn.Conv children, y = last(spatial(first(x))), with g groups.
 
-    Tensors: `first.weight` (g·R, I/g, 1…), `spatial.0.weight` (g·R, 1, kh, 1…), one for each
-    dimension, `last.weight` (O, R, 1…), `last.bias` (O,). Each of the depthwise convolutions has
-    the stride, padding and dilation of its own dimension. It has the attributes of an nn.Conv, and
-    its `rank` R is that of one group.
+    Tensors: `first.weight` (g·R, I/g, 1…), `spatial.0.weight` (g·R, 1, kh, 1…), one per dimension,
+    `last.weight` (O, R, 1…), `last.bias` (O,). Each depthwise convolution has the stride, padding
+    and dilation of its dimension. The module has the attributes of an nn.Conv; its `rank` R is per
+    group.
     """
 
     STORAGE = "cp"
     OUT = "last"
 
     def __init__(self, geometry: Geometry, rank: int, *, bias: bool) -> None:
-        """On the meta device; see `from_factors`."""
+        """Built on the meta device; see `from_factors`."""
         super().__init__()
         self.geometry, self.rank = geometry, rank
         geometry.label(self)
@@ -49,16 +49,16 @@ class CPConv(FactoredConv):
     def from_factors(
         cls, conv: nn.Module, last: Tensor, spatial: Sequence[Tensor], first: Tensor
     ) -> Self:
-        """Factors in place of a convolution, in its dtype and on its device; its bias is copied.
+        """The factored form of `conv`, in its dtype and on its device; the bias is copied.
 
         Args:
             conv: nn.Conv1d, 2d or 3d.
             last: (O, R).
-            spatial: for each dimension (g·R, k).
+            spatial: (g·R, k) for each dimension.
             first: (g·R, I/g).
 
         Raises:
-            LowrankError: they do not fit the convolution.
+            LowrankError: the factors do not fit the convolution.
         """
         geometry, bias, weight = Geometry.of(conv), conv.bias, conv.weight
         rank = per_group(first.shape[0], geometry.groups, "rows of `first`")
@@ -86,7 +86,7 @@ class CPConv(FactoredConv):
         return output
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(O, I/g · K), multiplied in `dtype` (None: that of the factors)."""
+        """The dense weight (O, I/g · K), computed in `dtype` (None: that of the factors)."""
         dtype = dtype or self.last.weight.dtype
         groups = self.geometry.groups
         first = self.first.weight.to(dtype).flatten(1)  # (g·R, I/g)
@@ -109,11 +109,11 @@ class CPConv(FactoredConv):
 
 
 def cp_cost(geometry: Geometry, rank: int, *, itemsize: int) -> Cost:
-    """Products per output position. A child works where those after it have not strided yet: at s
-    times as many positions for every stride of s that follows; `first` at every input position.
+    """MACs are per output position. A child runs before the strides of those after it, at s times
+    as many positions for every later stride s; `first` at every input position.
 
     Args:
-        rank: of one group.
+        rank: per group.
         itemsize: bytes of one number.
     """
     first, last = rank * geometry.in_channels, rank * geometry.out_channels

@@ -1,7 +1,7 @@
-"""A small dense basis D and s coefficients C in every row, y = C · D x, or in every column.
+"""A dense basis D with sparse coefficients C: s in every row, y = C · D x, or in every column.
 
-DSFormer (arXiv 2312.13211) factors weights so; it shows no times and publishes no format, so that
-format and forward pass are ours.
+The factorisation of DSFormer (arXiv 2312.13211), which reports no timings and publishes no format:
+storage format and forward pass are ours.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ..types import Cost, Size
 from .form import LinearForm
 from .lowrank_linear import own
 
-SMALL = 256  # atoms that a byte can number
-MOST = 32768  # that two bytes can
-LEAST = 4  # tokens from which on coefficients are gathered
+SMALL = 256  # atoms that one byte can index
+MOST = 32768  # atoms that two bytes can index
+LEAST = 4  # fewest tokens for which coefficients are gathered
 GATHERED = 128  # tokens · s / r up to which coefficients are gathered; benchmarks/sparse_speed.py
 
 
 class Coded(LinearForm):
-    """What both have: `basis`, and of each row of C the coefficients and their atoms.
+    """The base of both forms: `basis`, and for each row of C the coefficients and their atoms.
 
     Tensors: `value` (rows, s), `index` (rows, s) in one byte (two above 256 atoms).
     """
@@ -41,11 +41,11 @@ class Coded(LinearForm):
     def _code(
         self, rows: int, rank: int, count: int, shape: tuple[int, int], place: dict[str, Any]
     ) -> None:
-        """The tensors of C; `shape` is the layer's, for an error."""
+        """Create the tensors of C; `shape` of the layer is for the error message."""
         if not 1 <= count <= rank or rank > MOST:
             raise LowrankError(
-                f"expected 1 <= count <= rank <= {MOST} for a layer of shape {shape}: "
-                f"{count} coefficients a row cannot be on {rank} atoms"
+                f"expected 1 <= count <= rank <= {MOST} for a layer of shape {shape}, "
+                f"got {count} coefficients per row on {rank} atoms"
             )
         self.value = nn.Parameter(torch.empty(rows, count, **place))
         if not self.value.is_meta:
@@ -64,7 +64,7 @@ class Coded(LinearForm):
         cls, shape: tuple[int, int], rank: int, basis: Tensor, value: Tensor, index: Tensor,
         bias: bool,
     ) -> Self:  # fmt: skip
-        """A layer of this shape that owns copies; its bias is still to be set."""
+        """A layer of this shape that owns copies, its bias not yet set."""
         _check(index, value, rank)
         out_features, in_features = shape
         layer = cls.empty(
@@ -93,18 +93,18 @@ class Coded(LinearForm):
 
     @classmethod
     def note(cls, layers: Sequence[Coded]) -> str:
-        """Where basis and coefficients, zeros and all, have as many entries as the dense weight."""
+        """A note where basis and C, zeros included, have as many entries as the dense weight."""
         sides = [(m.out_features, m.in_features, m.rank) for m in layers]
         slow = sum(rank * (out + inner) >= out * inner for out, inner, rank in sides)
         if not slow:
             return ""
         return (
-            f"zeros of coefficients are multiplied where tokens are many, in {slow} layers as much "
-            "as in a dense one or more: these are smaller, not faster"
+            f"with many tokens, zero coefficients are multiplied too: {slow} layers need as many "
+            "MACs as dense ones or more, and are smaller but not faster"
         )
 
     def coefficients(self, dtype: torch.dtype | None = None) -> Tensor:
-        """C (rows, r), with its zeros."""
+        """C (rows, r) as a dense matrix."""
         value = self.value.to(dtype or self.value.dtype)
         return value.new_zeros(len(value), self.rank).scatter(1, self.index.long(), value)
 
@@ -122,7 +122,7 @@ class Coded(LinearForm):
         return f"{sizes}, rank={self.rank}, count={self.count}"
 
     def _plain(self, inner: Tensor) -> bool:
-        """Whether nothing watches the product: on a CPU, no graph, no tracing."""
+        """Whether a shortcut is allowed: on a CPU, without autograd or tracing."""
         plain = type(inner) is Tensor and inner.device.type == "cpu"
         graph = torch.is_grad_enabled() and (inner.requires_grad or self.value.requires_grad)
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -132,8 +132,8 @@ class Coded(LinearForm):
 class DenseSparseLinear(Coded):
     """Exactly s of the r atoms in every output: y = C (D x).
 
-    Tensors: `basis.weight` (r, in), `value` (out, s), `index` (out, s): which atoms an output is
-    made of; `bias` (out,).
+    Tensors: `basis.weight` (r, in), `value` (out, s), `index` (out, s): the atoms of each output;
+    `bias` (out,).
     """
 
     STORAGE = "dense-sparse"
@@ -160,14 +160,14 @@ class DenseSparseLinear(Coded):
 
     @classmethod
     def from_code(cls, basis: Tensor, value: Tensor, index: Tensor, bias: Tensor | None) -> Self:
-        """A layer that owns contiguous copies.
+        """The layer of these tensors, which it copies.
 
         Args:
             basis: (r, in); value: (out, s), of one dtype.
-            index: (out, s), integers in [0, r); no atom twice in a row.
+            index: (out, s), integers in [0, r), distinct within a row.
 
         Raises:
-            LowrankError: the shapes do not fit, or an index names no atom, or one twice.
+            LowrankError: the shapes do not fit, or an index is out of range or repeated.
         """
         (rank, in_features), out_features = basis.shape, len(value)
         layer = cls._made((out_features, in_features), rank, basis, value, index, bias is not None)
@@ -209,23 +209,23 @@ class DenseSparseLinear(Coded):
         return dense_sparse_cost(*shape, self.rank, self.count, itemsize=itemsize)
 
     def _gathers(self, inner: Tensor) -> bool:
-        """Whether coefficients are summed one by one: some tokens, and nothing watches."""
+        """Whether coefficients are gathered: few tokens, and the shortcut is allowed."""
         tokens = inner.numel() // self.rank
         few = tokens >= LEAST and tokens * self.count <= GATHERED * self.rank
         return few and self._plain(inner)
 
     def _gathered(self, inner: Tensor) -> Tensor:
-        """C · inner as s rows of innerᵀ weighted and summed for each output, in one kernel."""
+        """C · inner as a weighted sum of s rows of innerᵀ per output, in one kernel."""
         rows = inner.reshape(-1, self.rank).T.contiguous()  # (r, tokens)
         y = F.embedding_bag(self.index.int(), rows, per_sample_weights=self.value, mode="sum")
         return y.T.reshape(*inner.shape[:-1], self.out_features)
 
 
 class SparseDenseLinear(Coded):
-    """Exactly s of the r atoms for every input, the transposed reading: y = D (Cᵀ x).
+    """Exactly s of the r atoms for every input, the transposed form: y = D (Cᵀ x).
 
-    Tensors: `value` (in, s), `index` (in, s): which atoms an input goes to; `basis.weight`
-    (out, r), `basis.bias` (out,).
+    Tensors: `value` (in, s), `index` (in, s): the atoms of each input; `basis.weight` (out, r),
+    `basis.bias` (out,).
     """
 
     STORAGE = "sparse-dense"
@@ -248,14 +248,14 @@ class SparseDenseLinear(Coded):
 
     @classmethod
     def from_code(cls, basis: Tensor, value: Tensor, index: Tensor, bias: Tensor | None) -> Self:
-        """A layer that owns contiguous copies.
+        """The layer of these tensors, which it copies.
 
         Args:
             basis: (out, r); value: (in, s), of one dtype.
-            index: (in, s), integers in [0, r); no atom twice in a row.
+            index: (in, s), integers in [0, r), distinct within a row.
 
         Raises:
-            LowrankError: the shapes do not fit, or an index names no atom, or one twice.
+            LowrankError: the shapes do not fit, or an index is out of range or repeated.
         """
         (out_features, rank), in_features = basis.shape, len(value)
         layer = cls._made((out_features, in_features), rank, basis, value, index, bias is not None)
@@ -299,24 +299,24 @@ class SparseDenseLinear(Coded):
 
 def _check(index: Tensor, value: Tensor, rank: int) -> None:
     rows = index.long().sort(1).values
-    twice = bool((rows.diff(dim=1) == 0).any())
-    if index.shape != value.shape or twice or not 0 <= rows.min() <= rows.max() < rank:
+    repeated = bool((rows.diff(dim=1) == 0).any())
+    if index.shape != value.shape or repeated or not 0 <= rows.min() <= rows.max() < rank:
         raise LowrankError(
-            f"expected an index of shape {tuple(value.shape)} with different atoms in "
+            f"expected an index of shape {tuple(value.shape)} with distinct atoms in "
             f"[0, {rank - 1}] in every row, got shape {tuple(index.shape)} with values in "
-            f"[{int(rows.min())}, {int(rows.max())}]{', some twice' * twice}"
+            f"[{int(rows.min())}, {int(rows.max())}]{', some repeated' * repeated}"
         )
 
 
 def index_dtype(rank: int) -> torch.dtype:
-    """The smallest integers that number so many atoms."""
+    """The smallest integer dtype that can index `rank` atoms."""
     return torch.uint8 if rank <= SMALL else torch.int16
 
 
 def dense_sparse_cost(
     out_features: int, in_features: int, rank: int, count: int, *, itemsize: int
 ) -> Cost:
-    """rank · in + count · out numbers, as many products, and an index for each coefficient.
+    """rank · in + count · out numbers, as many MACs, and an index per coefficient.
 
     Args:
         itemsize: bytes of one number.
@@ -329,8 +329,8 @@ def dense_sparse_cost(
 def sparse_dense_cost(
     out_features: int, in_features: int, rank: int, count: int, *, itemsize: int
 ) -> Cost:
-    """rank · out + count · in numbers, and an index for each coefficient; rank · (out + in)
-    products, for zeros are multiplied too.
+    """rank · out + count · in numbers, and an index per coefficient; rank · (out + in) MACs, since
+    zeros are multiplied too.
 
     Args:
         itemsize: bytes of one number.

@@ -1,4 +1,4 @@
-"""What the factored forms of a convolution share: they say of themselves what nn.Conv says."""
+"""The base of the factored forms of a convolution, with the attributes of nn.Conv."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .lazy import LazyProduct
 
 
 class FactoredConv(Form):
-    """Real convolutions one after the other in place of one; the bias is the last one's.
+    """A sequence of nn.Conv children in place of one convolution; the last one has the bias.
 
     Attributes:
-        geometry: of the whole.
-        OUT: the name of the child that gives the outputs.
+        geometry: of the original convolution.
+        OUT: name of the last child.
     """
 
     KIND = "conv"
@@ -30,7 +30,7 @@ class FactoredConv(Form):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight (O, I/g, *kernel), multiplied when it is used."""
+        """The dense weight (O, I/g, *kernel), computed when used."""
         shape = self.geometry.weight_shape
         return LazyProduct.of(shape, self._out().weight, lambda: self.dense_weight().view(shape))
 

@@ -1,8 +1,8 @@
-"""What a factored module says of itself, and the registry in which each form has a row.
+"""The interface of factored modules, and the registry of forms.
 
-A form is one file: a subclass of `Form` with its tensors, its forward pass and the answers below.
-Nothing else knows of it: plans price it, reports quote its note, recovery refits it, files rebuild
-it, all through these answers.
+A form is one file: a subclass of `Form` with its tensors, its forward pass and the members below.
+All else works through this interface: plans price it, reports quote its note, recovery refits it,
+files rebuild it.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ SIZES_OF_KIND = {
 
 
 class Form(nn.Module):
-    """A module that stands for a weight by the tensors it stores.
+    """A module that represents a weight by the tensors it stores.
 
     Attributes:
-        STORAGE: what options and plans call the form, such as "factors"; "" where none names it.
-        KIND: of the layers that it replaces: "linear", "conv" or "embedding". Its `spec` holds
+        STORAGE: name of the form in options and plans, such as "factors"; "" for none.
+        KIND: kind of the layers it replaces: "linear", "conv" or "embedding". Its `spec` holds
             their sizes under torch's names: in_features and out_features; num_embeddings and
-            embedding_dim; or all that `Geometry` holds.
-        SIZE: what the integers of a size are called, in order.
-        WORDS: entries of the spec that are text.
-        SHARES: entries of the spec that are numbers in [0, 1].
-        READS: what kind of module it reads tensors of, which it does not store itself; "" for most.
-            A reader's spec names that `owner` as "shared", and `bind` gives it the module.
-        REFITTED: whether recovery may make the layer anew, in closed form, for other inputs.
+            embedding_dim; or the fields of `Geometry`.
+        SIZE: names of the integers of a size, in order.
+        WORDS: spec entries that are text.
+        SHARES: spec entries that are numbers in [0, 1].
+        READS: kind of module whose tensors it reads without storing them; "" for most. A reader's
+            spec names that `owner` as "shared", and `bind` sets it.
+        REFITTED: whether recovery may refit the layer in closed form to other inputs.
         empty: a class method, `empty(**spec)`: the module on the meta device, without memory or
             initialisation.
-        layout: of the replaced layer: "linear" (out, in), or "conv1d" (in, out), so that a merged
-            layer is of the class that was there. Factors do not need it.
+        layout: of the replaced layer: "linear" (out, in), or "conv1d" (in, out), so that merging
+            restores its class. Factors do not depend on it.
     """
 
     STORAGE: ClassVar[str] = ""
@@ -59,81 +59,80 @@ class Form(nn.Module):
     def size_cost(
         cls, shape: Sequence[int], size: Size, *, itemsize: int, heads: int = 0
     ) -> Cost | None:
-        """What a layer of this size costs; None where the shape of the weight does not say it.
+        """Cost of a layer of this size; None where the shape of the weight does not determine it.
 
         Args:
             shape: (out, in) of the weight as a matrix; (V, D) of a table.
             itemsize: bytes of one number.
-            heads: output heads that multiply by the same table.
+            heads: output heads tied to the table.
         """
         return None
 
     @classmethod
     def note(cls, layers: Sequence[Self]) -> str:
-        """What a report has to say of these layers of the form, in a sentence; "" for nothing."""
+        """A sentence for the report about these layers of the form; "" for none."""
         return ""
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The matrix (out, in) that the module stands for, multiplied in `dtype` (None: that of
-        the factors)."""
+        """The dense weight (out, in), computed in `dtype` (None: that of the factors)."""
         raise NotImplementedError
 
     def spec(self) -> dict[str, Any]:
-        """JSON that `empty` rebuilds the module from."""
+        """JSON from which `empty` rebuilds the module."""
         raise NotImplementedError
 
     def cost(self) -> Cost:
-        """What is stored, biases excluded."""
+        """Cost of the module, biases excluded."""
         raise NotImplementedError
 
     @property
     def not_linear(self) -> str:
-        """Why no dense weight stands for this layer; "" if one does."""
+        """Why the layer has no dense weight; "" if it has one."""
         return ""
 
     @property
     def owner(self) -> nn.Module | None:
-        """The module whose tensors this one reads and does not store; None for most."""
+        """The module whose tensors this one reads without storing them; None for most."""
         return None
 
     def bind(self, owner: nn.Module) -> Self:
-        """Read these tensors from now on.
+        """Read the tensors of `owner` from now on.
 
         Raises:
-            LowrankError: the form reads nothing of others, or the owner has other sizes.
+            LowrankError: the form shares nothing, or the owner has other sizes.
         """
         raise LowrankError(f"a {type(self).__name__} shares nothing")
 
 
 class LinearForm(Form):
-    """A form of a linear layer: with `in_features`, `out_features` and `bias` as nn.Linear has."""
+    """A form of a linear layer: with `in_features`, `out_features` and `bias`, like nn.Linear."""
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight (out, in), multiplied when it is used: for code that reads `.weight`."""
+        """The dense weight (out, in), computed when used, for code that reads `.weight`."""
         sizes, like = self.spec(), next(p for p in self.parameters() if p.is_floating_point())
         shape = (sizes["out_features"], sizes["in_features"])
         return LazyProduct.of(shape, like, self.dense_weight)
 
 
-FACTORED: dict[str, type[Form]] = {}  # filled at the door of this room
+FACTORED: dict[str, type[Form]] = {}  # filled in __init__.py
 
 
 def register(form: type[Form]) -> type[Form]:
-    """Add a form of your own to the registry; it may decorate the class.
+    """Add a form to the registry; usable as a class decorator.
 
     Raises:
-        LowrankError: it is no `Form`, or another one has its name or its storage.
+        LowrankError: it is not a `Form`, or its name or storage is taken.
     """
     if not (isinstance(form, type) and issubclass(form, Form)):
         raise LowrankError(f"a form is a subclass of lowrank.nn.Form, got {form!r:.80}")
     if form.KIND not in SIZES_OF_KIND:
         raise unknown(f"KIND of {form.__name__}", str(form.KIND), SIZES_OF_KIND)
-    there = FACTORED.get(form.__name__, form)
-    named = form_of(form.STORAGE, form.KIND) if form.STORAGE else None
-    if there is not form or named not in (None, form):
+    same_name = FACTORED.get(form.__name__, form)
+    same_storage = form_of(form.STORAGE, form.KIND) if form.STORAGE else None
+    if same_name is not form or same_storage not in (None, form):
         raise LowrankError(
-            f"there is a form {form.__name__} or a storage {form.STORAGE!r} already: "
+            f"a form {form.__name__} or a storage {form.STORAGE!r} is already registered: "
             "choose other names"
         )
     FACTORED[form.__name__] = form
@@ -141,33 +140,32 @@ def register(form: type[Form]) -> type[Form]:
 
 
 def form_of(storage: str, kind: str = "linear") -> type[Form] | None:
-    """The form that an option of this storage is built as; None for a storage without one."""
+    """The form registered for a storage and a kind; None without one."""
     forms = (f for f in FACTORED.values() if (storage, kind) == (f.STORAGE, f.KIND))
     return next(forms, None) if storage else None
 
 
 def is_factored(module: nn.Module) -> bool:
-    """Whether a module is of a registered form: exactly, for a subclass may compute something
-    else."""
+    """Whether a module's exact class is a registered form; a subclass may compute otherwise."""
     return type(module) in FACTORED.values()
 
 
 def notes_of(modules: Iterable[nn.Module | None]) -> list[str]:
-    """What each form has to say of all its layers; forms with one answer give it once."""
+    """The notes of all forms about their layers; forms that share `note` give one."""
     layers: dict[object, list[Form]] = {}
     for module in modules:
         if isinstance(module, Form):
-            answer: Any = type(module).note
-            layers.setdefault(answer.__func__, []).append(module)
-    notes = (type(of_one[0]).note(of_one) for of_one in layers.values())
+            method: Any = type(module).note
+            layers.setdefault(method.__func__, []).append(module)
+    notes = (type(group[0]).note(group) for group in layers.values())
     return [note for note in notes if note]
 
 
 def remember_layout(module: nn.Module, layout: str) -> None:
-    """Note on a factored module which layout it replaced.
+    """Record on a factored module the layout of the layer that it replaced.
 
     Raises:
-        LowrankError: the layout is unknown.
+        LowrankError: unknown layout.
     """
     if layout not in LAYOUTS:
         raise unknown("layout", str(layout), LAYOUTS)
@@ -176,16 +174,16 @@ def remember_layout(module: nn.Module, layout: str) -> None:
 
 
 def describe(module: Form) -> dict[str, Any]:
-    """JSON that `build` turns into the same module, empty: its type, its sizes, its layout."""
-    noted = {} if module.layout == "linear" else {"layout": module.layout}
-    return {"type": type(module).__name__, **module.spec(), **noted}
+    """JSON from which `build` makes the same module, empty: type, sizes, layout."""
+    layout = {} if module.layout == "linear" else {"layout": module.layout}
+    return {"type": type(module).__name__, **module.spec(), **layout}
 
 
 def build(spec: Mapping[str, Any], where: str) -> Form:
-    """The empty module (meta device) that a stored spec stands for.
+    """The empty module (meta device) of a stored spec.
 
     Raises:
-        LowrankError: type or layout are unknown, or the sizes do not fit; `where` is named.
+        LowrankError: type or layout is unknown, or the sizes do not fit; `where` is named.
     """
     if not isinstance(spec, dict) or not isinstance(spec.get("type"), str):
         raise LowrankError(f"{where}: expected a spec with a 'type', got {spec!r}")
@@ -194,7 +192,7 @@ def build(spec: Mapping[str, Any], where: str) -> Form:
     layout = spec.get("layout", "linear")
     if layout not in LAYOUTS:
         raise unknown(f"layout at {where}:", str(layout), LAYOUTS)
-    # "shared" names a module of a model, of which nothing is known here: io binds what is built.
+    # "shared" names a module of the model, which is unknown here: io binds it later.
     sizes = {k: v for k, v in spec.items() if k not in ("type", "layout", "shared")}
     form = FACTORED[spec["type"]]
     _check_entries(form, sizes, where)
@@ -202,24 +200,24 @@ def build(spec: Mapping[str, Any], where: str) -> Form:
         built = form.empty(**sizes)
     except (TypeError, RuntimeError, OverflowError, AssertionError, ValueError) as error:
         why = f": {error}" if isinstance(error, LowrankError) else ""
-        said = f"{where}: {spec['type']} cannot be built from {sizes}{why}"
-        raise LowrankError(said) from error
+        message = f"{where}: {spec['type']} cannot be built from {sizes}{why}"
+        raise LowrankError(message) from error
     remember_layout(built, layout)
     return built
 
 
 def _check_entries(form: type[Form], sizes: Mapping[str, Any], where: str) -> None:
-    """Raises LowrankError unless every entry is a size, a word or a share, as the form has it."""
+    """Raises LowrankError unless every entry is a size, a word or a share, as the form declares."""
     numbers = {k: v for k, v in sizes.items() if k not in form.WORDS | form.SHARES}
-    wrong = {
+    bad_sizes = {
         **{key: value for key, value in numbers.items() if not _is_size(value)},
         **{k: sizes[k] for k in form.WORDS if k in sizes and not isinstance(sizes[k], str)},
     }
-    if wrong:
-        raise LowrankError(f"{where}: sizes must be integers >= 0, got {wrong}")
-    odd = {k: sizes[k] for k in form.SHARES if k in sizes and not _is_share(sizes[k])}
-    if odd:
-        raise LowrankError(f"{where}: shares must be numbers in [0, 1], got {odd}")
+    if bad_sizes:
+        raise LowrankError(f"{where}: sizes must be integers >= 0, got {bad_sizes}")
+    bad_shares = {k: sizes[k] for k in form.SHARES if k in sizes and not _is_share(sizes[k])}
+    if bad_shares:
+        raise LowrankError(f"{where}: shares must be numbers in [0, 1], got {bad_shares}")
 
 
 def _is_share(value: Any) -> bool:
@@ -227,7 +225,7 @@ def _is_share(value: Any) -> bool:
 
 
 def _is_size(value: Any) -> bool:
-    """An integer >= 0; of a convolution one a dimension, or a kind of padding."""
+    """An integer >= 0; for a convolution also a list of them, or a kind of padding."""
     if isinstance(value, list):
         return bool(value) and all(isinstance(v, int) and v >= 0 for v in value)
     return value in ("same", "valid") or (isinstance(value, int) and value >= 0)

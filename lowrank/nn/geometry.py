@@ -1,4 +1,4 @@
-"""A convolution's geometry: what its factored forms keep, and how it is written down."""
+"""A convolution's geometry, which its factored forms keep and store."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Ints = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Geometry:
-    """Of a 1-, 2- or 3-dimensional convolution; one number a dimension.
+    """Geometry of a 1-, 2- or 3-dimensional convolution; one number per dimension.
 
     Attributes:
         padding: on both sides of each dimension, or "same" or "valid".
@@ -52,10 +52,10 @@ class Geometry:
 
     @classmethod
     def of(cls, conv: nn.Module) -> Self:
-        """Read from an nn.Conv1d, 2d or 3d.
+        """The geometry of an nn.Conv1d, 2d or 3d.
 
         Raises:
-            LowrankError: it is another layer; a transposed convolution has other rules.
+            LowrankError: any other layer, such as a transposed convolution.
         """
         if not isinstance(conv, tuple(CONVS.values())):
             raise LowrankError(f"expected nn.Conv1d, 2d or 3d, got {type(conv).__name__}")
@@ -64,52 +64,52 @@ class Geometry:
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> Self:
-        """What `spec` wrote; lists become tuples."""
+        """The inverse of `spec`; lists become tuples."""
         wide: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.items()}
         return cls(**wide)
 
     def spec(self) -> dict[str, Any]:
-        """As JSON."""
+        """The fields as JSON."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @property
     def kernel_numbers(self) -> int:
-        """K: numbers under the kernel in one channel."""
+        """K: kernel taps in one channel."""
         return torch.Size(self.kernel_size).numel()
 
     @property
     def positions_read(self) -> int:
-        """Input positions for every output position, as strides have it."""
+        """Input positions per output position: the product of the strides."""
         return torch.Size(self.stride).numel()
 
     def spread(self, inputs: int, outputs: int, bias: bool) -> Conv:
-        """The convolution itself with other channels: kernel, stride, padding, dilation as here.
+        """The same convolution with other channels: kernel, stride, padding, dilation are kept.
 
-        Channels are counted over all groups, as those of nn.Conv are.
+        Channels are counted over all groups, as in nn.Conv.
         """
         return self._conv(inputs, outputs, self.groups, bias)
 
     def pointwise(self, inputs: int, outputs: int, bias: bool) -> Conv:
-        """A convolution with a kernel of one number: channels are mixed, within their group;
-        positions are not."""
+        """A 1×1 convolution, which mixes the channels of each group."""
         return self.along((), inputs, outputs, bias=bias)
 
     def along(
         self, axes: Sequence[int], inputs: int, outputs: int, *, groups: int = 0, bias: bool = False
     ) -> Conv:
-        """A convolution along these dimensions, with their kernel, stride, padding and dilation,
-        that leaves the others as they are: one after the other they are as the whole.
+        """A convolution along these dimensions only, with their kernel, stride, padding, dilation.
+
+        In sequence, those of all dimensions have the geometry of the whole.
 
         Args:
-            groups: 0 stands for those of the whole.
+            groups: 0: those of the whole.
         """
         dims = range(len(self.kernel_size))
         pads = self.padding if axes else 0
-        if isinstance(pads, tuple):  # "same" pads a kernel of one by nothing
+        if isinstance(pads, tuple):  # "same" pads a kernel of size one by nothing
             pads = tuple(pads[d] if d in axes else 0 for d in dims)
-        made: Any = CONVS[len(dims)]
-        conv: Conv = made(
+        conv_type: Any = CONVS[len(dims)]
+        conv: Conv = conv_type(
             inputs, outputs,
             tuple(self.kernel_size[d] if d in axes else 1 for d in dims),
             stride=tuple(self.stride[d] if d in axes else 1 for d in dims),
@@ -122,15 +122,15 @@ class Geometry:
         return conv
 
     def dense(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        """The plain convolution of the weight (O, I/g · K), its bias still to be filled in."""
+        """The plain convolution of the weight (O, I/g · K), its bias not yet set."""
         whole = self._conv(self.in_channels, self.out_channels, self.groups, bias is not None)
         shape: Sequence[int] = (self.out_channels, -1, *self.kernel_size)
         whole.weight = nn.Parameter(weight.reshape(shape).contiguous())
         return whole
 
     def _conv(self, inputs: int, outputs: int, groups: int, bias: bool) -> Conv:
-        made: Any = CONVS[len(self.kernel_size)]
-        conv: Conv = made(
+        conv_type: Any = CONVS[len(self.kernel_size)]
+        conv: Conv = conv_type(
             inputs, outputs, self.kernel_size, stride=self.stride, padding=self.padding,
             dilation=self.dilation, groups=groups, padding_mode=self.padding_mode, bias=bias,
             device="meta",
@@ -138,7 +138,7 @@ class Geometry:
         return conv
 
     def label(self, module: nn.Module) -> None:
-        """What nn.Conv says of itself, on a module that stands in its place."""
+        """Set the attributes of nn.Conv on a module that replaces it."""
         for field in fields(self):
             setattr(module, field.name, getattr(self, field.name))
 
@@ -149,10 +149,10 @@ class Geometry:
 
 
 def per_group(numbers: int, groups: int, what: str) -> int:
-    """Channels of one group.
+    """Channels per group.
 
     Raises:
-        LowrankError: they are not as many in every group.
+        LowrankError: `numbers` is not a positive multiple of `groups`; `what` is named.
     """
     if numbers < 1 or numbers % groups:
         raise LowrankError(
@@ -162,13 +162,13 @@ def per_group(numbers: int, groups: int, what: str) -> int:
 
 
 def fill(child: Conv, tensor: Tensor, like: Tensor, what: str) -> None:
-    """Give a child its own contiguous copy of its weight, with the dtype and device of `like`.
+    """Set a child's weight to a contiguous copy, with the dtype and device of `like`.
 
     Args:
-        tensor: its numbers in the order of its weight, trailing axes merged or left out.
+        tensor: in the order of the weight, trailing axes merged or left out.
 
     Raises:
-        LowrankError: they are of another shape; `what` is named.
+        LowrankError: another shape; `what` is named.
     """
     shape, got = child.weight.shape, tensor.shape
     if got[:1] != shape[:1] or tensor.numel() != shape.numel() or (got[2:] and got[1] != shape[1]):
@@ -179,6 +179,6 @@ def fill(child: Conv, tensor: Tensor, like: Tensor, what: str) -> None:
 
 
 def fill_bias(child: Conv, bias: Tensor | None) -> None:
-    """Give the last child its own copy of the bias of the whole."""
+    """Set the last child's bias to a copy of the original one."""
     if bias is not None:
         child.bias = own(bias)

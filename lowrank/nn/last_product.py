@@ -1,4 +1,4 @@
-"""What the owner of a shared `down` multiplied last, kept until those who share it have read it."""
+"""A cache for the last product of a shared `down`, kept until all its readers have used it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class _Kept(NamedTuple):
 
 
 class LastProduct:
-    """down(x) of one input x, recognised by identity and version, never across a change in place.
+    """down(x) of one input x, matched by identity and version, never across an in-place change.
 
-    The input is held weakly, and the product goes with it, after the last reader, or with the next
-    input, whichever comes first. Nothing is kept while a graph is recorded (gradients, compilation,
-    export, tracing), nor of inference tensors, which count no versions. Copies and pickles of it
-    are empty.
+    The input is held weakly, and the product is dropped with it, after the last reader, or at the
+    next input, whichever comes first. Nothing is kept while a graph is recorded (gradients,
+    compilation, export, tracing), nor for inference tensors, which have no version counter. Copies
+    and pickles are empty.
 
     Attributes:
-        readers: how many modules share the factor, its owner not counted.
+        readers: number of modules that share the factor, without its owner.
     """
 
     def __init__(self, readers: int = 0) -> None:
@@ -33,13 +33,13 @@ class LastProduct:
         self._kept: _Kept | None = None
 
     def keep(self, x: Tensor, weight: Tensor, product: Tensor) -> None:
-        """`product` = x · weightᵀ (..., rank); it replaces what was kept."""
+        """Keep `product` = x · weightᵀ (..., rank) in place of any other."""
         self.clear()
         if self.readers and not product.requires_grad and _is_plain(x, weight):
-            ours = weakref.ref(self)
+            self_ref = weakref.ref(self)
 
             def forget(_input: object) -> None:
-                cache = ours()
+                cache = self_ref()
                 if cache is not None:
                     cache.clear()
 
@@ -47,7 +47,7 @@ class LastProduct:
             self._kept = _Kept(weakref.ref(x, forget), _key(x, weight), product)
 
     def take(self, x: Tensor, weight: Tensor) -> Tensor | None:
-        """The product of this very input, as it is now; None if it is not at hand."""
+        """The product of this very input in its present version; None if it is not kept."""
         kept = self._kept
         if kept is None or kept.input() is not x:
             return None
@@ -69,13 +69,13 @@ class LastProduct:
 
 
 def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    """Whether nothing but numbers is computed here: subclasses stand for tracing and sharding."""
+    """Whether both are ordinary tensors: subclasses are for tracing and sharding."""
     inference = x.is_inference() or weight.is_inference()
     return type(x) is Tensor and not inference and not torch.jit.is_tracing()
 
 
 def _key(x: Tensor, weight: Tensor) -> tuple[object, ...]:
-    """What the product depends on: changed tensors, and the modes that change what is computed."""
+    """What the product depends on: versions of the tensors, and modes such as autocast."""
     device = x.device.type
     cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     graph = torch.is_grad_enabled(), x.requires_grad, weight.requires_grad

@@ -1,7 +1,7 @@
-"""A product of factors that is multiplied only when someone computes with it.
+"""A product of factors that is computed only when used.
 
-Some models ask a layer for its weight's dtype in every forward pass (transformers' T5 does) and
-never use its numbers. Multiplying the factors each time would cost more than the layer saves.
+Some models read the dtype of a layer's weight in every forward pass (transformers' T5 does) but
+never its values. Multiplying the factors each time would cost more than the layer saves.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-# What is known without the product; everything else, `.T` and `.requires_grad` too, makes it.
+# Known without the product; anything else, `.T` and `.requires_grad` too, computes it.
 FREE = frozenset({"device", "dtype", "is_cuda", "is_quantized", "layout", "ndim", "shape"})
 
 
@@ -31,12 +31,12 @@ class LazyProduct(torch.Tensor):
 
     @classmethod
     def of(cls, shape: tuple[int, ...], like: Tensor, product: Callable[[], Tensor]) -> Self:
-        """What `product()` gives: a tensor of that shape, with the dtype and device of `like`."""
-        made: Self = torch.Tensor._make_wrapper_subclass(
+        """`product()` as a lazy tensor of that shape, with the dtype and device of `like`."""
+        lazy: Self = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=like.dtype, device=like.device
         )
-        made.product = product
-        return made
+        lazy.product = product
+        return lazy
 
     @classmethod
     def __torch_function__(
@@ -53,7 +53,7 @@ class LazyProduct(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
-        raise TypeError(f"{func} reached a product of factors that was not multiplied")
+        raise TypeError(f"{func} reached a lazy product that was not computed")
 
 
 def _multiplied(value: Any) -> Any:

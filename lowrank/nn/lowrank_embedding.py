@@ -1,4 +1,4 @@
-"""A token table as a product: y = up(rows(ids)), for nn.Embedding and nn.EmbeddingBag."""
+"""A low-rank token table: y = up(rows(ids)), for nn.Embedding and nn.EmbeddingBag."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Table = nn.Embedding | nn.EmbeddingBag
 
 
 class LowRankEmbedding(Form):
-    """Two real children, so that sparse gradients, hooks and optimisers work as they did.
+    """Two torch children, so that sparse gradients, hooks and optimisers work as before.
 
     Tensors: `rows.weight` (num_embeddings, rank), `up.weight` (embedding_dim, rank). `rows` keeps
     padding_idx (no gradient, left out of bags), sparse, scale_grad_by_freq and a bag's options. A
-    padding row that is zero stays zero whatever is trained; one that is not is a row like others.
+    zero padding row stays zero in training; one that is not zero changes with `up`.
     """
 
     STORAGE = "factors"
@@ -60,7 +60,7 @@ class LowRankEmbedding(Form):
 
     @classmethod
     def from_factors(cls, rows: Tensor, up: Tensor, like: nn.Module) -> Self:
-        """A table that owns contiguous copies of `rows` (V, rank), `up` (D, rank).
+        """The table of `rows` (V, rank) and `up` (D, rank), which it copies.
 
         Args:
             like: the nn.Embedding or nn.EmbeddingBag whose options it keeps.
@@ -75,7 +75,7 @@ class LowRankEmbedding(Form):
 
     @classmethod
     def empty(cls, *, num_embeddings: int, embedding_dim: int, rank: int, **options: Any) -> Self:
-        """`options`: those of `table_options`; unknown ones are a TypeError."""
+        """`options` as in `table_options`; unknown ones raise a TypeError."""
         return cls(num_embeddings, embedding_dim, rank, **options, device="meta")
 
     @classmethod
@@ -100,13 +100,13 @@ class LowRankEmbedding(Form):
 
     @property
     def weight(self) -> Tensor:
-        """The dense table (V, D), computed anew: for code that reads a table's `.weight`."""
+        """The dense table (V, D), computed on each access, for code that reads `.weight`."""
         return self.dense_weight()
 
     def forward(
         self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
     ) -> Tensor:
-        """Ids as for the layer that it replaces; offsets and weights are for bags."""
+        """Ids as for the replaced layer -> (..., D); offsets and weights are for bags."""
         if isinstance(self.rows, nn.EmbeddingBag):
             return cast(Tensor, self.up(self.rows(input, offsets, per_sample_weights)))
         if offsets is not None or per_sample_weights is not None:
@@ -114,12 +114,12 @@ class LowRankEmbedding(Form):
         return cast(Tensor, self.up(self.rows(input)))
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(V, D), multiplied in `dtype` (None: that of the factors)."""
+        """The dense table (V, D), computed in `dtype` (None: that of the factors)."""
         dtype = dtype or self.up.weight.dtype
         return self.rows.weight.to(dtype) @ self.up.weight.to(dtype).T
 
     def dense(self, weight: nn.Parameter) -> Table:
-        """The layer that it replaced, with all its options, around `weight` (V, D)."""
+        """The replaced layer, with all its options and this weight (V, D)."""
         options = table_options(self.rows)
         kind = nn.EmbeddingBag if "mode" in options else nn.Embedding
         table: Table = kind(*weight.shape, **{**options, "device": "meta"})
@@ -131,7 +131,7 @@ class LowRankEmbedding(Form):
         return {**sizes, "rank": self.rank, **table_options(self.rows)}
 
     def cost(self) -> Cost:
-        """Products are counted per vector given out: reading a row costs none."""
+        """MACs are per output vector; reading a row has none."""
         shape, itemsize = (self.num_embeddings, self.embedding_dim), self.up.weight.dtype.itemsize
         return lookup_cost(*shape, self.rank, itemsize=itemsize)
 
@@ -158,7 +158,7 @@ def lookup_cost(rows: int, columns: int, rank: int, *, itemsize: int, heads: int
 
     Args:
         itemsize: bytes of one number.
-        heads: output heads that read the same factors.
+        heads: output heads tied to the table.
     """
     params = rank * (rows + columns)
     return Cost(params, params * itemsize, rank * columns + heads * params)

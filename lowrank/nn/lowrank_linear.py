@@ -14,7 +14,7 @@ from .last_product import LastProduct
 
 
 class DownUp(LinearForm):
-    """A layer with two real `nn.Linear` children, and something beside or between them."""
+    """A layer with two `nn.Linear` children, and possibly parts beside or between them."""
 
     down: nn.Linear
     up: nn.Linear
@@ -37,16 +37,16 @@ class DownUp(LinearForm):
 
 
 class LowRankLinear(DownUp):
-    """Two real `nn.Linear` children, so that other libraries' tools work without special cases.
+    """Two `nn.Linear` children, so that other libraries' tools work without special cases.
 
     Tensors: `down.weight` (rank, in), `up.weight` (out, rank), `up.bias` (out,). Others may share
-    its `down` (SharedLowRankLinear); it keeps its last product for them then.
+    `down` (SharedLowRankLinear); its last product is then cached for them.
     """
 
     STORAGE = "factors"
     REFITTED = True
 
-    _last: LastProduct | None = None  # only where others share `down`
+    _last: LastProduct | None = None  # only if others share `down`
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class LowRankLinear(DownUp):
 
     @classmethod
     def from_factors(cls, down: Tensor, up: Tensor, bias: Tensor | None) -> Self:
-        """A layer that owns contiguous copies of `down` (rank, in), `up` (out, rank), `bias`."""
+        """The layer of `down` (rank, in), `up` (out, rank) and `bias`, which it copies."""
         layer = cls.empty(
             in_features=down.shape[1],
             out_features=up.shape[0],
@@ -93,13 +93,13 @@ class LowRankLinear(DownUp):
         return self.up(inner)
 
     def last_product(self) -> LastProduct:
-        """Where its product is kept for those that share `down`."""
+        """The cache of down(x) for the layers that share `down`."""
         if self._last is None:
             self._last = LastProduct()
         return self._last
 
     def shared_product(self, x: Tensor) -> Tensor:
-        """down(x) (..., rank): what this layer computed last, if that was of the very same x."""
+        """down(x) (..., rank), from the cache if this layer last computed it for the same x."""
         if self._last is None or torch.compiler.is_compiling():
             return self.down(x)
         product = self._last.take(x, self.down.weight)
@@ -107,11 +107,11 @@ class LowRankLinear(DownUp):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if self._last is not None:
-            self._last.clear()  # casts and moves write to `.data`, which counts no version
+            self._last.clear()  # casts and moves write to `.data`, bypassing the version counter
         return super()._apply(fn, recurse)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(out, in), multiplied in `dtype` (None: that of the factors)."""
+        """The dense weight (out, in), computed in `dtype` (None: that of the factors)."""
         dtype = dtype or self.up.weight.dtype
         return self.up.weight.to(dtype) @ self.down.weight.to(dtype)
 
@@ -132,7 +132,7 @@ class LowRankLinear(DownUp):
 
 
 def low_rank_cost(out_features: int, in_features: int, rank: int, *, itemsize: int) -> Cost:
-    """Cost of plain factors: rank · (out + in) numbers and as many products per token.
+    """Cost of plain factors: rank · (out + in) numbers and as many MACs per token.
 
     Args:
         itemsize: bytes of one number.
@@ -142,6 +142,6 @@ def low_rank_cost(out_features: int, in_features: int, rank: int, *, itemsize: i
 
 
 def own(tensor: Tensor) -> nn.Parameter:
-    """A contiguous copy on memory of its own."""
+    """A parameter that holds a contiguous copy of the tensor."""
     copy = tensor.detach().clone(memory_format=torch.contiguous_format)
     return nn.Parameter(copy, requires_grad=tensor.dtype.is_floating_point)

@@ -1,9 +1,9 @@
-"""Low rank, and single entries of the weight: y = up(down(x)) + S x, S zero but for a mask.
+"""Low rank plus sparse: y = up(down(x)) + S x, with S zero off a mask.
 
-OATS (arXiv 2409.13652) compresses so; file format and forward pass are ours. A bit for every entry
-of the dense weight says whether it is kept, and the values of those that are follow row by row: for
-2:4 that is as short as positions are, and it serves any pattern. S is spread out when it is used,
-and multiplied as a dense weight is: the layer is smaller than the dense one, and not faster.
+The form of OATS (arXiv 2409.13652); storage format and forward pass are ours. A bitmask marks the
+kept entries, whose values are stored row by row: for 2:4 that is as compact as storing positions,
+and it serves any pattern. S is expanded and multiplied as a dense matrix: the layer is smaller than
+the dense one, but not faster.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ BITS = 8
 
 
 class Masked(nn.Module):
-    """Tensors: `weight` (k,), the kept entries row by row; `mask` (out, ⌈in / 8⌉) uint8, whose bit
-    j mod 8, the least first, of byte ⌊j / 8⌋ says whether a row keeps entry j."""
+    """A sparse matrix: `weight` (k,), the kept entries row by row; `mask` (out, ⌈in / 8⌉) uint8,
+    where bit j mod 8, least significant first, of byte ⌊j / 8⌋ is set if entry j is kept."""
 
     mask: Tensor
-    packed: Tensor | None = None  # see semi_structured.py
+    packed: Tensor | None = None  # see sparse_kernels.py
 
     def __init__(
         self,
@@ -45,20 +45,20 @@ class Masked(nn.Module):
             packed = torch.zeros(
                 out_features, -(-in_features // BITS), dtype=torch.uint8, device=device
             )
-        else:  # the first of all entries
+        else:  # keep the first `count` entries
             first = torch.arange(out_features * in_features, device=device) < count
             packed = pack(first.view(out_features, in_features))
         self.register_buffer("mask", packed)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """S (out, in), with its zeros."""
+        """S (out, in) as a dense matrix."""
         mask = unpack(self.mask, self.in_features)
         weight = self.weight.to(dtype or self.weight.dtype)
         return weight.new_zeros(mask.shape).masked_scatter(mask, weight)
 
 
 class LowRankMaskedLinear(DownUp):
-    """Two real `nn.Linear` children, and the entries that low rank serves worst.
+    """Two `nn.Linear` children and a sparse matrix of the entries that low rank fits worst.
 
     Tensors: `down.weight` (rank, in), `up.weight` (out, rank), `up.bias` (out,), `sparse.weight`
     (k,), `sparse.mask` (out, ⌈in / 8⌉) uint8.
@@ -94,11 +94,11 @@ class LowRankMaskedLinear(DownUp):
     def from_parts(
         cls, down: Tensor, up: Tensor, sparse: Tensor, mask: Tensor, bias: Tensor | None
     ) -> Self:
-        """A layer that owns contiguous copies.
+        """The layer of these tensors, which it copies.
 
         Args:
             down, up, sparse: (rank, in), (out, rank), (out, in), of one dtype.
-            mask: (out, in), bool: the entries of `sparse` that are kept.
+            mask: (out, in), bool: the entries of `sparse` to keep.
 
         Raises:
             LowrankError: shapes do not fit, or the mask keeps nothing.
@@ -133,13 +133,13 @@ class LowRankMaskedLinear(DownUp):
     @classmethod
     def note(cls, layers: Sequence[Self]) -> str:
         return (
-            f"zeros of a mask are multiplied too, so that {len(layers)} layers are not faster than "
-            "the dense ones"
+            f"masked zeros are multiplied too, so that {len(layers)} layers are not faster than "
+            "dense ones"
         )
 
     @property
     def count(self) -> int:
-        """Entries that are kept."""
+        """Number of kept entries."""
         return len(self.sparse.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class LowRankMaskedLinear(DownUp):
         return torch.addmm(rows[1], rows[0].to(low.dtype), spread.T).view(low.shape)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(out, in), multiplied in `dtype` (None: that of the factors)."""
+        """The dense weight (out, in), computed in `dtype` (None: that of the factors)."""
         dtype = dtype or self.up.weight.dtype
         return self.up.weight.to(dtype) @ self.down.weight.to(dtype) + self.sparse.dense(dtype)
 
@@ -177,8 +177,8 @@ class LowRankMaskedLinear(DownUp):
 def low_rank_masked_cost(
     out_features: int, in_features: int, rank: int, count: int, *, itemsize: int
 ) -> Cost:
-    """rank · (out + in) + count numbers, a bit for every entry, and the products of the dense layer
-    beside those of the factors: zeros are multiplied too.
+    """rank · (out + in) + count numbers, one bit per entry, and the MACs of the dense layer plus
+    those of the factors, since zeros are multiplied too.
 
     Args:
         itemsize: bytes of one number.
@@ -189,7 +189,7 @@ def low_rank_masked_cost(
 
 
 def pack(mask: Tensor) -> Tensor:
-    """Eight entries of a row (out, in), bool, in a byte (out, ⌈in / 8⌉), uint8."""
+    """A bool mask (out, in) as bits, eight entries of a row per byte, (out, ⌈in / 8⌉) uint8."""
     padded = F.pad(mask.to(torch.uint8), (0, -mask.shape[1] % BITS))
     places = torch.arange(BITS, dtype=torch.uint8, device=mask.device)
     parts = padded.view(len(mask), -1, BITS) << places

@@ -1,9 +1,9 @@
-"""Low rank, and a few inputs that are read in full: y = up(down(x)) + columns · x[index].
+"""Low rank plus full columns for a few inputs: y = up(down(x)) + columns · x[index].
 
-The form of LOST (arXiv 2508.02668), with unit weights on both parts where a trained weight was
-decomposed. Trained from scratch the parts are mixed as there, γ · low rank + (1 − γ) · columns, for
-γ decides how fast each of them learns, and SiLU may stand between the factors; then there is no
-dense weight. γ is a number of the spec, not a tensor that a cast to 16 bits would round, and no
+The form of LOST (arXiv 2508.02668), with both parts weighted by 1 if a trained weight was
+decomposed. For training from scratch they are mixed as there, γ · low rank + (1 − γ) · columns,
+since γ sets how fast each part learns, and SiLU may stand between the factors; then there is no
+dense weight. γ is a number in the spec, not a tensor that a cast to 16 bits would round, and no
 bias is added where there was none.
 """
 
@@ -21,12 +21,12 @@ from ..types import Cost, Size
 from .lowrank_linear import DownUp, own
 
 Act = Literal["silu"]
-JOINED = 512  # tokens from which on both parts are one product; benchmarks/sparse_speed.py
-CURVED = "SiLU stands between its factors, so that no matrix does what it does"
+JOINED = 512  # fewest tokens for one product of both parts; benchmarks/sparse_speed.py
+CURVED = "SiLU between its factors makes it non-linear"
 
 
 class Columns(nn.Module):
-    """Tensors: `weight` (out, c), `index` (c,) int32, ascending: the inputs that it multiplies."""
+    """Columns of a weight: `weight` (out, c), `index` (c,) int32, their inputs, ascending."""
 
     index: Tensor
 
@@ -45,7 +45,7 @@ class Columns(nn.Module):
 
 
 class LowRankSparseLinear(DownUp):
-    """Two real `nn.Linear` children, and columns for the inputs that the low rank serves worst.
+    """Two `nn.Linear` children and columns for the inputs that low rank fits worst.
 
     Tensors: `down.weight` (rank, in), `up.weight` (out, rank), `up.bias` (out,), `sparse.weight`
     (out, c), `sparse.index` (c,) int32.
@@ -102,15 +102,15 @@ class LowRankSparseLinear(DownUp):
         gamma: float | None = None,
         act: Act | None = None,
     ) -> Self:
-        """A layer that owns contiguous copies.
+        """The layer of these tensors, which it copies.
 
         Args:
             down, up, columns: (rank, in), (out, rank), (out, c), of one dtype.
-            index: (c,) integers, ascending: the inputs that the columns belong to.
+            index: (c,) integers, ascending: the inputs of the columns.
             gamma, act: see the class.
 
         Raises:
-            LowrankError: the index names no input, or is not ascending, or of another length.
+            LowrankError: the index is out of range, not ascending, or of another length.
         """
         (rank, in_features), (out_features, count) = down.shape, columns.shape
         rising = len(index) == count and bool((index.diff() > 0).all())
@@ -147,7 +147,7 @@ class LowRankSparseLinear(DownUp):
 
     @property
     def count(self) -> int:
-        """Inputs that have a column of their own."""
+        """Number of inputs with their own column."""
         return len(self.sparse.index)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,14 +163,14 @@ class LowRankSparseLinear(DownUp):
             return linear(both, weight, self.up.bias)
         low = self.up(inner)
         rows = chosen.reshape(-1, self.count), low.reshape(-1, self.out_features)
-        # One product that adds to the low-rank part: a sum of its own would read all of it again.
+        # A fused add to the low-rank part: a separate sum would read all of it again.
         return torch.addmm(rows[1], rows[0], self.sparse.weight.T, alpha=rest).view(low.shape)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(out, in), multiplied in `dtype` (None: that of the factors).
+        """The dense weight (out, in), computed in `dtype` (None: that of the factors).
 
         Raises:
-            LowrankError: SiLU stands between the factors.
+            LowrankError: there is SiLU between the factors.
         """
         if self.not_linear:
             raise LowrankError(f"this layer has no dense weight: {self.not_linear}")
@@ -181,12 +181,12 @@ class LowRankSparseLinear(DownUp):
 
     @property
     def not_linear(self) -> str:
-        """Why no dense weight stands for this layer; "" if one does."""
+        """Why the layer has no dense weight; "" if it has one."""
         return "" if self.act is None else CURVED
 
     def _joins(self, inner: Tensor, chosen: Tensor) -> bool:
-        """Whether both parts are one product of joined tensors: on a CPU, so many tokens that the
-        joining is worth it, and no graph."""
+        """Whether both parts are computed as one product of concatenated tensors: on a CPU, with
+        enough tokens to pay for it, and without a graph."""
         many = inner.numel() >= JOINED * self.rank
         plain = type(inner) is Tensor and inner.device.type == "cpu"
         alike = inner.dtype == chosen.dtype == self.up.weight.dtype
@@ -229,7 +229,7 @@ class LowRankSparseLinear(DownUp):
 def low_rank_sparse_cost(
     out_features: int, in_features: int, rank: int, count: int, *, itemsize: int
 ) -> Cost:
-    """rank · (out + in) + count · out numbers, as many products, and four bytes for each input.
+    """rank · (out + in) + count · out numbers, as many MACs, and four bytes per column.
 
     Args:
         itemsize: bytes of one number.

@@ -1,7 +1,7 @@
-"""A linear layer of rank r in r(out + in − r) numbers: outputs mixed from r of them, or inputs so.
+"""A linear layer of rank r in r(out + in − r) numbers: r pivot outputs or inputs, and a mixing map.
 
-PIFA (arXiv 2501.19090) keeps r outputs y_p = B x and mixes the others from them, y_o = C y_p. Here
-also its mirror image: the other inputs are mixed into r of them, y = U (x_p + C x_o).
+PIFA (arXiv 2501.19090) computes r pivot outputs y_p = B x, and the others from them, y_o = C y_p.
+Here also the mirrored form: the other inputs are mixed into r pivot inputs, y = U (x_p + C x_o).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Side = Literal["out", "in"]
 
 
 class PivotedLinear(LinearForm):
-    """Two real `nn.Linear` children and the order of the features on one side.
+    """Two `nn.Linear` children and the order of the features on one side.
 
     Tensors, side "out": `down.weight` (rank, in), `mix.weight` (out − rank, rank), `order` (out,)
-    int32: where each output stands in the row of kept outputs and mixed ones. Side "in":
-    `up.weight` (out, rank), `mix.weight` (rank, in − rank), `order` (in,) int32: the inputs that
-    are kept, then those that are mixed into them. On either side `bias` (out,) is the layer's own.
+    int32: the place of each output in [pivots, mixed]. Side "in": `up.weight` (out, rank),
+    `mix.weight` (rank, in − rank), `order` (in,) int32: the pivot inputs, then the mixed ones.
+    Either side: `bias` (out,).
     """
 
     STORAGE = "pivoted"
@@ -80,7 +80,7 @@ class PivotedLinear(LinearForm):
         side: Side | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """The layer of weight up · down, by pivots whose coefficients are at most 2.
+        """The layer of weight up · down, by pivots with |coefficients| of at most 2.
 
         Args:
             down: (rank, in), in the compute dtype.
@@ -92,9 +92,9 @@ class PivotedLinear(LinearForm):
         (rank, in_features), out_features = down.shape, up.shape[0]
         side = pivot_side(out_features, in_features) if side is None else side
         dtype = down.dtype if dtype is None else dtype
-        has = bias is not None
+        has_bias = bias is not None
         layer = cls.empty(
-            in_features=in_features, out_features=out_features, rank=rank, side=side, bias=has
+            in_features=in_features, out_features=out_features, rank=rank, side=side, bias=has_bias
         )
         if side == "out":
             kept, mix, order = linalg.pivoted(up.detach(), down.detach(), dtype)
@@ -133,7 +133,7 @@ class PivotedLinear(LinearForm):
         return y if self.bias is None else y + self.bias.to(y.dtype)  # autocast: that of y
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(out, in), multiplied in `dtype` (None: that of the factors)."""
+        """The dense weight (out, in), computed in `dtype` (None: that of the factors)."""
         kept = self._kept.to(dtype or self._kept.dtype)
         mix = self.mix.weight.to(kept.dtype)
         if self.side == "out":
@@ -162,10 +162,10 @@ class PivotedLinear(LinearForm):
 
 
 def pivot_side(out_features: int, in_features: int) -> Side:
-    """The shorter side: its features are what has to be gathered for every token.
+    """The shorter side, since its features are gathered for every token.
 
-    For long layers the other side costs a good part of what the factors save; benchmarks/speed.py
-    times both.
+    On the longer side that costs a good part of what the factors save; benchmarks/speed.py times
+    both.
     """
     return "in" if out_features > in_features else "out"
 
@@ -173,7 +173,7 @@ def pivot_side(out_features: int, in_features: int) -> Side:
 def pivoted_cost(
     out_features: int, in_features: int, rank: int, *, itemsize: int, side: Side | None = None
 ) -> Cost:
-    """Cost of the pivoted form: rank · (out + in − rank) numbers, and the order in four bytes each.
+    """Cost of the pivoted form: rank · (out + in − rank) numbers, and `order` in four bytes each.
 
     Args:
         itemsize: bytes of one number.
@@ -186,10 +186,10 @@ def pivoted_cost(
 
 
 def pivot_layer(layer: LowRankLinear) -> PivotedLinear:
-    """The same map in the pivoted form; the layer is untouched.
+    """The same map in the pivoted form; `layer` is left unchanged.
 
-    The product is formed in float64. Where the unrounded factors are at hand, give those to
-    `PivotedLinear.from_factors`: what was rounded already is rounded a second time here.
+    Computed in float64. If the unrounded factors are available, pass them to
+    `PivotedLinear.from_factors` instead: here rounded numbers are rounded a second time.
 
     Raises:
         LowrankError: the rank leaves nothing to mix.
@@ -200,6 +200,6 @@ def pivot_layer(layer: LowRankLinear) -> PivotedLinear:
 
 
 def _own(tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:
-    """A contiguous copy on memory of its own."""
+    """A parameter that holds a contiguous copy of the tensor in `dtype`."""
     copy = tensor.detach().to(dtype).clone(memory_format=torch.contiguous_format)
     return nn.Parameter(copy, requires_grad=dtype.is_floating_point)

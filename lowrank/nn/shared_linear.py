@@ -1,8 +1,8 @@
 """y = up(down(x)) with the `down` of another layer: one basis for layers that read one tensor.
 
-Basis Sharing (arXiv 2410.03765) shares it across blocks; here those share it that read the same
-tensor (q, k and v; gate and up), so that the first product is computed once, as FlashSVD does by
-packing. `down` is registered and stored in the first of them alone.
+Basis Sharing (arXiv 2410.03765) shares it across blocks; here it is shared by layers that read the
+same tensor (q, k and v; gate and up), so that the first product is computed once, as FlashSVD does
+by packing. `down` is registered and stored in the first of them only.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from .lowrank_linear import LowRankLinear, own
 
 
 class SharedLowRankLinear(LinearForm):
-    """It holds the owner outside `_modules`: no file has `down` twice, and `.to()` reaches it once.
+    """A layer that holds its owner outside `_modules`, so that `down` is saved and moved only once.
 
-    Tensors: `up.weight` (out, rank), `up.bias` (out,). A deep copy of the whole model binds the
-    copies to each other.
+    Tensors: `up.weight` (out, rank), `up.bias` (out,). A deep copy of the model binds the copies to
+    each other.
     """
 
     STORAGE = "shared"
@@ -44,7 +44,7 @@ class SharedLowRankLinear(LinearForm):
 
     @classmethod
     def from_factors(cls, owner: LowRankLinear, up: Tensor, bias: Tensor | None) -> Self:
-        """A layer that reads the `down` of `owner` and owns contiguous copies of `up`, `bias`."""
+        """The layer of `up` and `bias`, which it copies, with the `down` of `owner`."""
         layer = cls.empty(
             in_features=owner.in_features,
             out_features=up.shape[0],
@@ -85,22 +85,22 @@ class SharedLowRankLinear(LinearForm):
         return self.owner.down
 
     def bind(self, owner: nn.Module) -> Self:
-        """Share the `down` of this layer from now on.
+        """Share the `down` of `owner` from now on.
 
         Raises:
-            LowrankError: it is no LowRankLinear, or of another width or rank.
+            LowrankError: it is not a LowRankLinear, or of another width or rank.
         """
-        sizes, theirs = (self.in_features, self.rank), None
+        sizes, owner_sizes = (self.in_features, self.rank), None
         if isinstance(owner, LowRankLinear):
-            theirs = (owner.in_features, owner.rank)
-        if theirs != sizes:
+            owner_sizes = (owner.in_features, owner.rank)
+        if owner_sizes != sizes:
             raise LowrankError(
                 f"a {type(self).__name__} of (in, rank) {sizes} cannot share "
-                f"{type(owner).__name__} of {theirs}"
+                f"{type(owner).__name__} of {owner_sizes}"
             )
-        before = self.__dict__.get("_owner")
-        if before is not None:
-            before.last_product().readers -= 1
+        previous = self.__dict__.get("_owner")
+        if previous is not None:
+            previous.last_product().readers -= 1
         self.__dict__["_owner"] = owner  # not by setattr, which would register it
         self.owner.last_product().readers += 1
         return self
@@ -114,7 +114,7 @@ class SharedLowRankLinear(LinearForm):
         return cast(Tensor, self.up(self.owner.shared_product(x)))
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(out, in), multiplied in `dtype` (None: that of the factors)."""
+        """The dense weight (out, in), computed in `dtype` (None: that of the factors)."""
         dtype = dtype or self.up.weight.dtype
         return self.up.weight.to(dtype) @ self.down.weight.to(dtype)
 
@@ -123,7 +123,7 @@ class SharedLowRankLinear(LinearForm):
         return {**sizes, "rank": self.rank, "bias": self.up.bias is not None}
 
     def cost(self) -> Cost:
-        """Of what is its own: `down` and its product count where they are stored."""
+        """Cost without `down` and its product, which count for its owner."""
         return shared_cost(self.out_features, self.rank, self.up.weight.dtype)
 
     def extra_repr(self) -> str:
@@ -131,6 +131,6 @@ class SharedLowRankLinear(LinearForm):
 
 
 def shared_cost(out_features: int, rank: int, dtype: torch.dtype) -> Cost:
-    """Cost of a layer that shares its `down`: rank · out numbers and as many products per token."""
+    """Cost of a layer that shares its `down`: rank · out numbers and as many MACs per token."""
     params = rank * out_features
     return Cost(params=params, bytes=params * dtype.itemsize, macs=params)

@@ -1,8 +1,8 @@
 """A 2-dimensional convolution as two, one along each dimension: k×1 to r channels, then 1×k.
 
-Rows and columns of the kernel are separated: the weight (O, I, kh, kw), rearranged to (O · kw, I ·
-kh), has rank r (Jaderberg et al., arXiv 1405.3866; Tai et al., arXiv 1511.06067). In a grouped
-convolution every group has r channels of its own.
+The kernel is separable: the weight (O, I, kh, kw), rearranged to (O · kw, I · kh), has rank r
+(Jaderberg et al., arXiv 1405.3866; Tai et al., arXiv 1511.06067). In a grouped convolution every
+group has its own r channels.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .geometry import Geometry, fill, fill_bias, per_group
 
 
 class SpatialConv(FactoredConv):
-    """Two real convolutions, y = up(down(x)), of g groups.
+    """Two nn.Conv2d children, y = up(down(x)), with g groups.
 
     Tensors: `down.weight` (g·r, I/g, kh, 1), `up.weight` (O, r, 1, kw), `up.bias` (O,). Each child
-    has the stride, padding and dilation of its own dimension. It has the attributes of an
-    nn.Conv2d, and its `rank` r is that of one group, at most min(O/g · kw, I/g · kh).
+    has the stride, padding and dilation of its dimension. The module has the attributes of an
+    nn.Conv2d; its `rank` r is per group, at most min(O/g · kw, I/g · kh).
     """
 
     STORAGE = "spatial"
@@ -31,10 +31,10 @@ class SpatialConv(FactoredConv):
     OUT = "up"
 
     def __init__(self, geometry: Geometry, rank: int, *, bias: bool) -> None:
-        """On the meta device; see `from_factors`.
+        """Built on the meta device; see `from_factors`.
 
         Raises:
-            LowrankError: the convolution has not two dimensions.
+            LowrankError: the convolution is not 2-dimensional.
         """
         super().__init__()
         if len(geometry.kernel_size) != 2:
@@ -50,7 +50,7 @@ class SpatialConv(FactoredConv):
 
     @classmethod
     def from_factors(cls, conv: nn.Module, down: Tensor, up: Tensor) -> Self:
-        """Factors in place of a convolution, in its dtype and on its device; its bias is copied.
+        """The factored form of `conv`, in its dtype and on its device; the bias is copied.
 
         Args:
             conv: nn.Conv2d.
@@ -58,7 +58,7 @@ class SpatialConv(FactoredConv):
             up: (O, r, kw).
 
         Raises:
-            LowrankError: they do not fit the convolution.
+            LowrankError: the factors do not fit the convolution.
         """
         geometry, bias, weight = Geometry.of(conv), conv.bias, conv.weight
         rank = per_group(down.shape[0], geometry.groups, "rows of `down`")
@@ -78,7 +78,7 @@ class SpatialConv(FactoredConv):
         return output
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(O, I/g · kh · kw), multiplied in `dtype` (None: that of the factors)."""
+        """The dense weight (O, I/g · kh · kw), computed in `dtype` (None: that of the factors)."""
         dtype = dtype or self.up.weight.dtype
         groups = self.geometry.groups
         up = self.up.weight.to(dtype).flatten(2).unflatten(0, (groups, -1))  # (g, O/g, r, kw)
@@ -97,11 +97,11 @@ class SpatialConv(FactoredConv):
 
 
 def spatial_cost(geometry: Geometry, rank: int, *, itemsize: int) -> Cost:
-    """Products per output position. `down` works where `up` has not strided yet: at s times as many
+    """MACs are per output position. `down` runs before the stride of `up`: at s times as many
     positions, s the stride along the width.
 
     Args:
-        rank: of one group.
+        rank: per group.
         itemsize: bytes of one number.
     """
     (height, width), (_, stride) = geometry.kernel_size, geometry.stride

@@ -1,8 +1,8 @@
-"""Further readers of one factored token table: they hold it, but store nothing of it.
+"""Modules tied to a factored token table: they read it without storing it.
 
-The table is registered and saved where its embedding stands. A reader keeps it outside `_modules`,
-so that its tensors have one name: no file holds them twice, and `.to()` reaches them once. A deep
-copy of the whole model ties the copies to each other.
+The table is registered and saved in its embedding. A tied module holds it outside `_modules`, so
+that its tensors have one name and are saved and moved only once. A deep copy of the model ties the
+copies to each other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .lowrank_embedding import LowRankEmbedding
 
 
 class _Reader(Form):
-    """What both readers share: the table, by reference."""
+    """The base of both tied modules: the table, by reference."""
 
     READS = "factored embedding"
 
@@ -41,30 +41,30 @@ class _Reader(Form):
         return owner
 
     def bind(self, owner: nn.Module) -> Self:
-        """Read this table from now on.
+        """Read the table of `owner` from now on.
 
         Raises:
-            LowrankError: it is no factored table, or has other sizes.
+            LowrankError: it is not a factored table, or has other sizes.
         """
         sizes = (self.num_embeddings, self.embedding_dim, self.rank)
-        theirs = None
+        owner_sizes = None
         if isinstance(owner, LowRankEmbedding):
-            theirs = (owner.num_embeddings, owner.embedding_dim, owner.rank)
-        if theirs != sizes:
+            owner_sizes = (owner.num_embeddings, owner.embedding_dim, owner.rank)
+        if owner_sizes != sizes:
             raise LowrankError(
                 f"a {type(self).__name__} of (vocabulary, width, rank) {sizes} cannot share "
-                f"{type(owner).__name__} of {theirs}"
+                f"{type(owner).__name__} of {owner_sizes}"
             )
         self.__dict__["_owner"] = owner  # not by setattr, which would register it
         return self
 
     @property
     def weight(self) -> Tensor:
-        """The dense table (V, D), computed anew."""
+        """The dense table (V, D), computed on each access."""
         return self.dense_weight()
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(V, D), multiplied in `dtype` (None: that of the factors)."""
+        """The dense table (V, D), computed in `dtype` (None: that of the factors)."""
         return self.owner.dense_weight(dtype)
 
     def extra_repr(self) -> str:
@@ -72,7 +72,7 @@ class _Reader(Form):
 
 
 class TiedEmbedding(_Reader):
-    """A second nn.Embedding that had the same weight."""
+    """A second embedding tied to the table."""
 
     KIND = "embedding"
 
@@ -89,7 +89,7 @@ class TiedEmbedding(_Reader):
         return self.owner.padding_idx
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the table itself."""
+        """The owner's forward pass."""
         return cast(Tensor, self.owner(*args, **kwargs))
 
     def spec(self) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class TiedEmbedding(_Reader):
 
 
 class TiedHead(_Reader):
-    """The output head of a tied pair: logits = rows · (upᵀ h) + bias; only the bias is its own."""
+    """An output head tied to the table: logits = rows · (upᵀ h) + bias; it owns only the bias."""
 
     bias: nn.Parameter | None
 
@@ -111,7 +111,7 @@ class TiedHead(_Reader):
 
     @classmethod
     def of(cls, owner: LowRankEmbedding, bias: nn.Parameter | None = None) -> Self:
-        """`bias` (V,) is kept as the object that it is: others may hold it too."""
+        """The head of a table; `bias` (V,) is kept by reference, since others may hold it too."""
         head = cls(owner.num_embeddings, owner.embedding_dim, owner.rank).bind(owner)
         head.bias = bias
         return head

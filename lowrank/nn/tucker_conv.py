@@ -1,7 +1,7 @@
-"""A convolution in Tucker-2 form: fewer channels in, the kernel on them, and out again.
+"""A convolution in Tucker-2 form: 1×1, the kernel on fewer channels, and 1×1.
 
 y = last(core(first(x))): 1×1 to r_in channels, the kernel from r_in to r_out, 1×1 to all outputs
-(Kim et al., arXiv 1511.06530). In a grouped convolution every group has such a form of its own.
+(Kim et al., arXiv 1511.06530). In a grouped convolution every group has its own factors.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from .geometry import Geometry, fill, fill_bias, per_group
 
 
 class TuckerConv(FactoredConv):
-    """Three real convolutions, of g groups.
+    """Three nn.Conv children, y = last(core(first(x))), with g groups.
 
     Tensors: `first.weight` (g·r_in, I/g, 1…), `core.weight` (g·r_out, r_in, *kernel), `last.weight`
-    (O, r_out, 1…), `last.bias` (O,). The core has the stride, padding and dilation of the whole:
-    `first` does nothing to positions and adds nothing, so padding before or after it is the same.
-    It has the attributes of an nn.Conv; `ranks` are those of one group.
+    (O, r_out, 1…), `last.bias` (O,). The core has the original stride, padding and dilation:
+    `first` is pointwise and without bias, so padding before or after it is the same. The module has
+    the attributes of an nn.Conv; `ranks` are per group.
     """
 
     STORAGE = "tucker"
@@ -32,7 +32,7 @@ class TuckerConv(FactoredConv):
     OUT = "last"
 
     def __init__(self, geometry: Geometry, ranks: tuple[int, int], *, bias: bool) -> None:
-        """On the meta device; see `from_parts`."""
+        """Built on the meta device; see `from_parts`."""
         super().__init__()
         self.geometry, self.ranks = geometry, ranks
         geometry.label(self)
@@ -43,7 +43,7 @@ class TuckerConv(FactoredConv):
 
     @classmethod
     def from_parts(cls, conv: nn.Module, last: Tensor, core: Tensor, first: Tensor) -> Self:
-        """Parts in place of a convolution, in its dtype and on its device; its bias is copied.
+        """The factored form of `conv`, in its dtype and on its device; the bias is copied.
 
         Args:
             conv: nn.Conv1d, 2d or 3d.
@@ -52,7 +52,7 @@ class TuckerConv(FactoredConv):
             first: (g·r_in, I/g).
 
         Raises:
-            LowrankError: they do not fit the convolution.
+            LowrankError: the parts do not fit the convolution.
         """
         geometry, bias, weight = Geometry.of(conv), conv.bias, conv.weight
         r_out = per_group(core.shape[0], geometry.groups, "rows of `core`")
@@ -64,7 +64,7 @@ class TuckerConv(FactoredConv):
 
     @classmethod
     def of_children(cls, first: nn.Module, core: nn.Module, last: nn.Module) -> Self:
-        """Of three convolutions that are there already: they are held, not copied."""
+        """The module of three existing convolutions, which are held, not copied."""
         middle = Geometry.of(core)
         ends = {"in_channels": first.in_channels, "out_channels": last.out_channels}
         whole = replace(middle, **ends)  # type: ignore[arg-type]
@@ -83,7 +83,7 @@ class TuckerConv(FactoredConv):
         return output
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(O, I/g · K), multiplied in `dtype` (None: that of the factors)."""
+        """The dense weight (O, I/g · K), computed in `dtype` (None: that of the factors)."""
         dtype = dtype or self.last.weight.dtype
         groups = (self.geometry.groups, -1)
         first = self.first.weight.to(dtype).flatten(1).unflatten(0, groups)  # (g, r_in, I/g)
@@ -105,11 +105,11 @@ class TuckerConv(FactoredConv):
 
 
 def tucker_cost(geometry: Geometry, r_out: int, r_in: int, *, itemsize: int) -> Cost:
-    """Products per output position; `first` works at every input position, of which a stride of s
-    leaves s times as many in each dimension.
+    """MACs are per output position; `first` runs at input positions, s times as many in a dimension
+    of stride s.
 
     Args:
-        r_out, r_in: of one group.
+        r_out, r_in: per group.
         itemsize: bytes of one number.
     """
     first = r_in * geometry.in_channels

@@ -1,4 +1,4 @@
-"""A linear layer as U S Vᵀ with orthonormal U and V: the form in which ranks are trained."""
+"""A linear layer as U S Vᵀ with orthonormal U and V, for rank-adaptive training."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .lowrank_linear import DownUp
 
 
 class USVLinear(DownUp):
-    """Three real `nn.Linear` children, y = up(core(down(x))).
+    """Three `nn.Linear` children, y = up(core(down(x))).
 
     Tensors: `down.weight` Vᵀ (rank_in, in) with orthonormal rows, `core.weight` S
     (rank_out, rank_in), `up.weight` U (out, rank_out) with orthonormal columns, `up.bias` (out,).
-    The two ranks differ only while a basis is enlarged.
+    The two ranks differ only while a basis is augmented.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class USVLinear(DownUp):
 
     @classmethod
     def from_factors(cls, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Self:
-        """Of U (out, a), S (a, b), V (in, b), copied; a bias that is a Parameter stays that one."""
+        """The layer of U (out, a), S (a, b), V (in, b), copied; a bias Parameter is not copied."""
         layer = cls.empty(
             in_features=v.shape[0],
             out_features=u.shape[0],
@@ -57,7 +57,7 @@ class USVLinear(DownUp):
         return cls(in_features, out_features, rank_in, rank_out, bias=bias, device="meta")
 
     def set_factors(self, u: Tensor, s: Tensor, v: Tensor) -> None:
-        """New parameters of new sizes: U (out, a), S (a, b), V (in, b); all are copied."""
+        """Replace the parameters by copies of U (out, a), S (a, b), V (in, b), of any ranks."""
         for child, tensor in ((self.up, u), (self.core, s), (self.down, v.T)):
             copy = tensor.detach().clone(memory_format=torch.contiguous_format)
             child.weight = nn.Parameter(copy)
@@ -87,7 +87,7 @@ class USVLinear(DownUp):
         return self.up(self.core(self.down(x)))
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(out, in), multiplied in `dtype` (None: that of the factors)."""
+        """The dense weight (out, in), computed in `dtype` (None: that of the factors)."""
         dtype = dtype or self.up.weight.dtype
         left = self.up.weight.to(dtype) @ self.core.weight.to(dtype)
         return left @ self.down.weight.to(dtype)

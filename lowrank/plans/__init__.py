@@ -1,1 +1,1 @@
-"""The decision and what came of it, printable and editable."""
+"""The decision and its result, printable and editable."""

@@ -1,4 +1,4 @@
-"""One line of a plan: a site, what becomes of it, and the checks on what people write by hand."""
+"""One entry of a plan: a site, its chosen option, and the checks of manual edits."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ COLUMNS = ("site", "shape", "method", "rank", "kept", "error", "reason")
 
 @dataclass(frozen=True)
 class Entry:
-    """One site and what becomes of it.
+    """One site and its chosen option.
 
     Attributes:
-        sites: every name of the weight, the first one leading.
+        sites: every name of the weight; the first one identifies it.
         shape: (out, in) of the dense weight.
         dense: cost of the dense weight.
         method, size, storage, cost: of the chosen option; size None leaves the weight dense.
         error: planned, squared and absolute, in `norm`; None once edited by hand.
-        total: error of the zero matrix, in `norm`; None where no curve was made.
+        total: error of the zero matrix, in `norm`; None without a curve.
         target: whether the site counts among the targets of the ratio.
-        rcond: smallest over largest singular value of what was decomposed; 0 is singular.
+        rcond: smallest over largest singular value of the decomposed matrix; 0 is singular.
         reason: why it stays dense, or "".
-        kind: of the site; an embedding's factors are looked up, and multiplied by `heads` heads.
-        group: name of the site that owns the basis which this one shares, "" for none; the owner
-            names itself. The cost of `down` is the owner's, `error` and `total` are those of the
-            whole group.
-        repeats: where products are the budget: how many positions this layer works at for one of
-            the layer that works at the fewest; `macs` of both costs count all of them.
+        kind: of the site.
+        heads: output heads tied to an embedding.
+        group: name of the site that owns the shared basis, "" for none; the owner names itself. The
+            cost of `down` is the owner's, `error` and `total` are those of the whole group.
+        repeats: for a budget of MACs: output positions, relative to the least-used layer; `macs` of
+            both costs count all of them.
     """
 
     sites: tuple[str, ...]
@@ -77,12 +77,12 @@ class Entry:
         group: str = "",
         repeats: int = 1,
     ) -> Entry:
-        """A site's line.
+        """The entry of a site.
 
         Args:
             option: None leaves the site dense.
-            curve: of the site or of its group; None where none was made.
-            reason, group, repeats: as they stand in the entry; without a reason, the site's.
+            curve: of the site or of its group, if any.
+            reason, group, repeats: as in the entry; the default reason is the site's.
         """
         option = option or Option("dense", None, "dense", site.cost, 0.0)
         return cls(
@@ -111,11 +111,11 @@ class Entry:
 
     @property
     def title(self) -> str:
-        """The name for people: the root has none of its own."""
+        """The display name: "(root)" for the root module."""
         return self.name or "(root)"
 
     def option(self) -> Option:
-        """What a method is asked for; an unknown error counts as 0."""
+        """The chosen option, as a method takes it; an unknown error counts as 0."""
         return Option(self.method, self.size, self.storage, self.cost, self.error or 0.0)
 
     def left_dense(self, reason: str) -> Entry:
@@ -125,14 +125,14 @@ class Entry:
         )  # fmt: skip
 
     def with_size(self, size: int | Size, method: str, storage: str = "factors") -> Entry:
-        """Factors of that size, a rank or as many integers as the form has; errors are unknown.
+        """The entry with another size, a rank or the integers of its form, and unknown error.
 
         Args:
-            method, storage: where the site was dense. What the site is stored as stays, unless the
-                shape of the weight does not say what a size of it costs: then it is plain factors.
+            method, storage: if the site was dense. A factored site keeps its own, but becomes plain
+                factors if the shape of the weight does not determine the cost of its storage.
 
         Raises:
-            LowrankError: the form has no such size for this shape, or it would not be smaller.
+            LowrankError: an invalid size for this form and shape, or one that is not smaller.
         """
         if self.storage != "dense":
             method, storage = self.method, self.storage
@@ -151,19 +151,19 @@ class Entry:
         )  # fmt: skip
 
     def _sizable(self, storage: str) -> type[Form] | None:
-        """The form of a storage, if the shape of the weight says what each of its sizes costs."""
+        """The form of a storage, if the shape of the weight determines the cost of its sizes."""
         form = form_of(storage, self.kind)
         trial = (1,) * len(form.SIZE) if form else ()
         priced = form and form.size_cost(self.shape, trial, itemsize=self._itemsize)
         return form if priced else None
 
     def _priced(self, form: type[Form], size: Any) -> Cost:
-        """What a layer of this size costs; it has to be less than the dense one."""
+        """Cost of a layer of this size; raises LowrankError unless it is below the dense one."""
         count = len(form.SIZE)
         numbers = tuple(size) if isinstance(size, Sequence) and not isinstance(size, str) else ()
         if len(numbers) != count or not all(is_integer(n) and n >= 1 for n in numbers):
             raise LowrankError(
-                f"{self.title}: the size of a layer stored as {form.STORAGE} is {count} integers "
+                f"{self.title}: the size of a layer stored as {form.STORAGE} has {count} integers "
                 f">= 1 ({', '.join(form.SIZE)}), got {size!r}"
             )
         cost = form.size_cost(self.shape, numbers, itemsize=self._itemsize, heads=self.heads)
@@ -171,7 +171,7 @@ class Entry:
         if cost.params >= self.dense.params or cost.bytes >= self.dense.bytes:
             raise LowrankError(
                 f"{self.title}: {form.STORAGE} of size {numbers} is not smaller than the dense "
-                f"layer of shape {self.shape}: it stores {cost.bytes} bytes for {self.dense.bytes}"
+                f"layer of shape {self.shape}: {cost.bytes} bytes against {self.dense.bytes}"
             )
         return cost
 
@@ -180,14 +180,14 @@ class Entry:
         return self.dense.bytes // max(self.dense.params, 1)
 
     def sharing(self, rank: int, owner: bool) -> Entry:
-        """Factors of that rank with a basis that others share; the owner stores it."""
+        """The entry with factors of that rank on a shared basis, which the owner stores."""
         numbers = rank * (self.shape[0] + owner * self.shape[1])
         cost = Cost(numbers, numbers * self.dense.bytes // self.dense.params, numbers)
         cost = cost.often(self.repeats)
         return replace(self, size=(rank,), storage="shared", cost=cost, error=None, reason="")
 
     def row(self) -> dict[str, str]:
-        """As text, for tables."""
+        """The entry as text, for tables."""
         return {
             "site": self.title if not self.heads else f"{self.title} (tied: {self.sites[-1]})",
             "shape": f"{self.shape[0]}x{self.shape[1]}",
@@ -200,10 +200,10 @@ class Entry:
 
     @classmethod
     def from_json(cls, item: Any, method: str, storage: str = "factors") -> Entry:
-        """What was edited in the text decides; the cost that follows from it is brought up to date.
+        """The entry of a JSON object that may have been edited; costs are recomputed from the size.
 
         Args:
-            method, storage: for a site that was dense and was given a size.
+            method, storage: for a dense site that was given a size.
 
         Raises:
             LowrankError: a field is missing, unknown or of the wrong type; the site is named.
@@ -217,12 +217,12 @@ class Entry:
             return entry if same else entry.left_dense("left dense by hand")
         if entry.storage != "dense" and entry._sizable(entry.storage) is None:
             return entry
-        anew = entry.with_size(size, method, storage)
-        return entry if anew.cost == entry.cost else anew
+        resized = entry.with_size(size, method, storage)
+        return entry if resized.cost == entry.cost else resized
 
 
 def relative(error: float | None, total: float | None) -> str:
-    """Share of the energy that is lost, as the square root (a relative norm)."""
+    """The relative error √(error / total), as text; "" if unknown."""
     if error is None or total is None:
         return ""
     return f"{(error / total) ** 0.5 if total > 0 else 0.0:.4f}"
@@ -236,7 +236,7 @@ def check_rank(
     itemsize: int = 4,
     kind: str = "linear",
 ) -> None:
-    """Raises LowrankError unless the rank exists for this shape and makes the layer smaller."""
+    """Raises LowrankError unless the rank is valid for this shape and makes the layer smaller."""
     out_features, in_features = shape
     even = break_even(shape, storage, itemsize, kind)
     if not is_integer(rank) or not 1 <= rank <= min(shape) or rank >= even:
@@ -251,7 +251,7 @@ def check_rank(
 def break_even(
     shape: Sequence[int], storage: str = "factors", itemsize: int = 4, kind: str = "linear"
 ) -> int:
-    """The least rank at which a layer of this storage is not smaller than the matrix (out, in).
+    """The least rank at which a layer of this storage is not smaller than a dense (out, in).
 
     Args:
         itemsize: bytes of one number.

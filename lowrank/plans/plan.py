@@ -1,4 +1,4 @@
-"""What was decided, before anything is touched: a frozen Plan, printable, JSON in and out."""
+"""The decision before anything is changed: a frozen Plan, printable, to and from JSON."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ Work = list[tuple[Site, Entry]]
 
 @dataclass(frozen=True)
 class Plan:
-    """The chosen options with their provenance; nothing has been touched yet.
+    """The chosen options with their provenance; the model is not changed yet.
 
     Attributes:
         entries: every site that was considered, in the model's order.
-        model: cost of the whole model, dense: parameters and bytes of all its parameters.
-        asked: what was asked for, such as {"ratio": 0.6, "of": "targets", "unit": "params"}.
-        settings: method, policy, align, seed, tokens, data (if the model wrote it), versions:
-            what is needed to repeat it.
+        model: cost of the whole dense model: parameters and bytes of all its parameters.
+        asked: the request, such as {"ratio": 0.6, "of": "targets", "unit": "params"}.
+        settings: what reproduces it: method, policy, align, seed, tokens, data (if the model
+            wrote it), versions.
     """
 
     entries: tuple[Entry, ...]
@@ -50,35 +50,35 @@ class Plan:
 
     @property
     def unit(self) -> Unit:
-        """What the ratio is counted in."""
+        """Unit of the ratio."""
         return cast(Unit, self.asked.get("unit") or "params")
 
     @property
     def method(self) -> str:
-        """What sites are factored by, unless their entry says otherwise."""
+        """Default method of the plan's sites."""
         return str(self.settings.get("method") or "svd")
 
     @property
     def storage(self) -> str:
-        """What a linear layer that was left dense is stored as when it is given a rank."""
+        """Default storage of the plan's linear layers."""
         return str(self.settings.get("storage") or "factors")
 
     @property
     def single(self) -> str:
-        """What a site that shares its basis with no other is factored by."""
+        """Default method of the plan's sites that share no basis."""
         return str(self.settings.get("alone") or self.method)
 
     @property
     def seed(self) -> int:
-        """For methods that draw numbers."""
+        """Random seed (default 0)."""
         return int(self.settings.get("seed") or 0)
 
     def kept(self, unit: Unit | None = None) -> float:
-        """Planned share kept of the targets."""
+        """Planned ratio of the targets."""
         return _share((entry for entry in self.entries if entry.target), unit or self.unit)
 
     def kept_of_model(self, unit: Unit | None = None) -> float:
-        """Planned share kept of the whole model."""
+        """Planned ratio of the whole model."""
         unit = unit or self.unit
         saved = sum(e.dense.of(unit) - e.cost.of(unit) for e in self.entries)
         return 1 - saved / max(self.model.of(unit), 1)
@@ -86,38 +86,38 @@ class Plan:
     def edit(self, ranks: Mapping[str, int | Size | None]) -> Plan:
         """A new plan with other ranks; None leaves a site dense. Planned errors become unknown.
 
-        Layers of a form that is sized by several numbers take a tuple of them.
+        Forms that are sized by several numbers take a tuple of them.
 
         Sites that share one basis change together: naming one of them is enough.
 
         Raises:
-            LowrankError: no such site, no such rank for its shape, or two ranks for one basis.
+            LowrankError: unknown site, invalid rank for its shape, or two ranks for one basis.
         """
         by_name = {name: entry for entry in self.entries for name in entry.sites}
         changed: dict[str, Entry] = {}
         for name, rank in ranks.items():
             if name not in by_name:
-                raise LowrankError(f"no site {name!r} in the plan; there are {listed(by_name, 4)}")
-            how = (self.single, self.storage)
-            for entry in shared_basis.edited(by_name[name], self.entries, rank, *how):
+                raise LowrankError(f"no site {name!r} in the plan; it has {listed(by_name, 4)}")
+            defaults = (self.single, self.storage)
+            for entry in shared_basis.edited(by_name[name], self.entries, rank, *defaults):
                 if changed.setdefault(entry.name, entry) != entry:
                     raise LowrankError(
-                        f"{entry.title} is given two ranks: {listed(ranks)} share one basis or one "
-                        "weight"
+                        f"conflicting ranks for {entry.title}: {listed(ranks)} share one basis or "
+                        "one weight"
                     )
         entries = tuple(changed.get(entry.name, entry) for entry in self.entries)
         return replace(self, entries=entries, settings={**self.settings, "edited": True})
 
     def to_json(self) -> str:
-        """Text that people can edit, and `from_json` reads."""
+        """Editable JSON, read back by `from_json`."""
         body = {"format": "lowrank-plan", "version": FORMAT, **asdict(self)}
         return json.dumps(body, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Raises LowrankError when the text is no plan, with what is wrong and where.
+        """The plan of a JSON text, which may have been edited: costs are recomputed from sizes.
 
-        The text may have been edited: the costs that follow from a size are brought up to date.
+        Raises LowrankError if the text is not a valid plan, with what is wrong and where.
         """
         body = parsed(text, "plan")
         require_fields(body, _FIELDS, "the plan")
@@ -129,9 +129,9 @@ class Plan:
             Entry.from_json(item, plan.single, plan.storage) for item in body["entries"]
         )
         names = Counter(name for entry in entries for name in entry.sites)
-        twice = [name for name, times in names.items() if times > 1]
-        if twice:
-            raise LowrankError(f"{listed(twice)}: in more than one entry of the plan")
+        repeated = [name for name, times in names.items() if times > 1]
+        if repeated:
+            raise LowrankError(f"{listed(repeated)}: in more than one entry of the plan")
         return replace(plan, entries=shared_basis.consistent(entries))
 
     def save(self, path: str | Path) -> None:
@@ -146,11 +146,11 @@ class Plan:
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
     def rows(self) -> list[dict[str, str]]:
-        """One row a site, as text: for tables in a terminal, a page or a model card."""
+        """One row per site, as text: for tables in a terminal, a page or a model card."""
         return [entry.row() for entry in self.entries]
 
     def asked_text(self) -> str:
-        """What was asked for, in a few words."""
+        """The request, in a few words."""
         return ", ".join(f"{k} {v}" for k, v in self.asked.items() if v is not None) or "a plan"
 
     def __str__(self) -> str:
@@ -168,14 +168,14 @@ def parsed(text: str, what: str) -> dict[str, Any]:
     """The JSON object of a stored plan or report.
 
     Raises:
-        LowrankError: it is none, or of a version that is unknown.
+        LowrankError: it is something else, or of an unknown version.
     """
     try:
         body = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise LowrankError(f"the {what} is not JSON: {error}") from error
     if not isinstance(body, dict) or body.get("format") != f"lowrank-{what}":
-        raise LowrankError(f"the JSON is no lowrank {what} (no 'format': 'lowrank-{what}')")
+        raise LowrankError(f"this JSON is not a lowrank {what} (no 'format': 'lowrank-{what}')")
     if body.get("version") != FORMAT:
         raise LowrankError(
             f"{what} version {body.get('version')!r} is unknown; this library reads {FORMAT}"
@@ -211,7 +211,7 @@ _SETTINGS: Checks = {
 
 
 def matched(sites: Sequence[Site], plan: Plan, model: nn.Module) -> Work:
-    """The sites that the plan factors.
+    """The sites that the plan factors, with their entries.
 
     Raises:
         LowrankError: the plan was made for another model, or a site cannot be factored now.
@@ -221,11 +221,11 @@ def matched(sites: Sequence[Site], plan: Plan, model: nn.Module) -> Work:
     by_name = {name: site for site in sites for name in site.names}
     for entry in plan.entries:
         _check_same(entry, by_name, model)
-    unknown = sorted(by_name.keys() - {name for entry in plan.entries for name in entry.sites})
-    if unknown:
+    missing = sorted(by_name.keys() - {name for entry in plan.entries for name in entry.sites})
+    if missing:
         raise LowrankError(
-            f"the plan says nothing of {listed(unknown, 4)}: it was made for another model, or "
-            "entries were taken out (an entry of size null leaves a layer dense)"
+            f"the plan has no entry for {listed(missing, 4)}: it was made for another model, or "
+            "entries were removed (size null leaves a layer dense)"
         )
     work = [(by_name[entry.name], entry) for entry in plan.entries if entry.size is not None]
     for site, _ in work:
@@ -237,7 +237,7 @@ def matched(sites: Sequence[Site], plan: Plan, model: nn.Module) -> Work:
 
 
 def _check_same(entry: Entry, by_name: Mapping[str, Site], model: nn.Module) -> None:
-    """Raises LowrankError unless the model has the layer that the entry was made for."""
+    """Raises LowrankError unless the model has the layer of this entry."""
     site = by_name.get(entry.name)
     if site is None and entry.name in factored(model):
         raise LowrankError(f"{entry.title} is factored already: apply the plan to the dense model")
@@ -258,7 +258,7 @@ def _titles(names: Sequence[str]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries that shape the numbers; those not loaded are left out."""
+    """Versions of Python and of the libraries: those that affect results, if loaded."""
     loaded = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("lowrank", "transformers"):
         if package in sys.modules:
@@ -270,6 +270,6 @@ def versions() -> dict[str, str]:
 
 
 def version() -> str:
-    """Of this library. The package is asked by name: io lies below the public surface."""
+    """Version of this library, imported by name since the package imports this module."""
     package = importlib.import_module(__name__.partition(".")[0])
     return str(getattr(package, "__version__", "unknown"))

@@ -1,4 +1,4 @@
-"""What came of a plan: a frozen Report, printable and as JSON."""
+"""The result of a plan: a frozen Report, printable, to and from JSON."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .schema import Checks, is_integer, is_number, is_text, require_fields
 
 @dataclass(frozen=True)
 class Measured:
-    """What one site became.
+    """The result for one site.
 
-    Errors are squared and absolute, in `norm`: planned (from the curve), predicted (on the
-    statistics that the factors were taken from) and measured (from the stored factors).
+    Errors are squared and absolute, in `norm`: planned (from the curve), predicted (from the
+    statistics that the factors were made of) and measured (from the stored factors).
 
     Attributes:
         total: error of the zero matrix on those statistics.
@@ -37,17 +37,17 @@ class Measured:
 
 @dataclass(frozen=True)
 class Report:
-    """A plan together with what was measured when it was applied.
+    """A plan together with the measurements of its application.
 
     Attributes:
-        sites: what became of each site that the plan factors.
-        achieved: share kept of the targets, in the unit asked for, counted on stored tensors.
+        sites: the result for each site that the plan factors.
+        achieved: ratio of the targets, in the unit asked for, counted on stored tensors.
         achieved_of_model: the same of the whole model.
-        bytes_before, bytes_after: of all parameters of the model, and of the index tensors that
-            factored layers keep.
+        bytes_before, bytes_after: of all parameters of the model, and of the index tensors of
+            factored layers.
         seconds: of the whole call, calibration included.
-        tokens: calibration tokens; 0 means that the model was never run.
-        notes: what else the user should know, one sentence each.
+        tokens: calibration tokens; 0 if the model was never run.
+        notes: further remarks, one sentence each.
     """
 
     plan: Plan
@@ -66,11 +66,11 @@ class Report:
 
     @property
     def asked(self) -> float | None:
-        """The ratio that was asked for, or None where ranks were."""
+        """The ratio that was asked for; None if ranks were."""
         return self.plan.asked.get("ratio")
 
     def rows(self) -> list[dict[str, str]]:
-        """One row a site, as text: what the plan says, and what was measured."""
+        """One row per site, as text: its plan and its measured error."""
         measured = {site.name: site for site in self.sites}
         rows = []
         for entry in self.plan.entries:
@@ -84,14 +84,14 @@ class Report:
         return rows
 
     def to_json(self) -> str:
-        """All figures, the plan inside; `from_json` reads it again."""
+        """JSON of all figures and the plan, read back by `from_json`."""
         body = {"format": "lowrank-report", "version": FORMAT, **asdict(self)}
         body["plan"] = json.loads(self.plan.to_json())
         return json.dumps(body, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """Raises LowrankError when the text is no report, with what is wrong and where."""
+        """The report of a JSON text; raises LowrankError with what is wrong and where."""
         body = parsed(text, "report")
         require_fields(body, _FIELDS, "the report")
         plan = Plan.from_json(json.dumps(body["plan"]))
@@ -102,7 +102,7 @@ class Report:
         return cls(**{**given, "plan": plan, "sites": sites, "notes": tuple(body["notes"])})
 
     def summary(self) -> list[str]:
-        """The figures of the whole model, a few lines."""
+        """The figures of the whole model, in a few lines."""
         factored = sum(not site.reason for site in self.sites)
         of = self.plan.asked.get("of")
         asked = "" if self.asked is None else f"asked {self.asked:g} of the {of}, "

@@ -1,4 +1,4 @@
-"""What JSON that people may have edited has to hold, field by field."""
+"""Field-by-field checks of JSON that may have been edited."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ COST = "params, bytes and macs as integers >= 0"
 
 
 def require_fields(item: Any, checks: Checks, what: str) -> None:
-    """Raises LowrankError unless `item` has exactly these fields, each as its check wants it."""
+    """Raises LowrankError unless `item` has exactly these fields, and all pass their checks."""
     if not isinstance(item, dict):
         raise LowrankError(f"{what} must be an object, got {item!r:.80}")
     where = f"{what} ({item['sites']!r:.80})" if "sites" in item else what
-    for verb, keys in (("lacks", checks.keys() - item), ("has unknown", item.keys() - checks)):
+    for fault, keys in (("missing", checks.keys() - item), ("unknown", item.keys() - checks)):
         if keys:
-            raise LowrankError(f"{where} {verb} {', '.join(sorted(map(repr, keys)))}")
-    for key, (good, words) in checks.items():
-        if not good(item[key]):
-            raise LowrankError(f"{where}: {key} must be {words}, got {item[key]!r:.80}")
+            raise LowrankError(f"{where}: {fault} field {', '.join(sorted(map(repr, keys)))}")
+    for key, (valid, expected) in checks.items():
+        if not valid(item[key]):
+            raise LowrankError(f"{where}: {key} must be {expected}, got {item[key]!r:.80}")
 
 
 def is_text(value: Any) -> bool:

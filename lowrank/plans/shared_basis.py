@@ -1,4 +1,4 @@
-"""Entries of a plan that share one input basis: they have one rank, and change together."""
+"""Entries of a plan that share one input basis: they have one rank and change together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Sharers = list[Entry]  # the owner of the basis first
 
 
 def member_options(group: Sequence[Site], option: Option) -> list[Option]:
-    """An option of a group, told for each site: the owner, the first, bears what is shared."""
+    """The option of a group, split by site: the first one, the owner, bears the shared cost."""
     if option.dense:
         return [replace(option, cost=site.cost) for site in group]
     rows = sum(site.shape[0] for site in group)
@@ -26,7 +26,7 @@ def member_options(group: Sequence[Site], option: Option) -> list[Option]:
 
 
 def by_owner(entries: Sequence[Entry]) -> dict[str, Sharers]:
-    """Groups by the name of their owner, the others in the order of the plan."""
+    """Groups by the name of their owner: the owner first, the others in the order of the plan."""
     groups: dict[str, Sharers] = {}
     for entry in entries:
         if entry.group:
@@ -41,7 +41,7 @@ def with_rank(group: Sharers, rank: Any) -> Sharers:
     """All members at that rank; their planned errors become unknown.
 
     Raises:
-        LowrankError: no such rank for the stacked rows, or it would not be smaller.
+        LowrankError: an invalid rank for the stacked rows, or one that is not smaller.
     """
     rows = sum(entry.shape[0] for entry in group)
     title = f"the rows of {listed(entry.title for entry in group)}"
@@ -50,18 +50,18 @@ def with_rank(group: Sharers, rank: Any) -> Sharers:
 
 
 def left_dense(group: Sharers, reason: str) -> Sharers:
-    """All members dense; they are a group no longer."""
+    """All members dense, and no longer a group."""
     return [replace(entry.left_dense(reason), group="") for entry in group]
 
 
 def edited(entry: Entry, entries: Sequence[Entry], rank: Any, method: str, storage: str) -> Sharers:
-    """An entry at another rank, and with it all that share its basis; rank None leaves them dense.
+    """An entry at another rank, with all that share its basis; rank None leaves them dense.
 
     Args:
         method, storage: for a site that was dense.
 
     Raises:
-        LowrankError: no such rank.
+        LowrankError: an invalid rank.
     """
     reason = "left dense by hand"
     if not entry.group:
@@ -72,27 +72,29 @@ def edited(entry: Entry, entries: Sequence[Entry], rank: Any, method: str, stora
 
 
 def consistent(entries: Sequence[Entry]) -> tuple[Entry, ...]:
-    """The entries of a plan that was read; costs follow from the ranks that stand in it.
+    """The entries of a plan, with the costs of groups recomputed from their ranks.
 
     Raises:
-        LowrankError: a group has no owner, several ranks, or inputs of several widths.
+        LowrankError: a group has no owner, or several sizes, methods or input widths.
     """
     settled: dict[str, Entry] = {}
     for owner, group in by_owner(entries).items():
         names = listed(entry.title for entry in group)
         if group[0].name != owner:
-            raise LowrankError(f"{names}: they share the basis of {owner!r}, which is not theirs")
+            raise LowrankError(
+                f"{names}: their shared basis belongs to {owner!r}, which is not in this group"
+            )
         if len({(entry.size, entry.shape[1], entry.method) for entry in group}) > 1:
             raise LowrankError(
-                f"{names} share one basis: they need one size, one method and one width of input, "
-                f"got the sizes {[entry.size for entry in group]}"
+                f"{names} share one basis: they need one size, one method and one input width, "
+                f"got sizes {[entry.size for entry in group]}"
             )
         size = group[0].size
         if size is None:
             members = left_dense(group, "left dense by hand")
         else:
             members = with_rank(group, size[0] if len(size) == 1 else size)
-            # What was not edited keeps its planned error.
+            # An unedited group keeps its planned error.
             if [each.cost for each in members] == [each.cost for each in group]:
                 members = group
         settled.update({each.name: each for each in members})

@@ -1,4 +1,4 @@
-"""What policies share: their registry, reading curves, counting, rounding to aligned sizes."""
+"""Shared by policies: the registry, checks and costs of curves, rounding to aligned sizes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ..errors import LowrankError, listed, unknown
 from ..types import Allocation, Budget, Curve, Judging, Option, Policy, Unit
 
 Choice = dict[tuple[str, ...], Option]
-POLICIES: dict[str, Callable[[], Policy]] = {}  # filled at the door of this room
-LOSSLESS = 0.01  # the share of a site's budget that rounding may cost without being asked for
+POLICIES: dict[str, Callable[[], Policy]] = {}  # filled in __init__.py
+LOSSLESS = 0.01  # the share of a site's budget that default alignment may cost
 
 
 def policy_of(given: str | Policy) -> Policy:
-    """The policy that a name stands for; a callable is returned as it is."""
+    """The policy of a name; a callable is returned as it is."""
     if isinstance(given, str):
         if given not in POLICIES:
             raise unknown("policy", given, POLICIES)
@@ -25,8 +25,7 @@ def policy_of(given: str | Policy) -> Policy:
 
 
 def judges(given: str | Policy) -> bool:
-    """Whether a policy compares allocations by the model's predictions: a callable that does not
-    say so may."""
+    """Whether a policy compares allocations by the model's predictions; True if not declared."""
     policy = policy_of(given)
     return policy.judges if isinstance(policy, Judging) else True
 
@@ -35,17 +34,16 @@ def disjoint(curves: Sequence[Curve]) -> dict[tuple[str, ...], Curve]:
     """Curves by their sites.
 
     Raises:
-        LowrankError: there is none, or a site appears in two of them: these policies choose among
-            the options of one curve per site.
+        LowrankError: there are no curves, or a site is in two of them.
     """
     if not curves:
         raise LowrankError("there is nothing to allocate: no site can be factored")
-    seen: set[str] = set()
+    covered: set[str] = set()
     for curve in curves:
-        twice = seen.intersection(curve.sites)
-        if twice:
-            raise LowrankError(f"{listed(sorted(twice))}: in more than one curve")
-        seen.update(curve.sites)
+        repeated = covered.intersection(curve.sites)
+        if repeated:
+            raise LowrankError(f"{listed(sorted(repeated))}: in more than one curve")
+        covered.update(curve.sites)
     return {curve.sites: curve for curve in curves}
 
 
@@ -54,7 +52,7 @@ def spent(options: Iterable[Option], unit: Unit) -> int:
 
 
 def smallest(curves: Sequence[Curve], unit: Unit) -> int:
-    """The least that these curves can be brought to."""
+    """The least total cost that these curves allow."""
     return sum(min(option.cost.of(unit) for option in curve.options) for curve in curves)
 
 
@@ -63,14 +61,14 @@ def check_reachable(curves: Sequence[Curve], budget: Budget) -> None:
     least = smallest(curves, budget.unit)
     if least > budget.limit:
         raise LowrankError(
-            f"these sites need {least:,} {budget.unit} at least, the budget is {budget.limit:,}: "
-            "ask for more"
+            f"these sites need at least {least:,} {budget.unit}, the budget is {budget.limit:,}: "
+            "increase it"
         )
 
 
 def at_most(curve: Curve, rank: int) -> Option | None:
     """The largest factored option of rank ≤ `rank`; None if there is none. Sizes of several
-    numbers are no ranks."""
+    numbers do not count."""
     fitting = [o for o in curve.options if o.size and len(o.size) == 1 and o.size[0] <= rank]
     return fitting[-1] if fitting else None
 
@@ -78,7 +76,7 @@ def at_most(curve: Curve, rank: int) -> Option | None:
 def least_that_fits(
     thresholds: Sequence[float], choose: Callable[[float], Choice], budget: Budget, policy: str
 ) -> Choice:
-    """The choice at the least threshold that fits, for costs that fall as thresholds rise.
+    """The choice at the least threshold that fits the budget; costs fall as thresholds rise.
 
     Raises:
         LowrankError: not even the largest threshold fits.
@@ -88,8 +86,8 @@ def least_that_fits(
     if spent(best.values(), budget.unit) > budget.limit:
         reached = spent(best.values(), budget.unit)
         raise LowrankError(
-            f"{policy} reaches {reached:,} {budget.unit} at least, the budget is {budget.limit:,}: "
-            "ask for more, or take another policy"
+            f"{policy} needs at least {reached:,} {budget.unit}, the budget is {budget.limit:,}: "
+            "increase it, or use another policy"
         )
     while low < high:
         middle = (low + high) // 2
@@ -102,7 +100,7 @@ def least_that_fits(
 
 
 def only_aligned(curves: Sequence[Curve], align: int) -> list[Curve]:
-    """The curves without the ranks that are no multiple of `align`."""
+    """The curves without sizes that are not multiples of `align`."""
     return [
         replace(
             curve,

@@ -16,7 +16,7 @@ class Energy:
     """One share for all sites: the largest that fits the budget, or `share` itself if it is given.
 
     Attributes:
-        share: energy kept, in (0, 1]; the budget is not looked at then.
+        share: energy kept, in (0, 1]; the budget is then ignored.
     """
 
     share: float | None = None

@@ -1,4 +1,4 @@
-"""Ranks in the proportions in which components stand above the noise of each weight."""
+"""Ranks proportional to the number of components above the noise of each weight."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ..linalg import evbmf_count
 from ..types import Allocation, Budget, Curve, Option, Probe
 from .common import Choice, disjoint, least_that_fits
 
-GRID = 1024  # multiples of the estimated ranks that are tried, evenly in the logarithm
+GRID = 1024  # multiples of the estimated ranks to try, evenly in the logarithm
 
 
 @dataclass(frozen=True)
 class EVBMF:
-    """The rank that empirical variational Bayes gives each site (linalg/evbmf.py; Kim et al., arXiv
-    1511.06530, take it for convolutions), times one factor for all: the largest that fits the
-    budget. A site gets the smallest option that loses no more than so many leading components keep.
+    """The rank of each site by empirical variational Bayes (linalg/evbmf.py; used by Kim et al.,
+    arXiv 1511.06530, for convolutions), times one common factor: the largest that fits the budget.
+    A site gets the smallest option with no more error than that many leading components.
 
     Attributes:
-        least: no site keeps fewer components.
+        least: fewest components that a site keeps.
     """
 
     least: int = 1
@@ -35,13 +35,13 @@ class EVBMF:
     def __call__(
         self, curves: Sequence[Curve], budget: Budget, probe: Probe | None = None
     ) -> Allocation:
-        """Raises LowrankError where a curve has no spectrum: its method decomposes no matrix."""
+        """Raises LowrankError if a curve has no spectrum: its method decomposes no matrix."""
         by_sites = disjoint(curves)
-        bare = [curve.sites[0] for curve in curves if curve.spectrum is None]
-        if bare:
+        missing = [curve.sites[0] for curve in curves if curve.spectrum is None]
+        if missing:
             raise LowrankError(
-                f"evbmf estimates ranks from singular values, and {listed(bare, 4)} have none: "
-                "take another method or policy"
+                f"evbmf estimates ranks from singular values, and {listed(missing, 4)} have none: "
+                "use another method or policy"
             )
         ranks = {sites: self._rank(curve) for sites, curve in by_sites.items()}
         most = max(_length(curve) / ranks[s] for s, curve in by_sites.items())

@@ -5,9 +5,9 @@
 The Lagrangian relaxation charges λ per unit of cost; each site then takes the option of least
 error + λ · cost. As λ falls, a site moves along the lower convex hull of its (cost, error) points,
 one step whenever λ reaches the error that the step saves per unit (Sinha and Zoltners, Operations
-Research 27(3), 1979). So the hulls' steps are taken in the order of that rate, down to the first
-that does not fit. What is left of the budget is spent greedily by the same rate, on any option.
-`benchmarks/knapsack.py` compares this with the two solvers that it replaced.
+Research 27(3), 1979). So the steps of all hulls are taken in descending order of that rate, up to
+the first that does not fit. The rest of the budget is spent greedily by the same rate, on any
+option. `benchmarks/knapsack.py` compares this with the two solvers that it replaced.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Sites = tuple[str, ...]
 
 
 class Solution(NamedTuple):
-    """An allocation, and what none can undercut.
+    """An allocation, and a lower bound for its error.
 
     Attributes:
         choice: an option of its own curve for every site, within the budget.
-        error: of the choice, in total, weighted.
+        error: weighted total of the choice.
         bound: no allocation within the budget has an error below it (the Lagrangian dual).
     """
 
@@ -51,7 +51,7 @@ Points = Mapping[Sites, list[_Point]]
 class _Step(NamedTuple):
     rate: float  # error saved per unit of cost
     sites: Sites
-    point: _Point  # what is reached
+    point: _Point  # the point after the step
 
 
 def solve(
@@ -61,16 +61,15 @@ def solve(
     weights: Mapping[Sites, float] | None = None,
     floors: Mapping[Sites, int] | None = None,
 ) -> Solution:
-    """Options of little total error within the budget, whatever the order of the curves.
+    """Options of nearly least total error within the budget, independent of the curves' order.
 
     Args:
-        weights: by a curve's sites, what its errors are multiplied by, ≥ 0; 1 where None.
-        floors: by a curve's sites, the least cost that its option may have; the dense weight is
-            allowed whatever it costs.
+        weights: factor ≥ 0 of a curve's errors, by its sites; 1 by default.
+        floors: least cost of a curve's option, by its sites; the dense weight is always allowed.
 
     Raises:
-        LowrankError: there is no curve, a site stands in two, errors are in different norms, or not
-            even the smallest options that the floors allow fit the budget.
+        LowrankError: no curves, a site in two of them, errors in different norms, or a budget below
+            the smallest options that the floors allow.
     """
     by_sites = disjoint(curves)
     check_norms(curves)
@@ -82,7 +81,7 @@ def solve(
     least = sum(every[0].cost for every in points.values())
     if least > budget.limit:
         raise LowrankError(
-            f"the floors need {least:,} {budget.unit} at least, the budget is {budget.limit:,}"
+            f"the floors need at least {least:,} {budget.unit}, the budget is {budget.limit:,}"
         )
     chosen, bound = _relaxed(points, budget.limit)
     _fill(points, chosen, budget.limit)
@@ -91,7 +90,7 @@ def solve(
 
 
 def check_norms(curves: Sequence[Curve]) -> None:
-    """Raises LowrankError where errors are in different norms."""
+    """Raises LowrankError if errors are in different norms."""
     norms = sorted({curve.norm for curve in curves})
     if len(norms) > 1:
         raise LowrankError(
@@ -103,7 +102,7 @@ def check_norms(curves: Sequence[Curve]) -> None:
 def _points(
     curve: Curve, budget: Budget, weight: float, floors: Mapping[Sites, int]
 ) -> list[_Point]:
-    """The options that a dearer one is better than: cost rises, error falls."""
+    """The Pareto front of the options above the floor: cost rises, error falls."""
     least = min(floors.get(curve.sites, 0), curve.dense.cost.of(budget.unit))
     every = (_Point(o.cost.of(budget.unit), weight * o.error, o) for o in curve.options)
     points: list[_Point] = []
@@ -114,7 +113,7 @@ def _points(
 
 
 def _relaxed(points: Points, limit: int) -> tuple[dict[Sites, _Point], float]:
-    """The choice at the least price that fits the budget, and the bound that this price gives."""
+    """The choice at the least price λ that fits the budget, and the dual bound at that price."""
     chosen = {sites: every[0] for sites, every in points.items()}
     left = limit - sum(point.cost for point in chosen.values())
     price = 0.0
@@ -130,7 +129,7 @@ def _relaxed(points: Points, limit: int) -> tuple[dict[Sites, _Point], float]:
 
 
 def _steps(sites: Sites, points: Sequence[_Point]) -> Iterator[_Step]:
-    """Along the lower convex hull."""
+    """The steps along the lower convex hull."""
     corners: list[_Point] = []
     for point in points:
         while len(corners) > 1 and _rate(corners[-2], point) >= _rate(corners[-2], corners[-1]):
@@ -141,7 +140,7 @@ def _steps(sites: Sites, points: Sequence[_Point]) -> Iterator[_Step]:
 
 
 def _fill(points: Points, chosen: dict[Sites, _Point], limit: int) -> None:
-    """What is left goes where it saves the most error per unit, until nothing dearer fits."""
+    """Spend the rest where it saves the most error per unit, until no larger option fits."""
     left = limit - sum(point.cost for point in chosen.values())
     while True:
         fitting = (

@@ -1,12 +1,12 @@
-"""Ranks by what each costs the model's predictions, checked against uniform ranks.
+"""Ranks by their effect on the model's predictions, checked against uniform ranks.
 
-Minimise Σ error under the budget, every site with its dense option, over curves whose errors are
-comparable across sites: norms "fisher" and "kl" are, as second-order estimates of the KL to the
-dense model (IO-SVD, OBD-LLM, LEMS). Other norms are scaled by measured KL, one site at a time;
-without a probe they say nothing across sites, and ranks stay uniform. Far from the dense model a
-second-order estimate is wrong, so that the probe compares the result with uniform ranks, and with
-those of the least sum of relative errors (each site's share of its own energy, which is what works
-on convolutional networks: benchmarks/results), and the best one is kept.
+Minimises Σ error under the budget, dense options included. Errors must be comparable across sites:
+in the norms "fisher" and "kl" they are, as second-order estimates of the KL to the dense model
+(IO-SVD, OBD-LLM, LEMS). Other norms are scaled by measured KL, one site at a time; without a probe
+they are not comparable, and ranks stay uniform. Far from the dense model second-order estimates
+fail. The probe therefore compares the result with uniform ranks, and with those of the least sum of
+relative errors (relative to each site's own energy, which works on convolutional networks:
+benchmarks/results); the best one is kept.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from . import knapsack
 from .uniform import Uniform
 
 COMPARABLE = frozenset({"fisher", "kl"})
-MOST = 1e6  # nats; an infinite KL times an error of zero would be no number
+MOST = 1e6  # nats; an infinite KL times an error of zero would be NaN
 
 
 @dataclass(frozen=True)
 class LossAware:
-    """Options.
+    """The allocation of least estimated KL under the budget; see above.
 
     Attributes:
-        share: of its own cost that a site alone is brought to when its KL is measured, in (0, 1).
+        share: of its own cost, to which a site alone is compressed to measure its KL, in (0, 1).
         floor: the least share of its uniform cost that any site keeps, in [0, 1).
     """
 
@@ -61,15 +61,15 @@ class LossAware:
             return best
         shares = {curve.sites: 1 / max(curve.total, sys.float_info.min) for curve in curves}
         relative = knapsack.solve(curves, budget, weights=shares, floors=floors).choice
-        tried = [best, uniform, relative]
-        different = [one for i, one in enumerate(tried) if one not in tried[:i]]
-        return different[0] if len(different) == 1 else min(different, key=probe)
+        candidates = [best, uniform, relative]
+        distinct = [one for i, one in enumerate(candidates) if one not in candidates[:i]]
+        return distinct[0] if len(distinct) == 1 else min(distinct, key=probe)
 
 
 def _nats_per_error(
     curve: Curve, curves: Sequence[Curve], budget: Budget, probe: Probe, share: float
 ) -> float:
-    """Nats for a unit of this curve's error, measured with all other sites dense."""
+    """Nats of KL per unit of this curve's error, measured with all other sites dense."""
     limit = share * curve.dense.cost.of(budget.unit)
     fitting = [o for o in curve.options if not o.dense and o.cost.of(budget.unit) <= limit]
     option = fitting[-1] if fitting else curve.options[0]

@@ -16,7 +16,7 @@ from . import knapsack
 
 @dataclass(frozen=True)
 class Spectrum:
-    """No options."""
+    """The allocation of least total error; no options."""
 
     judges: ClassVar[bool] = False
 

@@ -1,4 +1,4 @@
-"""Every site keeps the same share of its own cost: the field's baseline."""
+"""Every site keeps the same share of its own cost: the usual baseline."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .common import Choice, check_reachable, disjoint, spent
 
 @dataclass(frozen=True)
 class Uniform:
-    """The largest option with cost ≤ share · dense cost, the share being the budget's.
+    """The largest options with cost ≤ share · dense cost, for the share that the budget allows.
 
-    A site whose smallest option is above its share keeps that one, and all the others give way.
+    A site whose smallest option exceeds its share keeps that one, and the others get less.
     """
 
     judges: ClassVar[bool] = False

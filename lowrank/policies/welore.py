@@ -4,7 +4,7 @@ s̃ = (s − min s) / (max s − min s) per matrix; a site keeps #{j : s̃_j ≥
 authors ship a table of thresholds for two models; here t is solved exactly for the budget, over the
 sorted distinct values of all s̃. The gate is the true break-even, k(m + n) < mn, where theirs
 compares rank counts (their 50 % leaves 79 % of LLaMA-2-7B's parameters). A constant spectrum, 0/0
-in their code, is the limit of a vanishing slope: s̃ falls evenly from 1 to 0.
+in their code, is treated as the limit of a vanishing slope: s̃ falls evenly from 1 to 0.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class WeLore:
         self, curves: Sequence[Curve], budget: Budget, probe: Probe | None = None
     ) -> Allocation:
         by_sites = disjoint(curves)
-        blind = [curve.sites[0] for curve in curves if curve.spectrum is None]
-        if blind:
-            raise LowrankError(f"welore needs singular values; no spectrum for {listed(blind)}")
+        missing = [curve.sites[0] for curve in curves if curve.spectrum is None]
+        if missing:
+            raise LowrankError(f"welore needs singular values; no spectrum for {listed(missing)}")
         values = {sites: normalised(_numbers(curve)) for sites, curve in by_sites.items()}
 
         def choose(threshold: float) -> Choice:
@@ -61,7 +61,7 @@ def normalised(spectrum: Values) -> Values:
 
 
 def kept(values: Values, threshold: float) -> int:
-    """How many normalised values reach the threshold; at least one is kept."""
+    """Number of normalised values that reach the threshold, at least one."""
     return max(1, int(np.count_nonzero(values >= threshold)))
 
 
@@ -75,7 +75,7 @@ def _gated(curve: Curve, rank: int) -> Option:
     below = at_most(curve, rank)
     if below is None or below.size is None:
         return curve.options[0]
-    # A curve may lack this very rank (alignment, ties): its cost follows from the one below.
+    # A curve may lack this exact rank (alignment, ties): its cost follows from the one below.
     known, per_rank = below.size[0], below.cost.params
     if below.storage == "pivoted":  # r(m + n − r)
         per_rank -= known * (rank - known)

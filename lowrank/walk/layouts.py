@@ -1,6 +1,6 @@
-"""What counts as a matrix: how a layer holds its weight, and why some layers must stay as they are.
+"""The weight of a layer as a matrix, and why some layers cannot be factored.
 
-A layer is taken only when its exact class is known: a subclass may compute something else, and a
+A layer is accepted only if its exact class is known: a subclass may compute something else, and a
 parametrised or hooked layer computes its weight elsewhere.
 """
 
@@ -24,7 +24,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 def kind(module: nn.Module) -> str | None:
     """ "linear" for nn.Linear and transformers' Conv1D, "embedding" for nn.Embedding and
-    nn.EmbeddingBag, "conv" for convolutions, their subclasses included; None for all else."""
+    nn.EmbeddingBag, "conv" for convolutions, subclasses included; None otherwise."""
     if isinstance(module, TABLES):
         return "embedding"
     if isinstance(module, (*CONVS, *TRANSPOSED)):
@@ -33,13 +33,13 @@ def kind(module: nn.Module) -> str | None:
 
 
 def layout(module: nn.Module) -> str:
-    """ "conv1d" for transformers' Conv1D, which stores (in, out); "linear" for all else."""
+    """ "conv1d" for transformers' Conv1D, which stores (in, out); "linear" otherwise."""
     return "conv1d" if any(map(_is_conv1d, type(module).__mro__)) else "linear"
 
 
 def matrix(module: nn.Module) -> Tensor:
-    """The weight as (out, in), of an embedding (V, D), of a convolution (O, I/g · K): the live
-    tensor, or a view of it (a copy, where memory is not in the order of the axes)."""
+    """The weight as (out, in), for an embedding (V, D), for a convolution (O, I/g · K): the live
+    tensor or a view of it (a copy, where it is not contiguous)."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     if weight.ndim > 2 and isinstance(module, CONVS):
         return weight.flatten(1)
@@ -52,7 +52,7 @@ def bias(module: nn.Module) -> Tensor | None:
 
 
 def reading(module: nn.Module) -> tuple[object, ...]:
-    """What, besides the tensor, decides which rows a layer reads: a convolution's geometry."""
+    """What, besides the tensor, determines the rows a layer reads: a convolution's geometry."""
     if not isinstance(module, CONVS):
         return ()
     names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
@@ -60,7 +60,7 @@ def reading(module: nn.Module) -> tuple[object, ...]:
 
 
 def dense_cost(*modules: nn.Module) -> Cost:
-    """Of one weight that all these modules hold: embeddings look up, linear layers multiply."""
+    """Cost of one weight held by all these modules: embeddings look up, linear layers multiply."""
     weight = matrix(modules[0])
     size = weight.numel()
     products = head_count(modules) * size if kind(modules[0]) == "embedding" else size
@@ -68,7 +68,7 @@ def dense_cost(*modules: nn.Module) -> Cost:
 
 
 def head_count(modules: Sequence[nn.Module]) -> int:
-    """How many of the modules that hold a table (first) multiply by it: its output heads."""
+    """Number of output heads among the modules that hold a table; 0 if the first is no table."""
     return sum(kind(m) != "embedding" for m in modules) if kind(modules[0]) == "embedding" else 0
 
 
@@ -79,25 +79,25 @@ def obstacle(module: nn.Module) -> str:
     if "weight" not in module._parameters:
         return "its weight is not a plain parameter (weight norm, pruning or the like)"
     if isinstance(module, TRANSPOSED):
-        return "a transposed convolution is not factored"
+        return "transposed convolutions are not supported"
     if type(module) not in (nn.Linear, *TABLES, *CONVS) and not _is_conv1d(type(module)):
         name = type(module).__name__
         return f"{name} is a subclass of {_base(module)} and may compute something else"
     hooks = (module._forward_hooks, module._forward_pre_hooks)
     if any((*hooks, module._backward_hooks, module._backward_pre_hooks)):
-        return "it carries hooks that a new layer would lose"
+        return "it has hooks that a new layer would lose"
     if "forward" in module.__dict__ or hasattr(module, "_hf_hook"):
-        return "its forward is wrapped (offloading or a patch): load the model whole first"
+        return "its forward is wrapped (offloading or a patch): load the full model first"
     if type(module.weight) is not nn.Parameter:
         return f"its weight is of class {type(module.weight).__name__}, not a plain tensor"
     if kind(module) == "embedding" and module.max_norm is not None:
-        return f"max_norm={module.max_norm} rescales rows as they are read, which factors cannot"
+        return f"max_norm={module.max_norm} rescales rows when read, which factors cannot"
     if getattr(module, "mode", None) == "max":
         return "a bag of mode 'max' is not linear in its rows"
     groups: int = getattr(module, "groups", 1)
     if groups != 1:
         each = int(getattr(module, "in_channels", 0)) // groups
-        return f"its {groups} groups of {each} channels are matrices of their own: not factored"
+        return f"grouped convolutions are not supported: {groups} groups of {each} channels"
     weight = matrix(module)
     if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
         return f"its weight is stored as {weight.dtype}"
@@ -107,12 +107,12 @@ def obstacle(module: nn.Module) -> str:
 
 
 def is_finite(module: nn.Module) -> bool:
-    """Whether all numbers of the weight are finite."""
+    """Whether all entries of the weight are finite."""
     return bool(torch.isfinite(matrix(module).detach()).all())
 
 
 def keeps_moments(module: nn.Module) -> bool:
-    """Whether a module is a batch norm with a running mean and variance."""
+    """Whether a module is a batch norm with running statistics."""
     return isinstance(module, NORMS) and module.running_mean is not None
 
 
@@ -124,15 +124,15 @@ def _base(module: nn.Module) -> str:
 
 
 def _is_conv1d(cls: type) -> bool:
-    # By name, for the library never imports transformers by itself.
+    # By name, since the library never imports transformers on its own.
     return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
 
 
-ENTRIES = 2**22  # numbers of patches that are unfolded at a time
+ENTRIES = 2**22  # entries of the patches unfolded at a time
 
 
 def chunks(module: nn.Module, tensor: Tensor) -> Iterator[Tensor]:
-    """The input vectors (rows, in) of a layer, some at a time: all samples are never unfolded."""
+    """The input vectors (rows, in) of a layer in chunks, so that patches take bounded memory."""
     if kind(module) != "conv":
         yield tensor.reshape(-1, tensor.shape[-1])
         return
@@ -140,14 +140,14 @@ def chunks(module: nn.Module, tensor: Tensor) -> Iterator[Tensor]:
     if not len(samples):
         return
     kernel, channels = _kernel(module), samples.shape[1]
-    positions = math.prod(samples.shape[2:])  # of the input: strides make it fewer
+    positions = math.prod(samples.shape[2:])  # of the input, an upper bound
     step = max(ENTRIES // max(channels * math.prod(kernel) * positions, 1), 1)
     for part in samples.split(step):
         yield _unfolded(module, part)
 
 
 def fits(module: nn.Module, tensor: Tensor) -> bool:
-    """Whether the layer can read this tensor: the number of features, or of channels."""
+    """Whether the layer can read this tensor, by its number of features or channels."""
     wide = matrix(module).shape[-1]
     if kind(module) != "conv":
         return tensor.shape[-1:] == (wide,)
@@ -157,7 +157,7 @@ def fits(module: nn.Module, tensor: Tensor) -> bool:
 
 
 def output_rows(module: nn.Module, output: Tensor) -> Tensor:
-    """The output vectors (rows, out), in the order of the input's rows."""
+    """The output vectors (rows, out), in the order of the input rows."""
     if kind(module) != "conv":
         return output.reshape(-1, output.shape[-1])
     samples = _batched(module, output)

@@ -1,9 +1,9 @@
-"""The walk: find the weights that may be factored, and select them by pattern.
+"""Find the weights that may be factored, and select them by pattern.
 
-Patterns have peft's meaning: a list holds names or their endings, a string is a regular expression
-for the full name (or one name), "all-linear" means every linear layer and convolution but the
-output head and convolutions that read an image, "all" these and embeddings too.
-No architecture is named here: everything is read from the modules themselves.
+Patterns work as in peft: a list holds names or their endings, a string is a regular expression for
+the full name (or one name), "all-linear" means every linear layer and convolution except the output
+head and convolutions that read an image, "all" these and embeddings too.
+No architecture is hard-coded: everything is read from the modules themselves.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .surgery import modules_of
 
 ALL_LINEAR = "all-linear"
 ALL = "all"
-STEM = 4  # channels of an image at most
+STEM = 4  # most channels of an image
 Patterns = str | Collection[str]
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """Every weight of a known kind, in the model's own order; tied weights are one site.
+    """Every weight of a known kind, in the model's order; tied weights are one site.
 
-    An embedding and the head that holds its weight are one site of kind "embedding", whose first
-    module and name are the embedding's. A site that cannot be factored carries its reason.
-    Layers inside factored modules are not walked: they are the result of an earlier compression.
+    An embedding and the head tied to it are one site of kind "embedding", whose first module and
+    name are the embedding's. A site that cannot be factored has a reason. Layers inside factored
+    modules are skipped: they result from an earlier compression.
     """
     modules: dict[int, nn.Module] = {}
     names: dict[int, list[str]] = {}
@@ -42,22 +42,22 @@ def find_sites(model: nn.Module) -> list[Site]:
         names.setdefault(id(module), []).append(name)
     held = holders(model)
     sites: list[Site] = []
-    done: set[int] = set()
+    visited: set[int] = set()
     for key, module in modules.items():
-        if layouts.kind(module) is None or key in done:
+        if layouts.kind(module) is None or key in visited:
             continue
         users = held.get(address(module.weight), [module])  # type: ignore[arg-type]
         tied = [user for user in users if layouts.kind(user) and id(user) in modules]
         tied.sort(key=lambda user: layouts.kind(user) != "embedding")
-        done.update(map(id, tied))
-        every = tuple(name for user in tied for name in names[id(user)])
+        visited.update(map(id, tied))
+        all_names = tuple(name for user in tied for name in names[id(user)])
         reason = layouts.obstacle(module) or tie_obstacle(module, held, names)
-        sites.append(_site(tuple(tied), every, reason))
+        sites.append(_site(tuple(tied), all_names, reason))
     return sites
 
 
 def tied_heads(model: nn.Module, tables: Iterable[Site]) -> dict[str, Site]:
-    """By the names of tied pairs: the linear layers that multiply by the table, as a site."""
+    """The output heads tied to these tables, as sites, by the names of the tables' sites."""
     names: dict[int, list[str]] = {}
     for name, module in modules_of(model):
         names.setdefault(id(module), []).append(name)
@@ -65,8 +65,8 @@ def tied_heads(model: nn.Module, tables: Iterable[Site]) -> dict[str, Site]:
     for site in tables:
         linear = tuple(m for m in site.modules if layouts.kind(m) != "embedding")
         if linear:
-            every = tuple(name for module in linear for name in names[id(module)])
-            heads[site.name] = _site(linear, every, "")
+            all_names = tuple(name for module in linear for name in names[id(module)])
+            heads[site.name] = _site(linear, all_names, "")
     return heads
 
 
@@ -76,10 +76,10 @@ def select_sites(
     target_modules: Patterns = ALL_LINEAR,
     exclude_modules: Patterns | None = None,
 ) -> list[Site]:
-    """The sites that the patterns name; the others carry the reason why they are left.
+    """All sites; those that the patterns do not select get a reason.
 
     Raises:
-        LowrankError: a pattern matches no site; what was there is listed.
+        LowrankError: a pattern matches no site; existing names are listed.
     """
     word = target_modules.lower() if isinstance(target_modules, str) else ""
     everything = word == ALL_LINEAR
@@ -89,7 +89,7 @@ def select_sites(
     if exclude_modules:
         _check_patterns("exclude_modules", exclude_modules, sites)
     heads = _output_heads(model) if everything else set()
-    chosen = []
+    selected = []
     for site in sites:
         reason = site.reason
         if everything and site.kind == "embedding":
@@ -102,45 +102,45 @@ def select_sites(
             reason = reason or "not in target_modules"
         if exclude_modules and any(_matches(exclude_modules, name) for name in site.names):
             reason = reason or "in exclude_modules"
-        chosen.append(dataclasses.replace(site, reason=reason))
-    return chosen
+        selected.append(dataclasses.replace(site, reason=reason))
+    return selected
 
 
 def covers(patterns: Patterns, names: Iterable[str]) -> bool:
-    """Whether `target_modules` names one of these; "all-linear" and "all" name everything."""
+    """Whether `target_modules` matches one of these names; "all-linear" and "all" match any."""
     word = patterns.lower() if isinstance(patterns, str) else ""
     return word in (ALL_LINEAR, ALL) or any(_matches(patterns, name) for name in names)
 
 
 def _is_stem(conv: nn.Module) -> bool:
-    """Whether a convolution reads pixels: few weights, on which everything after it depends."""
+    """Whether a convolution reads an image: few weights, on which all later layers depend."""
     return int(getattr(conv, "in_channels", 0)) <= STEM
 
 
 def pattern_value(patterns: Iterable[str], names: Iterable[str]) -> str | None:
-    """The first key that names one of `names`: a full name, its ending, or a regular expression."""
-    every = list(names)
+    """The first key that matches one of `names`: a name, its ending, or a regular expression."""
+    all_names = list(names)
     for key in patterns:
-        if any(_compiled(key, r"(.*\.)?({})").fullmatch(name) for name in every):
+        if any(_compiled(key, r"(.*\.)?({})").fullmatch(name) for name in all_names):
             return key
     return None
 
 
 def check_rank_pattern(patterns: Mapping[str, object], sites: Sequence[Site]) -> None:
-    """Every key has to name a site that may be factored.
+    """Check that every key matches a site that may be factored.
 
     Raises:
-        LowrankError: a key names no site (what was there is listed), or only sites that stay
-            dense (the first one and its reason are named).
+        LowrankError: a key matches no site (existing names are listed), or only sites that stay
+            dense (the first one and its reason are given).
     """
     for key in patterns:
-        named = [site for site in sites if pattern_value([key], site.names) is not None]
-        if not named:
+        matching = [site for site in sites if pattern_value([key], site.names) is not None]
+        if not matching:
             raise _nothing("rank_pattern", key, sites)
-        if all(site.reason for site in named):
+        if all(site.reason for site in matching):
             raise LowrankError(
-                f"rank_pattern {key!r} names only layers that stay dense; "
-                f"{named[0].title}: {named[0].reason}"
+                f"rank_pattern {key!r} matches only layers that stay dense; "
+                f"{matching[0].title}: {matching[0].reason}"
             )
 
 
@@ -152,7 +152,7 @@ def _site(modules: tuple[nn.Module, ...], names: tuple[str, ...], reason: str) -
 
 
 def _output_heads(model: nn.Module) -> set[int]:
-    """Ids of what transformers calls output embeddings, also where the model is wrapped."""
+    """Ids of the output embeddings, as transformers calls them, also of a wrapped model."""
     accessors = (getattr(module, "get_output_embeddings", None) for module in model.modules())
     return {id(accessor()) for accessor in accessors if callable(accessor)} - {id(None)}
 
@@ -161,7 +161,7 @@ def _compiled(pattern: str, frame: str = "{}") -> re.Pattern[str]:
     try:
         return re.compile(frame.format(pattern))
     except (re.error, TypeError) as error:
-        raise LowrankError(f"{pattern!r} is no regular expression: {error}") from error
+        raise LowrankError(f"{pattern!r} is not a regular expression: {error}") from error
 
 
 def _matches(patterns: Patterns, name: str) -> bool:
@@ -190,17 +190,17 @@ def _check_patterns(what: str, patterns: Patterns, sites: Sequence[Site]) -> Non
 
 
 def _nothing(what: str, pattern: str, sites: Sequence[Site]) -> LowrankError:
-    there = sorted({name.rpartition(".")[2] for site in sites for name in site.names} - {""})
+    last_names = sorted({name.rpartition(".")[2] for site in sites for name in site.names} - {""})
     full = [name for site in sites for name in site.names if name]
     return LowrankError(
         f"{what} {pattern!r} matches none of {len(sites)} layers; "
-        f"their last names: {listed(there) or 'none (the root is the layer)'}; "
-        f"such as: {listed(full, 3) or '(root)'}"
+        f"their last names: {listed(last_names) or 'none (the root is the layer)'}; "
+        f"for example: {listed(full, 3) or '(root)'}"
     )
 
 
 def address(tensor: Tensor) -> tuple[object, ...]:
-    """Equal for parameters that are one object, or begin at the same place in memory."""
+    """A key, equal for parameters that are one object or start at the same address."""
     return (id(tensor),) if tensor.is_meta else (str(tensor.device), tensor.data_ptr())
 
 
@@ -208,7 +208,7 @@ Holders = dict[tuple[object, ...], list[nn.Module]]
 
 
 def holders(model: nn.Module) -> Holders:
-    """Which modules hold each parameter, each module once."""
+    """The modules that hold each parameter, each module once."""
     by_address: Holders = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -220,10 +220,10 @@ def holders(model: nn.Module) -> Holders:
 
 
 def tie_obstacle(module: nn.Module, holders: Holders, names: Mapping[int, list[str]]) -> str:
-    """Why a layer whose weight or bias others hold cannot be factored; "" if it can."""
+    """Why a layer with a tied weight or bias cannot be factored; "" if it can."""
     weight, bias = layouts.matrix(module), layouts.bias(module)
-    tied = holders[address(module.weight)]  # type: ignore[arg-type]  # not a view: meta has ids
-    pair = any(map(_is_table, tied))  # readers of a table keep the bias that they have
+    tied = holders[address(module.weight)]  # type: ignore[arg-type]  # no view: meta goes by id
+    pair = any(map(_is_table, tied))  # modules tied to a table keep their own biases
     for user in tied:
         where = f"{_first(names, user)} ({type(user).__name__})"
         if layouts.kind(user) is None or id(user) not in names:
@@ -234,11 +234,11 @@ def tie_obstacle(module: nn.Module, holders: Holders, names: Mapping[int, list[s
             continue
         if _is_table(user) and _is_table(module) and _options(user) != _options(module):
             return f"its weight is tied to {where}, which has other options"
-        other = layouts.matrix(user)
-        if (other.shape, other.stride()) != (weight.shape, weight.stride()):
+        user_weight = layouts.matrix(user)
+        if (user_weight.shape, user_weight.stride()) != (weight.shape, weight.stride()):
             return f"its weight is tied to {where}, which holds it in another shape or order"
         if layouts.layout(user) != layouts.layout(module):
-            return f"its weight is tied to {where}, which stores it the other way round"
+            return f"its weight is tied to {where}, which stores it transposed"
         if not pair and layouts.bias(user) is not bias:
             return f"its weight is tied to {where}, which has another bias"
     others = holders.get(address(bias), []) if bias is not None and not pair else []
@@ -261,7 +261,7 @@ def _first(names: Mapping[int, list[str]], module: nn.Module) -> str:
 
 
 def check_model(model: Any) -> None:
-    """Raises LowrankError for what is no module, has no numbers yet, or is quantized."""
+    """Raises LowrankError unless it is a module with materialised, unquantized weights."""
     if not isinstance(model, nn.Module):
         raise LowrankError(f"expected a torch.nn.Module, got {type(model).__name__}")
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]

@@ -1,7 +1,7 @@
-"""The one place that replaces modules: in place, in a twin, for a moment, under wrappers.
+"""The one place that replaces modules: in place, in a twin, temporarily, under wrappers.
 
-Modules are known by identity, and reached by the names that the user's own model gives them: what
-torch.compile, DDP, FSDP and activation checkpointing put around a module takes no part in a name.
+Modules are identified by object and addressed by their names in the unwrapped model: the wrappers
+of torch.compile, DDP, FSDP and activation checkpointing are not part of a name.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from ..nn import Form, LowRankEmbedding, TiedEmbedding, TiedHead, is_factored, r
 from ..types import Site
 from . import layouts
 
-# What wrappers call the module inside: torch.compile; FSDP and activation checkpointing.
+# Names of the module inside a wrapper: torch.compile; FSDP and activation checkpointing.
 COMPILED = "_orig_mod"
 _WRAPPED = frozenset({COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _PARALLEL = (DataParallel, DistributedDataParallel)
 
 
 def modules_of(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module under every one of its names; what is inside factored modules is left out.
+    """Every module under each of its names, except those inside factored modules.
 
-    A wrapper comes before the module inside it, by the same name.
+    A wrapper comes before the module inside it, under the same name.
     """
     yield prefix, model
     if is_factored(model):
@@ -40,7 +40,7 @@ def modules_of(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mod
 
 
 def factored(model: nn.Module) -> dict[str, Form]:
-    """Every name under which the model reaches a factored module."""
+    """The factored modules of a model, under each of their names."""
     return {
         name: module
         for name, module in modules_of(model)
@@ -49,7 +49,7 @@ def factored(model: nn.Module) -> dict[str, Form]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DDP, DataParallel and torch.compile; FSDP's wrapper owns the tensors."""
+    """The module inside DDP, DataParallel and torch.compile; not FSDP, which owns the tensors."""
     if isinstance(model, _PARALLEL):
         return unwrapped(model.module)
     inner = model._modules.get(COMPILED)
@@ -57,7 +57,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def module_at(model: nn.Module, name: str) -> nn.Module:
-    """The module of that name, wrappers passed through.
+    """The module of that name, inside any wrappers.
 
     Raises:
         LowrankError: there is none.
@@ -72,12 +72,12 @@ def module_at(model: nn.Module, name: str) -> nn.Module:
 
 
 def plain_name(name: str) -> str:
-    """A tensor's name without what torch.compile puts in; other wrappers take out their own."""
+    """A tensor's name without torch.compile's part; other wrappers remove theirs themselves."""
     return ".".join(part for part in name.split(".") if part != COMPILED)
 
 
 def swap(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
-    """Put `new[id(module)]` in every place of that module; returns the model, or the new root."""
+    """Put `new[id(module)]` at every occurrence of that module; returns the model or new root."""
     if id(model) in new:
         return new[id(model)]
     for parent, key, child in _places(model, new):
@@ -86,13 +86,13 @@ def swap(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
 
 
 def put(model: nn.Module, site: Site, new: nn.Module) -> nn.Module:
-    """Put `new` in every place of the site; returns the model, or `new` if the site is the root.
+    """Put `new` at every occurrence of the site; returns the model, or `new` if it is the root.
 
-    The training flag and `requires_grad` of the replaced layer are kept. Of a table that several
-    modules hold, the first gets `new`, and the others readers of it.
+    The training flag and `requires_grad` of the replaced layer are kept. If several modules hold a
+    table, the first is replaced by `new`, the others by modules tied to it.
 
     Args:
-        site: of this model, or of one that it is a copy or a twin of.
+        site: of this model, or of the model that it is a copy or twin of.
     """
     modules = in_copy(site, model).modules
     first = modules[0]
@@ -112,7 +112,7 @@ def adopt(new: nn.Module, dense: nn.Module) -> nn.Module:
 
 
 def _is_trained(layer: nn.Module) -> bool:
-    """Whether the weight is: of a factored layer any part of it, without multiplying it."""
+    """Whether the weight is trained; for a factored layer, whether any factor is."""
     if isinstance(layer, Form):
         named = layer.named_parameters()
         return any(p.requires_grad for name, p in named if not name.endswith("bias"))
@@ -126,9 +126,9 @@ def in_copy(site: Site, model: nn.Module) -> Site:
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A copy of the modules that shares every parameter and buffer: it costs no memory.
+    """A copy of the modules that shares every parameter and buffer, so it costs no memory.
 
-    Modules can be replaced in one of the two without the other noticing.
+    Replacing modules in one of the two does not affect the other.
     """
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, dict(shared))
@@ -136,7 +136,7 @@ def twin(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def replaced(model: nn.Module, site: Site, new: nn.Module) -> Iterator[nn.Module]:
-    """The model with `new` in every place of the site; exactly as before afterwards."""
+    """A context in which `new` is at every occurrence of the site; undone exactly on exit."""
     if any(module is model for module in site.modules):
         yield new
         return
@@ -153,8 +153,8 @@ def replaced(model: nn.Module, site: Site, new: nn.Module) -> Iterator[nn.Module
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Put every module's own children and tensors back if the body raises."""
-    before = [
+    """A context that restores every module's children and tensors if its body raises."""
+    saved = [
         (live, dict(live))
         for module in model.modules()
         for live in (module._modules, module._parameters, module._buffers)
@@ -162,7 +162,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for live, content in before:
+        for live, content in saved:
             live.clear()
             live.update(content)  # type: ignore[arg-type]  # of the same dict
         for module in model.modules():
@@ -174,7 +174,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
 def _places(
     model: nn.Module, wanted: Mapping[int, object]
 ) -> list[tuple[nn.Module, str, nn.Module]]:
-    """(parent, key, child) of every place at which one of these modules stands."""
+    """(parent, key, child) of every occurrence of these modules."""
     return [
         (parent, key, child)
         for parent in model.modules()
@@ -190,12 +190,12 @@ def _set(parent: nn.Module, key: str, child: nn.Module) -> None:
 
 
 def _renew(compiled: nn.Module) -> None:
-    """torch.compile's wrapper keeps the forward of the module inside, and makes it anew here."""
+    """Refresh a wrapper of torch.compile, which caches the forward of the module inside."""
     compiled.__setstate__(dict(compiled.__dict__))
 
 
 def _reader(module: nn.Module, first: nn.Module, new: nn.Module) -> nn.Module:
-    """What takes the place of `module`, when `new` takes that of `first`."""
+    """The replacement of `module` when `new` replaces `first`."""
     if module is first or not isinstance(new, LowRankEmbedding):
         return new
     if layouts.kind(module) == "embedding":
@@ -211,12 +211,12 @@ def _name(parent: nn.Module, key: str, prefix: str) -> str:
 
 
 def _is_inside(parent: nn.Module, key: str) -> bool:
-    """Whether the child of that key is what `parent` is a wrapper of."""
+    """Whether `parent` is a wrapper of this child."""
     return key in _WRAPPED or (isinstance(parent, _PARALLEL) and key == "module")
 
 
 def _inside(module: nn.Module) -> nn.Module:
-    """The module inside all wrappers; one without a wrapper is itself."""
+    """The module inside all wrappers; without a wrapper, the module itself."""
     inner = (child for key, child in module._modules.items() if _is_inside(module, key))
     child = next(inner, None)
     return module if child is None else _inside(child)

@@ -142,7 +142,7 @@ def test_a_plan_for_another_model() -> None:
     plan = lowrank.plan(mlp(24, 40, 16), 0.5)
     cases = {
         "it names 2, the model has 0": mlp(24, 40),
-        "says nothing of 4: it was made for another model": mlp(24, 40, 16, 8),
+        "has no entry for 4: it was made for another model": mlp(24, 40, 16, 8),
         "shape (40, 24) under the names 0; here it is (41, 24) under 0": mlp(24, 41, 16),
         "the model has no linear layer": nn.ReLU(),
     }
@@ -175,7 +175,7 @@ def test_a_plan_for_a_layer_that_cannot_be_factored_now() -> None:
     model = mlp(24, 40, 16)
     plan = lowrank.plan(model, 0.5)
     handle = model[2].register_forward_hook(lambda *_: None)
-    with unchanged(model), pytest.raises(LowrankError, match="2 cannot be factored: it carries ho"):
+    with unchanged(model), pytest.raises(LowrankError, match="2 cannot be factored: it has hooks"):
         lowrank.apply(model, plan)
     handle.remove()
     with torch.no_grad():

@@ -46,8 +46,8 @@ def test_embeddings_of_zeros(word: str) -> None:
     model = zoo.make("llama")
     nn.init.zeros_(model.model.embed_tokens.weight)
     lean, notes = compressed(model, zoo.tokens(10, 12), word)
-    (said,) = (note for note in notes if "nothing but zeros" in note)
-    assert said.startswith("the data gave 14 layers nothing but zeros, so that their factors are ")
+    (said,) = (note for note in notes if "are zero" in note)
+    assert said.startswith("all inputs of 14 layers are zero, so that their factors are ")
     assert "arbitrary: model.layers.0.self_attn.q_proj, " in said
     assert bool(lean(input_ids=zoo.tokens()).logits.isfinite().all())
 
@@ -57,7 +57,7 @@ def test_inputs_of_zeros(word: str) -> None:
     """Biases make something of nothing: only the first layer reads zeros."""
     model = zoo.mlp(24, 16, 12)
     _, notes = compressed(model, torch.zeros(64, 24), word)
-    said = "the data gave 1 layers nothing but zeros, so that their factors are arbitrary: 0"
+    said = "all inputs of 1 layers are zero, so that their factors are arbitrary: 0"
     assert said in notes
 
 
@@ -69,7 +69,7 @@ def test_singular_grams(kind: str, what: str, word: str) -> None:
     model = zoo.make(kind)
     data = zoo.tokens(1, 1) if what == "one token" else zoo.tokens(1, 6).repeat(24, 1)
     lean, notes = compressed(model, data, word)
-    assert any("fewer different inputs than they have features" in note for note in notes)
+    assert any("fewer distinct inputs than they have features" in note for note in notes)
     fresh = zoo.tokens(4, 9, start=3)
     far = lowrank.kl(lean, model, fresh)
     plain, _ = lowrank.compress(model, 0.2, data=None, copy=True, progress=False)
@@ -128,7 +128,7 @@ def test_a_nan_in_the_activations_of_one_block(word: str) -> None:
     model.model.layers[0].mlp.register_forward_hook(lambda _m, _args, out: out * math.nan)
     message = zoo.refused(model, 0.6, data=zoo.tokens(8), effort=quick(word))
     assert message.startswith("model.layers.1.self_attn.q_proj: its input holds NaN or Inf")
-    assert "look at the data and at the layers before it" in message
+    assert "check the data and the layers before it" in message
 
 
 @every_word
@@ -137,7 +137,7 @@ def test_a_nan_in_the_head_alone(word: str) -> None:
     with torch.no_grad():
         model.lm_head.weight[3] = math.nan
     message = zoo.refused(model, 0.6, data=zoo.tokens(8), effort=quick(word))
-    assert message.startswith("the model's logits hold NaN or Inf: look at its last layers")
+    assert message.startswith("the model's logits hold NaN or Inf: check its last layers")
 
 
 @pytest.mark.parametrize(
@@ -220,8 +220,8 @@ def test_a_model_without_predictions(word: str) -> None:
     model = zoo.make("classifier").bert
     data = zoo.tokens(10, 12)
     message = zoo.refused(model, 0.6, data=data, effort=quick(word))
-    assert message.startswith("the Fisher is of the model's predictions: expected logits")
-    assert "method='whitened' with policy='uniform' does without" in message
+    assert message.startswith("the Fisher needs the model's predictions: expected logits")
+    assert "method='whitened' with policy='uniform' does not" in message
     message = zoo.refused(model, 0.6, data=data, effort=quick(word), method="whitened")
     assert message.endswith("policy='uniform' compares nothing")
     recovery = quick("balanced").recovery

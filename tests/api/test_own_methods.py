@@ -131,7 +131,7 @@ def test_a_declared_tie_that_was_undone_is_refused_and_undone() -> None:
 @pytest.mark.parametrize("bad", [torch.ones(2), "module"], ids=["tensor", "text"])
 def test_a_method_that_gives_no_module(bad: Any) -> None:
     model = mlp(24, 40, 16)
-    with unchanged(model), pytest.raises(LowrankError, match=r"0: halves must give an nn.Module"):
+    with unchanged(model), pytest.raises(LowrankError, match=r"0: halves must return an nn.Module"):
         lowrank.compress(model, 0.5, method=Halves(gives=bad))
 
 

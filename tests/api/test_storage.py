@@ -209,7 +209,7 @@ def test_plain_factors_of_one_s_own_method_are_converted() -> None:
     assert len(layers(model)) == 2
     assert report.sites[0].measured == pytest.approx(report.sites[0].planned, rel=1e-3)
     other = net()
-    with unchanged(other), pytest.raises(LowrankError, match="gives Identity: leave storage out"):
+    with unchanged(other), pytest.raises(LowrankError, match="gives Identity: omit storage"):
         lowrank.compress(other, 0.7, method=Plain(nn.Identity), **PIVOTED)
 
 

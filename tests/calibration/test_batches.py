@@ -86,7 +86,7 @@ def test_rows_of_a_text() -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ([], "gave no batch: an empty list, or an iterator already spent?"),
+        ([], "gave no batch: an empty list, or an exhausted iterator?"),
         pytest.param(iter([]), "gave no batch", id="spent"),
         (["text"], "texts need a tokenizer"),
         ("text", "texts need a tokenizer"),
@@ -108,14 +108,14 @@ def test_what_is_no_data_is_told(data: Any, words: str) -> None:
 
 
 def test_texts_without_a_token_are_told() -> None:
-    with pytest.raises(LowrankError, match="hold no token"):
+    with pytest.raises(LowrankError, match="contain no tokens"):
         materialise(["", ""], Tokenizer())
 
 
-def test_a_spent_generator_is_told() -> None:
+def test_an_exhausted_generator_is_told() -> None:
     rows = (row for row in ROWS)
     assert len(materialise(rows)) == 4
-    with pytest.raises(LowrankError, match="spent"):
+    with pytest.raises(LowrankError, match="exhausted"):
         materialise(rows)
 
 

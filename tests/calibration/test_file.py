@@ -85,9 +85,9 @@ def test_other_files_stay(model: nn.Module, tmp_path: Path) -> None:
     text.write_text("words")
     for path in (foreign, text):
         content = path.read_bytes()
-        with pytest.raises(LowrankError, match="no calibration of lowrank"):
+        with pytest.raises(LowrankError, match="not a lowrank calibration"):
             lowrank.save_calibration(seen_by(model), path, model)
-        with pytest.raises(LowrankError, match="no calibration of lowrank"):
+        with pytest.raises(LowrankError, match="not a lowrank calibration"):
             lowrank.load_calibration(path, model)
         assert path.read_bytes() == content
     with pytest.raises(LowrankError, match="there is no calibration"):

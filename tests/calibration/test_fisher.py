@@ -398,15 +398,15 @@ def test_what_cannot_be_run_backwards_is_refused() -> None:
     x, layer = torch.randn(8, 6), nn.Linear(6, 4)
     assert "need batches, not a callable" in refused(small(), lambda model: model(x))
     blind = zoo.Custom(lambda self, x: torch.no_grad()(self.a)(x), a=layer)
-    assert refused(blind, x).startswith("no gradient leads from a prediction to any of 1 layers")
-    assert "hold fewer than two classes" in refused(nn.Linear(6, 1), x)
+    assert refused(blind, x).startswith("no gradient flows from the predictions to any of 1 layers")
+    assert "have fewer than two classes" in refused(nn.Linear(6, 1), x)
     assert "expected logits" in refused(zoo.Custom(lambda self, x: {"y": self.a(x)}, a=layer), x)
 
 
 def test_numbers_that_are_not_finite_are_refused() -> None:
     x, layer = torch.randn(8, 6), nn.Linear(6, 4)
     bad = zoo.Custom(lambda self, x: self.a(x) * torch.nan, a=layer)
-    assert refused(bad, x).startswith("the model's logits hold NaN or Inf: look at")
+    assert refused(bad, x).startswith("the model's logits hold NaN or Inf: check its")
 
     class Bend(torch.autograd.Function):
         @staticmethod

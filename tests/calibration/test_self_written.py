@@ -178,7 +178,7 @@ def test_a_model_that_looks_ahead_refuses() -> None:
     model = tf.BertLMHeadModel(config).eval()
     with torch.no_grad():
         model.cls.predictions.decoder.weight.mul_(50)
-    with pytest.raises(LowrankError, match="looks at later tokens too"):
+    with pytest.raises(LowrankError, match="attends to later tokens too"):
         write(model, rows=2, length=8)
 
 
@@ -191,7 +191,7 @@ def test_a_model_that_fails_says_why_and_what_to_do() -> None:
     model.model.layers[0] = Custom(lambda _self, *_args, **_given: [][1])
     with unchanged(model), pytest.raises(LowrankError) as caught:
         write(model, rows=2, length=8)
-    assert "failed at writing its calibration data (list index out of range)" in said(caught)
+    assert "failed to write its calibration data (list index out of range)" in said(caught)
 
 
 def test_calibrating_on_it_is_calibrating_on_its_rows() -> None:

@@ -64,7 +64,7 @@ def test_without_a_command_the_help_is_shown() -> None:
         (["--ratio", "0.5", "--policy", "unifrm"], "did you mean 'uniform'?"),
         (["--ratio", "0.5", "--of", "all"], "(known: model, targets)"),
         (["--ratio", "0.5", "--target", "query"], "'query' matches none of 16 layers"),
-        (["--ratio", "0.5", "--exclude", "("], "'(' is no regular expression"),
+        (["--ratio", "0.5", "--exclude", "("], "'(' is not a regular expression"),
         (["--ratio", "0.5", "--data", "self", "--length", "65"], "--length must be in [1, 64]"),
         (["--ratio", "0.5", "--data", "absent.txt"], "text file absent.txt does not exist"),
         (["--ratio", "0.5", "--data", "."], "is a folder, expected a text file"),

@@ -42,7 +42,7 @@ def test_a_plan_and_what_came_of_it_become_pages(made: SimpleNamespace, tmp_path
         (("asked", "ratio"), "much", "ratio must be a number"),
         (("asked", "unit"), "apples", "unit must be one of"),
         (("settings",), 3, "settings must be an object"),
-        (("format",), "recipe", "no lowrank plan"),
+        (("format",), "recipe", "not a lowrank plan"),
     ],
 )
 def test_nonsense_is_one_clear_line(

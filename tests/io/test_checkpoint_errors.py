@@ -155,7 +155,7 @@ def test_trouble_while_filling_is_rolled_back(folder: Path, zoo) -> None:
 def test_layers_with_hooks_or_parametrizations_are_refused(folder: Path, zoo) -> None:
     hooked = zoo.Net()
     hooked.body[0].register_forward_hook(lambda *a: None)
-    with pytest.raises(LowrankError, match=r"body\.0: Linear cannot be replaced: it carries hooks"):
+    with pytest.raises(LowrankError, match=r"body\.0: Linear cannot be replaced: it has hooks"):
         load(folder, hooked)
     normed = zoo.Net()
     nn.utils.parametrizations.weight_norm(normed.body[0])

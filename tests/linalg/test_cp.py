@@ -89,7 +89,7 @@ def test_two_runs_agree_and_the_seed_matters() -> None:
 
 def test_components_that_diverge_are_an_error() -> None:
     options = {"sweeps": 400, "tolerance": 0.0, "limit": 3.0}
-    with pytest.raises(LowrankError, match=r"the 2 components .* diverge at all 3 starts"):
+    with pytest.raises(LowrankError, match=r"the 2 components .* diverge from all 3 starts"):
         linalg.cp_factors(border(), 2, **options)
     parts = linalg.cp_factors(border(), 3, **options)
     assert relative(border(), parts) < 1e-9

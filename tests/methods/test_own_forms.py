@@ -169,7 +169,7 @@ def test_options_are_used() -> None:
         (lambda: LowRankSparse(shares=()), "shares must be numbers"),
         (lambda: LowRankSparse(shares=(0.1, 1.0)), "shares must be numbers"),
         (lambda: LowRankSparse(rounds=-1), "rounds must be"),
-        (lambda: LowRankMasked(pattern="2:4"), "pattern is 'unstructured' or"),
+        (lambda: LowRankMasked(pattern="2:4"), "pattern must be 'unstructured' or"),
         (lambda: LowRankMasked(pattern=(4, 4)), r"got \(4, 4\)"),
         (lambda: LowRankMasked(pattern=(0, 4)), r"got \(0, 4\)"),
         (lambda: LowRankMasked(pattern=(1, 2, 4)), r"got \(1, 2, 4\)"),
@@ -189,8 +189,8 @@ def test_options_that_are_none_are_refused(make: Any, said: str) -> None:
 @pytest.mark.parametrize(
     ("way", "size", "said"),
     [
-        (DenseSparse(), (4, 5), "5 coefficients a row need as many atoms"),
-        (DenseSparse(), (4,), r"expected a size \(atoms, coefficients in a row\) for shape"),
+        (DenseSparse(), (4, 5), "5 coefficients per row need as many atoms"),
+        (DenseSparse(), (4,), r"expected a size \(atoms, coefficients per row\) for shape"),
         (DenseSparse(), None, "got None"),
         (LowRankSparse(), (7, 1), "needs a rank up to 6"),
         (LowRankSparse(), (2, 9), "8 inputs or fewer"),
@@ -199,7 +199,7 @@ def test_options_that_are_none_are_refused(make: Any, said: str) -> None:
         (LowRankMasked(), (2, 49), "at most 48 entries"),
         (LowRank24(), (2, 23), "needs a rank up to 6 and 24 entries"),
         (LowRank24(), (2, 25), "24 entries"),
-        (Blast(), (7, 1), "7 blocks along each side do not fit"),
+        (Blast(), (7, 1), "7 blocks per side do not fit"),
         (Blast(), (2, 2, 2), "expected a size"),
     ],
 )

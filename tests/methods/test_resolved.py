@@ -162,9 +162,9 @@ def test_plain_factors_of_any_method_are_converted() -> None:
 
 def test_what_is_no_plain_factor_is_refused() -> None:
     layer = linear(9, 14)
-    with pytest.raises(LowrankError, match=r"fc: storage 'pivoted' is .* stores 'own' of size"):
+    with pytest.raises(LowrankError, match=r"fc: storage 'pivoted' needs .* stores 'own' of size"):
         Pivoted(Foreign(storage="own")).curve(site(layer), Statistics())
     other = Pivoted(Foreign(gives=nn.Identity))
     option = other.curve(site(layer), Statistics()).options[0]
-    with pytest.raises(LowrankError, match="svd gives Identity: leave storage out"):
+    with pytest.raises(LowrankError, match="svd gives Identity: omit storage"):
         other.factor(layer, option, Statistics())

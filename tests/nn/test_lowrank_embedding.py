@@ -111,7 +111,7 @@ def test_a_zero_padding_row_stays_exactly_zero(method: str, rows: int) -> None:
 
 def test_what_cannot_be_a_product_is_refused_with_the_reason() -> None:
     for dense, words in (
-        (table(max_norm=1.0), "max_norm=1.0 rescales rows as they are read"),
+        (table(max_norm=1.0), "max_norm=1.0 rescales rows when read"),
         (nn.EmbeddingBag(11, 7, mode="max"), "a bag of mode 'max' is not linear"),
         (type("Own", (nn.Embedding,), {})(11, 7), "Own is a subclass of nn.Embedding"),
     ):

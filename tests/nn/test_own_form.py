@@ -191,7 +191,7 @@ def test_names_that_are_taken_are_refused() -> None:
     class Other(LinearForm):
         STORAGE = "two-block"
 
-    with pytest.raises(LowrankError, match="a storage 'two-block' already"):
+    with pytest.raises(LowrankError, match="a storage 'two-block' is already registered"):
         register(Other)
     with pytest.raises(LowrankError, match="a form LowRankLinear"):
         register(type("LowRankLinear", (LinearForm,), {"STORAGE": "third"}))

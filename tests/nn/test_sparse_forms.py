@@ -150,7 +150,7 @@ def test_codes_that_do_not_fit_are_refused() -> None:
     for index, said in (
         ([[0, 1], [2, 4]], r"atoms in \[0, 3\]"),
         ([[0, 1], [-1, 2]], r"values in \[-1, 2\]"),
-        ([[0, 1], [3, 3]], "some twice"),
+        ([[0, 1], [3, 3]], "some repeated"),
         ([[0, 1]], r"shape \(1, 2\)"),
     ):
         with pytest.raises(LowrankError, match=said):

@@ -24,7 +24,7 @@ def layer(out: int, inner: int, n: int = 2, dtype: torch.dtype = torch.float16) 
 
 
 def test_without_such_a_device_it_says_so() -> None:
-    with pytest.raises(LowrankError, match="it is on cpu, and the kernels are CUDA's"):
+    with pytest.raises(LowrankError, match="it is on cpu, and the kernels need CUDA"):
         semi_structured(nn.Sequential(layer(32, 64)))
     with pytest.raises(LowrankError, match="none is a LowRankMaskedLinear"):
         semi_structured(nn.Linear(4, 4))
@@ -44,7 +44,7 @@ class OnCuda:
         (layer(32, 64), (8, 0), ""),
         (layer(32, 64), (7, 5), r"capability is (7, 5), and the kernels need (8, 0)"),
         (layer(32, 64, dtype=torch.float32), (9, 0), "dtype is torch.float32"),
-        (layer(48, 64), (8, 6), "shape (48, 64) is no multiple of (32, 64)"),
+        (layer(48, 64), (8, 6), "shape (48, 64) is not a multiple of (32, 64)"),
         (layer(32, 64, n=3), (8, 0), "pattern is not 2:4"),
     ],
 )

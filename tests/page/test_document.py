@@ -151,9 +151,9 @@ def test_plans_and_reports_are_read_back(tmp_path: Path) -> None:
         (b"", "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b"\xff\xfe", "no text in UTF-8"),
-        (b"[1, 2]", "no lowrank plan"),
+        (b"[1, 2]", "not a lowrank plan"),
         (b'{"format": "lowrank-plan", "version": 99}', "plan version 99 is unknown"),
-        (b'{"format": "lowrank-report", "version": 1}', "the report lacks"),
+        (b'{"format": "lowrank-report", "version": 1}', "the report: missing field"),
     ],
 )
 def test_nonsense_is_refused(tmp_path: Path, content: bytes, words: str) -> None:

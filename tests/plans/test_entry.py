@@ -177,8 +177,8 @@ def test_an_edited_size_brings_its_cost_up_to_date() -> None:
 
 NONSENSE = {
     "no object": (5, "must be an object, got 5"),
-    "no size": (without("size"), "lacks 'size'"),
-    "spare": (as_json(ranks=3), "has unknown 'ranks'"),
+    "no size": (without("size"), "missing field 'size'"),
+    "spare": (as_json(ranks=3), "unknown field 'ranks'"),
     "rank too large": (as_json(size=[43]), "rank must be in [1, 64] for a.fc"),
     "rank zero": (as_json(size=[0]), "got 0"),
     "two ranks": (as_json(size=[3, 4]), "got (3, 4)"),

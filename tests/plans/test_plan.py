@@ -105,9 +105,7 @@ def test_any_name_of_a_shared_site_edits_it() -> None:
 
 
 def test_edits_that_cannot_be(plan: Plan) -> None:
-    with pytest.raises(
-        LowrankError, match=r"no site 'q' in the plan; there are model.embed_tokens"
-    ):
+    with pytest.raises(LowrankError, match=r"no site 'q' in the plan; it has model.embed_tokens"):
         plan.edit({"q": 3})
     with pytest.raises(LowrankError, match=r"rank must be in \[1, 32\] for model.layers.0.*q_proj"):
         plan.edit({Q: 16})
@@ -155,10 +153,10 @@ def test_a_size_edited_in_the_text_counts(plan: Plan) -> None:
 
 
 NONSENSE: dict[str, tuple[Callable[[Any], object], str]] = {
-    "other file": (lambda b: b.pop("format"), "no lowrank plan"),
+    "other file": (lambda b: b.pop("format"), "not a lowrank plan"),
     "version": (lambda b: b.update(version=9), "plan version 9 is unknown; this library reads 1"),
-    "no entries": (lambda b: b.pop("entries"), "the plan lacks 'entries'"),
-    "spare": (lambda b: b.update(sites=["x"]), "has unknown 'sites'"),
+    "no entries": (lambda b: b.pop("entries"), "the plan: missing field 'entries'"),
+    "spare": (lambda b: b.update(sites=["x"]), "unknown field 'sites'"),
     "entries": (lambda b: b.update(entries={}), "entries must be a list, got {}"),
     "entry": (lambda b: b["entries"].append(None), "must be an object, got None"),
     "twice": (lambda b: b["entries"].append(b["entries"][0]), "in more than one entry"),
@@ -188,7 +186,7 @@ def test_what_is_not_json(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["[]", "5", "null", '"lowrank-plan"', "{}"])
 def test_json_of_something_else(text: str) -> None:
-    with pytest.raises(LowrankError, match="no lowrank plan"):
+    with pytest.raises(LowrankError, match="not a lowrank plan"):
         Plan.from_json(text)
 
 

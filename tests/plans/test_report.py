@@ -211,15 +211,15 @@ def test_a_report_is_read_back() -> None:
     ("key", "value", "words"),
     [
         ("sites", [3], "a layer of the report must be an object"),
-        ("sites", [{"name": "a"}], "a layer of the report lacks"),
+        ("sites", [{"name": "a"}], "a layer of the report: missing field"),
         ("achieved", -1, "achieved must be a number >= 0"),
         ("achieved", None, "achieved must be a number >= 0"),
         ("bytes_after", 1.5, "bytes_after must be an integer >= 0"),
         ("plan", [], "plan must be an object"),
-        ("plan", {}, "no lowrank plan"),
+        ("plan", {}, "not a lowrank plan"),
         ("notes", [1], "notes must be a list of texts"),
         ("version", 2, "report version 2 is unknown"),
-        ("more", 1, "has unknown 'more'"),
+        ("more", 1, "unknown field 'more'"),
     ],
 )
 def test_an_edited_report_is_checked(key: str, value: object, words: str) -> None:

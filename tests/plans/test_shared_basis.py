@@ -56,7 +56,7 @@ def test_edits_that_cannot_be(plan: Plan) -> None:
     with pytest.raises(LowrankError, match=r"rank must be in \[1, 32\] for the rows of .*q_proj"):
         plan.edit({V: 22})  # 22 · (32 + 64) is more than 32 · 64
     assert by_name(plan.edit({V: 21}))[Q].size == (21,)
-    with pytest.raises(LowrankError, match="is given two ranks"):
+    with pytest.raises(LowrankError, match="conflicting ranks for"):
         plan.edit({Q: 4, V: 5})
 
 
@@ -75,5 +75,5 @@ def test_the_text_says_the_same(plan: Plan) -> None:
     for size in ([22], [0], [2, 2]):
         with pytest.raises(LowrankError, match="rank must be in"):
             Plan.from_json(text_of(plan, lambda e, s=size: resize(e, s, (Q, K, V))))
-    with pytest.raises(LowrankError, match="share the basis of 'elsewhere', which is not theirs"):
+    with pytest.raises(LowrankError, match="basis belongs to 'elsewhere', which is not in this"):
         Plan.from_json(text_of(plan, lambda e: e[K].update(group="elsewhere")))

@@ -63,7 +63,7 @@ def test_noise_alone_and_bad_input() -> None:
         EVBMF(least=0)
     with pytest.raises(LowrankError, match="site0 have none"):
         EVBMF()([replace(curves[0], spectrum=None)], Budget(10**9))
-    with pytest.raises(LowrankError, match="ask for more"):
+    with pytest.raises(LowrankError, match="increase it"):
         EVBMF(least=6)(curves, Budget(1))
 
 

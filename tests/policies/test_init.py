@@ -62,7 +62,7 @@ def test_an_unreachable_budget_is_an_error_that_names_the_least(name: str) -> No
     least = 20 + 15
     found = policy_of(name)(curves, Budget(least))
     assert spent(found) == least
-    with pytest.raises(LowrankError, match=f"{least} params at least, the budget is {least - 1}"):
+    with pytest.raises(LowrankError, match=f"at least {least} params, the budget is {least - 1}"):
         policy_of(name)(curves, Budget(least - 1))
 
 

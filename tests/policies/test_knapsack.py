@@ -202,7 +202,7 @@ def test_refusals() -> None:
         solve([one, other, replace(one, sites=("c", "a"))], Budget(30))
     with pytest.raises(LowrankError, match="different norms cannot be added: fisher, weight"):
         solve([one, replace(other, norm="weight")], Budget(30))
-    with pytest.raises(LowrankError, match="need 10 params at least, the budget is 9"):
+    with pytest.raises(LowrankError, match="need at least 10 params, the budget is 9"):
         solve([one, other], Budget(9))
-    with pytest.raises(LowrankError, match="the floors need 15 params at least, the budget is 14"):
+    with pytest.raises(LowrankError, match="the floors need at least 15 params, the budget is 14"):
         solve([one, other], Budget(14), floors={one.sites: 6})

@@ -67,7 +67,7 @@ def test_refusals() -> None:
     one, other = curve(("a",), [1.0], 5), curve(("b",), [1.0], 5, "weight")
     with pytest.raises(LowrankError, match="different norms"):
         LossAware()([one, other], Budget(15))
-    with pytest.raises(LowrankError, match="need 5 params"):
+    with pytest.raises(LowrankError, match="need at least 5 params"):
         LossAware()([one], Budget(4))
     with pytest.raises(LowrankError, match="share of lossaware"):
         LossAware(share=1.5)

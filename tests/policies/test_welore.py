@@ -136,7 +136,7 @@ def test_pivoted_curves_have_a_gate_of_their_own() -> None:
 
 def test_a_budget_below_the_least_is_an_error() -> None:
     one = curve("a", (20, 20))
-    with pytest.raises(LowrankError, match="welore reaches 40 params at least, the budget is 39"):
+    with pytest.raises(LowrankError, match="welore needs at least 40 params, the budget is 39"):
         WeLore()([one], Budget(39))
 
 

@@ -150,7 +150,7 @@ def test_a_reason_of_the_layer_itself_comes_before_that_of_a_pattern() -> None:
         ((["q_proj"], ["nothing"]), "exclude_modules 'nothing'"),
         (("all-linear", "all-linear"), "exclude_modules 'all-linear' matches none"),
         ((r".*\.q",), "down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj"),
-        (("(",), "'(' is no regular expression: missing )"),
+        (("(",), "'(' is not a regular expression: missing )"),
         (([],), "target_modules is empty"),
         (
             (None,),
@@ -182,7 +182,7 @@ def test_nothing_excluded(nothing: Any) -> None:
     ("key", "words"),
     [
         ("nothing", "rank_pattern 'nothing' matches none of 16 layers"),
-        ("(?i)q_proj", "no regular expression"),
+        ("(?i)q_proj", "not a regular expression"),
         ("lm_head", "only layers that stay dense; lm_head: the output head"),
     ],
 )

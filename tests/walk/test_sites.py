@@ -121,7 +121,7 @@ def test_a_tie_to_a_layer_that_cannot_be_factored_stays_dense_whatever_the_order
 
 
 @pytest.mark.parametrize(
-    ("transposed", "words"), [(False, "another shape or order"), (True, "the other way round")]
+    ("transposed", "words"), [(False, "another shape or order"), (True, "stores it transposed")]
 )
 def test_a_conv1d_tied_to_a_linear_stays_dense(transposed: bool, words: str) -> None:
     from transformers.pytorch_utils import Conv1D
