@@ -223,7 +223,7 @@ def _recovered(
         )
     work = [(item.site, item.entry, item.new) for item in built if item.new is not None]
     if bench is None:
-        raise LowrankError("recovery runs the model on batches: pass data=… that holds them")
+        raise LowrankError("recovery runs the model on batches: pass them as data=…")
     recovered = recover_layers(bench, work, recovery, resolved, seed=plan.seed, progress=progress)
     if recovered.broken:
         raise LowrankError(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import typer
 
 WIDTH = 100  # columns, where the output is no terminal
-NAMES = ("site", "note", "shape", "method", "policy", "path", "of one forward")  # never wrapped
+NAMES = ("site", "note", "shape", "method", "policy", "path", "per forward pass")  # never wrapped
 TEXTS = ("what it does", "needs")
 
 

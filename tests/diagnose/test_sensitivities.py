@@ -203,7 +203,7 @@ def test_files_of_others_are_never_overwritten(tmp_path: Path) -> None:
         ({"method": "whitened"}, "whitened needs gram: pass calibration=…"),
         ({"method": "whitend"}, "did you mean 'whitened'"),
         ({"target_modules": ["absent"]}, "matches none"),
-        ({"data": {"input_ids": DATA, "attention_mask": DATA * 0}}, "no position to compare"),
+        ({"data": {"input_ids": DATA, "attention_mask": DATA * 0}}, "no positions to compare"),
     ],
 )
 def test_bad_input_is_one_clear_line(options: dict[str, Any], words: str) -> None:
