@@ -223,7 +223,7 @@ def test_a_model_without_predictions(word: str) -> None:
     assert message.startswith("the Fisher is of the model's predictions: expected logits")
     assert "method='whitened' with policy='uniform' does without" in message
     message = zoo.refused(model, 0.6, data=data, effort=quick(word), method="whitened")
-    assert message.endswith("policy='uniform' compares nothing")
+    assert message.endswith("policy='uniform' does not compare")
     recovery = quick("balanced").recovery
     _, report = lowrank.compress(
         model, 0.6, data=data, progress=False, **{**CLOSED, "effort": recovery}

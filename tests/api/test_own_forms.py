@@ -147,7 +147,7 @@ def test_policies_that_ask_for_errors_take_them(policy: str) -> None:
         ({"storage": "factors"}, "storage='factors' is a form of plain factors"),
         ({"ratio": None, "rank": 4}, "sized by several numbers, not by a rank: give a ratio"),
         ({"rank_pattern": {"0": 4}}, "sized by several numbers, not by a rank"),
-        ({"data": None}, "works from calibration data"),
+        ({"data": None}, "needs calibration data"),
     ],
 )
 def test_what_speaks_of_ranks_is_refused(way: str, more: dict[str, Any], said: str) -> None:

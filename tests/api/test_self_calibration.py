@@ -78,9 +78,7 @@ def test_none_never_runs_the_model() -> None:
 def test_other_models_are_not_run(kind: str) -> None:
     model = never_run(make(kind))
     assert lowrank.plan(model, 0.6, progress=False).method == "svd"
-    assert "works from calibration data (gram): pass data=…" in refused(
-        model, 0.6, method="whitened"
-    )
+    assert "needs calibration data (gram): pass data=…" in refused(model, 0.6, method="whitened")
     assert "cannot write its calibration data" in refused(model, 0.6, data="self")
 
 
@@ -119,5 +117,5 @@ def test_a_plan_of_given_data_asks_for_that_data() -> None:
     for made in (plan, lowrank.plan(model, 0.6, data=longer, progress=False)):
         with unchanged(model), pytest.raises(LowrankError) as caught:
             lowrank.apply(model, made, progress=False)
-        assert "works from calibration data (gram): pass data=…" in said(caught)
+        assert "needs calibration data (gram): pass data=…" in said(caught)
     assert lowrank.apply(model, plan, data="self", progress=False)[1].tokens == 192 * 64

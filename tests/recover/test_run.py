@@ -147,7 +147,7 @@ def test_a_model_without_blocks_is_refitted_whole() -> None:
     ("how", "said"),
     [
         ({"effort": "huge"}, "unknown effort"),
-        ({"effort": "fast", "data": None}, "works from calibration data"),
+        ({"effort": "fast", "data": None}, "needs calibration data"),
         ({"effort": "fast", "data": lambda m: m(ids())}, "need batches|holds them"),
     ],
 )
