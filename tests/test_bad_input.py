@@ -75,7 +75,7 @@ def test_a_ratio_below_what_is_reachable(of: Any) -> None:
 def test_neither_ratio_nor_rank(model: nn.Module) -> None:
     for nothing in ({}, {"rank_pattern": {}}, {"rank_pattern": None}):
         message = refused(model, **nothing)
-        assert message == "say how small: ratio=0.6, rank=32 or rank_pattern={'q_proj': 32}"
+        assert message == "no target size: give ratio=0.6, rank=32 or rank_pattern={'q_proj': 32}"
 
 
 def test_both_ratio_and_rank(model: nn.Module) -> None:
@@ -369,7 +369,7 @@ def test_on_missing_error() -> None:
 def test_a_plan_leaves_nothing_else_to_decide(model: nn.Module, beside: dict[str, Any]) -> None:
     plan = lowrank.plan(model, 0.5)
     (name,) = beside
-    assert refused(model, plan, **beside).startswith(f"the plan already decides {name}: leave that")
+    assert refused(model, plan, **beside).startswith(f"the plan already fixes {name}: drop that")
 
 
 def test_checks_come_before_the_model_is_run(model: nn.Module) -> None:

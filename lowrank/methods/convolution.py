@@ -30,9 +30,10 @@ JOINED = ("tucker", "spatial")  # the kernel last stands apart, in the methods o
 
 @dataclass(frozen=True)
 class Tucker:
-    """By the weight alone. The curve of (r_out, r_in) is the HOSVD's, a bound for what HOOI gives.
+    """Convolutions: Tucker-2 (HOSVD, then HOOI) or fewer channels, by weight error.
 
-    Options: `seed` as for `SVD`.
+    The curve over (r_out, r_in) is the HOSVD's, an upper bound on the error of HOOI. Options:
+    `seed` as for `SVD`.
     """
 
     seed: int = 0
@@ -62,7 +63,7 @@ class Tucker:
 
 @dataclass(frozen=True)
 class Channel(Tucker):
-    """By the weight alone, the kernel first or last, whichever is nearer at its cost.
+    """Convolutions: fewer channels, kernel before or after the reduction, by weight error.
 
     Options: `seed` as for `SVD`.
     """
@@ -73,7 +74,10 @@ class Channel(Tucker):
 
 @dataclass(frozen=True)
 class Spatial(Tucker):
-    """By the weight alone: the best there is. Options: `seed` as for `SVD`."""
+    """Convolutions: k×1 then 1×k kernels or fewer channels, optimal in weight error.
+
+    Options: `seed` as for `SVD`.
+    """
 
     forms = ("spatial",)
     name = "spatial"
@@ -81,9 +85,10 @@ class Spatial(Tucker):
 
 @dataclass(frozen=True)
 class CP(Tucker):
-    """By the weight alone, for a few ranks; one whose components cancel is left out.
+    """Convolutions: CP decomposition (ALS) or fewer channels, by weight error.
 
-    Options: `seed` as for `SVD`; the start of the iteration is always the same.
+    The curve has a few ranks, without those whose components cancel. Options: `seed` as for `SVD`;
+    ALS always starts from the same point.
     """
 
     forms = ("cp",)

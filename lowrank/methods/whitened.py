@@ -60,7 +60,10 @@ class Whitened:
 
 @dataclass(frozen=True)
 class WhitenedTucker(Tucker):
-    """By the outputs. Options: `seed` as for `Whitened`."""
+    """Convolutions: Tucker-2 or fewer channels, by output error.
+
+    Options: `seed` as for `Whitened`.
+    """
 
     name = "whitened-tucker"
     needs = frozenset({"gram"})
@@ -74,7 +77,10 @@ class WhitenedTucker(Tucker):
 
 @dataclass(frozen=True)
 class WhitenedChannel(WhitenedTucker):
-    """By the outputs, the kernel first or last. Options: `seed` as for `Whitened`."""
+    """Convolutions: fewer channels, kernel before or after the reduction, by output error.
+
+    Options: `seed` as for `Whitened`.
+    """
 
     forms = ("kernel-last",)
     name = "whitened-channel"
@@ -82,7 +88,10 @@ class WhitenedChannel(WhitenedTucker):
 
 @dataclass(frozen=True)
 class WhitenedSpatial(WhitenedTucker):
-    """By the outputs. Options: `seed` as for `Whitened`."""
+    """Convolutions: k×1 then 1×k kernels or fewer channels, by output error.
+
+    Options: `seed` as for `Whitened`.
+    """
 
     forms = ("spatial",)
     name = "whitened-spatial"
@@ -90,7 +99,10 @@ class WhitenedSpatial(WhitenedTucker):
 
 @dataclass(frozen=True)
 class WhitenedConv(WhitenedTucker):
-    """By the outputs, the best of all forms. Options: `seed` as for `Whitened`."""
+    """Convolutions: best of Tucker-2, k×1 then 1×k, and fewer channels, by output error.
+
+    Options: `seed` as for `Whitened`.
+    """
 
     forms = JOINED
     name = "whitened-conv"

@@ -117,5 +117,5 @@ def test_a_plan_of_given_data_asks_for_that_data() -> None:
     for made in (plan, lowrank.plan(model, 0.6, data=longer, progress=False)):
         with unchanged(model), pytest.raises(LowrankError) as caught:
             lowrank.apply(model, made, progress=False)
-        assert "needs calibration data (gram): pass data=…" in said(caught)
+        assert "works from calibration data (gram): pass data=…" in said(caught)
     assert lowrank.apply(model, plan, data="self", progress=False)[1].tokens == 192 * 64

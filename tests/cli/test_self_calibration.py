@@ -77,7 +77,7 @@ def test_a_model_that_writes_nothing_asks_for_a_text(tmp_path: Path) -> None:
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     BertForMaskedLM(BertConfig(**size, vocab_size=40)).save_pretrained(tmp_path / "bert")
     args = ("compress", tmp_path / "bert", "--ratio", 0.6, "--out", tmp_path / "a")
-    why = "BertForMaskedLM writes no calibration text of its own"
+    why = "BertForMaskedLM cannot write its own calibration text"
     assert f"{why}, and whitened needs one: add --data TEXT" in refused(
         *args, "--method", "whitened"
     )

@@ -195,7 +195,7 @@ def test_files_of_others_are_never_overwritten(tmp_path: Path) -> None:
         ({"data": []}, "the data gave no batch"),
         ({"data": "text"}, "texts need a tokenizer"),
         ({"data": lambda model: None}, "not a callable"),
-        ({"ratios": ()}, "ratios must be distinct shares kept"),
+        ({"ratios": ()}, "ratios must be distinct fractions kept"),
         ({"ratios": (0.5, 1.0)}, "each in (0, 1)"),
         ({"ratios": (0.5, 0.5)}, "must be distinct"),
         ({"ratios": 0.5}, "ratios must be"),
