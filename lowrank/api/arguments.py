@@ -55,7 +55,7 @@ ARGUMENTS: dict[str, Argument] = {
         "Or an object: see `lowrank.types.Method`; docs/methods.md describes each.",
         flag="--method",
         metavar="NAME",
-        typed="Factorisation method; `lowrank methods` lists them. Default: whitened with data, "
+        typed="Factorisation method; lowrank methods lists all. Default: whitened with data, "
         "given or self-written, else svd.",
     ),
     "policy": Argument(

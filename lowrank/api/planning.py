@@ -141,7 +141,7 @@ def _workable(
         raise LowrankError(
             f"the calibration data reached none of the {len(unseen)} targets: {listed(unseen, 4)}"
             if unseen
-            else f"the method takes {kinds}, but no target is of that kind"
+            else f"the method takes {kinds} layers, but no target is one"
         )
     return kept
 

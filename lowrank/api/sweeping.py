@@ -143,8 +143,7 @@ def sweep(model: nn.Module, asked: Sweeping) -> Sweep:
         …
 
     Raises:
-        LowrankError: as `compress`; also for no ratios, equal ratios, or a cache made for something
-            else.
+        LowrankError: as `compress`; no ratio, or one twice; the cache is for something else.
     """
     check_model(model)
     requests = [asked.request(ratio) for ratio in _falling(asked.ratios)]
@@ -243,8 +242,8 @@ def _stored(model: nn.Module, path: Path | None, request: Request) -> Calibratio
         raise LowrankError(f"the cache {path} was made from other data: choose another name")
     if bool(held) != (request.hold_out > 0):
         raise LowrankError(
-            f"the cache {path} was made {'with' if held else 'without'} held-out rows, which an "
-            "effort, policy or method that judges needs: choose another name"
+            f"the cache {path} was made {'with' if held else 'without'} held-out rows, this sweep "
+            f"needs {'none' if held else 'some'}: choose another name"
         )
     return calibration
 

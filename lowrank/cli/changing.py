@@ -33,7 +33,7 @@ def plan_command(
     force: Force = False,
     **chosen: Any,
 ) -> None:
-    """Show the method and size planned for every layer; changes nothing.
+    """Plan the compression of every layer; changes nothing.
 
     \b
       lowrank plan PATH --ratio 0.8
@@ -59,7 +59,7 @@ def plan_command(
         planned.save(out)
         again = "" if data is None else f" --data {data}"
         again += "" if length is None else f" --length {length}"
-        say(f"wrote {out}; to apply it: lowrank compress {path} --plan {out}{again} --out out")
+        say(f"wrote {out}; apply it with: lowrank compress {path} --plan {out}{again} --out out")
 
 
 @arguments_of(Compression)

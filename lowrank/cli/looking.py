@@ -245,9 +245,9 @@ def _headline(model: Any) -> str:
     return f"{type(model).__name__}: {cost.params:,} parameters, {cost.bytes:,} bytes, {dtypes}"
 
 
-def _first_line(made: Any) -> str:
+def _first_line(maker: Any) -> str:
     """First line of the docstring of the file that defines a method or policy."""
-    return (sys.modules[made.__module__].__doc__ or "").strip().partition("\n")[0]
+    return (sys.modules[maker.__module__].__doc__ or "").strip().partition("\n")[0]
 
 
 def _summary(method: Any, every: Mapping[str, Any]) -> str:

@@ -126,7 +126,9 @@ def _ratios(ratios: Any) -> tuple[float, ...]:
     given = list(ratios) if isinstance(ratios, Sequence) and not isinstance(ratios, str) else []
     sound = all(isinstance(r, Real) and 0 < float(r) < 1 for r in given)
     if not given or not sound or len(set(given)) < len(given):
-        raise LowrankError(f"ratios must be distinct fractions kept, each in (0, 1), got {ratios!r}")
+        raise LowrankError(
+            f"ratios must be distinct fractions kept, each in (0, 1), got {ratios!r}"
+        )
     return tuple(map(float, given))
 
 

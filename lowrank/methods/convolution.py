@@ -30,7 +30,7 @@ JOINED = ("tucker", "spatial")  # the kernel last stands apart, in the methods o
 
 @dataclass(frozen=True)
 class Tucker:
-    """Convolutions: Tucker-2 (HOSVD, then HOOI) or fewer channels, by weight error.
+    """Convolutions: Tucker-2 (HOSVD, then HOOI) or channel factors, by weight error.
 
     The curve over (r_out, r_in) is the HOSVD's, an upper bound on the error of HOOI. Options:
     `seed` as for `SVD`.
@@ -63,7 +63,7 @@ class Tucker:
 
 @dataclass(frozen=True)
 class Channel(Tucker):
-    """Convolutions: fewer channels, kernel before or after the reduction, by weight error.
+    """Convolutions: channel factors, k×k then 1×1 or 1×1 then k×k, by weight error.
 
     Options: `seed` as for `SVD`.
     """
@@ -74,7 +74,7 @@ class Channel(Tucker):
 
 @dataclass(frozen=True)
 class Spatial(Tucker):
-    """Convolutions: k×1 then 1×k kernels or fewer channels, optimal in weight error.
+    """Convolutions: k×1 then 1×k or channel factors, optimal in weight error.
 
     Options: `seed` as for `SVD`.
     """
@@ -85,7 +85,7 @@ class Spatial(Tucker):
 
 @dataclass(frozen=True)
 class CP(Tucker):
-    """Convolutions: CP decomposition (ALS) or fewer channels, by weight error.
+    """Convolutions: CP decomposition (ALS) or channel factors, by weight error.
 
     The curve has a few ranks, without those whose components cancel. Options: `seed` as for `SVD`;
     ALS always starts from the same point.

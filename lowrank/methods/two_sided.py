@@ -87,7 +87,7 @@ def _rooted(root: Tensor, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TwoSidedTucker(Tucker):
-    """Convolutions: Tucker-2 or fewer channels, by the estimated effect on the predictions.
+    """Convolutions: Tucker-2 or channel factors, by estimated effect on predictions.
 
     Options: `damp` as for `TwoSided`, `seed`.
     """
@@ -113,7 +113,7 @@ class TwoSidedTucker(Tucker):
 
 @dataclass(frozen=True)
 class TwoSidedConv(TwoSidedTucker):
-    """Convolutions: best of Tucker-2, k×1 then 1×k, and fewer channels, by effect on predictions.
+    """Convolutions: best of Tucker-2, k×1 then 1×k, channel factors, by effect on predictions.
 
     Options: `damp` as for `TwoSided`, `seed`.
     """

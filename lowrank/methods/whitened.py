@@ -60,7 +60,7 @@ class Whitened:
 
 @dataclass(frozen=True)
 class WhitenedTucker(Tucker):
-    """Convolutions: Tucker-2 or fewer channels, by output error.
+    """Convolutions: Tucker-2 or channel factors, by output error.
 
     Options: `seed` as for `Whitened`.
     """
@@ -77,7 +77,7 @@ class WhitenedTucker(Tucker):
 
 @dataclass(frozen=True)
 class WhitenedChannel(WhitenedTucker):
-    """Convolutions: fewer channels, kernel before or after the reduction, by output error.
+    """Convolutions: channel factors, k×k then 1×1 or 1×1 then k×k, by output error.
 
     Options: `seed` as for `Whitened`.
     """
@@ -88,7 +88,7 @@ class WhitenedChannel(WhitenedTucker):
 
 @dataclass(frozen=True)
 class WhitenedSpatial(WhitenedTucker):
-    """Convolutions: k×1 then 1×k kernels or fewer channels, by output error.
+    """Convolutions: k×1 then 1×k or channel factors, by output error.
 
     Options: `seed` as for `Whitened`.
     """
@@ -99,7 +99,7 @@ class WhitenedSpatial(WhitenedTucker):
 
 @dataclass(frozen=True)
 class WhitenedConv(WhitenedTucker):
-    """Convolutions: best of Tucker-2, k×1 then 1×k, and fewer channels, by output error.
+    """Convolutions: best of Tucker-2, k×1 then 1×k, and channel factors, by output error.
 
     Options: `seed` as for `Whitened`.
     """

@@ -110,7 +110,7 @@ class Picky:
 
 
 def test_sites_of_a_kind_that_the_method_does_not_take() -> None:
-    with pytest.raises(LowrankError, match="the method takes conv, embedding, but no target"):
+    with pytest.raises(LowrankError, match="the method takes conv, embedding layers, but no"):
         lowrank.plan(mlp(16, 16), 0.5, method=Picky())
 
 

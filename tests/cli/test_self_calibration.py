@@ -56,7 +56,7 @@ def test_a_plan_is_applied_as_it_says(
     said = run("plan", made.dense, *chosen, "--out", file)
     assert f"calibrated on {lowrank.Plan.load(file).settings['data']}" in said
     line = next(line for line in said.splitlines() if line.startswith("wrote "))
-    command = line.partition("to apply it: lowrank ")[2].removesuffix(" --out out").split()
+    command = line.partition("apply it with: lowrank ")[2].removesuffix(" --out out").split()
     run(*command, "--out", tmp_path / "a")
     run("compress", made.dense, *chosen, "--out", tmp_path / "b")
     assert torch.equal(logits(tmp_path / "a"), logits(tmp_path / "b"))
