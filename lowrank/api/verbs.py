@@ -199,7 +199,7 @@ def compress(model: nn.Module, asked: Compression) -> tuple[nn.Module, Report]:
 
 
 def decide(model: nn.Module, request: Request) -> Decision:
-    """Make a plan. Cheap checks come first: a typo must not cost a calibration."""
+    """Make a plan, cheap checks first: a typo must not cost a calibration."""
     check_model(model)
     sites = find_sites(model)
     wanted = targets_among(sites, model, request)

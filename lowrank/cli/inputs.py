@@ -27,7 +27,7 @@ Length = Annotated[
     typer.Option(
         metavar="INT", show_default=False,
         help=f"Tokens per row of text, given or self-written; default {LENGTH}, or the model's "
-        "limit.",
+        "limit if lower.",
     ),
 ]  # fmt: skip
 Out = Annotated[

@@ -122,7 +122,7 @@ def bench_command(
         typer.Option(
             metavar="INT",
             show_default=False,
-            help="Random tokens in the one row to run; default 512, or the model's limit.",
+            help="Random tokens in the one row to run; default 512, or the model's limit if lower.",
         ),
     ] = None,
     repeats: Annotated[int, typer.Option(metavar="INT", help="Number of timings.", min=1)] = 15,
