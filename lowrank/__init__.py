@@ -41,5 +41,5 @@ from .recover.recovery import Recovery as Recovery
 
 __version__ = "0.1.0"
 
-# The one side effect on import: transformers learns to load what this library saved.
+# The one side effect on import: registers with transformers, to load what this library saved.
 _install()

@@ -1,4 +1,4 @@
-"""`python -m lowrank` is the command `lowrank`."""
+"""`python -m lowrank` runs the command `lowrank`."""
 
 from .cli import main
 

@@ -1,4 +1,4 @@
-"""The package's own small Llama, and the demonstration that `lowrank demo` runs on it."""
+"""The embedded small Llama, and `lowrank demo`, which runs on it."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from .plans.report import Report
 
 RATIOS = (0.8, 0.6, 0.4)
 METHODS = ("svd", "whitened")
-LENGTH = 256  # tokens of a row; the model was trained on rows of this length
+LENGTH = 256  # tokens per row, as in training
 
-# Runs in a process of its own: what was saved has to be enough.
+# Run in a new process, with nothing but the saved files.
 RELOAD = """
 import sys, torch
 from safetensors.torch import save_file
@@ -44,7 +44,7 @@ with torch.no_grad():
 
 
 class TinyLM(NamedTuple):
-    """The embedded model with everything that a measurement needs."""
+    """The embedded model, its tokenizer, and text to calibrate and measure on."""
 
     model: Any
     tokenizer: Any
@@ -55,11 +55,11 @@ class TinyLM(NamedTuple):
 def tiny_lm(dtype: torch.dtype = torch.float32) -> TinyLM:
     """Load the embedded model (0.87 M parameters), its tokenizer, held-out and calibration text.
 
-    It was trained on the source of Python's standard library by recipes/train_tiny_lm.py; the two
-    texts are modules that it never saw.
+    It was trained on the source of Python's standard library by recipes/train_tiny_lm.py; neither
+    text was in the training data.
 
     Raises:
-        LowrankError: the package was installed without its data.
+        LowrankError: the installation lacks the model's files.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -74,35 +74,34 @@ def tiny_lm(dtype: torch.dtype = torch.float32) -> TinyLM:
 
 
 def run_demo(out: Path | None = None) -> int:
-    """Compress the embedded model, print the table, save, reload elsewhere, compare.
+    """Compress the embedded model, print a table, save, and compare after reloading.
 
     Args:
-        out: where the model compressed to 0.6 is kept; None: a temporary folder.
+        out: folder to keep the model compressed to 0.6 in; None for a temporary one.
 
     Returns:
-        0, or 1 when the reloaded model's logits differ.
+        Exit code: 0, or 1 if the reloaded model's logits differ.
     """
     from rich.console import Console
 
     started, console = time.perf_counter(), Console(width=None if sys.stdout.isatty() else 100)
     with _quiet_transformers():
         dense = tiny_lm()
-        kept = _table(dense, console)
+        model, report = _table(dense, console)
         with tempfile.TemporaryDirectory() as scratch:
             folder = out or Path(scratch) / "compressed"
-            model, report = kept
             save(model, folder, tokenizer=dense.tokenizer, card=f"```\n{report}\n```")
             equal = _reloads_equal(model, folder, Path(scratch) / "logits.safetensors")
-    said = "equal, bit for bit" if equal else "NOT EQUAL"
-    console.print(f"saved, reloaded in a new process: logits {said}")
+    verdict = "are equal bit for bit" if equal else "DIFFER"
+    console.print(f"saved, and reloaded in a new process: logits {verdict}")
     if out is not None:
         console.print(f"kept in {out} (whitened, 0.6): lowrank eval {out} --text FILE")
-    console.print(f"{time.perf_counter() - started:.0f} s in all")
+    console.print(f"{time.perf_counter() - started:.0f} s in total")
     return 0 if equal else 1
 
 
 def _table(dense: TinyLM, console: Any) -> tuple[nn.Module, Report]:
-    """Compress, judge and print one row a model; returns what is to be saved."""
+    """Compress, measure and print one row per model; returns the model to save."""
     from rich.table import Table
 
     calibration = calibrate(
@@ -119,7 +118,7 @@ def _table(dense: TinyLM, console: Any) -> tuple[nn.Module, Report]:
     judged = judge(list(models.values()), rows, progress=console.is_terminal)
     table = Table(
         title=f"a Llama of {dense.model.num_parameters():,} parameters on "
-        f"{len(dense.held_out) // 1000} kB of text that it never saw",
+        f"{len(dense.held_out) // 1000} kB of held-out text",
         title_justify="left",
         caption=f"ratio: share kept of the targeted weights; KL to dense in nats per token; "
         f"ms: median per {2 * LENGTH} tokens",
@@ -127,18 +126,18 @@ def _table(dense: TinyLM, console: Any) -> tuple[nn.Module, Report]:
     )
     for column in ("method", "ratio", "parameters", "bytes", "perplexity", "KL", "ms"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
-    for ((method, ratio), model), (ppl, away) in zip(models.items(), judged, strict=True):
+    for ((method, ratio), model), (ppl, kl) in zip(models.items(), judged, strict=True):
         measured = benchmark(model, torch.stack(rows[:2])[:, :-1])
         table.add_row(
             method, f"{ratio:.1f}", f"{measured.params:,}", f"{measured.bytes:,}", f"{ppl:,.2f}",
-            f"{away:.3f}", f"{measured.latency_ms:.1f}",
+            f"{kl:.3f}", f"{measured.latency_ms:.1f}",
         )  # fmt: skip
     console.print(table)
     return models["whitened", 0.6], reports["whitened", 0.6]
 
 
 def held_out_rows(tiny: TinyLM) -> list[Tensor]:
-    """The held-out text as rows of LENGTH + 1 tokens (int64); all but the last one predict."""
+    """The held-out text as rows of LENGTH + 1 token ids (int64), for LENGTH predictions each."""
     rows = text_rows(tiny.held_out, tiny.tokenizer, LENGTH + 1)
     return [row for row in rows if len(row) == LENGTH + 1]
 
@@ -146,10 +145,10 @@ def held_out_rows(tiny: TinyLM) -> list[Tensor]:
 def judge(
     models: Sequence[nn.Module], rows: Sequence[Tensor], *, progress: bool = False
 ) -> list[tuple[float, float]]:
-    """Perplexity, and mean KL to the first model, of each model, each row run once by each."""
+    """(perplexity, mean KL from the first model) of each model; each row is run once per model."""
     from tqdm.auto import tqdm
 
-    nll, away = [0.0] * len(models), [0.0] * len(models)
+    nll, kl = [0.0] * len(models), [0.0] * len(models)
     with torch.no_grad():
         for start in tqdm(range(0, len(rows), 16), "measure", disable=not progress, leave=False):
             batch = torch.stack(list(rows[start : start + 16]))
@@ -157,11 +156,11 @@ def judge(
             for index, model in enumerate(models):
                 logits = model(input_ids=batch[:, :-1]).logits.float()
                 reference = logits if reference is None else reference
-                lost = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
-                nll[index] += float(lost)
-                away[index] += float(divergence(reference, logits).double().sum())
+                loss = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
+                nll[index] += float(loss)
+                kl[index] += float(divergence(reference, logits).double().sum())
     count = len(rows) * LENGTH
-    return [(math.exp(a / count), b / count) for a, b in zip(nll, away, strict=True)]
+    return [(math.exp(a / count), b / count) for a, b in zip(nll, kl, strict=True)]
 
 
 def _reloads_equal(model: Any, folder: Path, logits: Path) -> bool:
@@ -171,13 +170,13 @@ def _reloads_equal(model: Any, folder: Path, logits: Path) -> bool:
     subprocess.run(command, check=True, capture_output=True)
     ids = torch.arange(LENGTH).remainder(model.config.vocab_size)[None]
     with torch.no_grad():
-        here = model(input_ids=ids).logits
-    return torch.equal(here, load_file(logits)["logits"])
+        expected = model(input_ids=ids).logits
+    return torch.equal(expected, load_file(logits)["logits"])
 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bars of transformers inside; its own setting is put back."""
+    """Hide transformers' progress bars inside; the setting is restored."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -1,7 +1,7 @@
-"""Pictures of what was measured and decided, for reports and notebooks (extra: matplotlib).
+"""Figures of spectra, ranks, errors and size against loss (extra: matplotlib).
 
-Every function returns a `matplotlib.figure.Figure` that no window and no global state knows of:
-`figure.savefig("ranks.png")`. All stay legible at a hundred layers, where they grow in height.
+Every function returns a `matplotlib.figure.Figure` without window or global state:
+`figure.savefig("ranks.png")`. All stay legible at a hundred layers, by growing in height.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from .page.grid import grid_of
 from .plans.plan import Plan
 from .plans.report import Report
 
-# Okabe and Ito's colours, without the yellow that white paper swallows.
+# Okabe and Ito's colours, without yellow, which is hard to see on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vP*"
 SCALE = "viridis"
 INCH_A_SITE = 0.17
-MOST_LINES = 10  # ranks over time that a legend names
-MOST_PANELS = 12  # kinds of layers with a panel of their own
+MOST_LINES = 10  # rank curves with a legend
+MOST_PANELS = 12  # kinds of layer with one panel each; beyond that, one for all
 FRONT = {"ls": "", "marker": "o", "ms": 14, "mfc": "none", "mec": "0.45", "mew": 1.2}
-PER_PANEL = 50  # layers in one column of dots
+PER_PANEL = 50  # layers per column of dots
 
 Series = Mapping[str, Sequence[float]]
 
 
 def spectra(inspection: Inspection) -> Any:
-    """Singular values over the rank, a panel for every kind of layer, coloured by depth.
+    """Singular values against rank, one panel per kind of layer, coloured by depth.
 
-    Of W H^½ where the inspection had data (layers that it did not reach are left out), of W else;
-    dashed: break-even.
+    Of W H^½ if the inspection had data (layers that it did not reach are left out), else of W.
+    Dashed: break-even rank.
 
     Raises:
-        LowrankError: nothing was decomposed, or matplotlib is absent (as for all functions here).
+        LowrankError: nothing was decomposed, or matplotlib is missing (as for all functions here).
     """
-    # One picture, one norm: what has no outputs is not drawn among them.
+    # One norm per figure: with data, layers without an output spectrum are left out.
     sites = [s for s in inspection.sites if (s.output if inspection.tokens else s.weight)]
     if not sites:
-        raise LowrankError("there is no spectrum to draw: no layer was decomposed")
+        raise LowrankError("no spectrum to draw: no layer was decomposed")
     places = grid_of([site.name for site in sites])
     kinds: list[tuple[str, list[tuple[Inspected, int]]]] = [(name, []) for name in places.rows]
     for site, (row, column) in zip(sites, places.cells, strict=True):
@@ -66,7 +66,7 @@ def spectra(inspection: Inspection) -> Any:
         panel.set_axis_off()
     for panel in panels[:, 0]:
         panel.set_ylabel("σ / σ₁")
-    bar = figure.colorbar(colours, ax=panels, label="depth: place of the number in the name")
+    bar = figure.colorbar(colours, ax=panels, label="depth (block index)")
     bar.locator = _whole_numbers()
     of = f"outputs, W H^½, {inspection.tokens:,} tokens" if inspection.tokens else "weights W"
     figure.suptitle(f"Singular values of the {of} (dashed: break-even rank)")
@@ -74,9 +74,9 @@ def spectra(inspection: Inspection) -> Any:
 
 
 def rank_map(plan: Plan) -> Any:
-    """Depth × kind: the rank of every layer, coloured by the share of its parameters kept."""
+    """Rank of every layer on a grid of depth × kind, coloured by share of parameters kept."""
     if not plan.entries:
-        raise LowrankError("there is nothing to draw: the plan has no entry")
+        raise LowrankError("no ranks to draw: the plan has no entries")
     places = grid_of([entry.name for entry in plan.entries])
     wide, high = len(places.columns), len(places.rows)
     name_width = max(map(len, places.rows)) * 0.085
@@ -91,7 +91,7 @@ def rank_map(plan: Plan) -> Any:
         ink = "black" if dense or share > 0.55 else "white"
         size = 8 if len(text) < 4 else 6.5
         axes.text(column, row, text, ha="center", va="center", fontsize=size, color=ink)
-    axes.set(xlim=(-0.5, wide - 0.5), ylim=(high - 0.5, -0.5), xlabel="number in the name")
+    axes.set(xlim=(-0.5, wide - 0.5), ylim=(high - 0.5, -0.5), xlabel="block index")
     axes.set_xticks(range(wide), [column or "none" for column in places.columns], fontsize=8)
     axes.set_yticks(range(high), places.rows, fontsize=8)
     axes.tick_params(length=0)
@@ -101,10 +101,10 @@ def rank_map(plan: Plan) -> Any:
 
 
 def errors(report: Report) -> Any:
-    """Relative error of every factored layer: as planned, and as the stored factors show it."""
+    """Relative error of every factored layer: planned, and measured on the stored factors."""
     sites = [site for site in report.sites if not site.reason and site.total]
     if not sites:
-        raise LowrankError("there is no error to draw: no layer was factored")
+        raise LowrankError("no errors to draw: no layer was factored")
 
     def root(value: float | None, total: float | None) -> float:
         return math.nan if value is None or not total else math.sqrt(value / total)
@@ -117,31 +117,31 @@ def errors(report: Report) -> Any:
     return _dots(
         [site.name or "(root)" for site in sites], series,
         title=f"Error per layer, {report.achieved:.3f} of the targets kept",
-        xlabel=f"relative error, √(energy lost / all), norm: {norms}", log=False,
+        xlabel=f"relative error, √(share of energy lost), norm: {norms}", log=False,
     )  # fmt: skip
 
 
 def sensitivity(measured: Sensitivity) -> Any:
-    """KL per layer when it alone is reduced, one marker for every ratio."""
+    """KL per layer when it alone is compressed, one marker per ratio."""
     series = {
         f"keeps {ratio:g}": [value if value > 0 else math.nan for value in column]
         for ratio, column in zip(measured.ratios, measured.kl.T.tolist(), strict=True)
     }
     return _dots(
         [name or "(root)" for name in measured.sites], series,
-        title=f"Sensitivity: one layer alone reduced by {measured.method}",
+        title=f"Sensitivity: one layer alone compressed by {measured.method}",
         xlabel="KL to the dense model, nats per position", log=True,
     )  # fmt: skip
 
 
 def ranks(history: Sequence[Mapping[str, Any]]) -> Any:
-    """Ranks over the steps of a training, a line a layer: `plots.ranks(controller.history)`.
+    """Ranks over the steps of a training run, a line per layer: `plots.ranks(controller.history)`.
 
-    Ranks between two events are held; those of bases that are enlarged for a few steps are left
-    out. A layer with several ranks has a line for each. Above ten lines, colour tells their order.
+    Ranks are constant between events; bases augmented for a few steps are left out. A layer with
+    several ranks has a line for each. With more than ten lines, colour shows their order.
 
     Raises:
-        LowrankError: no event names a rank.
+        LowrankError: no event has a rank.
     """
     lines: dict[str, list[tuple[int, int]]] = {}
     for event in history:
@@ -152,12 +152,12 @@ def ranks(history: Sequence[Mapping[str, Any]]) -> Any:
             name = f"{event['site']} [{number}]" if several else str(event["site"])
             lines.setdefault(name, []).append((event["step"], rank))
     if not lines:
-        raise LowrankError("there is no rank to draw: the history names none")
+        raise LowrankError("no ranks to draw: the history has none")
     few = len(lines) <= MOST_LINES
     figure = _figure(7.4, 4.2)
     axes, colours = figure.subplots(), _scale(0, max(len(lines) - 1, 1))
     last = max(step for points in lines.values() for step, _ in points)
-    end = last + max(last // 20, 1)  # what the last event brought is to be seen
+    end = last + max(last // 20, 1)  # show the ranks after the last event
     most = max(rank for points in lines.values() for _, rank in points)
     for number, (name, points) in enumerate(lines.items()):
         steps, sizes = zip(*points, (end, points[-1][1]), strict=True)
@@ -183,11 +183,13 @@ def pareto(
     ylabel: str = "KL to the dense model, nats per position",
     log: bool = True,
 ) -> Any:
-    """Size against loss: (name, size, loss) each; points of one name are joined, and the front —
-    those that no other point beats in both — stands in rings.
+    """Size against loss; points of one name are joined, and the Pareto front is ringed.
+
+    Args:
+        points: (name, size, loss) each.
 
     Raises:
-        LowrankError: there is no point, or one is no such triple.
+        LowrankError: there are no points, or one is not such a triple.
     """
     every = list(points)
     sound = all(
@@ -199,7 +201,7 @@ def pareto(
     figure = _figure(7.5, 4.6)
     axes = figure.subplots()
     best = front([(size, loss) for _, size, loss in every])
-    axes.plot(*zip(*best, strict=True), **FRONT, label="the front")
+    axes.plot(*zip(*best, strict=True), **FRONT, label="Pareto front")
     for index, name in enumerate(dict.fromkeys(p[0] for p in every)):
         own = sorted((size, loss) for other, size, loss in every if other == name)
         style = {"color": COLOURS[index % 7], "marker": MARKERS[(index + index // 7) % 7]}
@@ -216,7 +218,7 @@ def pareto(
 
 
 def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other one beats in both numbers, by rising first number."""
+    """The Pareto front: points that no other beats in both numbers, by rising first number."""
     front: list[tuple[float, float]] = []
     for size, loss in sorted(points):
         if not front or loss < front[-1][1]:
@@ -225,9 +227,9 @@ def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _dots(names: Sequence[str], series: Series, *, title: str, xlabel: str, log: bool) -> Any:
-    """One line a layer, one marker a series; long lists stand in several columns."""
+    """One line per layer, one marker per series; long lists are split into columns."""
     if not names:
-        raise LowrankError("there is no layer to draw")
+        raise LowrankError("no layers to draw")
     panels = math.ceil(len(names) / PER_PANEL)
     each = math.ceil(len(names) / panels)
     wide = 3.6 + 0.075 * max(map(len, names))
@@ -237,7 +239,7 @@ def _dots(names: Sequence[str], series: Series, *, title: str, xlabel: str, log:
         rows = range(len(names[part]))
         for number, (label, values) in enumerate(series.items()):
             style: dict[str, Any] = {"marker": MARKERS[number % 7], "color": COLOURS[number % 7]}
-            if label == "planned":  # a ring, or it would be hidden where all went as planned
+            if label == "planned":  # a ring, so that equal values show both
                 style |= {"ms": 7.0, "mfc": "none"}
             axes.plot(values[part], rows, ls="", **{"ms": 4.5, **style}, label=label)
         axes.set_yticks(rows, names[part], fontsize=7.5)

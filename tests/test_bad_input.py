@@ -64,7 +64,7 @@ def test_a_ratio_that_is_no_number(model: nn.Module, ratio: Any) -> None:
 def test_a_ratio_below_what_is_reachable(of: Any) -> None:
     model = make("llama")
     message = refused(model, 0.01, data=None, of=of)
-    named = float(message.split("can be, ")[1].split(" of the params are kept")[0])
+    named = float(message.split("smallest, ")[1].split(" of the params are kept")[0])
     assert refused(model, round(named - 0.0001, 4), data=None, of=of)
     model, report = lowrank.compress(model, named, data=None, of=of)
     achieved = report.achieved if of == "targets" else report.achieved_of_model
@@ -75,7 +75,7 @@ def test_a_ratio_below_what_is_reachable(of: Any) -> None:
 def test_neither_ratio_nor_rank(model: nn.Module) -> None:
     for nothing in ({}, {"rank_pattern": {}}, {"rank_pattern": None}):
         message = refused(model, **nothing)
-        assert message == "say how small: ratio=0.6, rank=32 or rank_pattern={'q_proj': 32}"
+        assert message == "no target size: give ratio=0.6, rank=32 or rank_pattern={'q_proj': 32}"
 
 
 def test_both_ratio_and_rank(model: nn.Module) -> None:
@@ -329,7 +329,7 @@ def test_what_is_no_data(model: nn.Module, data: Any, words: str) -> None:
 
 
 def test_no_data_where_it_is_needed(model: nn.Module) -> None:
-    expected = "method whitened works from calibration data (gram): pass data=…"
+    expected = "method whitened needs calibration data (gram): pass data=…"
     assert refused(model, 0.5, method="whitened") == expected
     assert refused(model, 0.5, method="whitened", data=None) == expected
 
@@ -338,7 +338,9 @@ def test_a_calibration_of_another_model() -> None:
     model = make("gpt2")
     found = calibration(mlp(24, 40), X)
     message = refused(model, 0.5, data=found)
-    assert message.startswith("the calibration reached none of the 8 targets: transformer.h.0.attn")
+    assert message.startswith(
+        "the calibration data reached none of the 8 targets: transformer.h.0.attn"
+    )
 
 
 def test_on_missing_error() -> None:
@@ -346,9 +348,9 @@ def test_on_missing_error() -> None:
     found = calibration(model, lambda m: m.encoder(input_ids=tokens()))
     message = refused(model, 0.5, data=found, on_missing="error")
     assert message.startswith(
-        "the calibration reached too little of 20 layers: decoder.block.0.layer.0.SelfAttention.q, "
+        "the calibration data gave 20 layers too few tokens: decoder.block.0.layer.0."
     )
-    assert message.endswith("(+16 more); on_missing='dense' would leave them as they are")
+    assert message.endswith("(+16 more); on_missing='dense' leaves them dense")
 
 
 # Plans
@@ -367,7 +369,7 @@ def test_on_missing_error() -> None:
 def test_a_plan_leaves_nothing_else_to_decide(model: nn.Module, beside: dict[str, Any]) -> None:
     plan = lowrank.plan(model, 0.5)
     (name,) = beside
-    assert refused(model, plan, **beside).startswith(f"the plan already decides {name}: leave that")
+    assert refused(model, plan, **beside).startswith(f"the plan already fixes {name}: drop that")
 
 
 def test_checks_come_before_the_model_is_run(model: nn.Module) -> None:

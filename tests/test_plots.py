@@ -93,7 +93,7 @@ def test_the_front_is_what_no_point_beats() -> None:
     front = figure.axes[0].lines[0]
     assert list(front.get_xdata()) == [0.6, 0.8]
     assert list(front.get_ydata()) == [1.5, 1.0]
-    assert {"a", "b", "the front", "share kept"} <= set(words(figure))
+    assert {"a", "b", "Pareto front", "share kept"} <= set(words(figure))
     assert plots.pareto([("a", 0.5, 0.0)]).axes[0].get_yscale() == "linear"
 
 
@@ -117,7 +117,7 @@ def test_nothing_to_draw_is_said() -> None:
         (plots.errors, nothing.report),
         (plots.sensitivity, nothing.sensitivity),
     ):
-        with pytest.raises(LowrankError, match=r"there is (nothing|no)"):
+        with pytest.raises(LowrankError, match=r"^no "):
             draw(given)  # type: ignore[operator]
 
 
@@ -169,5 +169,5 @@ def test_a_layer_with_two_ranks_has_two_lines() -> None:
 
 
 def test_a_history_without_ranks_has_no_picture() -> None:
-    with pytest.raises(LowrankError, match="the history names none"):
+    with pytest.raises(LowrankError, match="the history has none"):
         plots.ranks([{"step": 0, "site": "a", "event": "left", "reason": "frozen"}])

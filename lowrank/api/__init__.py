@@ -1,4 +1,4 @@
-"""The three verbs: plan decides, apply acts, compress does both."""
+"""The three verbs: `plan` decides, `apply` carries out a plan, `compress` does both."""
 
 from .verbs import apply as apply
 from .verbs import compress as compress

@@ -1,4 +1,4 @@
-"""Which option every target gets: pinned or fixed ranks, or a budget, a policy and a judge."""
+"""Choose an option for every target: from fixed ranks, or by a policy under a budget."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .grouping import Group
 from .request import Request
 
 Curves = dict[str, Curve]
-PROBED = 96  # rows that a candidate's closed-form recovery is fitted to: enough to compare by
+PROBED = 96  # rows to fit a candidate's closed-form recovery to, enough for a comparison
 
 
 def allocate(
@@ -37,9 +37,13 @@ def allocate(
     whole: Cost,
     probe: Probe | None = None,
 ) -> Allocation:
-    """One option for every target; `goal` is the dense cost that the ratio refers to.
+    """Choose one option for every target.
 
-    A group of sites with one curve is one target here, under the names of all (`stacked`).
+    Args:
+        goal: dense cost that a ratio of the targets refers to.
+        targets: a group of sites with one curve counts as one, under all names (`stacked`).
+        whole: dense cost of the model, for a ratio of the model.
+        probe: held-out KL of an allocation, for policies that judge.
     """
     pinned = _pinned(request, targets, curves)
     sites = [site for site in targets if site.names not in pinned]
@@ -53,7 +57,7 @@ def allocate(
     total = goal if request.of == "targets" else whole.of(request.unit)
     kept = sum(option.cost.of(request.unit) for option in pinned.values())
     before = sum(curve.dense.cost.of(request.unit) for curve in curves.values())
-    # Beside the free sites stand the pinned ones at their new cost and all else as it is.
+    # Fixed cost: pinned sites at their new cost, everything else dense.
     budget = _budget(request, total, total - before + kept, free)
     dense = {site.names: curves[site.name].dense for site in targets}
 
@@ -63,16 +67,16 @@ def allocate(
 
     judge = None if probe is None else beside_pinned
     chosen = policy_of(request.policy or "uniform")(free, budget, judge)
-    forgotten = [site.title for site in sites if site.names not in chosen]
-    if forgotten:
-        raise LowrankError(f"the policy chose no option for {listed(forgotten)}")
+    missing = [site.title for site in sites if site.names not in chosen]
+    if missing:
+        raise LowrankError(f"the policy chose no option for {listed(missing)}")
     if request.align is None:
         chosen = nearly_free_alignment(free, chosen, request.unit)
     return {**chosen, **pinned}
 
 
 def why_dense(option: Option, site: Site, curve: Curve, request: Request) -> str:
-    """Why a target stays dense, in a few words; "" if it does not."""
+    """Why a target stays dense, for the report; "" if it does not."""
     if not option.dense:
         return ""
     largest, rank = break_even(site.shape, *request.stored(site)) - 1, request.rank
@@ -84,7 +88,7 @@ def why_dense(option: Option, site: Site, curve: Curve, request: Request) -> str
         size = "a size that" if form else f"a rank above {largest}, which"
         return f"keeping {rank} of its energy takes {size} is not smaller"
     if rank is not None and rank > largest:
-        return f"at rank {rank} it would not be smaller; the largest that is: {largest}"
+        return f"not smaller at rank {rank}; the largest rank that saves is {largest}"
     if request.align is not None and largest < request.align:
         return f"no multiple of {request.align} makes it smaller; the largest rank is {largest}"
     return "not in rank_pattern" if request.ratio is None else "the policy keeps it dense"
@@ -93,7 +97,7 @@ def why_dense(option: Option, site: Site, curve: Curve, request: Request) -> str
 def workbench(
     model: nn.Module, calibration: Calibration | None, request: Request
 ) -> Workbench | None:
-    """Where what is tried can be fitted and judged; None where there are no rows to run."""
+    """The workbench to fit and judge candidates on; None without rows to run."""
     if calibration is None or callable(calibration.batches):
         return None
     recovery = request.recovery
@@ -106,18 +110,18 @@ def probe_of(
     resolved: Resolved,
     request: Request,
 ) -> Probe:
-    """Held-out KL of the model with an allocation.
+    """A function that returns the held-out KL of an allocation, measured in a twin.
 
-    All happens in a twin. Where recovery follows, its closed form does here too: what is better
-    before it need not be after.
+    If recovery follows, each candidate gets its closed-form part, since that can change the order
+    of candidates.
 
     Args:
-        groups: by the names that an allocation gives them.
+        groups: by the names under which an allocation lists them.
     """
     recovery = request.recovery
-    closed = recovery and replace(recovery, block_steps=0, distill_steps=0)
+    closed_form = recovery and replace(recovery, block_steps=0, distill_steps=0)
 
-    def tried(allocation: Allocation) -> list[tuple[Site, Entry, nn.Module]]:
+    def factored(allocation: Allocation) -> list[tuple[Site, Entry, nn.Module]]:
         work = []
         for names, group in groups.items():
             option = allocation[names]
@@ -131,12 +135,12 @@ def probe_of(
         return work
 
     def probe(allocation: Allocation) -> float:
-        work = tried(allocation)
+        work = factored(allocation)
         modules = {site.name: new for site, _, new in work}
-        if closed is not None and work:
-            few = max(PROBED // closed.rows, 1)
+        if closed_form is not None and work:
+            few = max(PROBED // closed_form.rows, 1)
             modules = recover_layers(
-                bench, work, closed, resolved, most=few, progress=False
+                bench, work, closed_form, resolved, most=few, progress=False
             ).modules
         lean = twin(bench.model)
         for site, _, _ in work:
@@ -146,13 +150,17 @@ def probe_of(
         except NotFinite:
             raise
         except LowrankError as error:
-            raise LowrankError(f"{error}; policy='uniform' compares nothing") from None
+            raise LowrankError(f"{error}; policy='uniform' does not compare") from None
 
     return probe
 
 
 def _pinned(request: Request, sites: Sequence[Site], curves: Curves) -> Choice:
-    """The options that `rank_pattern` fixes; above break-even is an error here."""
+    """The options that `rank_pattern` fixes.
+
+    Raises:
+        LowrankError: a rank is not below break-even, or names with one basis get two ranks.
+    """
     options: Choice = {}
     patterns = request.rank_pattern or {}
     for site in sites:
@@ -166,9 +174,9 @@ def _pinned(request: Request, sites: Sequence[Site], curves: Curves) -> Choice:
         option = _fixed(value, request, [site], [curves[site.name]])[site.names]
         if option.dense:
             even = break_even(site.shape, *request.stored(site))
-            takes = "a size" if own_form(request.method) else f"a rank of {even} or more,"
+            size = "a size" if own_form(request.method) else f"a rank of {even} or more,"
             raise LowrankError(
-                f"rank_pattern {key!r}: keeping {value} of the energy of {site.title} takes {takes}"
+                f"rank_pattern {key!r}: keeping {value} of the energy of {site.title} takes {size}"
                 " which is not smaller than the dense layer"
             )
         options[site.names] = option
@@ -176,10 +184,10 @@ def _pinned(request: Request, sites: Sequence[Site], curves: Curves) -> Choice:
 
 
 def _check_one_rank(patterns: Mapping[str, int | float], site: Site) -> None:
-    """Members of a group share one basis, so that naming one of them is enough, and two disagree.
+    """Check that sites with one basis get one rank; naming one of them is enough.
 
     Raises:
-        LowrankError: their first keys give different ranks.
+        LowrankError: `rank_pattern` gives them different ranks.
     """
     keys = [pattern_value(patterns, [name]) for name in site.names]
     given = {key: patterns[key] for key in keys if key is not None}
@@ -193,12 +201,12 @@ def _check_one_rank(patterns: Mapping[str, int | float], site: Site) -> None:
 def _fixed(
     rank: int | float, request: Request, sites: Sequence[Site], curves: Sequence[Curve]
 ) -> Choice:
-    """An integer is a rank for all; a float is the share of its energy that every site keeps."""
+    """Options of a fixed rank for all sites: an integer, or a float, the share of energy kept."""
     if isinstance(rank, float):
         return dict(Energy(share=rank)(curves, Budget(0))) if curves else {}
     options = {}
     for site, curve in zip(sites, curves, strict=True):
-        # A rank that the curve lacks carries nothing more than the one below it.
+        # A rank missing from the curve captures no more than the next one below it.
         option = at_most(curve, rank)
         smaller = option is not None and rank < break_even(site.shape, *request.stored(site))
         options[site.names] = option if option is not None and smaller else curve.dense
@@ -206,12 +214,12 @@ def _fixed(
 
 
 def _budget(request: Request, total: int, rest: int, free: Sequence[Curve]) -> Budget:
-    """What is left for the sites that the policy may choose for, `rest` being fixed.
+    """The budget left for the free sites, after the fixed cost `rest`.
 
     Raises:
-        LowrankError: not even the smallest options fit; the smallest reachable ratio is named.
+        LowrankError: even the smallest options exceed it; the smallest reachable ratio is named.
     """
-    # The decimal that was written, not its binary neighbour: 0.29 · 100 is 29.
+    # Exact decimal arithmetic: 0.29 · 100 is 29.
     limit = math.floor(Fraction(str(request.ratio)) * total) - rest
     least = smallest(free, request.unit)
     if limit >= least:
@@ -222,6 +230,6 @@ def _budget(request: Request, total: int, rest: int, free: Sequence[Curve]) -> B
         of = "" if request.align is None else f" that is a multiple of {request.align}"
         raise LowrankError(f"{cannot}: no rank{of} makes any target smaller")
     raise LowrankError(
-        f"{cannot}: with every target as small as it can be, {reachable:.4f} of the "
-        f"{request.unit} are kept; ask for at least that"
+        f"{cannot}: with every target at its smallest, {reachable:.4f} of the {request.unit} "
+        "are kept; ask for at least that"
     )

@@ -1,4 +1,4 @@
-"""From a plan to a changed model: every factored layer is built, then all are put in place."""
+"""Apply a plan: build all factored layers, recover, then replace the dense ones."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from ..walk import layouts
 from ..walk.surgery import put, unchanged_on_error
 from .allocating import Curves
 
-MARGIN = 0.98  # prefer="speed": a factored layer has to need less than this share of dense time
+MARGIN = 0.98  # prefer="speed": a factored layer must take less than this share of dense time
 
 
 class Built(NamedTuple):
-    """A factored layer that is ready to be put in place; `new` None leaves the site dense."""
+    """A factored layer, ready to replace its site; `new` None leaves the site dense."""
 
     site: Site
     entry: Entry
@@ -57,13 +57,13 @@ def carry_out(
     started: float,
     progress: bool,
 ) -> tuple[nn.Module, Report]:
-    """Apply a plan; when anything raises, the model is as it was.
+    """Apply a plan; the model is unchanged on an error.
 
     Args:
-        sites: all of the dense model: this one, or one that it is a copy or a twin of.
-        bench: of that dense model, for the plan's recovery.
-        curves: those that the plan was made from, where they are on the same statistics.
-        started: when the caller's call began, by time.perf_counter.
+        sites: all sites of the dense model, which is this one or the original of this copy.
+        bench: workbench of that dense model, for the plan's recovery.
+        curves: those that the plan was made from, if on the same statistics.
+        started: start of the call, by time.perf_counter.
     """
     work = matched(sites, plan, model)
     before = model_cost(model, [])
@@ -90,7 +90,7 @@ def carry_out(
 
 
 def together(work: Work) -> list[Work]:
-    """What is factored together, the owner of what is shared first."""
+    """The work grouped by shared basis, the owner first."""
     groups: dict[str, Work] = {}
     for site, entry in work:
         groups.setdefault(entry.group or entry.name, []).append((site, entry))
@@ -106,13 +106,13 @@ def factor_group(
     resolved: Resolved,
     curves: Curves | None,
 ) -> list[Built]:
-    """A site alone, or a group that shares its basis: its errors are those of all together.
+    """Factor one site, or a group with a shared basis, whose errors are summed.
 
     Args:
-        curves: of the plan, where they are on the same statistics.
+        curves: those of the plan, if on the same statistics.
 
     Raises:
-        LowrankError: statistics or the method are not at hand, or it gave no modules.
+        LowrankError: statistics or the method are missing, or it returned no modules.
     """
     started = time.perf_counter()
     sites, entry = [site for site, _ in work], work[0][1]
@@ -120,7 +120,7 @@ def factor_group(
     option = replace(entry.option(), cost=sum((e.cost for _, e in work), Cost(0, 0, 0)))
     modules = resolved.factor(sites, option, stats)
     _check_table(sites[0], entry, modules[0])
-    # A plan made on other statistics, or edited, gets a curve of its own here, in its storage.
+    # A plan made on other statistics, or edited, has no curve yet.
     curve = (curves or {}).get(sites[0].name)
     if curve is None:
         curve = _own_curve(sites, entry, calibration, resolved)
@@ -156,11 +156,11 @@ def _report(
     started: float,
 ) -> Report:
     after = model_cost(root, [])
-    now = {item.entry.name: _stored(item) for item in built}
+    costs = {item.entry.name: _stored(item) for item in built}
     unit = plan.unit
     targets = [entry for entry in plan.entries if entry.target]
-    stored = sum(now.get(entry.name, entry.dense).of(unit) for entry in targets)
-    saved = sum(item.entry.dense.of(unit) - now[item.entry.name].of(unit) for item in built)
+    stored = sum(costs.get(entry.name, entry.dense).of(unit) for entry in targets)
+    saved = sum(item.entry.dense.of(unit) - costs[item.entry.name].of(unit) for item in built)
     return Report(
         plan=plan,
         sites=tuple(item.measured for item in built),
@@ -184,21 +184,19 @@ def _notes(
     calibration: Calibration | None,
     bench: Workbench | None,
 ) -> list[str]:
-    """What the report says beside its figures, one sentence each."""
+    """The notes of the report, one sentence each."""
     slow = sum(item.new is None for item in built)
     source = "" if calibration is None else calibration.source
     forms = plan.settings.get("forms") or {}
-    judged = ", ".join(
-        f"{form} {away:.4g}" for form, away in sorted(forms.items(), key=itemgetter(1))
-    )
+    judged = ", ".join(f"{form} {kl:.4g}" for form, kl in sorted(forms.items(), key=itemgetter(1)))
     on_seen = bench is not None and bench.judged_on_seen and bench.judge.asked > 0
-    said = (
+    candidates = (
         (source, f"calibrated on {source}"),
-        (slow, f"left dense because factors are not faster: {slow}; more is kept than was planned"),
+        (slow, f"left dense because factors are not faster: {slow}; more is kept than planned"),
         (forms, f"KL of the forms: {judged}"),
-        (on_seen, "no rows were held out: choices were judged on rows that the statistics saw"),
+        (on_seen, "no rows were held out: choices were judged on rows that layers were fitted to"),
     )
-    notes = [note for holds, note in said if holds] + notes_of(item.new for item in built)
+    notes = [note for holds, note in candidates if holds] + notes_of(item.new for item in built)
     if calibration is None:
         return notes
     return notes + doubts([item.site for item in built if item.new is not None], calibration)
@@ -211,30 +209,30 @@ def _recovered(
     bench: Workbench | None,
     progress: bool,
 ) -> Recovered | None:
-    """What the plan's recovery makes of the layers; None where it asks for none."""
+    """Run the plan's recovery on the layers; None if it has none."""
     recovery = Recovery.from_json(plan.settings.get("recovery"))
     if recovery is None:
         return None
     shared = [item.entry.title for item in built if item.entry.group]
     if shared:
         raise LowrankError(
-            f"recovery refits layers one by one, and the plan gives {listed(shared, 4)} one "
-            "basis: take 'recovery' out of its settings"
+            f"recovery refits layers one by one, but the plan gives {listed(shared, 4)} one "
+            "basis: remove 'recovery' from its settings"
         )
     work = [(item.site, item.entry, item.new) for item in built if item.new is not None]
     if bench is None:
-        raise LowrankError("recovery runs the model on batches: pass data=… that holds them")
+        raise LowrankError("recovery runs the model on batches: pass them as data=…")
     recovered = recover_layers(bench, work, recovery, resolved, seed=plan.seed, progress=progress)
     if recovered.broken:
         raise LowrankError(
-            "the compressed model's predictions on held-out rows hold NaN or Inf, and the dense "
+            "the compressed model's predictions on held-out rows hold NaN or Inf, but the dense "
             "model's do not: run it in float32 or bfloat16"
         )
     return recovered
 
 
 def _remeasured(item: Built, resolved: Resolved, calibration: Calibration | None) -> Built:
-    """Recovered layers serve other inputs: their error on the dense stream is no smaller."""
+    """Measure the error again after recovery, on the dense inputs: it may have grown there."""
     if item.new is None or item.measured.measured is None:
         return item
     stats = statistics_of(item.site, calibration)
@@ -243,7 +241,7 @@ def _remeasured(item: Built, resolved: Resolved, calibration: Calibration | None
 
 
 def _stored(item: Built) -> Cost:
-    """What a site costs now: its tensors, biases excluded; macs of modules not ours as planned."""
+    """Cost of a site from its stored tensors, without biases; foreign modules' MACs as planned."""
     if item.new is None:
         return item.entry.dense
     if isinstance(item.new, Factored):
@@ -258,22 +256,22 @@ def _stored(item: Built) -> Cost:
 
 
 def _statistics(sites: Sequence[Site], calibration: Calibration | None) -> Statistics:
-    """Of the one input that all these sites read.
+    """Statistics of the one input that all these sites read.
 
     Raises:
-        LowrankError: with this data they read several tensors.
+        LowrankError: with this data they read different tensors.
     """
     first, *others = (statistics_of(site, calibration) for site in sites)
-    parted = [
+    differing = [
         site.title
         for site, stats in zip(sites[1:], others, strict=True)
         if stats.count != first.count or stats.gram is not first.gram
     ]
-    if parted:
+    if differing:
         raise LowrankError(
             f"the plan gives {listed(site.title for site in sites)} one input basis, but with this "
-            f"data {listed(parted)} did not read the same tensor as {sites[0].title}: make a new "
-            "plan"
+            f"data {listed(differing)} did not read the same tensor as {sites[0].title}: make a "
+            "new plan"
         )
     return first
 
@@ -281,7 +279,7 @@ def _statistics(sites: Sequence[Site], calibration: Calibration | None) -> Stati
 def _own_curve(
     sites: Sequence[Site], entry: Entry, calibration: Calibration | None, resolved: Resolved
 ) -> Curve:
-    """Of an entry whose plan was made elsewhere: by the method that the entry names."""
+    """Curve of an entry whose plan was made elsewhere, by the method that the entry names."""
     if len(sites) > 1:
         return resolved.curve(sites, calibration)
     method: Any = resolved.maker(entry.method, sites[0], grouped=False)
@@ -290,11 +288,11 @@ def _own_curve(
 
 
 def _check_table(site: Site, entry: Entry, new: nn.Module) -> None:
-    """Raises LowrankError where the readers of a tied table could not read the new one."""
+    """Raises LowrankError if an output head tied to an embedding could not read the new one."""
     if layouts.head_count(site.modules) and not isinstance(new, LowRankEmbedding):
         raise LowrankError(
-            f"{entry.title}: {entry.method} must give a LowRankEmbedding, which the output head "
-            f"reads too, got {type(new).__name__}"
+            f"{entry.title}: {entry.method} must return a LowRankEmbedding, which the output head "
+            f"shares, got {type(new).__name__}"
         )
 
 
@@ -306,17 +304,17 @@ def _predicted(option: Option, curve: Curve) -> float | None:
 def _too_slow(
     sites: Sequence[Site], modules: Sequence[nn.Module], calibration: Calibration | None, seed: int
 ) -> str:
-    """prefer="speed": why dense layers stay, from paired timings on the caller's shape."""
+    """With prefer="speed": why layers stay dense, by paired timing at the data's shape; or ""."""
     dense, new = [site.module for site in sites], list(modules)
-    if isinstance(new[0], LowRankEmbedding):  # its lookups are slower; a head may make up for it
+    if isinstance(new[0], LowRankEmbedding):  # its lookup is slower; a faster head may compensate
         heads = [m for m in sites[0].modules if layouts.kind(m) != "embedding"]
         if not heads:
-            return "a factored lookup takes a product more than the dense one"
+            return "a factored lookup takes a product, a dense one takes none"
         dense, new = heads[:1], [TiedHead.of(new[0])]
     shapes = {} if calibration is None else calibration.observation.shapes
     shape = next((shapes[name] for name in sites[0].names if name in shapes), None)
     if shape is None:
-        return "the data does not run it, so that it cannot be timed"
+        return "the data does not reach it, so it cannot be timed"
     generator = torch.Generator().manual_seed(seed)
     example = torch.randn(shape, generator=generator).to(layouts.matrix(sites[0].module))
     ratio = paired_ratio(lambda: [m(example) for m in new], lambda: [m(example) for m in dense])

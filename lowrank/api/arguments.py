@@ -1,4 +1,4 @@
-"""What every argument of the verbs means, said once: for Python, and for the command line."""
+"""Descriptions of the verbs' arguments, shared by docstrings and command-line help."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ..policies import POLICIES
 
 @dataclass(frozen=True)
 class Argument:
-    """What one argument means.
+    """The description of one argument.
 
     Attributes:
-        text: for Python and the command line.
-        more: for Python alone.
-        flag: of the command line; "" where it has none.
-        metavar: what stands for the value there.
-        typed: help of the command line, where that takes something else than Python.
+        text: shown in Python and on the command line.
+        more: added in Python only.
+        flag: command-line flag; "" for none.
+        metavar: placeholder of the flag's value.
+        typed: command-line help, where the value differs from Python's.
     """
 
     text: str
@@ -29,106 +29,110 @@ class Argument:
 
 ARGUMENTS: dict[str, Argument] = {
     "ratio": Argument(
-        "fraction kept, in (0, 1): 0.8 keeps 80 % of the targeted weights.",
+        "fraction of the targeted weights to keep, in (0, 1): 0.8 keeps 80 %.",
         flag="--ratio",
-        metavar="SHARE",
+        metavar="RATIO",
     ),
     "ratios": Argument(
-        "fractions kept, each as for `compress`.",
+        "fractions to keep, each as `ratio` of `compress`.",
         flag="--ratios",
-        metavar="SHARES",
-        typed="Shares kept, with commas between them.",
+        metavar="RATIOS",
+        typed="Fractions to keep, separated by commas.",
     ),
     "rank": Argument(
-        "instead of a ratio. An integer: the rank of every layer; a decimal number in (0, 1]: the "
+        "instead of a ratio: an integer is the rank of every layer, a decimal number in (0, 1] the "
         "share of energy that every layer keeps.",
         flag="--rank",
         metavar="RANK",
     ),
     "rank_pattern": Argument(
-        "name or regular expression -> rank; alone, or on top of ratio or rank. Its ranks are kept "
-        "as they are, whatever `align` says."
+        "module name or regular expression -> rank; alone, or on top of ratio or rank. `align` "
+        "does not apply to these ranks."
     ),
     "method": Argument(
-        f"how layers are factored: {', '.join((*METHODS, *JOINT))}. By default whitened with data, "
+        f"factorisation method: {', '.join((*METHODS, *JOINT))}. Default: whitened with data, "
         "given or self-written, else svd.",
-        "Or an object: see `lowrank.types.Method`, and docs/methods.md for what each does.",
+        "Or an object: see `lowrank.types.Method`; docs/methods.md describes each.",
         flag="--method",
         metavar="NAME",
+        typed="Factorisation method; lowrank methods lists all. Default: whitened with data, "
+        "given or self-written, else svd.",
     ),
     "policy": Argument(
-        f"how a ratio is shared out among the layers: {', '.join(POLICIES)}. By default uniform, "
-        "and spectrum for a convolutional net without data.",
+        f"how a ratio is divided among the layers: {', '.join(POLICIES)}. Default: uniform, or "
+        "spectrum for a convolutional net without data.",
         "Or a callable `(curves, budget, probe) -> {sites: option}`.",
         flag="--policy",
         metavar="NAME",
     ),
     "data": Argument(
         "calibration data: texts (with `tokenizer`), tensors, dicts, a loader, a callable "
-        '`forward(model)`, or a `Calibration`. "self": a causal language model writes the text '
-        'itself, as `seed` decides. "default": "self" for such models where the method works from '
-        "data, else None. None never runs the model.",
+        '`forward(model)`, or a `Calibration`. "self": text that a causal language model samples '
+        'itself, from `seed`. "default": "self" for such models if the method needs data, else '
+        "None. None does not run the model.",
         flag="--data",
         metavar="TEXT",
-        typed="Calibration text: what the layers' inputs look like. self, or not given: what a "
-        "causal language model writes itself.",
+        typed="Calibration text. Without it, or with the word self, a causal language model "
+        "writes its own.",
     ),
-    "tokenizer": Argument("a tokenizer of transformers, which texts need."),
+    "tokenizer": Argument("transformers tokenizer, needed for texts."),
     "effort": Argument(
-        "how hard to try. fast: ranks by the loss, pivoted storage, layers refitted one after the "
-        "other in closed form. balanced: also trains each block. best: also distils the whole "
-        "model. By default layers are replaced, and nothing else is done.",
-        "An effort sets method, policy and storage where they are not given. Or a `Recovery`.",
+        "how much work to do. fast: ranks by their effect on the loss, pivoted storage, layers "
+        "refitted one after the other in closed form. balanced: also trains each block. best: also "
+        "distils the whole model. By default layers are only replaced.",
+        "An effort sets method, policy and storage unless given. Or a `Recovery`.",
         flag="--effort",
-        metavar="WORD",
+        metavar="LEVEL",
     ),
     "of": Argument(
-        "what the ratio is a share of: targets (default) or model.", flag="--of", metavar="WHAT"
+        "what the ratio is a fraction of: targets (default) or model.", flag="--of", metavar="WHAT"
     ),
     "unit": Argument(
-        "what the ratio counts: params (default), bytes or macs.", flag="--unit", metavar="WHAT"
+        "what the ratio counts: params (default), bytes or macs.", flag="--unit", metavar="UNIT"
     ),
-    "prefer": Argument('"speed" leaves a layer dense that is not faster at the data\'s shape.'),
+    "prefer": Argument(
+        '"size" (default), or "speed": leave layers dense whose factors are not faster at the '
+        "data's shape."
+    ),
     "target_modules": Argument(
-        "layers to compress, by name or its ending; one alone may be a regular expression. By "
-        "default all-linear: every linear layer and convolution but the output head and "
-        "convolutions that read an image. all: these and embeddings too.",
-        "A head that shares the embedding's weight is factored with it, once.",
+        "layers to compress, by name or name suffix; a single one may be a regular expression. "
+        "Default all-linear: every linear layer and convolution except the output head and "
+        "convolutions that read an image. all: embeddings too.",
+        "A head tied to the embedding is factored with it.",
         flag="--target",
         metavar="NAME",
     ),
     "exclude_modules": Argument(
-        "layers to leave dense, written as the targets are.", flag="--exclude", metavar="NAME"
+        "layers to leave dense, in the same notation.", flag="--exclude", metavar="NAME"
     ),
     "align": Argument(
         "ranks are multiples of this; 1 allows any. By default a rank is rounded down to a "
-        "multiple of 8 where that loses less than 1 % of the layer's share.",
+        "multiple of 8 where that costs less than 1 % of the layer's budget.",
         flag="--align",
         metavar="INT",
     ),
     "storage": Argument(
-        "of factored linear layers: factors (default), r(m + n) numbers at rank r, or pivoted: the "
-        "same matrices in r(m + n − r), so that ranks are higher at equal size.",
-        "Not where layers share a basis.",
+        "storage of factored linear layers: factors (default), r(m + n) numbers at rank r, or "
+        "pivoted, the same matrix in r(m + n − r), so that ranks are higher at equal size.",
+        "Not available where layers share a basis.",
         flag="--storage",
-        metavar="FORM",
+        metavar="NAME",
     ),
     "on_missing": Argument(
-        'what becomes of layers that the data did not reach: "dense", "data-free" or "error".'
+        'layers that the data did not reach: "dense" (default), "data-free" (plain SVD) or "error".'
     ),
     "seed": Argument("random seed (default 0).", flag="--seed", metavar="INT"),
     "judge": Argument(
-        "texts or batches on which predictions are compared, as for `kl`. By default the "
-        "calibration rows that were held out, where an effort, policy or method judges; else more "
-        "rows that the model writes itself, or those that the statistics come from.",
+        "texts or batches to compare predictions on, as for `kl`. Default: the held-out "
+        "calibration rows, if an effort, policy or method judges; else further self-written rows, "
+        "or the calibration rows.",
         flag="--judge",
         metavar="TEXT",
-        typed="Text on which predictions are compared. By default the calibration rows that were "
-        "held out, where an effort, policy or method judges; else more that the model writes, or "
-        "all rows of --data.",
+        typed="Text to compare predictions on. Default: the held-out calibration rows, if an "
+        "effort, policy or method judges; else further self-written text, or all of --data.",
     ),
     "cache": Argument(
-        "a file (safetensors) for statistics, spectra and rows, read the next time; one made for "
+        "file (safetensors) that keeps statistics, spectra and rows for the next run; one made for "
         "another model or other data is refused.",
         flag="--cache",
         metavar="FILE",

@@ -1,4 +1,4 @@
-"""Factorisation by design: a model that is trained in factored form from the start."""
+"""Factorisation by design: factor a model before it is trained."""
 
 from __future__ import annotations
 
@@ -30,25 +30,24 @@ def factorize_by_design(
     seed: int = 0,
     copy: bool = False,
 ) -> tuple[nn.Module, Report]:
-    """Factor the layers of a model before it is trained (Greenformer, arXiv 2109.06762, by design).
+    """Factor the layers of an untrained model (Greenformer, arXiv 2109.06762, by design).
 
-    The machinery is that of `compress` without data and with policy "uniform", for the spectrum of
-    an untrained weight says nothing about the layer's importance. To factor a model that *was*
-    trained, `compress` is the verb: it can look at data.
+    Same as `compress` without data and with policy "uniform": the spectrum of an untrained weight
+    says nothing about the importance of its layer. For trained models use `compress`, which can
+    look at data.
 
     Args:
-        model: changed in place and returned; a root that is itself a layer is returned anew.
-        ratio: the fraction kept, in (0, 1).
-        init: "spectral": the SVD of the initial weights, balanced (Khodak et al., arXiv
-            2105.01029); "random": fresh factors whose product has the variance of those weights.
-            Biases are kept by both.
+        model: changed in place and returned; if it is itself a layer, a new one is returned.
+        ratio: fraction kept, in (0, 1).
+        init: "spectral": SVD of the initial weights, balanced (Khodak et al., arXiv 2105.01029);
+            "random": new factors whose product has the variance of those weights. Both keep biases.
         of, unit, target_modules, exclude_modules, align, seed, copy: as for `compress`.
 
     Returns:
         The model and a Report.
 
     Raises:
-        LowrankError: with what was got, what was expected and where; the model is unchanged then.
+        LowrankError: an argument or a layer is invalid; the model is then unchanged.
     """
     if init not in _METHODS:
         raise unknown("init", str(init), get_args(Init))

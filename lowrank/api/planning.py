@@ -1,4 +1,4 @@
-"""From a model and a request to a plan, by way of curves. Nothing is changed."""
+"""Make a plan: decompose the targets into curves, then allocate. The model is not changed."""
 
 from __future__ import annotations
 
@@ -32,15 +32,14 @@ from .request import Request
 
 @dataclass(frozen=True)
 class Decomposed:
-    """What there is to choose from.
+    """Sites and the curves of their options.
 
     Attributes:
-        sites: every site considered; those without a reason are the targets.
-        groups: the targets, sites that share a basis together, the owner first.
+        sites: all sites considered; those without a reason are the targets.
+        groups: the targets, grouped by shared basis, the owner first.
         curves: by the name of a group's first site.
-        forms: of a method of several forms, the curves of each form alone.
-        times: where products are the budget, how often a layer works for one time of the one that
-            works least often; by name.
+        forms: for a method with several forms, the curves of each form alone.
+        times: for a MACs budget, output positions by layer name, relative to the least-used layer.
     """
 
     sites: Sequence[Site]
@@ -50,7 +49,7 @@ class Decomposed:
     times: Mapping[str, int] = field(default_factory=dict)
 
     def stacks(self) -> list[Site]:
-        """Each group as one site."""
+        """One stacked site per group."""
         return [group[0] if len(group) == 1 else stacked(group) for group in self.groups]
 
 
@@ -63,13 +62,12 @@ def make_plan(
     *,
     remember: bool = False,
 ) -> tuple[Plan, Curves, Resolved]:
-    """The plan, the curve of every target by the name of its site, of a group by its first site's,
-    and what they were made by.
+    """Returns the plan, its curves by the name of each group's first site, and the resolved method.
 
     Args:
-        sites: every site considered; those without a reason are the targets.
-        bench: to judge on; None where nothing can be judged.
-        remember: the calibration will be there for the next plan: let it keep the curves.
+        sites: all sites considered; those without a reason are the targets.
+        bench: workbench to judge candidates on; None if nothing can be judged.
+        remember: cache the curves in the calibration, for the next plan.
     """
     resolved = request.resolved(data=calibration is not None)
     _check_data(request, resolved, calibration)
@@ -88,9 +86,9 @@ def make_plan(
     whole = model_cost(model, parts.sites)
     targets = [site for site in sites if not site.reason]
     goal = sum(site.cost.of(request.unit) for site in targets)
-    named = {s.names: g for s, g in zip(parts.stacks(), parts.groups, strict=True)}
-    is_layer = any(site.name == "" for site in parts.sites)  # and no model around it to judge
-    probe = None if bench is None or is_layer else probe_of(bench, named, resolved, request)
+    groups = {s.names: g for s, g in zip(parts.stacks(), parts.groups, strict=True)}
+    is_layer = any(site.name == "" for site in parts.sites)  # no model around it to judge
+    probe = None if bench is None or is_layer else probe_of(bench, groups, resolved, request)
     chosen, curves, compared = _chosen(request, goal, parts, whole, probe)
     entries = _entries(parts, chosen, curves, request, {site.names for site in targets})
     settings = _settings(request, resolved, calibration)
@@ -100,13 +98,14 @@ def make_plan(
 
 
 def _check_data(request: Request, resolved: Resolved, calibration: Calibration | None) -> None:
-    """Raises LowrankError for what works from data, where there is none."""
+    """Raises LowrankError if the request needs data and there is none."""
     if calibration is not None:
         return
     if resolved.needs:
-        named = request.method if isinstance(request.method, str) else type(request.method).__name__
+        method = request.method
+        name = method if isinstance(method, str) else type(method).__name__
         raise LowrankError(
-            f"method {named} works from calibration data ({', '.join(sorted(resolved.needs))}): "
+            f"method {name} needs calibration data ({', '.join(sorted(resolved.needs))}): "
             "pass data=…"
         )
     if request.prefer == "speed":
@@ -116,7 +115,7 @@ def _check_data(request: Request, resolved: Resolved, calibration: Calibration |
 def _workable(
     sites: Sequence[Site], resolved: Resolved, calibration: Calibration | None, request: Request
 ) -> list[Site]:
-    """Targets of a kind that the method does not take stay dense; unseen ones as `on_missing`."""
+    """The sites, with a reason for targets that the method or the data rules out."""
     kinds = ", ".join(sorted(resolved.method.kinds))
     kept: list[Site] = []
     unseen: list[str] = []
@@ -125,35 +124,38 @@ def _workable(
         if not reason and not resolved.takes(site.kind):
             reason = f"the method takes {kinds}, not {site.kind}"
         elif not reason and request.unit == "macs" and not site.cost.macs:
-            reason = "looking up takes no products, and factors would"
+            reason = "a lookup takes no MACs, factors would"
         elif not reason and calibration is not None and not resolved.is_seen(site, calibration):
             unseen.append(site.title)
             if request.on_missing != "data-free":
                 count = statistics_of(site, calibration).count
                 least = max(calibration.min_tokens, 1)
-                reason = f"the calibration gave it {count} tokens, fewer than {least}"
+                reason = f"the calibration data gave it {count} tokens, fewer than {least}"
         kept.append(replace(site, reason=reason))
     if unseen and request.on_missing == "error":
         raise LowrankError(
-            f"the calibration reached too little of {len(unseen)} layers: {listed(unseen, 4)}; "
-            "on_missing='dense' would leave them as they are"
+            f"the calibration data gave {len(unseen)} layers too few tokens: {listed(unseen, 4)}; "
+            "on_missing='dense' leaves them dense"
         )
     if all(site.reason for site in kept):
         raise LowrankError(
-            f"the calibration reached none of the {len(unseen)} targets: {listed(unseen, 4)}"
+            f"the calibration data reached none of the {len(unseen)} targets: {listed(unseen, 4)}"
             if unseen
-            else f"the method takes {kinds}, and none of the targets is of that kind"
+            else f"the method takes {kinds} layers, but no target is one"
         )
     return kept
 
 
 def _default_policy(sites: Sequence[Site], calibration: Calibration | None) -> str:
-    """Uniform, but for convolutions without data: errors of the weights then say where a cut does
-    the least harm (recipes/compress_resnet_cifar.py); those of a language model's do not."""
+    """The default policy: spectrum for mostly convolutional models without data, else uniform.
+
+    The weight errors of convolutions show where compression harms least
+    (recipes/compress_resnet_cifar.py); those of language models do not.
+    """
     targets = [site for site in sites if not site.reason]
     convs = sum(site.cost.params for site in targets if site.kind == "conv")
-    mostly = 2 * convs > sum(site.cost.params for site in targets)
-    return "spectrum" if calibration is None and mostly else "uniform"
+    mostly_convs = 2 * convs > sum(site.cost.params for site in targets)
+    return "spectrum" if calibration is None and mostly_convs else "uniform"
 
 
 def _decomposed(
@@ -163,24 +165,24 @@ def _decomposed(
     request: Request,
     remember: bool,
 ) -> Decomposed:
-    """Every target's curve, and where forms are compared those of each form."""
+    """The curve of every group of targets, and of each form if the method compares forms."""
     targets = [site for site in sites if not site.reason]
     groups: list[Group] = [(site,) for site in targets]
     if resolved.joint is not None and calibration is not None:
         groups = groups_of(targets, resolved.joint, calibration)
     several = resolved.method if isinstance(resolved.method, SeveralForms) else None
-    apart = {} if several is None else several.apart()
-    forms: dict[str, Curves] = {form: {} for form in apart}
+    methods = {} if several is None else several.apart()
+    forms: dict[str, Curves] = {form: {} for form in methods}
     curves: Curves = {}
     for group in tqdm(groups, "decompose", delay=2, disable=not request.progress, leave=False):
         name = group[0].name
-        for form, method in apart.items():
+        for form, method in methods.items():
             alone = replace(resolved, method=method)
             forms[form][name] = _curve(group, alone, calibration, request, remember)
         if several is None:
             curves[name] = _curve(group, resolved, calibration, request, remember)
         else:
-            curves[name] = several.joined(group[0], [each[name] for each in forms.values()])
+            curves[name] = several.joined(group[0], [own[name] for own in forms.values()])
     return Decomposed(sites, groups, curves, forms)
 
 
@@ -191,12 +193,12 @@ def _curve(
     request: Request,
     remember: bool,
 ) -> Curve:
-    """A group's curve; from the calibration where the same statistics and weights gave it."""
+    """A group's curve, cached in the calibration by method, statistics and weights."""
     names = [name for site in group for name in site.names]
     pinned = pattern_value(request.rank_pattern or {}, names) is not None
     ranked = pinned or request.ratio is None
     method = resolved.joint or resolved.method
-    # Another object does not say what its curves depend on.
+    # Only a dataclass shows all that its curves depend on.
     if calibration is None or not remember or not is_dataclass(method):
         return resolved.curve(group, calibration, ranked=ranked)
     stats = statistics_of(group[0], calibration)
@@ -214,7 +216,7 @@ def _curve(
 def _with_repeats(
     parts: Decomposed, sites: Sequence[Site], calibration: Calibration | None
 ) -> Decomposed:
-    """Where products are the budget: costs count every position that a layer works at."""
+    """For a MACs budget: the same with all costs times the layers' positions."""
     times = repeat_counts(sites, calibration)
 
     def priced(curves: Curves) -> Curves:
@@ -232,15 +234,18 @@ def _with_repeats(
 def _chosen(
     request: Request, goal: int, parts: Decomposed, whole: Cost, probe: Probe | None
 ) -> tuple[Allocation, Curves, dict[str, float]]:
-    """An option for every group, the curves that it is of, and the KL of each form where a mix of
-    forms was compared with each of them alone."""
+    """An option per group, the curves it comes from, and the KL of each form.
+
+    If the method has several forms and they can be judged, each form alone is compared with their
+    mix on held-out KL; otherwise the KLs are empty.
+    """
     stacks = parts.stacks()
     mixed = allocate(request, goal, stacks, parts.curves, whole, probe)
     if not parts.forms or probe is None or request.ratio is None:
         return mixed, parts.curves, {}
     tried = {"mixed": (mixed, parts.curves)}
     for form, curves in parts.forms.items():
-        with suppress(LowrankError):  # a form that cannot get so small
+        with suppress(LowrankError):  # a form that cannot reach the ratio
             tried[form] = allocate(request, goal, stacks, curves, whole, probe), curves
     compared = {form: probe(allocation) for form, (allocation, _) in tried.items()}
     best = tried[min(compared, key=compared.__getitem__)]
@@ -254,12 +259,12 @@ def _entries(
     request: Request,
     targets: set[tuple[str, ...]],
 ) -> tuple[Entry, ...]:
-    """One line for every site considered.
+    """One plan entry per site considered.
 
     Args:
         targets: names of the sites that were asked for.
     """
-    made = {}
+    entries = {}
     for group, stack in zip(parts.groups, parts.stacks(), strict=True):
         option, curve = chosen[stack.names], curves[stack.name]
         options = [option] if len(group) == 1 else shared_basis.member_options(group, option)
@@ -267,26 +272,26 @@ def _entries(
         reason = why_dense(option, stack, curve, request)
         for site, part in zip(group, options, strict=True):
             times = parts.times.get(site.name, 1)
-            made[site.name] = Entry.of(
+            entries[site.name] = Entry.of(
                 site, part, curve, reason=reason, group=shared, repeats=times
             )
     for site in parts.sites:
-        if site.name not in made:
-            left = Entry.of(site, repeats=parts.times.get(site.name, 1))
-            made[site.name] = replace(left, target=site.names in targets)
-    return tuple(made[site.name] for site in parts.sites)
+        if site.name not in entries:
+            dense = Entry.of(site, repeats=parts.times.get(site.name, 1))
+            entries[site.name] = replace(dense, target=site.names in targets)
+    return tuple(entries[site.name] for site in parts.sites)
 
 
 def _settings(
     request: Request, resolved: Resolved, calibration: Calibration | None
 ) -> dict[str, Any]:
-    """What is needed to repeat the plan."""
+    """The settings needed to reproduce the plan."""
     policy = request.policy or "uniform"
-    named = policy if isinstance(policy, str) else type(policy).__name__
+    name = policy if isinstance(policy, str) else type(policy).__name__
     settings = {
         "method": resolved.name(),
         "called": list(resolved.called),
-        "policy": "fixed" if request.ratio is None else named,
+        "policy": "fixed" if request.ratio is None else name,
         "align": request.align,
         "storage": request.storage or own_form(request.method) or "factors",
         "prefer": request.prefer,

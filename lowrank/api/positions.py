@@ -1,4 +1,4 @@
-"""How often layers work, where products are the budget."""
+"""Positions per layer, which MACs budgets count."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ..types import Curve, Site
 
 
 def repeat_counts(sites: Sequence[Site], calibration: Calibration | None) -> dict[str, int]:
-    """How many positions each layer works at for one of the layer that works at the fewest.
+    """Output positions of each layer, relative to the least-used layer and rounded, by name.
 
-    Layers that the data did not reach are left out, and count once; all do without data.
+    Layers that the data did not reach are left out and count once, as all do without data.
     """
     counts = {site.name: statistics_of(site, calibration).count for site in sites}
     counts = {name: count for name, count in counts.items() if count}
@@ -21,12 +21,12 @@ def repeat_counts(sites: Sequence[Site], calibration: Calibration | None) -> dic
 
 
 def counted(sites: Sequence[Site], times: Mapping[str, int]) -> list[Site]:
-    """The sites with the cost of as many positions as they work at."""
+    """The sites, each with its cost times its number of positions."""
     return [replace(site, cost=site.cost.often(times.get(site.name, 1))) for site in sites]
 
 
 def often(curve: Curve, times: int) -> Curve:
-    """The curve of a layer that works at so many positions."""
+    """The curve with all costs times a number of positions."""
     if times == 1:
         return curve
     options = tuple(replace(o, cost=o.cost.often(times)) for o in curve.options)

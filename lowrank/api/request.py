@@ -1,7 +1,7 @@
-"""What was asked for: every argument of the verbs, stated and checked once.
+"""Requests: the arguments of the verbs, declared and checked once.
 
-`plan`, `compress` and `sweep` take the fields of the classes below as flat arguments, and so do the
-commands of the same names; arguments.py says what each of them means.
+`plan`, `compress` and `sweep`, and the commands of the same names, take the fields of these classes
+as flat arguments; arguments.py describes each.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ Of = Literal["targets", "model"]
 Prefer = Literal["size", "speed"]
 OnMissing = Literal["dense", "data-free", "error"]
 Source = Data | Calibration | Literal["default"] | None
-HOLD_OUT = 1 / 8  # of the calibration rows, kept for judging where something is judged
+HOLD_OUT = 1 / 8  # share of the calibration rows held out, if something is judged
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Options:
-    """What the verbs have in common."""
+    """Arguments that all verbs share."""
 
     method: str | Method | JointMethod | None = None
     policy: str | Policy | None = None
@@ -81,7 +81,7 @@ class _Ranks(Options):
 
 @dataclass(frozen=True, eq=False)
 class Request(_Ranks):
-    """The arguments of `plan`: one of ratio and rank, or a rank_pattern that names every rank."""
+    """The arguments of `plan`: one of ratio and rank, or a rank_pattern alone."""
 
     ratio: float | None = None
 
@@ -89,7 +89,7 @@ class Request(_Ranks):
         self._check_sizes()
         super().__post_init__()
         if isinstance(self.rank, int) and self.rank % (self.align or 1):
-            raise LowrankError(f"rank={self.rank} is no multiple of align={self.align}")
+            raise LowrankError(f"rank={self.rank} is not a multiple of align={self.align}")
         joint = joint_of(self.method, self.seed)
         if joint is not None:
             self._check_joint()
@@ -102,7 +102,9 @@ class Request(_Ranks):
         if self.policy is not None:
             policy_of(self.policy)
             if self.ratio is None:
-                raise LowrankError("a policy shares out a ratio; with fixed ranks leave it out")
+                raise LowrankError(
+                    "policy divides a ratio among the layers: drop it where ranks are fixed"
+                )
 
     def _check_sizes(self) -> None:
         if self.ratio is not None and self.rank is not None:
@@ -111,8 +113,10 @@ class Request(_Ranks):
         if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
             raise LowrankError(f"rank_pattern must map names to ranks, got {pattern!r}")
         if self.ratio is None and self.rank is None and not pattern:
-            raise LowrankError("say how small: ratio=0.6, rank=32 or rank_pattern={'q_proj': 32}")
-        # NumPy's numbers compute alike, but print and serialise otherwise.
+            raise LowrankError(
+                "no target size: give ratio=0.6, rank=32 or rank_pattern={'q_proj': 32}"
+            )
+        # NumPy scalars print and serialise differently.
         if self.ratio is not None:
             object.__setattr__(self, "ratio", _ratio(self.ratio))
         if self.rank is not None:
@@ -121,31 +125,31 @@ class Request(_Ranks):
         object.__setattr__(self, "rank_pattern", plain)
 
     def _check_joint(self) -> None:
-        """Raises LowrankError for what takes layers one by one beside a method of groups."""
-        said = f"the method {self.method!r:.80} gives several layers one basis: leave it out"
+        """Raises LowrankError for options that need layers one by one, with a joint method."""
+        advice = f"method {self.method!r:.80} gives several layers one basis: drop one of the two"
         if self.storage == "pivoted":
-            raise LowrankError(f"storage='pivoted' pivots one layer's own factors, and {said}")
+            raise LowrankError(f"storage='pivoted' pivots one layer's own factors, but {advice}")
         if self.effort is not None:
-            raise LowrankError(f"effort={self.effort!r:.80} refits layers one by one, and {said}")
+            raise LowrankError(f"effort={self.effort!r:.80} refits layers one by one, but {advice}")
 
     def _check_own_form(self) -> None:
-        """Raises LowrankError for what speaks of ranks beside a method that has none."""
-        said = f"the method {self.method!r:.80} stores layers in a form of its own"
+        """Raises LowrankError for options about ranks, with a method whose form has none."""
+        reason = f"method {self.method!r:.80} stores layers in a form of its own"
         ranks = [self.rank, *(self.rank_pattern or {}).values()]
         if any(isinstance(rank, int) for rank in ranks):
             raise LowrankError(
-                f"{said}, sized by several numbers, not by a rank: give a ratio, or the share of "
-                "energy to keep; plan.edit changes single sizes"
+                f"{reason}, sized by several numbers, not by a rank: give a ratio or a share of "
+                "energy; plan.edit changes single sizes"
             )
         if self.align not in (None, 1):
-            raise LowrankError(f"align={self.align} rounds ranks, and {said}: leave align out")
+            raise LowrankError(f"align={self.align} rounds ranks, but {reason}: drop align")
         if self.storage is not None:
             raise LowrankError(
-                f"storage={self.storage!r} is a form of plain factors, and {said}: leave it out"
+                f"storage={self.storage!r} is for plain factors, but {reason}: drop storage"
             )
 
     def _take(self, effort: Effort) -> None:
-        """What an effort stands for, wherever nothing else was said."""
+        """Set what the effort stands for, where the caller did not."""
         if self.method is None:
             object.__setattr__(self, "method", effort.method)
         if self.policy is None and self.ratio is not None:
@@ -155,20 +159,22 @@ class Request(_Ranks):
 
     @property
     def recovery(self) -> Recovery | None:
-        """What follows the replacement."""
+        """The recovery that the effort asks for; None without an effort."""
         return None if self.effort is None else effort_of(self.effort).recovery
 
     @property
     def hold_out(self) -> float:
-        """The share of the calibration rows that no statistic sees, because something is judged
-        by the model's predictions on them: recovery, allocations, or forms of storage."""
-        judged = isinstance(declared(self.method), SeveralForms)
-        judged = judged or (self.policy is not None and judges(self.policy))
-        compared = judged and self.ratio is not None
-        return HOLD_OUT if compared or self.effort is not None else 0.0
+        """Share of the calibration rows held out from all statistics; 0 if nothing is judged.
+
+        Recovery, allocations and storage forms are judged by the predictions on these rows.
+        """
+        compares = isinstance(declared(self.method), SeveralForms)
+        compares = compares or (self.policy is not None and judges(self.policy))
+        compares = compares and self.ratio is not None
+        return HOLD_OUT if compares or self.effort is not None else 0.0
 
     def resolved(self, *, data: bool) -> Resolved:
-        """The method, found once.
+        """The request's method, looked up.
 
         Args:
             data: whether there are, or will be, statistics.
@@ -176,16 +182,16 @@ class Request(_Ranks):
         return resolve(self.method, seed=self.seed, storage=self.storage or "factors", data=data)
 
     def needs(self) -> frozenset[str]:
-        """Statistics that the method reads; none where it is left open."""
+        """Statistics that the method needs; none if no method was given."""
         return frozenset() if self.method is None else self.resolved(data=True).needs
 
     def stored(self, site: Site) -> tuple[str, int, str]:
-        """What break-even asks: storage of a site's factors, bytes of one number, kind."""
+        """The arguments of `break_even`: storage of a site's factors, bytes per number, kind."""
         storage = self.storage if site.kind == "linear" else None
         return storage or "factors", site.cost.bytes // max(site.cost.params, 1), site.kind
 
     def asked(self) -> dict[str, Any]:
-        """What the plan remembers of the wish itself."""
+        """The target size, as the plan records it."""
         return {
             "ratio": self.ratio,
             "rank": self.rank,
@@ -203,22 +209,22 @@ class Compression(_Ranks):
     copy: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Checked by the request that is made of it, or beside a plan."""
+        """No checks here: `request` and `check_beside_plan` make them."""
 
     def request(self) -> Request:
         return Request(**{f.name: getattr(self, f.name) for f in fields(Request)})
 
     def check_beside_plan(self) -> None:
-        """Raises LowrankError when arguments beside a finished plan would be passed over."""
+        """Raises LowrankError for arguments that a finished plan would ignore."""
         taken = {"ratio", "data", "tokenizer", "copy", "progress"}
         if not isinstance(self.method, str):
-            taken.add("method")  # an object can carry the plan out
+            taken.add("method")  # an object can carry out the plan
         given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
-        spare = [name for name in given if name not in taken]
-        if spare:
+        ignored = [name for name in given if name not in taken]
+        if ignored:
             raise LowrankError(
-                f"the plan already decides {', '.join(spare)}: leave that out, "
-                "change the plan by plan.edit(…), or make a new one"
+                f"the plan already fixes {', '.join(ignored)}: drop that, change the plan with "
+                "plan.edit(…), or make a new one"
             )
 
 
@@ -231,7 +237,7 @@ class Sweeping(Options):
     cache: str | Path | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Checked by the requests that are made of it."""
+        """No checks here: `request` makes them."""
 
     def request(self, ratio: float) -> Request:
         common = {f.name: getattr(self, f.name) for f in fields(Options)}
@@ -239,7 +245,7 @@ class Sweeping(Options):
 
 
 def _rank(what: str, value: Any) -> int | float:
-    """An integer from 1 on is a rank; a float in (0, 1] is a share of the energy."""
+    """Check a rank: an integer >= 1, or a float in (0, 1], the share of energy kept."""
     if _is_int(value) and value >= 1:
         return int(value)
     if isinstance(value, Real) and not isinstance(value, Integral) and 0 < float(value) <= 1:

@@ -1,4 +1,4 @@
-"""`sweep`: one calibration and one decomposition, several ratios, a table of size against loss."""
+"""`sweep`: size against loss at several ratios, from one calibration and decomposition."""
 
 from __future__ import annotations
 
@@ -38,13 +38,14 @@ from .verbs import flat, statistics_for, targets_among
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """One ratio and what came of it.
+    """The result at one ratio.
 
     Attributes:
-        ratio: what was asked for.
-        report: with the plan, which `lowrank.apply` carries out on the calibration of the sweep.
-        kl: mean KL(dense ‖ compressed) on held-out rows, nats per position; None: not judged.
-        seconds: of this ratio alone: plan, factors, recovery and judging.
+        ratio: the ratio asked for.
+        report: holds the plan, which `lowrank.apply` carries out with the sweep's calibration.
+        kl: mean KL(dense ‖ compressed) in nats per position, on held-out rows if there are any;
+            None if not judged.
+        seconds: time for this ratio alone: plan, factors, recovery and judging.
     """
 
     ratio: float
@@ -59,16 +60,16 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class Sweep:
-    """Points by falling ratio; the model that was swept is as it was.
+    """The result of `sweep`: one point per ratio, by falling ratio.
 
     Attributes:
-        points: one a ratio.
-        calibration: the statistics and spectra that all of them come from, None without data;
-            accepted as `data=` everywhere, so that one more ratio costs no new pass.
-        seconds: before the first ratio: statistics and gradients.
-        judged_rows: rows that the KL was taken on; 0: none.
-        judged_on_seen: the statistics come from those rows, on which factors look better than they
-            are: hold rows out (`judge=`) where that matters.
+        points: one per ratio.
+        calibration: statistics and spectra of all points, None without data. Pass it as `data=` to
+            add a ratio without running the model again.
+        seconds: time before the first ratio: statistics and gradients.
+        judged_rows: number of rows that the KL is measured on; 0 if not judged.
+        judged_on_seen: the statistics come from the same rows, on which factors look better than
+            they are; pass other rows as `judge=` where that matters.
     """
 
     points: tuple[Point, ...]
@@ -78,7 +79,7 @@ class Sweep:
     judged_on_seen: bool = False
 
     def front(self) -> tuple[Point, ...]:
-        """The points that no other one beats in both size and KL; all where none was judged."""
+        """The Pareto front of size and KL; all points if none was judged."""
         front: list[Point] = []
         for point in sorted(self.points, key=lambda p: (p.report.bytes_after, p.kl or 0.0)):
             if point.kl is None or not front or point.kl < (front[-1].kl or 0.0):
@@ -86,11 +87,11 @@ class Sweep:
         return tuple(front)
 
     def triples(self) -> list[tuple[str, float, float]]:
-        """(method, share kept, KL), as `lowrank.plots.pareto` draws them."""
+        """(method, share kept, KL) of each judged point, for `lowrank.plots.pareto`."""
         return [(p.plan.method, p.report.achieved, p.kl) for p in self.points if p.kl is not None]
 
     def rows(self) -> list[dict[str, str]]:
-        """One row a point, as text; * stands on the front."""
+        """One row per point, as text; * marks the Pareto front."""
         front = {id(point) for point in self.front()}
         return [
             {
@@ -107,7 +108,7 @@ class Sweep:
         ]
 
     def to_json(self) -> str:
-        """The table with full numbers, and every plan."""
+        """All figures at full precision, and every plan, as JSON."""
         points = [
             {
                 "ratio": p.ratio, "kept": p.report.achieved, "params": p.report.params_after,
@@ -122,27 +123,27 @@ class Sweep:
 
     def __str__(self) -> str:
         plan = self.points[0].plan
-        head = f"{plan.method}, {plan.settings['policy']}: {self.seconds:.1f} s once, then"
+        head = f"{plan.method}, {plan.settings['policy']}: {self.seconds:.1f} s once for all ratios"
         if self.judged_rows:
-            kind = "calibration rows, which the statistics saw" if self.judged_on_seen else ""
-            head += f" (KL: nats per position on {self.judged_rows} {kind or 'held-out rows'})"
+            kind = "calibration" if self.judged_on_seen else "held-out"
+            head += f"; KL in nats per position on {self.judged_rows} {kind} rows"
         return "\n".join([head, *aligned(self.rows())])
 
 
 @flat(Sweeping)
 def sweep(model: nn.Module, asked: Sweeping) -> Sweep:
-    """Compress copies of the model to several ratios, and show size against loss.
+    """Compress copies of the model to several ratios, and return size against loss.
 
-    The model is run for its statistics once and every weight is decomposed once for all ratios;
-    each ratio then costs factors, recovery where an `effort` asks for it, and judging. At each
-    ratio the result is that of `compress`.
+    The model is calibrated and every weight decomposed once for all ratios; each ratio then costs
+    factorisation, recovery if an `effort` asks for it, and judging. The result at each ratio is
+    that of `compress`.
 
     Args:
-        model: is not changed.
+        model: unchanged.
         …
 
     Raises:
-        LowrankError: as `compress`; no ratio, or one twice; a cache of something else.
+        LowrankError: as `compress`; no ratio, or one twice; the cache is for something else.
     """
     check_model(model)
     requests = [asked.request(ratio) for ratio in _falling(asked.ratios)]
@@ -179,7 +180,7 @@ def sweep(model: nn.Module, asked: Sweeping) -> Sweep:
 
 @dataclass(frozen=True)
 class _Swept:
-    """What all ratios have in common."""
+    """What all ratios share."""
 
     model: nn.Module
     sites: Sequence[Site]
@@ -193,22 +194,22 @@ class _Swept:
         plan, curves, resolved = make_plan(
             self.model, request, self.wanted, self.calibration, self.bench, remember=True
         )
-        # Recovery that trains hands norms and biases over: to a copy of its own.
-        trains = request.recovery is not None
-        student = copying.deepcopy(self.model) if trains else twin(self.model)
+        # Recovery writes trained norms and biases into the student, so it needs its own copy.
+        recovers = request.recovery is not None
+        student = copying.deepcopy(self.model) if recovers else twin(self.model)
         student, report = carry_out(
             student, plan, self.sites, resolved, self.calibration,
             bench=self.bench, curves=curves, started=started, progress=request.progress,
         )  # fmt: skip
-        away = None if self.judge is None else self.judge.kl(student)
-        return Point(float(request.ratio or 0), report, away, time.perf_counter() - started)
+        kl = None if self.judge is None else self.judge.kl(student)
+        return Point(float(request.ratio or 0), report, kl, time.perf_counter() - started)
 
 
 def _falling(ratios: Any) -> list[float]:
     given = list(ratios) if isinstance(ratios, Sequence) and not isinstance(ratios, str) else []
     if not given or len(set(given)) < len(given):
         raise LowrankError(
-            f"ratios must be different shares kept, such as [0.9, 0.8], got {ratios!r}"
+            f"ratios must be distinct fractions kept, such as [0.9, 0.8], got {ratios!r}"
         )
     wrong = [r for r in given if not isinstance(r, Real) or isinstance(r, bool)]
     if wrong:
@@ -217,10 +218,10 @@ def _falling(ratios: Any) -> list[float]:
 
 
 def _stored(model: nn.Module, path: Path | None, request: Request) -> Calibration | None:
-    """What the cache holds; None where there is none yet, or a finished calibration is given.
+    """The calibration in the cache; None if there is none yet, or `data` is a Calibration.
 
     Raises:
-        LowrankError: it was made from other data than those given, or held other rows out.
+        LowrankError: it was made from other data, or with other rows held out.
     """
     data = request.data
     if path is None or not path.exists() or isinstance(data, Calibration):
@@ -234,29 +235,31 @@ def _stored(model: nn.Module, path: Path | None, request: Request) -> Calibratio
     else:
         given = materialise(data, request.tokenizer, length=LENGTH)
         if callable(given) or callable(calibration.batches):
-            raise LowrankError("a callable cannot be recognised again: calibrate first")
+            raise LowrankError("a callable cannot be cached: calibrate first")
         rows = [*rebatched(calibration.batches, 1), *rebatched(held, 1)]
         same = data_print(rebatched(given, 1)) == data_print(rows)
     if not same:
         raise LowrankError(f"the cache {path} was made from other data: choose another name")
     if bool(held) != (request.hold_out > 0):
         raise LowrankError(
-            f"the cache {path} was made with {'' if held else 'no '}rows held out for judging, "
-            "which is done where an effort, policy or method judges: choose another name"
+            f"the cache {path} was made {'with' if held else 'without'} held-out rows, this sweep "
+            f"needs {'none' if held else 'some'}: choose another name"
         )
     return calibration
 
 
 def _judge(model: nn.Module, calibration: Calibration | None, asked: Sweeping) -> Reference | None:
-    """What the KL is taken on; None where there is nothing."""
+    """The batches to measure the KL on, with the dense model; None if there are none."""
     if asked.judge is not None:
         batches = materialise(asked.judge, asked.tokenizer, length=LENGTH)
         if callable(batches):
-            raise LowrankError("judge must hold batches that both models can be given")
+            raise LowrankError(
+                "judge must be texts or batches to run both models on, not a callable"
+            )
         return Reference(model, batches)
     if calibration is None or callable(calibration.batches):
         return None
-    if calibration.source and not calibration.held_out:  # more of what the model writes
+    if calibration.source and not calibration.held_out:  # further self-written rows
         rows = max(self_written.COUNT // 8, 1)
         written = self_written.written_batches(
             model, rows=rows, seed=asked.seed + 2, progress=asked.progress
@@ -266,7 +269,7 @@ def _judge(model: nn.Module, calibration: Calibration | None, asked: Sweeping) -
 
 
 def _judged_rows(judge: Reference | None, calibration: Calibration | None) -> tuple[int, bool]:
-    """How many rows the KL is taken on, and whether the statistics come from them."""
+    """Number of rows that the KL is measured on, and whether the statistics come from them."""
     rows = 0 if judge is None else sum(map(_rows, judge.batches))
     judged_on_seen = (
         judge is not None and calibration is not None and judge.batches is calibration.batches

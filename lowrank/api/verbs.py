@@ -1,4 +1,4 @@
-"""The three verbs: plan decides, apply acts, compress does both."""
+"""The three verbs: `plan` decides, `apply` carries out a plan, `compress` does both."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Verb = Callable[[nn.Module, R], T]
 
 
 class Decision(NamedTuple):
-    """A plan with all that it was made from."""
+    """A plan and what it was made from."""
 
     plan: Plan
     curves: Curves
@@ -60,10 +60,10 @@ def _documented(doc: str, names: Sequence[str]) -> str:
 
 
 def flat(request: Callable[P, R]) -> Callable[[Verb[R, T]], Callable[Concatenate[nn.Module, P], T]]:
-    """Let a function of (model, request) take the request's fields as arguments of its own.
+    """Let a function of (model, request) take the request's fields as flat arguments.
 
-    Signature and documentation of the arguments are those of the fields: `…` in the docstring
-    stands for them.
+    Signature and argument documentation are generated from the fields; `…` in the docstring marks
+    the place.
     """
 
     def decorate(verb: Verb[R, T]) -> Callable[Concatenate[nn.Module, P], T]:
@@ -90,9 +90,9 @@ def flat(request: Callable[P, R]) -> Callable[[Verb[R, T]], Callable[Concatenate
 
 @flat(Request)
 def plan(model: nn.Module, request: Request) -> Plan:
-    """Decide what every layer becomes, and change nothing.
+    """Choose method and size for every layer, without changing the model.
 
-    Exactly one of ratio and rank is given, or a rank_pattern that says all.
+    Give exactly one of ratio and rank, or a rank_pattern alone.
 
     Args:
         model: any nn.Module.
@@ -102,7 +102,7 @@ def plan(model: nn.Module, request: Request) -> Plan:
         A Plan to print, edit and save; `apply` carries it out.
 
     Raises:
-        LowrankError: with what was got, what was expected and where.
+        LowrankError: an argument, the data or the model is invalid.
     """
     return decide(model, request).plan
 
@@ -117,16 +117,21 @@ def apply(
     copy: bool = False,
     progress: bool = True,
 ) -> tuple[nn.Module, Report]:
-    """Carry out a plan, also one that was edited or read from JSON.
+    """Carry out a plan, which may have been edited or read from JSON.
 
     Args:
-        data: statistics for the factors; needed where the plan's method works from data. As for
-            `compress`; "default": what the model wrote itself for the plan, which it writes again.
-        method: the method object, for a plan made with one that the registry does not know.
+        model: changed in place and returned; if it is itself a layer, a new one is returned.
+        data: calibration data, if the plan's method needs it. As for `compress`; "default"
+            regenerates the text that the model wrote itself for the plan.
+        method: the method object, if the plan was made with one that is not in the registry.
         tokenizer, copy, progress: as for `compress`.
 
+    Returns:
+        The model and a Report.
+
     Raises:
-        LowrankError: the plan was made for another model, or lacks data; the model is unchanged.
+        LowrankError: the plan was made for another model, or data is missing; the model is then
+            unchanged.
     """
     started = time.perf_counter()
     if not isinstance(plan, Plan):
@@ -162,19 +167,18 @@ def apply(
 def compress(model: nn.Module, asked: Compression) -> tuple[nn.Module, Report]:
     """Replace layers by factored ones that keep `ratio` of their parameters.
 
-    Exactly one of ratio and rank is given, or a rank_pattern that says all. In place of a ratio a
-    finished plan may stand, beside which only data, tokenizer, copy, progress and a method object
-    are taken.
+    Give exactly one of ratio and rank, or a rank_pattern alone. Instead of a ratio, a finished plan
+    is accepted, together with data, tokenizer, copy, progress and a method object only.
 
     Args:
-        model: changed in place and returned; a root that is itself a layer is returned anew.
+        model: changed in place and returned; if it is itself a layer, a new one is returned.
         …
 
     Returns:
-        The model and a Report: print it.
+        The model and a Report to print.
 
     Raises:
-        LowrankError: with what was got, what was expected and where; the model is unchanged then.
+        LowrankError: an argument, the data or the model is invalid; the model is then unchanged.
     """
     started = time.perf_counter()
     if isinstance(asked.ratio, Plan):
@@ -195,8 +199,7 @@ def compress(model: nn.Module, asked: Compression) -> tuple[nn.Module, Report]:
 
 
 def decide(model: nn.Module, request: Request) -> Decision:
-    """A plan. All checks that need no work come first: a typing error must not cost a
-    calibration."""
+    """Make a plan, cheap checks first: a typo must not cost a calibration."""
     check_model(model)
     sites = find_sites(model)
     wanted = targets_among(sites, model, request)
@@ -211,12 +214,12 @@ def decide(model: nn.Module, request: Request) -> Decision:
         )
     bench = workbench(model, calibration, request)
     remember = isinstance(request.data, Calibration)
-    made = make_plan(model, request, wanted, calibration, bench, remember=remember)
-    return Decision(*made, sites, calibration, bench)
+    planned = make_plan(model, request, wanted, calibration, bench, remember=remember)
+    return Decision(*planned, sites, calibration, bench)
 
 
 def targets_among(sites: Sequence[Site], model: nn.Module, request: Request) -> list[Site]:
-    """Every site considered; those without a reason are the targets.
+    """All sites considered; those without a reason are the targets.
 
     Raises:
         LowrankError: a pattern matches nothing, no target is left, or a weight is not finite.
@@ -249,7 +252,7 @@ def statistics_for(
     hold_out: float,
     progress: bool,
 ) -> Calibration | None:
-    """The statistics; "default" is the model's own text where that is needed and can be had."""
+    """Calibrate on `data`; "default" is self-written text if `needed` and possible, else None."""
     if isinstance(data, str) and data == "default":
         data = SELF if needed and writes(model) else None
     if data is None:
@@ -261,17 +264,16 @@ def statistics_for(
 
 
 def _resolved_for(plan: Plan, method: Given) -> Resolved:
-    """What factors the sites of a finished plan: the object given, or the registry's."""
+    """The method that factors the sites of a finished plan: the object given, or by name."""
     if method is None and plan.method not in {*METHODS, *JOINT}:
-        return resolve(
-            "svd", seed=plan.seed, data=True
-        )  # entries by other names say what is lacking
+        # Entries with unknown methods raise later, with the name that is missing.
+        return resolve("svd", seed=plan.seed, data=True)
     resolved = resolve(method or plan.method, seed=plan.seed, storage=plan.storage, data=True)
     called = plan.settings.get("called") or [plan.method]
     return dataclasses.replace(resolved, called=tuple(called))
 
 
 def _wrote(model: nn.Module, plan: Plan) -> bool:
-    """Whether the model can write what the plan was made on; a plan of given data asks for that."""
+    """Whether the model can write the data that the plan was made on."""
     made_on = plan.settings.get("data")
     return writes(model) and made_on in (None, described(model, seed=plan.seed))

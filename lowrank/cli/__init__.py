@@ -1,4 +1,4 @@
-"""The command `lowrank`. Every trouble becomes one line on stderr here, and nowhere else."""
+"""The command `lowrank`. Every error becomes one line on stderr here, and nowhere else."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from .console import complain, one_line
 
 OVERVIEW = """Low-rank compression of neural networks and language models.
 
-PATH is everywhere a folder that holds a transformers model, compressed or not, or a name on the
-hub. TEXT is a text file in UTF-8.
+PATH is a folder with a transformers model, compressed or not, or a model name on the hub. TEXT is
+a UTF-8 text file.
 
 \b
-  lowrank inspect PATH                        what is in there, how low its rank is
-  lowrank plan PATH --ratio 0.8               what would be done; nothing is changed
-  lowrank sweep PATH --data TEXT              size against loss, for several ratios
-  lowrank report plan.json -o plan.html       a plan as a page to look at
+  lowrank inspect PATH                        list layers and their effective ranks
+  lowrank plan PATH --ratio 0.8               preview the compression; changes nothing
+  lowrank sweep PATH --data TEXT              size against loss for several ratios
+  lowrank report plan.json -o plan.html       draw a plan as an HTML page
   lowrank compress PATH --ratio 0.8 --data TEXT --out out
   lowrank eval out --text TEXT --reference PATH
-  lowrank merge out --out dense               back to a checkpoint without lowrank
+  lowrank merge out --out dense               convert back to dense layers
 
-lowrank COMMAND --help says more. lowrank demo shows it all on a small model of its own.
+Run lowrank COMMAND --help for details, or lowrank demo to try it on a small built-in model.
 """
 
 
@@ -36,9 +36,9 @@ class _Group(TyperGroup):
     """Turns exceptions into one line and an exit code, for the command line and for tests."""
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
-        """Exits with 0; 2 for what the user can mend; 1 for all else; 130 when interrupted."""
+        """Exit with 0; 2 for errors the user can fix; 1 for all others; 130 if interrupted."""
         given = list(sys.argv[1:] if args is None else args)
-        debug = "--debug" in given  # wherever it stands
+        debug = "--debug" in given  # at any position
         if debug:
             given.remove("--debug")
         extra["standalone_mode"] = False
@@ -52,15 +52,15 @@ class _Group(TyperGroup):
 
 
 def _report(error: Exception) -> int:
-    """Print the one line; the exit code."""
+    """Print the error as one line; returns the exit code."""
     if isinstance(error, typer.Abort):
         return 130
-    usage = getattr(error, "format_message", None)  # click's errors, which typer brings along
+    usage = getattr(error, "format_message", None)  # click's usage errors
     if usage is not None:
         command = getattr(getattr(error, "ctx", None), "command_path", "lowrank")
         complain(f"{one_line(usage()).rstrip('.')} (see {command} --help)")
     elif isinstance(error, BrokenPipeError):
-        return 1  # whoever read our output has seen enough
+        return 1  # the reader of our output closed the pipe
     elif isinstance(error, LowrankError):
         complain(one_line(error))
     elif isinstance(error, OSError) and error.strerror:
@@ -69,8 +69,8 @@ def _report(error: Exception) -> int:
     elif isinstance(error, OSError):
         complain(one_line(error))
     else:
-        what = one_line(error) or "no more is known"
-        complain(f"{type(error).__name__}: {what} (--debug shows where)")
+        what = one_line(error) or "no message"
+        complain(f"{type(error).__name__}: {what} (--debug shows the traceback)")
         return 1
     return 2
 
@@ -91,7 +91,7 @@ def _start(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")
+        bool, typer.Option("--debug", help="Show the traceback of an error; allowed anywhere.")
     ] = False,
 ) -> None:
     if version:

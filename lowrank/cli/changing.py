@@ -27,13 +27,13 @@ def plan_command(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", metavar="FILE", help="Write the plan here (JSON).", show_default=False
+            "--out", "-o", metavar="FILE", help="Save the plan (JSON).", show_default=False
         ),
     ] = None,
     force: Force = False,
     **chosen: Any,
 ) -> None:
-    """Show what every layer would become; nothing is changed.
+    """Plan the compression of every layer; changes nothing.
 
     \b
       lowrank plan PATH --ratio 0.8
@@ -49,17 +49,17 @@ def plan_command(
     model = inputs.load_model(path)
     methods = [chosen["method"]] if chosen["method"] else []
     batches = _calibration(model, path, text, data, length, methods, chosen["seed"] or 0)
-    made = plan(model, **keywords, data=batches, progress=on_terminal())
-    show(made)
-    say(f"keeps {made.kept():.4f} of the targets' {made.unit}, "
-        f"{made.kept_of_model():.4f} of the model's")  # fmt: skip
-    if made.settings.get("data"):
-        say(f"calibrated on {made.settings['data']}")
+    planned = plan(model, **keywords, data=batches, progress=on_terminal())
+    show(planned)
+    say(f"keeps {planned.kept():.4f} of the targets' {planned.unit}, "
+        f"{planned.kept_of_model():.4f} of the model's")  # fmt: skip
+    if planned.settings.get("data"):
+        say(f"calibrated on {planned.settings['data']}")
     if out is not None:
-        made.save(out)
+        planned.save(out)
         again = "" if data is None else f" --data {data}"
         again += "" if length is None else f" --length {length}"
-        say(f"wrote {out}; to apply it: lowrank compress {path} --plan {out}{again} --out out")
+        say(f"wrote {out}; apply it with: lowrank compress {path} --plan {out}{again} --out out")
 
 
 @arguments_of(Compression)
@@ -70,13 +70,13 @@ def compress_command(
     saved: Annotated[
         Path | None,
         typer.Option(
-            "--plan", metavar="FILE", help="Apply what lowrank plan wrote.", show_default=False
+            "--plan", metavar="FILE", help="Apply a plan saved by lowrank plan.", show_default=False
         ),
     ] = None,
     force: Force = False,
     **chosen: Any,
 ) -> None:
-    """Replace linear layers by products of two smaller ones, and save.
+    """Factor the layers of a model, and save it.
 
     \b
       lowrank compress PATH --ratio 0.8 --out out
@@ -108,7 +108,7 @@ def merge_command(
     out: Out,
     force: Force = False,
 ) -> None:
-    """Make a compressed model dense again: it loads without lowrank.
+    """Merge factored layers into dense ones, to load without lowrank.
 
     \b
       lowrank merge out --out dense
@@ -119,10 +119,10 @@ def merge_command(
     inputs.check_folder(out, force, source=path)
     model = inputs.load_model(path)
     if not is_compressed(model):
-        raise LowrankError(f"{path} holds no factored layers: it is dense already")
+        raise LowrankError(f"{path} has no factored layers: it is dense already")
     with hushed():
         export(model, out, "dense", tokenizer=inputs.load_tokenizer(path))
-    say(f"wrote {out}: an ordinary {type(model).__name__}, loads without lowrank")
+    say(f"wrote {out}: an ordinary {type(model).__name__}, which loads without lowrank")
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -141,7 +141,7 @@ def _calibration(
     methods: Sequence[str],
     seed: int,
 ) -> Any:
-    """What goes in as data=; the row length is checked in any case.
+    """The value of data= for a verb; always checks the row length.
 
     Raises:
         LowrankError: one of the `methods` needs a text, and there is none.
@@ -151,7 +151,7 @@ def _calibration(
         inputs.check_reads_tokens(model, "--data")
         return inputs.batches_of_text(text, path, rows)
     if not writes(model) and (needing or data is not None):
-        why = f"{type(model).__name__} writes no calibration text of its own"
+        why = f"{type(model).__name__} cannot write its own calibration text"
         raise LowrankError(f"{why}{needing and f', and {needing} needs one'}: add --data TEXT")
     unused = bool(methods) and not needing
     if data is None and (length is None or unused or not writes(model)):
@@ -160,10 +160,10 @@ def _calibration(
 
 
 def _write(model: Any, report: Report, path: str, out: Path) -> None:
-    """The checkpoint, the card with the table, and report.json; then say what to do next."""
+    """Save checkpoint, model card and report.json, and print the summary and next steps."""
     from ..io import save
 
-    card = ["## What was done", f"Compressed from `{Path(path).name}`.", *report.summary()]
+    card = ["## Compression", f"Compressed from `{Path(path).name}`.", *report.summary()]
     body = "\n\n".join([*card, markdown(report.rows())])
     tokenizer = inputs.load_tokenizer(path)
     with hushed():
@@ -173,8 +173,8 @@ def _write(model: Any, report: Report, path: str, out: Path) -> None:
         say(line)
     say_reasons("left dense", ((row["site"], row["reason"]) for row in report.rows()))
     say()
-    say(f"wrote {out}; every layer stands in its README.md and in report.json")
-    say(f'load it:   import lowrank; model = lowrank.from_pretrained("{out}")')
-    say(f"judge it:  lowrank eval {out} --text TEXT --reference {path}")
+    say(f"wrote {out}; its README.md and report.json list every layer")
+    say(f'load:      import lowrank; model = lowrank.from_pretrained("{out}")')
+    say(f"evaluate:  lowrank eval {out} --text TEXT --reference {path}")
     if tokenizer is None:
-        say(f"note:      {path} holds no tokenizer, so none was written")
+        say(f"note:      {path} has no tokenizer, so none was saved")

@@ -1,4 +1,4 @@
-"""What the commands print: lines, tables, complaints; and silence from other libraries."""
+"""Output of the commands: lines, tables and errors; and silencing of other libraries."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any, Literal
 
 import typer
 
-WIDTH = 100  # columns, where the output is no terminal
-NAMES = ("site", "note", "shape", "method", "policy", "path", "of one forward")  # never wrapped
+WIDTH = 100  # columns, if the output is not a terminal
+NAMES = ("site", "note", "shape", "method", "policy", "path", "per forward pass")  # never wrapped
 TEXTS = ("what it does", "needs")
 
 
 def say(line: str = "") -> None:
-    """One line on stdout, never wrapped."""
+    """Print one line on stdout, never wrapped."""
     typer.echo(line)
 
 
 def complain(line: str) -> None:
-    """One line on stderr."""
+    """Print an error as one line on stderr."""
     typer.secho("lowrank: ", err=True, fg="red", nl=False)
     typer.echo(line, err=True)
 
 
 def show(renderable: Any) -> None:
-    """Anything that rich can print; rather too wide than with numbers cut off."""
+    """Print a rich renderable; rather too wide than with numbers cut off."""
     from rich.console import Console
     from rich.measure import Measurement
 
@@ -38,7 +38,7 @@ def show(renderable: Any) -> None:
 
 
 def table_of(rows: Sequence[Mapping[str, str]]) -> Any:
-    """Columns of words to the left, of numbers to the right; empty columns are left out."""
+    """A rich table: words aligned left, numbers right, empty columns left out."""
     from rich import box
     from rich.table import Table
 
@@ -55,14 +55,14 @@ def table_of(rows: Sequence[Mapping[str, str]]) -> Any:
 
 
 def say_reasons(label: str, reasons: Iterable[tuple[str, str]]) -> None:
-    """One line for every reason, with the first of the names that it holds for."""
+    """Print one line per reason, with the first layer and the number of others."""
     names: dict[str, list[str]] = {}
     for name, reason in reasons:
         if reason:
             names.setdefault(reason, []).append(name)
-    for reason, held in names.items():
-        more = f" and {len(held) - 1} more" if len(held) > 1 else ""
-        say(f"{label}: {held[0]}{more}: {reason}")
+    for reason, layers in names.items():
+        more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+        say(f"{label}: {layers[0]}{more}: {reason}")
 
 
 def one_line(message: object) -> str:
@@ -70,16 +70,15 @@ def one_line(message: object) -> str:
 
 
 def on_terminal() -> bool:
-    """Whether progress bars have anyone to look at them."""
+    """Whether stderr is a terminal, so that progress bars are useful."""
     return sys.stderr.isatty()
 
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """No progress bars and warnings of transformers and the hub; their settings are put back.
+    """Silence progress bars and warnings of transformers and the hub; restores their settings.
 
-    Downloads still show their progress on a terminal. What a load report would say is checked by
-    the caller.
+    Downloads still show progress on a terminal. The caller checks what a load report would say.
     """
     from huggingface_hub.utils import (
         are_progress_bars_disabled,

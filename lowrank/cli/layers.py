@@ -1,4 +1,4 @@
-"""The table of `lowrank inspect`, in the columns that a terminal has room for."""
+"""The table of `lowrank inspect`, with the columns that fit a terminal."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Iterator
 
 from ..diagnose import Inspection
 
-ROOM = 100  # columns; the first of these give way to others: --json holds them all
-LEAST = ("eff σ", "cond", "stable")
+ROOM = 100  # characters; --json has all columns
+LEAST = ("eff σ", "cond", "stable")  # dropped in this order
 MEANINGS = {
-    "even": "from this rank on two factors are no smaller than the dense weight",
-    "rank": "of a layer that is factored already; kept: the share of its parameters that are left",
+    "even": "break-even, the rank from which factors are no smaller than the dense weight",
+    "rank": "of a layer that is already factored; kept: its share of the dense parameters",
     "eff": "effective rank of {of}: exp of the entropy of its energy",
-    "eff σ": "the same of the singular values (Roy and Vetterli), which noise inflates",
-    "stable": "energy of {of} over that of its first direction",
-    "90 %": "the rank that keeps this share of the energy of {of}; 95 % and 99 % too",
-    "cond": "largest over smallest singular value of {of}",
+    "eff σ": "the same for the singular values (Roy and Vetterli), inflated by noise",
+    "stable": "stable rank: energy of {of} over that of its first direction",
+    "90 %": "rank that keeps this share of the energy of {of}; likewise 95 % and 99 %",
+    "cond": "condition number: largest over smallest singular value of {of}",
     "eff W": "effective rank of the weight itself",
-    "ms": "of one call at the data's shape, {timed}",
+    "ms": "time of one call at the data's shape, {timed}",
 }
 
 
 def shown(inspection: Inspection) -> list[dict[str, str]]:
-    """Rows of the columns that there is room for."""
+    """Table rows, with the columns that fit."""
     columns = [
         "site", "shape", "rank", "kept", "even", "eff", "eff σ", "stable", "90 %", "95 %", "99 %",
         "cond", "eff W", "ms",
@@ -37,11 +37,11 @@ def shown(inspection: Inspection) -> list[dict[str, str]]:
 
 
 def legend(inspection: Inspection) -> Iterator[str]:
-    """What the columns mean, one line each."""
+    """The meaning of each column, one line each."""
     of = "the outputs (W H^½)" if inspection.tokens else "the weight W"
-    there = next(iter(shown(inspection)), {})
+    columns = next(iter(shown(inspection)), {})
     for column, meaning in MEANINGS.items():
-        if column in there:
+        if column in columns:
             yield f"{column}: {meaning.format(of=of, timed=inspection.timed.partition(',')[0])}."
     if not inspection.tokens:
-        yield "The energy of the outputs, which counts, is lower in rank: add --data TEXT."
+        yield "These are ranks of the weights; add --data TEXT for those of the outputs."

@@ -1,9 +1,9 @@
-"""inspect, eval, bench, sweep, methods and demo: no model is changed."""
+"""inspect, eval, bench, sweep, methods and demo, which change no model."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +22,7 @@ from .options import arguments_of
 Reference = Annotated[
     str | None,
     typer.Option(
-        metavar="PATH", help="Another model to compare with, such as the dense one.",
+        metavar="PATH", help="Model to compare with, such as the dense one.",
         show_default=False,
     ),
 ]  # fmt: skip
@@ -35,18 +35,18 @@ def inspect_command(
         typer.Option(
             metavar="TEXT",
             show_default=False,
-            help="Weigh the energy by the layers' inputs on this text: how the outputs change. "
-            "self: on what a causal language model writes.",
+            help="Analyse the layers' outputs on this text, not only the weights. self: on text "
+            "that a causal language model writes.",
         ),
     ] = None,
     length: Length = None,
     json: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write all figures here.", show_default=False),
+        typer.Option(metavar="FILE", help="Save all figures (JSON).", show_default=False),
     ] = None,
     force: inputs.Force = False,
 ) -> None:
-    """List every linear layer: how low its rank is, which rank would keep its energy, its time.
+    """List every linear layer: effective rank, rank by energy, time.
 
     \b
       lowrank inspect PATH
@@ -59,7 +59,7 @@ def inspect_command(
     text = inputs.read_data(data)
     model = inputs.load_model(path)
     rows = inputs.row_length(model, length, option="--length")
-    batches: Any = data  # none, or what the model writes
+    batches: Any = data  # None, or "self"
     if text is not None:
         inputs.check_reads_tokens(model, "--data")
         batches = inputs.batches_of_text(text, path, rows)
@@ -77,12 +77,12 @@ def inspect_command(
 def eval_command(
     path: Source,
     text: Annotated[
-        Path, typer.Option(metavar="TEXT", help="Text to be predicted.", show_default=False)
+        Path, typer.Option(metavar="TEXT", help="Text to predict.", show_default=False)
     ],
     reference: Reference = None,
     length: Length = None,
 ) -> None:
-    """Perplexity on a text, and KL divergence from another model.
+    """Measure perplexity on a text, and KL from a reference model.
 
     \b
       lowrank eval out --text TEXT
@@ -105,14 +105,13 @@ def eval_command(
         sizes = {"path": name, "parameters": f"{cost.params:,}", "bytes": f"{cost.bytes:,}"}
         table.append({**sizes, "perplexity": f"{value:.3f}", "KL": ""})
     if reference is not None:
-        one, other = models
-        away = kl(one, other, content, tokenizer=tokenizer, length=rows, progress=shown)
-        table[0]["KL"] = f"{away:.4f}"
+        value = kl(models[0], models[1], content, tokenizer=tokenizer, length=rows, progress=shown)
+        table[0]["KL"] = f"{value:.4f}"
     show(table_of(table))
     tokens = len(tokenizer(content, verbose=False)["input_ids"])
     say(f"{tokens:,} tokens of {text}, in rows of {rows}")
     if reference is not None:
-        say("KL: nats per token by which the predictions differ from the reference's; 0 is equal")
+        say("KL: divergence from the reference's predictions, in nats per token; 0 is equal")
 
 
 def bench_command(
@@ -123,15 +122,12 @@ def bench_command(
         typer.Option(
             metavar="INT",
             show_default=False,
-            help="Random tokens in the one row that is run; 512 if not given, or less for a small "
-            "model.",
+            help="Random tokens in the one row to run; default 512, or the model's limit if lower.",
         ),
     ] = None,
-    repeats: Annotated[
-        int, typer.Option(metavar="INT", help="Times are taken this often.", min=1)
-    ] = 15,
+    repeats: Annotated[int, typer.Option(metavar="INT", help="Number of timings.", min=1)] = 15,
 ) -> None:
-    """Time, MACs, parameters and memory of one forward pass.
+    """Measure time, MACs, parameters and memory of a forward pass.
 
     \b
       lowrank bench out
@@ -144,20 +140,20 @@ def bench_command(
     for model in models:
         inputs.check_reads_tokens(model, "bench")
     count = min(inputs.row_length(m, tokens, default=512, option="--tokens") for m in models)
-    words = min(model.config.get_text_config().vocab_size for model in models)
-    ids = torch.randint(words, (1, count), generator=torch.Generator().manual_seed(0))
+    vocabulary = min(model.config.get_text_config().vocab_size for model in models)
+    ids = torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
     measured = benchmark(models[0], {"input_ids": ids}, *models[1:], repeats=repeats)
     say(measured.head())
     show(table_of(measured.rows()))
 
 
 def methods_command() -> None:
-    """List the methods, and the policies that share out the budget."""
+    """List the methods, and the policies that divide the budget."""
     rows, policies = [], []
     every: dict[str, Any] = {**METHODS, **JOINT}
     for name, maker in every.items():
         needs = "--data" if maker().needs else ""
-        rows.append({"method": name, "needs": needs, "what it does": _first_line(maker)})
+        rows.append({"method": name, "needs": needs, "what it does": _summary(maker, every)})
     for name, policy in POLICIES.items():
         policies.append({"policy": name, "what it does": _first_line(policy)})
     show(table_of(rows))
@@ -169,12 +165,12 @@ def demo_command(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", metavar="FOLDER", help="Keep one of the models here.", show_default=False
+            "--out", "-o", metavar="FOLDER", help="Keep one of the models.", show_default=False
         ),
     ] = None,
     force: inputs.Force = False,
 ) -> int:
-    """Compress a small model that comes with lowrank, and measure it.
+    """Compress and measure a small built-in model.
 
     \b
       lowrank demo
@@ -190,21 +186,21 @@ def sweep_command(
     length: Length = None,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw size against loss (PNG, SVG).", show_default=False),
+        typer.Option(metavar="FILE", help="Plot size against loss (PNG, SVG).", show_default=False),
     ] = None,
     json: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write figures and plans here.", show_default=False),
+        typer.Option(metavar="FILE", help="Save figures and plans (JSON).", show_default=False),
     ] = None,
     force: inputs.Force = False,
     **chosen: Any,
 ) -> None:
-    """Size against loss for several ratios; nothing is changed.
+    """Measure size against loss for several ratios; changes nothing.
 
     \b
       lowrank sweep PATH --data TEXT
       lowrank sweep PATH --ratios 0.9,0.7,0.5 --effort fast --plot front.png
-      lowrank sweep PATH --ratios 0.8,0.6 --cache seen.safetensors
+      lowrank sweep PATH --ratios 0.8,0.6 --cache cache.safetensors
     """
     from ..api.sweeping import sweep
 
@@ -217,8 +213,8 @@ def sweep_command(
     model = inputs.load_model(path)
     rows = inputs.row_length(model, length, option="--length")
     batches: Any = "default" if text is None else inputs.batches_of_text(text, path, rows)
-    held = None if judged is None else inputs.batches_of_text(judged, path, rows)
-    swept = sweep(model, data=batches, judge=held, progress=on_terminal(), **keywords)
+    held_out = None if judged is None else inputs.batches_of_text(judged, path, rows)
+    swept = sweep(model, data=batches, judge=held_out, progress=on_terminal(), **keywords)
     say(str(swept).partition("\n")[0])
     show(table_of(swept.rows()))
     if plot is not None:
@@ -249,6 +245,13 @@ def _headline(model: Any) -> str:
     return f"{type(model).__name__}: {cost.params:,} parameters, {cost.bytes:,} bytes, {dtypes}"
 
 
-def _first_line(made: Any) -> str:
-    """Of the docstring of the file that a method or policy stands in."""
-    return (sys.modules[made.__module__].__doc__ or "").strip().partition("\n")[0]
+def _first_line(maker: Any) -> str:
+    """First line of the docstring of the file that defines a method or policy."""
+    return (sys.modules[maker.__module__].__doc__ or "").strip().partition("\n")[0]
+
+
+def _summary(method: Any, every: Mapping[str, Any]) -> str:
+    """First line of a method's file, or its own where the file holds several methods."""
+    own = (method.__doc__ or "").strip().partition("\n")[0]
+    alone = sum(other.__module__ == method.__module__ for other in every.values()) == 1
+    return _first_line(method) if alone or own.startswith("Options") else own

@@ -1,4 +1,4 @@
-"""report: a plan, or what came of it, as a page to look at."""
+"""report: a plan or a compression report as an HTML page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def report_command(
         Path,
         typer.Argument(
             metavar="FILE",
-            help="What lowrank plan -o wrote; or the report.json, or the folder, of compress.",
+            help="Plan saved by lowrank plan, or report.json or output folder of compress.",
             show_default=False,
         ),
     ],
@@ -29,12 +29,12 @@ def report_command(
             "-o",
             metavar="FILE",
             show_default=False,
-            help="The page to write; beside the plan, ending in .html, if not given.",
+            help="Page to write; by default next to FILE, ending in .html.",
         ),
     ] = None,
     force: Force = False,
 ) -> None:
-    """Draw a plan or a report as one self-contained page: figures, and a table that can be sorted.
+    """Draw a plan or report as a self-contained HTML page.
 
     \b
       lowrank report plan.json -o plan.html
@@ -42,14 +42,14 @@ def report_command(
     """  # fmt: skip
     from .. import page
 
-    made = page.read(plan)
-    place = out or (plan / "report.html" if plan.is_dir() else plan.with_suffix(".html"))
-    if place.is_dir():
-        raise LowrankError(f"{place} is a folder, expected the name of a file")
-    if place.exists() and not force:
-        raise LowrankError(f"{place} exists: choose another name, or add --force")
-    page.write(made, place)
-    say(f"wrote {place}: open it in a browser")
+    document = page.read(plan)
+    path = out or (plan / "report.html" if plan.is_dir() else plan.with_suffix(".html"))
+    if path.is_dir():
+        raise LowrankError(f"{path} is a folder, expected a file name")
+    if path.exists() and not force:
+        raise LowrankError(f"{path} exists: choose another name, or add --force")
+    page.write(document, path)
+    say(f"wrote {path}: open it in a browser")
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {"report": report_command}

@@ -1,4 +1,4 @@
-"""Looking before deciding: how low the ranks are, and what each layer costs when it is reduced."""
+"""Look before deciding: effective ranks, and the sensitivity of the model to each layer."""
 
 from .inspection import Inspected as Inspected
 from .inspection import Inspection as Inspection

@@ -1,7 +1,7 @@
-"""Sensitivities on disk: one safetensors file that says what it was made for.
+"""Sensitivities on disk: one safetensors file that records what it was computed for.
 
-Nothing is ever overwritten that this file did not write: another file, or one made for another
-model or data, is refused; only a broken copy of our own is made anew.
+A file that is not a sensitivity cache, or one of another model or data, is never overwritten but
+refused; only a damaged cache is recomputed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TENSORS = ("kl", "rank", "error")
 
 
 def calibration_print(calibration: Calibration) -> str:
-    """Digest of finished statistics."""
+    """Digest of a calibration's statistics."""
     digest = hashlib.sha256()
     for name, stats in sorted(calibration.statistics.items()):
         digest.update(f"{name} {stats.count}".encode())
@@ -39,10 +39,10 @@ def calibration_print(calibration: Calibration) -> str:
 def read(
     path: Path, made_for: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """What is stored, its JSON and its tensors; None where it has to be computed.
+    """The JSON and tensors of a cache; None if they have to be computed.
 
     Raises:
-        LowrankError: the file is something else, or was made for other things, which are named.
+        LowrankError: the file is not a cache, or was made for something else, which is named.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -58,7 +58,7 @@ def read(
         _broken(path, str(error))
         return None
     if stored.get("format") != FORMAT:
-        raise LowrankError(f"{path} is no sensitivity cache: choose another name")
+        raise LowrankError(f"{path} is not a sensitivity cache: choose another name")
     try:
         body = json.loads(stored["body"])
         before = body["made_for"]
@@ -67,11 +67,11 @@ def read(
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
-        _broken(path, "its tables do not fit together")
+        _broken(path, "its tables do not match")
         return None
     differing = sorted(key for key in made_for if before.get(key) != made_for[key])
     if stored.get("version") != VERSION:
-        differing = ["version of the format"]
+        differing = ["format version"]
     if differing:
         raise LowrankError(
             f"the cache {path} was made for another {' and another '.join(differing)}: "
@@ -81,19 +81,19 @@ def read(
 
 
 def write(path: Path, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """In one step: a reader sees all of the file or nothing."""
+    """Write the cache atomically."""
     write_whole(path, {"format": FORMAT, "version": VERSION, "body": json.dumps(body)}, tensors)
 
 
 def _broken(path: Path, why: str) -> None:
-    """Warn, and let it be computed anew; a file that is not ours is left alone.
+    """Warn that a damaged cache will be recomputed.
 
     Raises:
-        LowrankError: nothing in the file says that it is ours.
+        LowrankError: the file is not a cache of ours.
     """
     content = path.read_bytes()
     if content and FORMAT.encode() not in content:
-        raise LowrankError(f"{path} is no sensitivity cache: choose another name")
+        raise LowrankError(f"{path} is not a sensitivity cache: choose another name")
     warnings.warn(
-        f"the cache {path} is broken ({' '.join(why.split())}): it is made anew", stacklevel=4
+        f"the cache {path} is damaged ({' '.join(why.split())}) and is recomputed", stacklevel=4
     )

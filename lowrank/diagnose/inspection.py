@@ -1,4 +1,4 @@
-"""`inspect`: for every layer, how low its rank is, as a matrix and on its inputs, and its time."""
+"""`inspect`: effective rank of every layer, by its weight and by its outputs, and its latency."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ from .spectrum import EMPTY, LayerSpectrum
 
 @dataclass(frozen=True, eq=False)
 class Inspected:
-    """One layer.
+    """The figures of one layer.
 
     Attributes:
         shape: (out, in).
-        params: numbers stored.
-        weight: spectrum of W; None where it was not decomposed, and `reason` says why.
-        output: spectrum of W H^½, H = E[x xᵀ]: the energy of the outputs; None without data.
-        reason: why the layer stays dense, or was not looked at; "" if it may be factored.
-        rank: of a layer that is factored already, else None.
-        input_shape: of the input at the first call; what was timed.
-        dense_ms: median time of one call of the layer as it is, at that shape.
-        factored_ms: the same of factors of the largest rank that saves parameters, taken in turn.
+        params: parameters stored.
+        weight: spectrum of W; None if it was not decomposed, for which `reason` says why.
+        output: spectrum of W H^½, H = E[x xᵀ], whose energy is that of the outputs; None without
+            data.
+        reason: why the layer stays dense or was skipped; "" if it may be factored.
+        rank: rank of an already factored layer, else None.
+        input_shape: input shape at the first call, at which times were taken.
+        dense_ms: median time of one call of the layer.
+        factored_ms: the same for factors of the largest rank below break-even, timed alternately.
     """
 
     name: str
@@ -58,16 +59,16 @@ class Inspected:
 
     @property
     def break_even(self) -> int:
-        """The least rank at which factors are no smaller than the matrix."""
+        """The smallest rank at which factors are no smaller than the weight."""
         return break_even(self.shape)
 
     @property
     def chosen(self) -> LayerSpectrum | None:
-        """What ranks should be chosen by: the outputs' spectrum where there is one."""
+        """The spectrum to choose ranks by: of the outputs if known, else of the weight."""
         return self.output or self.weight
 
     def row(self) -> dict[str, str]:
-        """As text; the figures are of the outputs where data reached the layer, else of W."""
+        """A table row, as text: of the outputs where data reached the layer, else of W."""
         kept = self.params / (self.shape[0] * self.shape[1])
         return {
             "site": self.title,
@@ -85,11 +86,11 @@ class Inspected:
 
 @dataclass(frozen=True, eq=False)
 class Inspection:
-    """Every layer that was considered, in the model's order.
+    """The inspected layers, in the model's order.
 
     Attributes:
-        tokens: input vectors that the spectra of outputs rest on; 0: the model was never run.
-        timed: under which conditions times were taken, "" if none were.
+        tokens: number of input vectors behind the output spectra; 0 if the model was not run.
+        timed: the timing conditions; "" without times.
     """
 
     sites: tuple[Inspected, ...]
@@ -97,11 +98,11 @@ class Inspection:
     timed: str
 
     def rows(self) -> list[dict[str, str]]:
-        """One row a layer, as text."""
+        """One row per layer, as text."""
         return [site.row() for site in self.sites]
 
     def to_json(self) -> str:
-        """All figures, of W and of the outputs; not the spectra themselves."""
+        """All figures of W and of the outputs, without the spectra themselves."""
         body = {
             "format": "lowrank-inspection", "version": 1, "tokens": self.tokens,
             "timed": self.timed, "versions": versions(), "sites": [*map(_figures, self.sites)],
@@ -127,17 +128,17 @@ def inspect(
     timing: bool = True,
     progress: bool = True,
 ) -> Inspection:
-    """Effective and stable ranks, ranks at 90, 95 and 99 % energy, condition, break-even, time.
+    """Effective and stable ranks, ranks at 90, 95 and 99 % energy, condition, break-even, times.
 
     Args:
-        model: is not changed.
-        data: as for `compress`; None never runs the model, and gives the spectra of W alone.
-        target_modules, exclude_modules: as for `compress`. By default every linear layer that can
-            be read is decomposed, the output head too; otherwise only those that are named.
-        timing: take times, where data shows at which shape.
+        model: unchanged.
+        data: as for `compress`; None does not run the model, and inspects W only.
+        target_modules, exclude_modules: as for `compress`. By default every linear layer whose
+            weight is accessible is decomposed, the output head too; otherwise only those named.
+        timing: time the layers, at the input shapes that data shows.
 
     Raises:
-        LowrankError: a pattern matches nothing, or the data is of no use.
+        LowrankError: a pattern matches nothing, or the data is invalid.
     """
     check_model(model)
     chosen = select_sites(find_sites(model), model, target_modules, exclude_modules)
@@ -146,32 +147,32 @@ def inspect(
     if data is not None:
         calibration = calibrate(model, data, tokenizer=tokenizer, length=length, progress=progress)
     sites = {site.name: site for site in chosen}
-    done = factored(model)
-    order = [name for name, _ in model.named_modules() if name in sites or name in done]
-    looked = [
+    already = factored(model)
+    order = [name for name, _ in model.named_modules() if name in sites or name in already]
+    inspected = [
         _inspected(sites[name], calibration, skip=named and bool(sites[name].reason), timing=timing)
         if name in sites
-        else _already(name, done[name])
+        else _factored(name, already[name])
         for name in _progress(order, progress)
     ]
-    timed = any(site.dense_ms is not None for site in looked)
+    timed = any(site.dense_ms is not None for site in inspected)
     threads = torch.get_num_threads()
     conditions = f"{threads} thread{'s' * (threads != 1)}, one call at the data's shape"
     return Inspection(
-        tuple(looked), 0 if calibration is None else calibration.tokens, conditions * timed
+        tuple(inspected), 0 if calibration is None else calibration.tokens, conditions * timed
     )
 
 
 def _inspected(
     site: Site, calibration: Calibration | None, *, skip: bool, timing: bool
 ) -> Inspected:
-    def told(reason: str) -> Inspected:
+    def skipped(reason: str) -> Inspected:
         return Inspected(site.name, site.shape, site.cost.params, reason=reason)
 
     if skip or layouts.obstacle(site.module):
-        return told(site.reason)
+        return skipped(site.reason)
     if not layouts.is_finite(site.module):
-        return told("the weight holds NaN or Inf")
+        return skipped("the weight holds NaN or Inf")
     matrix = layouts.matrix(site.module)
     weight, output, reason = LayerSpectrum(linalg.energies(matrix).cpu()), None, site.reason
     gram = statistics_of(site, calibration).gram
@@ -186,14 +187,14 @@ def _inspected(
     )
 
 
-def _already(name: str, module: Form) -> Inspected:
+def _factored(name: str, module: Form) -> Inspected:
     out_features, in_features = module.dense_weight().shape
     rank = module.spec().get("rank")
     return Inspected(name, (out_features, in_features), module.cost().params, rank=rank)
 
 
 def _times(site: Site, shape: tuple[int, ...]) -> tuple[float, float | None]:
-    """ms of the layer, and of factors just below break-even where there is such a rank."""
+    """ms of the layer, and of factors just below break-even (None if that is rank 0)."""
     weight = layouts.matrix(site.module)
     generator = torch.Generator().manual_seed(0)
     example = torch.randn(shape, generator=generator).to(weight)

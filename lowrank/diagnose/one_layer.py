@@ -1,4 +1,4 @@
-"""One layer or group at a time: put factors in its place, compare predictions, put it back."""
+"""Factor one layer or group at a time, compare predictions, and restore it."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def measure_alone(
     data_free: bool,
     progress: bool,
 ) -> Sensitivity:
-    """What the predictions lose when one group alone keeps each of the ratios.
+    """KL of the model when one group alone is compressed to each of the ratios.
 
     Args:
-        groups: sites that share a basis together; most are of one site.
-        data_free: of a site that the calibration did not reach, measure what plain SVD gives; else
-            its row stays NaN.
+        groups: sites that share a basis; most have one site.
+        data_free: measure sites that the calibration did not reach with plain SVD; otherwise their
+            rows are NaN.
     """
     kl = torch.full((len(groups), len(ratios)), torch.nan, dtype=torch.float64)
     rank, error = torch.zeros_like(kl, dtype=torch.int64), torch.full_like(kl, torch.nan)
-    dense = Reference(twin(model), batches)  # which stays dense
+    dense = Reference(twin(model), batches)  # the twin stays dense
     with quiet(model):
         bar = tqdm(groups, "sensitivity", delay=2, disable=not progress, leave=False)
         for row, group in enumerate(bar):

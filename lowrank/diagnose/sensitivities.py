@@ -1,4 +1,4 @@
-"""`sensitivity`: what the model's predictions lose when one layer alone is reduced."""
+"""`sensitivity`: KL of the model's predictions when one layer alone is compressed."""
 
 from __future__ import annotations
 
@@ -43,31 +43,32 @@ def sensitivity(
     seed: int = 0,
     progress: bool = True,
 ) -> Sensitivity:
-    """Factor one layer at a time, compare the predictions with the dense model's, put it back.
+    """KL between the dense model and the model with one layer factored, layer by layer.
 
-    The dense model's logits of all batches are held meanwhile. The model is bit for bit as before
-    afterwards, also when anything raises.
+    The dense model's logits on the batches are cached, up to a limit. Afterwards the model is bit
+    for bit as before, even if an error is raised.
 
     Args:
-        data: held-out batches on which predictions are compared; as for `kl`. Of a `Calibration`
-            the batches are taken, and its statistics where `calibration` is None.
-        ratios: shares in (0, 1) that the one layer keeps of its own parameters.
-        method: as for `compress`; None: "whitened" with calibration, else "svd". Layers that a
-            joint method gives one basis are reduced together, and share a row.
-        calibration: what the method's statistics are taken from; best not the held-out data.
-        cache: a file. What was computed is written there, and read instead of computed when
-            model, data and settings are the same; a file made for others is refused.
-        on_missing: "data-free" measures layers that the calibration did not reach by plain SVD;
-            else their rows are NaN.
+        data: held-out batches to compare predictions on, as for `kl`. A `Calibration` gives its
+            batches, and its statistics too if `calibration` is None.
+        ratios: shares kept of the one layer's own parameters, in (0, 1).
+        method: as for `compress`; None: "whitened" with calibration, else "svd". Layers to which a
+            joint method gives one basis are compressed together and share a row.
+        calibration: source of the method's statistics; preferably not the held-out data.
+        cache: file to store the result in, and to read it from if model, data and settings are the
+            same; a file made for others is refused.
+        on_missing: "data-free" measures layers that the calibration did not reach with plain SVD;
+            otherwise their rows are NaN.
         tokenizer, target_modules, exclude_modules, length, seed, progress: as for `compress` and
             `calibrate`.
 
     Raises:
-        LowrankError: no data, a ratio out of range, a cache made for something else.
+        LowrankError: there is no data, a ratio is out of range, or the cache was made for something
+            else.
     """
     wanted = _ratios(ratios)
     source = data if calibration is None and isinstance(data, Calibration) else calibration
-    # Its ratio is not used: it checks method and patterns as `compress` does.
+    # It checks method and patterns as `compress` does; its ratio is not used.
     request = Request(
         ratio=0.5, method=method, target_modules=target_modules, exclude_modules=exclude_modules,
         on_missing=on_missing, seed=seed,
@@ -117,7 +118,7 @@ def _batches(data: Any, tokenizer: Any, length: int) -> list[Batch]:
     given = isinstance(data, Calibration)
     batches = data.batches if given else materialise(data, tokenizer, length=length)
     if callable(batches):
-        raise LowrankError("sensitivity needs batches that are run again and again, not a callable")
+        raise LowrankError("sensitivity needs batches to run repeatedly, not a callable")
     return batches
 
 
@@ -125,7 +126,9 @@ def _ratios(ratios: Any) -> tuple[float, ...]:
     given = list(ratios) if isinstance(ratios, Sequence) and not isinstance(ratios, str) else []
     sound = all(isinstance(r, Real) and 0 < float(r) < 1 for r in given)
     if not given or not sound or len(set(given)) < len(given):
-        raise LowrankError(f"ratios must be different shares kept, each in (0, 1), got {ratios!r}")
+        raise LowrankError(
+            f"ratios must be distinct fractions kept, each in (0, 1), got {ratios!r}"
+        )
     return tuple(map(float, given))
 
 
@@ -137,17 +140,17 @@ def _made_for(
     targets: Sequence[Site],
     ratios: tuple[float, ...],
 ) -> dict[str, Any]:
-    """What the result depends on, under the names that a refusal prints."""
+    """What the result depends on, under the names that an error message uses."""
     if callable(source):
-        raise LowrankError("a callable cannot be recognised again: calibrate first, or cache=None")
+        raise LowrankError("a callable cannot be cached: calibrate first, or pass cache=None")
     if isinstance(source, Calibration):
-        said = disk.calibration_print(source)
+        digest = disk.calibration_print(source)
     else:
-        said = "" if source is None else disk.data_print(source)
+        digest = "" if source is None else disk.data_print(source)
     return {
         "model": disk.model_print(model),
         "held-out data": disk.data_print(batches),
-        "calibration": said,
+        "calibration": digest,
         "method": f"{resolved.joint or resolved.method!r}, {resolved.method!r}",
         "set of layers": [site.name for site in targets],
         "ratios": list(ratios),

@@ -1,4 +1,4 @@
-"""One spectrum, and what can be read from it."""
+"""The spectrum of one layer: effective ranks, ranks by energy, condition number."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LayerSpectrum:
 
     @cached_property
     def effective_rank(self) -> float:
-        """exp of the entropy of the energies: the one to choose ranks by."""
+        """exp of the entropy of the energies; the one to choose ranks by."""
         return linalg.effective_rank(self.energy)
 
     @cached_property
@@ -37,11 +37,12 @@ class LayerSpectrum:
 
     @cached_property
     def stable_rank(self) -> float:
+        """Sum of the energies over the largest one."""
         return linalg.stable_rank(self.energy)
 
     @cached_property
     def condition(self) -> float:
-        """Largest over smallest singular value; inf where the smallest is not resolved."""
+        """Condition number: largest over smallest singular value; inf if that is below rounding."""
         return linalg.condition_number(self.energy)
 
     def rank_for(self, share: float) -> int:
@@ -49,7 +50,7 @@ class LayerSpectrum:
         return linalg.rank_for(share, self.energy)
 
     def row(self) -> dict[str, str]:
-        """As text, for tables."""
+        """Figures as text, for tables."""
         return {
             "eff": f"{self.effective_rank:.1f}",
             "eff σ": f"{self.entropy_rank:.1f}",
@@ -59,7 +60,7 @@ class LayerSpectrum:
         }
 
     def figures(self) -> dict[str, Any]:
-        """As numbers, for JSON; a condition number that is not resolved is null."""
+        """Figures as numbers, for JSON; an infinite condition number is null."""
         return {
             "effective_rank": self.effective_rank,
             "entropy_rank": self.entropy_rank,

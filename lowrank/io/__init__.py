@@ -1,4 +1,4 @@
-"""Reading and writing factored models: files know modules, modules know nothing of files."""
+"""Save, load and export factored models. Files depend on modules, never the other way round."""
 
 from .checkpoint import load as load
 from .checkpoint import save as save

@@ -1,4 +1,4 @@
-"""What lies beside the weights: a model card, and the code for trust_remote_code."""
+"""Files saved next to the weights: the model card, and the code for trust_remote_code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MARK = "<!-- written by lowrank -->"
 
 _REMOTE = '''"""Lets trust_remote_code=True load this model: install lowrank first."""
 
-import lowrank  # noqa: F401, its import teaches transformers to read this checkpoint
+import lowrank  # noqa: F401, registers this checkpoint format with transformers
 from transformers import {name} as _Base
 
 
@@ -37,17 +37,17 @@ tags:
 
 # {name}, compressed by lowrank
 
-{count} weight matrices of this model are stored as products of two smaller ones, by
-the Python library lowrank {version}.
+{count} weight matrices of this model are stored in factored form by the Python library
+lowrank {version}.
 
 ## How to load
 
 ```python
-import lowrank  # first: it teaches transformers to read this checkpoint
+import lowrank  # first: registers this checkpoint format with transformers
 {snippet}
 ```
 
-Or `lowrank.from_pretrained("path/to/this")`, which checks that every weight was found{remote}.
+Or `lowrank.from_pretrained("path/to/this")`, which checks that every weight is there{remote}.
 
 > **Without `import lowrank`, transformers does not fail.** It warns "Unknown quantization type,
 > got lowrank", reports missing and unexpected keys, and goes on with **random weights** for the
@@ -56,9 +56,9 @@ Or `lowrank.from_pretrained("path/to/this")`, which checks that every weight was
 
 
 def auto_classes(model: nn.Module) -> list[str]:
-    """Names of transformers' Auto classes that give this model's class; [] for a custom class.
+    """Names of transformers' Auto classes that load this model's class; [] for a custom class.
 
-    The one that people use comes first: several classes also serve for pretraining.
+    AutoModelForPreTraining comes last: where several classes fit, users expect another one.
     """
     transformers = sys.modules["transformers"]
     if getattr(transformers, type(model).__name__, None) is not type(model):
@@ -69,13 +69,13 @@ def auto_classes(model: nn.Module) -> list[str]:
         mapping = getattr(getattr(auto, name), "_model_mapping", None)
         if not name.startswith("AutoModel") or mapping is None:
             continue
-        if type(model.config) in mapping and _gives(mapping[type(model.config)], type(model)):
+        if type(model.config) in mapping and _loads(mapping[type(model.config)], type(model)):
             names.append(name)
     return sorted(names, key=lambda name: name == "AutoModelForPreTraining")
 
 
 def auto_map(name: str, classes: list[str]) -> dict[str, str]:
-    """`config.json["auto_map"]` that leads each Auto class to our file."""
+    """Entries of `config.json["auto_map"]` that point each Auto class to our file."""
     stem = REMOTE_FILE.removesuffix(".py")
     return dict.fromkeys(classes, f"{stem}.LowRank{name}")
 
@@ -83,12 +83,12 @@ def auto_map(name: str, classes: list[str]) -> dict[str, str]:
 def remote_code(name: str) -> str:
     """The file for trust_remote_code, around transformers' class `name`."""
     if not name.isidentifier():
-        raise LowrankError(f"{name!r} is no name of a class")
+        raise LowrankError(f"{name!r} is not a class name")
     return _REMOTE.format(name=name)
 
 
 def write(path: Path, model: nn.Module, classes: list[str], card: str | None) -> None:
-    """The model card; one that somebody else wrote is kept."""
+    """Write the model card; one that lowrank did not write is kept."""
     if path.exists() and _MARK not in path.read_text(encoding="utf-8"):
         return
     name = classes[0] if classes else type(model).__name__
@@ -105,5 +105,5 @@ def write(path: Path, model: nn.Module, classes: list[str], card: str | None) ->
     path.write_text(f"{text}\n{card.strip()}\n" if card else text, encoding="utf-8")
 
 
-def _gives(entry: object, wanted: type) -> bool:
+def _loads(entry: object, wanted: type) -> bool:
     return wanted in entry if isinstance(entry, (list, tuple)) else entry is wanted

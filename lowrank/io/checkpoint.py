@@ -28,20 +28,20 @@ Folder = str | Path
 def save(
     model: nn.Module, folder: Folder, *, tokenizer: Any = None, card: str | None = None
 ) -> None:
-    """Write a model so that `load` rebuilds it, bit for bit.
+    """Save a model so that `load` restores it bit for bit.
 
-    A transformers model becomes a folder for `from_pretrained`, with a model card; any other
-    module becomes `model.safetensors` and `lowrank.json`.
+    A transformers model is saved for `from_pretrained`, with a model card; any other module as
+    `model.safetensors` and `lowrank.json`.
 
     Args:
-        model: any module, with or without factored parts.
-        folder: is made if it is not there.
+        model: any module, with or without factored layers.
+        folder: created if missing.
         tokenizer: saved too (transformers models only).
         card: markdown for the model card, such as a table of ranks (transformers models only).
 
     Raises:
-        LowrankError: the folder is a file or holds a checkpoint of the other form, or the model
-            cannot be stored. Nothing is written then.
+        LowrankError: `folder` is a file or holds a checkpoint of the other kind, or the model
+            cannot be stored. Nothing is then written.
     """
     target = Path(folder)
     model = unwrapped(model)
@@ -81,30 +81,30 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """What `save` wrote, as a model.
+    """Load a model that `save` wrote.
 
     Args:
-        folder: a folder with `lowrank.json`, or one of a transformers model.
-        skeleton: the dense architecture, or a function that returns it: it is filled in place,
-            and may be on the meta device. None for a folder of a transformers model.
-        device: where to put the weights; the CPU by default.
-        dtype: for floating-point tensors; as saved by default.
+        folder: holds `lowrank.json`, or a transformers model.
+        skeleton: the dense model, or a function that returns it; modified in place, and may be on
+            the meta device. None for a transformers model.
+        device: of the weights; the CPU by default.
+        dtype: of floating-point tensors; as saved by default.
 
     Returns:
         The skeleton with factored modules (or its new root), or the transformers model.
 
     Raises:
-        LowrankError: anything is missing, damaged or does not fit; the skeleton is as before.
+        LowrankError: a file is missing, damaged or does not fit; the skeleton is then unchanged.
     """
     source = Path(folder)
     if not source.is_dir():
-        raise LowrankError(f"no folder {source}")
+        raise LowrankError(f"there is no folder {source}")
     if not (source / INDEX).exists():
         return _load_pretrained(source, skeleton, device, dtype)
     specs, aliases = _index(source / INDEX)
     if skeleton is None:
         raise LowrankError(
-            f"{source} holds factors but no architecture: pass skeleton=, the dense model or a "
+            f"{source} holds weights but no architecture: pass skeleton=, the dense model or a "
             f"function that returns it"
         )
     model = skeleton if isinstance(skeleton, nn.Module) else skeleton()
@@ -121,7 +121,7 @@ def _filled(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> nn.Module:
-    """The model with its layers swapped and its tensors from `path`; unchanged on an error."""
+    """Swap layers and load tensors from `path`; the model is unchanged on an error."""
     stored = tensors.header(path)
     new = prepare(model, specs, INDEX)
     named = {name: new[id(module)] for name, module in modules_of(model) if id(module) in new}
@@ -135,7 +135,7 @@ def _filled(
         filled.load_state_dict(
             {key: state[plain_name(key)] for key in filled.state_dict()}, assign=True
         )
-    # What the file does not hold (unsaved buffers) follows.
+    # Also moves what the file does not hold (unsaved buffers).
     return filled.to(device=device, dtype=dtype)
 
 
@@ -145,24 +145,24 @@ def _load_pretrained(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> nn.Module:
-    there = sorted(path.name for path in source.iterdir())
-    if CONFIG not in there:
+    names = sorted(path.name for path in source.iterdir())
+    if CONFIG not in names:
         raise LowrankError(
-            f"{source} is no saved model: neither {INDEX} nor {CONFIG} among {listed(there)}"
+            f"{source} is not a saved model: neither {INDEX} nor {CONFIG} among {listed(names)}"
         )
     if skeleton is not None:
-        raise LowrankError(f"{source} is a transformers model and needs no skeleton: leave it out")
-    chosen: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    model: nn.Module = pretrained.from_pretrained(source, **chosen)
+        raise LowrankError(f"{source} is a transformers model, which needs no skeleton: drop it")
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    model: nn.Module = pretrained.from_pretrained(source, **options)
     return model.to(device=device)
 
 
 def _index(path: Path) -> tuple[dict[str, Spec], dict[str, str]]:
-    """Specs by module name, and aliases of tensors, from a checked `lowrank.json`."""
+    """Specs by module name, and tensor aliases, from a validated `lowrank.json`."""
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise LowrankError(f"{path} is no JSON ({error}): save the model again") from error
+        raise LowrankError(f"{path} is not valid JSON ({error}): save the model again") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise LowrankError(f"{path}: expected an object with format {FORMAT!r}")
     if index.get("version") != VERSION or isinstance(index["version"], bool):
@@ -177,7 +177,7 @@ def _index(path: Path) -> tuple[dict[str, Spec], dict[str, str]]:
 
 
 def _check_unsaved_buffers(model: nn.Module) -> None:
-    """A buffer that is not saved cannot be filled, so it must not be on the meta device."""
+    """Raises LowrankError for a non-persistent buffer on the meta device: no file holds it."""
     empty = [
         f"{name}.{key}" if name else key
         for name, module in model.named_modules()
@@ -186,6 +186,6 @@ def _check_unsaved_buffers(model: nn.Module) -> None:
     ]
     if empty:
         raise LowrankError(
-            f"the skeleton is on the meta device, and no file holds these of its buffers: "
-            f"{listed(empty)}; build it on the CPU"
+            f"the skeleton has buffers on the meta device that are not saved: {listed(empty)}; "
+            f"build it on the CPU"
         )

@@ -1,4 +1,4 @@
-"""Declare what a transformers model holds, so that stock `save_pretrained` writes it down."""
+"""Declare factored modules in a transformers config, so that stock `save_pretrained` saves it."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from .specs import other_ties, retie, specs_of, untie
 def attach(model: nn.Module, provenance: dict[str, Any] | None = None) -> bool:
     """Write the factored modules of a transformers model into its config.
 
-    After this, stock `save_pretrained` and `from_pretrained` round-trip the model. Call it after
-    every in-memory compression; without factored modules it removes what it wrote before.
+    Afterwards stock `save_pretrained` and `from_pretrained` round-trip the model. Call it after
+    every in-memory compression; without factored modules it removes earlier entries.
 
     Args:
-        model: the model; anything but a transformers model is left alone.
-        provenance: JSON kept under "lowrank" in the config, for people.
+        model: any model; only transformers models are changed.
+        provenance: JSON-serialisable, stored under "lowrank" in the config for human readers.
 
     Returns:
-        Whether the model now says that it is factored.
+        Whether the config now declares factored modules.
 
     Raises:
-        LowrankError: the model is quantized by something else, a factored module takes part in
-            tied weights, or `provenance` is no JSON. Nothing is changed then.
+        LowrankError: the model is quantized by another library, a factored module has tied
+            weights, or `provenance` is not JSON-serialisable. Nothing is then changed.
     """
     if not is_transformers(model):
         return False
@@ -47,15 +47,15 @@ def attach(model: nn.Module, provenance: dict[str, Any] | None = None) -> bool:
 
     config = LowRankConfig(modules=specs, lowrank=notes)
     model.config.quantization_config = config  # type: ignore[union-attr]
-    # It brings the config up to date at every save, and gives model.dequantize().
+    # It updates the config at every save, and provides model.dequantize().
     model.hf_quantizer = LowRankHfQuantizer(config, pre_quantized=True)
     return True
 
 
 def detach(model: nn.Module) -> None:
-    """Remove what `attach` or loading wrote: for a model that holds no factored modules any more.
+    """Remove what `attach` or loading wrote, once a model has no factored modules any more.
 
-    What another quantizer wrote is left alone.
+    Entries of other quantizers are kept.
     """
     if is_transformers(model):
         retie(model)
@@ -63,7 +63,7 @@ def detach(model: nn.Module) -> None:
 
 
 def _forget(model: nn.Module) -> None:
-    """Take our entries out of the config and off the model."""
+    """Remove our entries from the config and the model."""
     config = model.config
     if _method(_entry(config)) == "lowrank":
         del config.quantization_config  # type: ignore[union-attr]
@@ -73,10 +73,10 @@ def _forget(model: nn.Module) -> None:
 
 
 def check_attachable(model: nn.Module) -> None:
-    """All reasons why a transformers model cannot declare factored modules.
+    """Check that a transformers model can declare its factored modules.
 
     Raises:
-        LowrankError: see `attach`.
+        LowrankError: it cannot; see `attach`.
     """
     for name, module in model.named_modules():
         holders = (getattr(module, "config", None), getattr(module, "hf_quantizer", None))
@@ -89,7 +89,7 @@ def check_attachable(model: nn.Module) -> None:
     names = factored(model)
     for target, source in other_ties(model, names).items():
         for key in (target, source):
-            # The bias of a factored head is tied as it was.
+            # The bias of a factored head stays tied.
             if key.rpartition(".")[0] in names and not _is_own_bias(names, key):
                 raise LowrankError(
                     f"{key.rpartition('.')[0]} is factored, but the config ties {target} to "
@@ -103,7 +103,7 @@ def _is_own_bias(names: Mapping[str, nn.Module], key: str) -> bool:
 
 
 def is_transformers(model: nn.Module) -> bool:
-    """Whether it is a transformers PreTrainedModel; transformers is not imported to find out."""
+    """Whether this is a transformers PreTrainedModel; does not import transformers."""
     module = sys.modules.get("transformers.modeling_utils")
     return module is not None and isinstance(model, module.PreTrainedModel)
 
@@ -113,14 +113,14 @@ def is_compressed(model: nn.Module) -> bool:
 
 
 def _notes(model: nn.Module, provenance: dict[str, Any] | None) -> dict[str, Any]:
-    """New provenance, or what is there from before."""
+    """The provenance, merged over that already in the config."""
     entry = _entry(getattr(model, "config", None))
     before = entry.get("lowrank") if isinstance(entry, dict) else getattr(entry, "lowrank", None)
     notes = {**(before or {}), **(provenance or {}), "lowrank_version": version()}
     try:
         json.dumps(notes)
     except (TypeError, ValueError) as error:
-        raise LowrankError(f"provenance must be JSON: {error}") from error
+        raise LowrankError(f"provenance must be JSON-serialisable: {error}") from error
     return notes
 
 
@@ -129,7 +129,7 @@ def _entry(config: object) -> Any:
 
 
 def _method(entry: Any) -> str | None:
-    """The name of the quantization method, "?" if there is one without a name."""
+    """Name of the quantization method; None without one, "?" for one without a name."""
     if entry is None:
         return None
     method = entry.get("quant_method") if isinstance(entry, dict) else entry.quant_method

@@ -1,4 +1,4 @@
-"""Models for other readers: merged to dense layers, or as a graph (torch.export, ONNX)."""
+"""Export without lowrank: merged to dense layers, or as a graph (torch.export, ONNX)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ FORMATS = ("dense", "torch.export", "onnx")
 
 
 def to_dense(model: nn.Module, *, copy: bool = False) -> nn.Module:
-    """Every factored module merged into the kind of layer that it replaced.
+    """Merge every factored module back into a dense layer of the kind that it replaced.
 
-    The same function up to rounding: products are formed in float32 or better and stored in the
-    dtype of the factors. Bias, training flag and requires_grad are kept; a shared module stays
-    shared; a transformers model no longer says that it is factored.
+    The function is the same up to rounding: products are computed in float32 or better and stored
+    in the dtype of the factors. Bias, training flag and requires_grad are kept; shared modules stay
+    shared; the config of a transformers model no longer declares factored modules.
 
     Args:
         model: changed in place unless `copy`.
@@ -33,7 +33,8 @@ def to_dense(model: nn.Module, *, copy: bool = False) -> nn.Module:
         The model, or a new layer if the model itself is a factored module.
 
     Raises:
-        LowrankError: factors are on the meta device or carry adapters; nothing is changed then.
+        LowrankError: factors are on the meta device, carry adapters or are not a linear map; the
+            model is then unchanged.
     """
     target = copying.deepcopy(model) if copy else model
     dense = densify(target)
@@ -49,18 +50,18 @@ def export(
     tokenizer: Any = None,
     example: Batch | None = None,
 ) -> None:
-    """Write what needs no lowrank; the model is unchanged.
+    """Export a model to files that load without lowrank; the model is unchanged.
 
-    "dense": a transformers folder, or `model.safetensors` with the names of the dense model.
-    "torch.export": `model.pt2`, and "onnx": `model.onnx` (extra: lowrank[onnx]), the graph with
-    its factors as they are, in evaluation mode; the first axis of all inputs may vary.
+    "dense": merged, as a transformers folder or as `model.safetensors` with the dense names.
+    "torch.export" writes `model.pt2` and "onnx" `model.onnx` (extra: lowrank[onnx]): the graph in
+    evaluation mode, layers still factored; the first axis of all inputs is dynamic.
 
     Args:
-        example: of a graph: a batch that the model takes, of two samples or more.
+        example: for a graph: an input batch of at least two samples.
 
     Raises:
-        LowrankError: the format is not available, `folder` is a file, or a graph has no example
-            or cannot be traced.
+        LowrankError: the format is unknown, `folder` is a file, or a graph has no example or
+            cannot be traced.
     """
     if format not in FORMATS:
         raise LowrankError(f"format {format!r} is not available, only: {', '.join(FORMATS)}")
@@ -71,8 +72,8 @@ def export(
         _graph(model, target, format, example)
         return
     if tokenizer is not None and not is_transformers(model):
-        raise LowrankError(f"a tokenizer is for transformers models, got {type(model).__name__}")
-    # The structure is copied, the tensors are not: only merged layers take new memory.
+        raise LowrankError(f"tokenizer is for transformers models, got {type(model).__name__}")
+    # Copies the modules but not the tensors: only merged layers take new memory.
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     dense = to_dense(copying.deepcopy(model, shared))
     if is_transformers(dense):
@@ -82,7 +83,7 @@ def export(
         return
     stored, aliases = tensors.collect(dense)
     target.mkdir(parents=True, exist_ok=True)
-    # Plain readers know no aliases: load_state_dict(strict=True) wants every name.
+    # load_state_dict(strict=True) wants every name, so aliases are written out.
     whole = {**stored, **{name: stored[owner].clone() for name, owner in aliases.items()}}
     tensors.write(whole, target / "model.safetensors")
 
@@ -90,7 +91,7 @@ def export(
 def _graph(model: nn.Module, target: Path, format: str, example: Batch | None) -> None:
     """Trace the model on an example and write the graph."""
     if example is None:
-        raise LowrankError(f"format {format!r} traces the model: pass example=…, a batch of it")
+        raise LowrankError(f"format {format!r} traces the model: pass an input batch as example=…")
     if format == "onnx":
         _require_onnx()
     positional = isinstance(example, Tensor)
@@ -116,7 +117,7 @@ def _graph(model: nn.Module, target: Path, format: str, example: Batch | None) -
                 )
     except LowrankError:
         raise
-    except Exception as error:  # tracing runs any model's code, and raises what that raises
+    except Exception as error:  # tracing runs arbitrary model code
         what = " ".join(str(error).split())[:200]
         raise LowrankError(f"{type(model).__name__} cannot be traced ({what})") from error
     finally:

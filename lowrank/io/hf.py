@@ -1,10 +1,10 @@
-"""The two classes through which stock transformers reads and writes factored models.
+"""The config and quantizer classes by which stock transformers loads and saves factored models.
 
-A factored model is declared as "quantized with lowrank". While transformers builds the model on the
-meta device, the dense layers that `config.json` names are swapped for empty factored ones, whose
-parameters have the names in the files; shards, dtype and device_map are left to transformers.
+A factored model is declared as quantized with "lowrank". While transformers builds the model on the
+meta device, the dense layers named in `config.json` are swapped for empty factored ones, whose
+parameter names match the files; transformers handles shards, dtype and device_map.
 
-This file is the only one that imports transformers when it is loaded; see `register.py`.
+Only this file imports transformers at module level; see `registration.py`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class LowRankConfig(QuantizationConfigMixin):
     """`config.json["quantization_config"]` of a factored model.
 
     Args:
-        modules: what rebuilds each factored module empty, by its full name.
-        version: of this format.
-        lowrank: where the model comes from, for people: version of the library, the plan.
+        modules: full module name -> spec that rebuilds the factored module, empty.
+        version: format version.
+        lowrank: provenance for human readers: library version, what was asked for.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class LowRankConfig(QuantizationConfigMixin):
     ) -> None:
         if unknown:
             raise LowrankError(
-                f"{SOURCE}: unknown entries {listed(sorted(unknown))}: a newer version of "
-                f"lowrank may have written them"
+                f"{SOURCE}: unknown entries {listed(sorted(unknown))}, perhaps written by a newer "
+                f"version of lowrank"
             )
         self.quant_method = quant_method
         self.version = version
@@ -58,12 +58,12 @@ class LowRankConfig(QuantizationConfigMixin):
         self.lowrank = {} if lowrank is None else lowrank
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON; without the entry for people if it is empty."""
+        """The config as JSON-serialisable values; empty entries are left out."""
         return {key: copy.deepcopy(value) for key, value in vars(self).items() if value != {}}
 
 
 class LowRankHfQuantizer(HfQuantizer):
-    """Swaps modules before the weights load. Nothing is quantized; all weights can be trained."""
+    """Swaps modules before weights load. Nothing is quantized; all weights are trainable."""
 
     requires_calibration = False
     quantization_config: LowRankConfig
@@ -77,7 +77,7 @@ class LowRankHfQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        # Trainer refuses a "purely quantized" model without adapters unless this is True as well.
+        # Otherwise Trainer refuses a "purely quantized" model without adapters.
         return True
 
     @property
@@ -85,10 +85,10 @@ class LowRankHfQuantizer(HfQuantizer):
         return True
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Called before the model is built.
+        """Check the config; called before the model is built.
 
         Raises:
-            LowrankError: the config is of another version, or not one of a factored model.
+            LowrankError: the format version is unknown, or this is not a saved factored model.
         """
         config = self.quantization_config
         if not self.pre_quantized:
@@ -107,9 +107,9 @@ class LowRankHfQuantizer(HfQuantizer):
         untie(model, factored(model))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        # Ordinary floating-point weights: half(), float() and Trainer need not be on their guard.
-        # transformers' models also branch on this entry of the config, and would then compute
-        # in another order than before saving.
+        # The weights are ordinary floating-point: half(), float() and Trainer work as usual.
+        # transformers' models also branch on this config entry, and would otherwise compute in
+        # another order than before saving.
         model.is_quantized = False  # type: ignore[assignment]
         for module in model.modules():
             getattr(getattr(module, "config", None), "__dict__", {}).pop("_is_quantized", None)
@@ -121,12 +121,12 @@ class LowRankHfQuantizer(HfQuantizer):
         return densify(model, dtype=dtype)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, Any]]:
-        """Called when a save begins, before the config is written: ranks may have changed."""
+        """Update the config; called at the start of a save, since ranks may have changed."""
         self._refresh(model)
         return None, {}
 
     def _refresh(self, model: nn.Module) -> None:
-        """Let the config say what the model holds now."""
+        """Update the config to the modules that the model holds now."""
         self.quantization_config.modules = specs_of(model)
         if self.quantization_config.modules:
             model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
@@ -135,7 +135,7 @@ class LowRankHfQuantizer(HfQuantizer):
 
 
 def _drop_auto_map(config: Any) -> None:
-    """What `save` wrote for trust_remote_code holds for that folder only, not for the next."""
+    """Remove our trust_remote_code entries, which hold only for the folder they were saved in."""
     entries = getattr(config, "auto_map", None)
     if isinstance(entries, dict):
         stem = f"{REMOTE_FILE.removesuffix('.py')}."
@@ -146,7 +146,7 @@ def _drop_auto_map(config: Any) -> None:
 
 
 def check_version(version: object, source: str) -> None:
-    """Raises LowrankError unless this library can read that version."""
+    """Raises LowrankError unless this is the format version that we read."""
     if version != VERSION or isinstance(version, bool):
         raise LowrankError(
             f"{source}: format version {version!r} is unknown, expected {VERSION}: "
@@ -155,13 +155,13 @@ def check_version(version: object, source: str) -> None:
 
 
 def _renamed(model: nn.Module, specs: dict[str, Spec]) -> dict[str, Spec]:
-    """Names as `model` has them, where it is another class than the one that was saved.
+    """Specs under the module names of `model`, which may be another class than was saved.
 
-    transformers loads a model with a head into its base model, and the other way round: then
-    names lose or gain the prefix of the base model, and the factored layers of a head that is
-    not there are left out, as their weights are.
+    transformers loads a model with a head into its base model, and vice versa: names then lose or
+    gain the base-model prefix, and factored layers of an absent head are dropped, as their weights
+    are.
     """
-    there = {name for name, _ in modules_of(model)}
+    present = {name for name, _ in modules_of(model)}
     prefix = getattr(model, "base_model_prefix", "")
     saved_as = getattr(getattr(model, "config", None), "architectures", None) or []
     if not prefix or not saved_as or type(model).__name__ in saved_as:
@@ -171,7 +171,7 @@ def _renamed(model: nn.Module, specs: dict[str, Spec]) -> dict[str, Spec]:
 
     def renamed(name: str) -> str | None:
         names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-        return next((candidate for candidate in names if candidate in there), None)
+        return next((candidate for candidate in names if candidate in present), None)
 
     for name, spec in specs.items():
         candidate = renamed(name)
@@ -180,12 +180,12 @@ def _renamed(model: nn.Module, specs: dict[str, Spec]) -> dict[str, Spec]:
             named = {"shared": renamed(shared) or shared} if isinstance(shared, str) else {}
             settled[candidate] = {**spec, **named}
         elif name.startswith(f"{prefix}."):
-            settled[name] = spec  # of the base model it must be found; prepare() will say it is not
+            settled[name] = spec  # part of the base model, so prepare() will report it as missing
         else:
             left.append(name)
     if left:
         logger.warning(
-            "%s has no %s: these factored layers of the saved %s are left out",
+            "%s has no %s: these factored layers of the saved %s are not loaded",
             type(model).__name__,
             listed(left),
             listed(saved_as),
@@ -194,17 +194,17 @@ def _renamed(model: nn.Module, specs: dict[str, Spec]) -> dict[str, Spec]:
 
 
 def _with_heads(model: nn.Module, specs: dict[str, Spec]) -> dict[str, Spec]:
-    """A head that this class ties to a factored embedding, and the saved class did not have."""
-    there = dict(modules_of(model))
+    """Specs plus heads that this class ties to a factored embedding but the saved class lacked."""
+    modules = dict(modules_of(model))
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     heads: dict[str, Spec] = {}
     for target, source in tied.items():
         name, owner = target.rpartition(".")[0], source.rpartition(".")[0]
-        head = there.get(name)
+        head = modules.get(name)
         if specs.get(owner, {}).get("type") != "LowRankEmbedding" or name in specs:
             continue
         if isinstance(head, nn.Linear):
             sizes = {key: specs[owner][key] for key in ("num_embeddings", "embedding_dim", "rank")}
-            has = {"bias": head.bias is not None}
-            heads[name] = {"type": "TiedHead", **sizes, **has, "shared": owner}
+            bias = {"bias": head.bias is not None}
+            heads[name] = {"type": "TiedHead", **sizes, **bias, "shared": owner}
     return {**specs, **heads}

@@ -1,4 +1,4 @@
-"""Factored modules merged back into the dense layers that they replaced."""
+"""Merge factored modules back into dense layers."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from ..walk.surgery import factored, swap
 
 
 def densify(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
-    """Every factored module as a dense layer again; returns the model, or the new root.
+    """Replace every factored module by a dense layer; returns the model, or the new root.
 
-    A module that several names share stays shared. Products are formed in float32 or better and
-    stored in `dtype`, or in the dtype of the factors.
+    Shared modules stay shared. Products are computed in float32 or better and stored in `dtype`,
+    by default the dtype of the factors.
 
     Raises:
-        LowrankError: factors are on the meta device (offloaded, or never loaded), something was
-            added to them, such as an adapter, or a layer is no linear map.
+        LowrankError: factors are on the meta device (offloaded, or never loaded), carry something
+            else such as an adapter, or are not a linear map.
     """
     modules = factored(model)
     empty = [name or "(root)" for name, module in modules.items() if _is_meta(module)]
     if empty:
         raise LowrankError(
-            f"no weights to merge at {listed(empty)}: they are on the meta device; load the "
-            f"model without offloading"
+            f"cannot merge {listed(empty)}: the weights are on the meta device; load the model "
+            f"without offloading"
         )
     for name, module in modules.items():
         if module.not_linear:
@@ -42,12 +42,12 @@ def densify(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 def _table_of(module: Form) -> LowRankEmbedding | None:
-    """The factored table that a module reads, if it reads one."""
+    """The factored embedding that a module shares, or None."""
     return module.owner if isinstance(module.owner, LowRankEmbedding) else None
 
 
 def _reader(module: Form, factors: LowRankEmbedding, table: nn.Module) -> nn.Module:
-    """A head or a second embedding that holds the very weight of `table` (V, D) again."""
+    """A dense head or second embedding, tied to the weight (V, D) of `table`."""
     weight: nn.Parameter = table.weight  # type: ignore[assignment]
     if isinstance(module, TiedHead):
         rows, columns = weight.shape
@@ -55,7 +55,7 @@ def _reader(module: Form, factors: LowRankEmbedding, table: nn.Module) -> nn.Mod
         bias = module.bias
         if bias is not None and bias.dtype != weight.dtype:
             bias = nn.Parameter(bias.detach().to(weight.dtype), bias.requires_grad)
-        dense.bias = bias  # type: ignore[assignment] # the object itself, for others may hold it
+        dense.bias = bias  # type: ignore[assignment] # the same object, which others may share
         dense.weight = weight
     else:
         dense = factors.dense(weight)
@@ -63,7 +63,7 @@ def _reader(module: Form, factors: LowRankEmbedding, table: nn.Module) -> nn.Mod
 
 
 def _dense(module: Form, dtype: torch.dtype | None) -> nn.Module:
-    """An nn.Linear, a convolution or an embedding; transformers' Conv1D where that was there."""
+    """The dense layer of a form: nn.Linear, transformers' Conv1D, a convolution or an embedding."""
     stored = next(p.dtype for p in module.parameters() if p.dtype.is_floating_point)
     weight = _weight(module, stored).to(dtype or stored)  # (out, in)
     bias = layouts.bias(module)
@@ -86,7 +86,7 @@ def _dense(module: Form, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _weight(module: Form, stored: torch.dtype) -> Tensor:
-    """The product (out, in), formed in float32 or better."""
+    """The dense weight (out, in), computed in float32 or better."""
     device = next(module.parameters()).device
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         wide = torch.promote_types(stored, torch.float32)
@@ -108,7 +108,7 @@ def _conv1d(weight: Tensor, bias: Tensor | None) -> nn.Module:
 
 
 def _check_plain(module: Form, where: str) -> None:
-    """A product of the factors alone would silently drop what peft and others add to them."""
+    """Raises LowrankError if merging would silently drop what peft or others added."""
     extra = set(module.state_dict()) - set(build(describe(module), where).state_dict())
     if extra:
         raise LowrankError(

@@ -1,4 +1,4 @@
-"""Folders for transformers' from_pretrained, and reading them with every trouble as an error."""
+"""Save for transformers' from_pretrained, and load with every mismatch raised as an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .registration import install
 
 
 def save(model: nn.Module, folder: Path, *, tokenizer: Any = None, card: str | None = None) -> None:
-    """`save_pretrained`, a model card, and the few lines for trust_remote_code."""
+    """`save_pretrained`, plus a model card and the code for trust_remote_code."""
     check_attachable(model)
     attach(model)
     model.save_pretrained(folder)  # type: ignore[operator]
@@ -32,17 +32,17 @@ def save(model: nn.Module, folder: Path, *, tokenizer: Any = None, card: str | N
 
 
 def from_pretrained(path: str | Path, auto_class: str | None = None, **kwargs: Any) -> Any:
-    """Load a transformers model, factored or dense, from a folder or a hub name.
+    """Load a transformers model, factored or dense, from a folder or the hub.
 
     Args:
-        path: as for transformers.
-        auto_class: such as "AutoModelForCausalLM" or "LlamaForCausalLM"; by default the class
-            that was saved (`config.architectures`).
+        path: a folder or hub name, as for transformers.
+        auto_class: such as "AutoModelForCausalLM" or "LlamaForCausalLM"; by default the saved
+            class (`config.architectures`).
         **kwargs: for transformers' from_pretrained (dtype, device_map, revision, token, …).
 
     Raises:
-        LowrankError: transformers is not installed, the folder cannot be read, or the weights
-            of a factored model do not fit: transformers itself would only warn, and go on with
+        LowrankError: transformers is not installed, the model cannot be loaded, or the weights of
+            a factored model do not fit, where transformers would only warn and continue with
             random weights.
     """
     try:
@@ -59,7 +59,7 @@ def from_pretrained(path: str | Path, auto_class: str | None = None, **kwargs: A
         model, info = loader.from_pretrained(where, **asked)
     except LowrankError:
         raise
-    except Exception as error:  # whatever the many readers behind it raise
+    except Exception as error:  # many libraries may raise here
         reason = " ".join(str(error).split())
         raise LowrankError(f"cannot load {where}: {type(error).__name__}: {reason}") from error
     same = is_compressed(model) and type(model).__name__ in (model.config.architectures or [])
@@ -68,7 +68,7 @@ def from_pretrained(path: str | Path, auto_class: str | None = None, **kwargs: A
 
 
 def _loader(transformers: Any, where: str, auto_class: str | None, kwargs: dict[str, Any]) -> Any:
-    """The class whose from_pretrained is to be called."""
+    """The class to call from_pretrained on."""
     if auto_class is not None:
         cls = getattr(transformers, auto_class, None)
         if cls is None:
@@ -79,23 +79,23 @@ def _loader(transformers: Any, where: str, auto_class: str | None, kwargs: dict[
     config = kwargs.get("config") or transformers.AutoConfig.from_pretrained(where, **known)
     names = getattr(config, "architectures", None) or []
     if not names:
-        raise LowrankError(f"{where}: config.json names no architecture: pass auto_class=")
+        raise LowrankError(f"{where}: config.json names no architecture: pass auto_class=…")
     cls = getattr(transformers, names[0], None)
     if cls is not None:
         return cls
     autos = [name for name in getattr(config, "auto_map", None) or {} if "Model" in name]
     if not autos:
-        raise LowrankError(f"{where}: transformers has no class {names[0]!r}: pass auto_class=")
+        raise LowrankError(f"{where}: transformers has no class {names[0]!r}: pass auto_class=…")
     return getattr(transformers, autos[0])
 
 
 def _check_loaded(where: str, info: dict[str, Any], *, complete: bool, sizes: bool) -> None:
-    """What transformers found while loading, as an error.
+    """Raise LowrankError for mismatches in transformers' loading info.
 
     Args:
-        complete: a tensor that is missing or left over is an error: not for another class than
-            the saved one, whose head is new, nor for a dense model, where transformers decides.
-        sizes: a tensor of another shape is an error.
+        complete: missing and unexpected tensors are errors. False for a class other than the saved
+            one, whose head is new, and for a dense model, where transformers decides.
+        sizes: tensors of another shape are errors.
     """
     problems: dict[str, set[str]] = {}
     if complete:
@@ -108,7 +108,7 @@ def _check_loaded(where: str, info: dict[str, Any], *, complete: bool, sizes: bo
 
 
 def _add_auto_map(path: Path, entries: dict[str, str]) -> None:
-    """Only in the file: a model in memory is of its stock class, and stays so when saved again."""
+    """Add the entries to the file only: the model in memory keeps its stock class."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config["auto_map"] = {**config.get("auto_map", {}), **entries}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

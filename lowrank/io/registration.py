@@ -1,7 +1,7 @@
-"""Make transformers know "lowrank" checkpoints, without importing transformers.
+"""Register "lowrank" checkpoints with transformers, without importing transformers.
 
-If `transformers.quantizers.auto` is loaded, our classes are registered at once. If not, a finder
-waits for exactly that module, registers right after it has run, and removes itself.
+If `transformers.quantizers.auto` is loaded, our classes are registered at once. Otherwise an import
+hook waits for that module, registers right after it has run, and removes itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ METHOD = "lowrank"
 
 
 def install() -> None:
-    """Register now, or as soon as transformers is imported; calling it again changes nothing."""
+    """Register now, or as soon as transformers is imported; idempotent."""
     _remove_finders()
     module = sys.modules.get(TARGET)
     if module is None:
@@ -29,7 +29,7 @@ def install() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module, by asking the other finders, and adds one step to its loading."""
+    """Finds one module through the other finders, and adds a step to its loading."""
 
     def __init__(self) -> None:
         self._asking = False
@@ -53,10 +53,10 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def _register_after(loader: importlib.abc.Loader) -> None:
-    """Let `loader` register our classes once it has run the module.
+    """Make `loader` register our classes after it has run the module.
 
-    The loader itself stays in place, so that `inspect` and others see nothing new. A module that
-    fails to import keeps the finder, for the next try.
+    The loader object is kept, so that `inspect` and others see no difference. If the module fails
+    to import, the finder stays for the next attempt.
     """
     run = loader.exec_module
 
@@ -69,27 +69,27 @@ def _register_after(loader: importlib.abc.Loader) -> None:
 
 
 def _register(auto: ModuleType) -> None:
-    """Enter both classes; a trouble here must not break an import of transformers."""
+    """Register both classes; a failure here must not break the import of transformers."""
     try:
         from .hf import LowRankConfig, LowRankHfQuantizer
 
         configs, quantizers = auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING
         for mapping in (configs, quantizers):
-            # Ours may be there from before a reload; the decorators would refuse to replace it.
+            # Ours may be registered from before a reload; the decorators refuse to replace it.
             if METHOD in mapping and mapping[METHOD].__module__ == LowRankConfig.__module__:
                 del mapping[METHOD]
         auto.register_quantization_config(METHOD)(LowRankConfig)
         auto.register_quantizer(METHOD)(LowRankHfQuantizer)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         warnings.warn(
-            f"lowrank could not register with transformers, which will load checkpoints made by "
-            f"lowrank with random weights: {error}",
+            f"lowrank could not register with transformers, which will load lowrank checkpoints "
+            f"with random weights: {error}",
             stacklevel=2,
         )
 
 
 def _remove_finders() -> None:
-    """Also those of an earlier import of this package: their class is another object."""
+    """Remove our finders, also those of an earlier import, whose class is another object."""
     sys.meta_path[:] = [
         finder
         for finder in sys.meta_path

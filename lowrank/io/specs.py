@@ -1,4 +1,4 @@
-"""Find, check and swap whole modules by name: what reading and writing have in common."""
+"""Specs of factored modules by name, shared by saving and loading: find, check, build, tie."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Spec = dict[str, Any]
 
 
 def specs_of(model: nn.Module) -> dict[str, Spec]:
-    """What rebuilds each factored module empty, by name; readers of a table name it."""
+    """Module name -> spec that rebuilds it empty; modules sharing a table name its owner."""
     modules = factored(model)
     return {
         name: {**describe(module), **name_owner(name, module, modules)}
@@ -26,10 +26,10 @@ def specs_of(model: nn.Module) -> dict[str, Spec]:
 
 
 def check_specs(specs: object, source: str) -> dict[str, Spec]:
-    """`specs` as a dict from safe names to dicts.
+    """Validate `specs` as a dict of module names to spec dicts.
 
     Raises:
-        LowrankError: it is no such dict, or a name is no name of a module; `source` is named.
+        LowrankError: it is not such a dict, or a key is not a module name; `source` is named.
     """
     if not isinstance(specs, Mapping):
         raise LowrankError(f"{source}: 'modules' must map names to specs, got {specs!r:.80}")
@@ -45,30 +45,30 @@ def check_specs(specs: object, source: str) -> dict[str, Spec]:
 
 
 def prepare(model: nn.Module, specs: Mapping[str, Spec], source: str) -> dict[int, Form]:
-    """An empty factored module for the id of each dense layer that `specs` names.
+    """Empty factored modules, by the id of the dense layer each replaces.
 
-    All checks are here, and nothing is changed: the names exist, the layers are plain ones with
-    the sizes of their specs, and two names of one layer agree.
+    Runs all checks and changes nothing: the names exist, the layers are plain and have the sizes
+    in their specs, and the specs of a layer with two names agree.
 
     Raises:
         LowrankError: a check fails; the module is named.
     """
-    there = dict(modules_of(model))
-    absent = [name for name in specs if name not in there]
+    modules = dict(modules_of(model))
+    absent = [name for name in specs if name not in modules]
     if absent:
         raise LowrankError(
             f"{source} names modules that {type(model).__name__} does not have: {listed(absent)}; "
-            f"it has, for example: {listed(_candidates(there), 3)}"
+            f"it has, for example: {listed(_candidates(modules), 3)}"
         )
     built: dict[int, Form] = {}
-    used: dict[int, str] = {}
+    names: dict[int, str] = {}
     for name, spec in specs.items():
-        dense, where = there[name], name or "(root)"
-        first = used.setdefault(id(dense), name)
+        dense, where = modules[name], name or "(root)"
+        first = names.setdefault(id(dense), name)
         if first != name:
             if specs[first] != spec:
                 raise LowrankError(
-                    f"{source}: {first} and {where} are one module, but their specs differ: "
+                    f"{source}: {first} and {where} are the same module, but their specs differ: "
                     f"{specs[first]} and {spec}"
                 )
             continue
@@ -76,24 +76,24 @@ def prepare(model: nn.Module, specs: Mapping[str, Spec], source: str) -> dict[in
         _check_fits(dense, empty, spec, where)
         adopt(empty, dense)
         built[id(dense)] = empty
-    bind({name: built[id(there[name])] for name in specs}, specs, source)
+    bind({name: built[id(modules[name])] for name in specs}, specs, source)
     return built
 
 
-def _candidates(there: Mapping[str, nn.Module]) -> list[str]:
-    linear = [name for name, module in there.items() if layouts.kind(module)]
-    return [name or "(root)" for name in linear or there]
+def _candidates(modules: Mapping[str, nn.Module]) -> list[str]:
+    linear = [name for name, module in modules.items() if layouts.kind(module)]
+    return [name or "(root)" for name in linear or modules]
 
 
 NAMES = {"linear": "a linear layer", "embedding": "an embedding", "conv": "a convolution"}
 
 
 def _check_fits(dense: nn.Module, form: Form, spec: Spec, where: str) -> None:
-    """Raises LowrankError unless `dense` is a plain layer of the sizes and layout in `spec`."""
+    """Raises LowrankError unless `dense` is a plain layer with the sizes and layout of `spec`."""
     wanted = form.KIND
     if layouts.kind(dense) != wanted:
         raise LowrankError(
-            f"{where}: expected {NAMES[wanted]} to replace by {spec.get('type')!r}, "
+            f"{where}: expected {NAMES[wanted]} to replace with {spec.get('type')!r}, "
             f"got {type(dense).__name__}"
         )
     reason = layouts.obstacle(dense)
@@ -115,29 +115,29 @@ def _check_fits(dense: nn.Module, form: Form, spec: Spec, where: str) -> None:
     if stored != (rows, columns):
         raise LowrankError(
             f"{where}: stored as (out, in) = {stored}, but {type(dense).__name__} is "
-            f"{(rows, columns)}: this is another architecture"
+            f"{(rows, columns)}: the architectures differ"
         )
     if isinstance(form, LowRankEmbedding):
         _check_options(dense, spec, where)
 
 
 def _check_geometry(dense: nn.Module, spec: Spec, where: str) -> None:
-    there = Geometry.of(dense).spec()
-    stored = {key: spec.get(key) for key in there}
-    if stored != there:
+    expected = Geometry.of(dense).spec()
+    stored = {key: spec.get(key) for key in expected}
+    if stored != expected:
         raise LowrankError(
-            f"{where}: stored as {stored}, but {type(dense).__name__} is {there}: this is another "
-            "architecture"
+            f"{where}: stored as {stored}, but {type(dense).__name__} is {expected}: the "
+            "architectures differ"
         )
 
 
 def _check_options(dense: nn.Module, spec: Spec, where: str) -> None:
-    """A table that pads or pools in another way is another table."""
+    """Raises LowrankError if the embedding's options (padding, pooling) differ from the spec's."""
     sizes = {"type", "num_embeddings", "embedding_dim", "rank", "layout"}
     stored = {key: value for key, value in spec.items() if key not in sizes}
     if stored != table_options(dense):
         raise LowrankError(
-            f"{where}: stored with the options {stored}, but {type(dense).__name__} has "
+            f"{where}: stored with options {stored}, but {type(dense).__name__} has "
             f"{table_options(dense)}"
         )
 
@@ -146,11 +146,11 @@ Names = Mapping[str, Form]
 
 
 class _OtherTies(dict[str, str]):
-    """`_tied_weights_keys` without the factored pairs; marks what is ours to undo."""
+    """`_tied_weights_keys` without factored pairs; the type marks what `retie` must undo."""
 
 
 def name_owner(name: str, module: Form, modules: Names) -> dict[str, str]:
-    """The entry "shared" of a reader's spec; {} for other modules.
+    """The "shared" entry in the spec of a module that shares a table; {} for other modules.
 
     Raises:
         LowrankError: the owner is not in the model.
@@ -158,9 +158,9 @@ def name_owner(name: str, module: Form, modules: Names) -> dict[str, str]:
     owner = module.owner
     if owner is None:
         return {}
-    for there, candidate in modules.items():
+    for owner_name, candidate in modules.items():
         if candidate is owner:
-            return {"shared": there}
+            return {"shared": owner_name}
     raise LowrankError(
         f"{name or '(root)'} shares a {module.READS} that is not in this model: "
         f"save the whole model, or merge it first (lowrank.to_dense)"
@@ -168,10 +168,10 @@ def name_owner(name: str, module: Form, modules: Names) -> dict[str, str]:
 
 
 def bind(built: Names, specs: Mapping[str, Mapping[str, Any]], source: str) -> None:
-    """Bind the readers among `built` (by name) to the owners that their specs name.
+    """Bind modules that share a table or basis to the owners named in their specs.
 
     Raises:
-        LowrankError: there is no such owner, or it has other sizes.
+        LowrankError: the owner is missing, or has other sizes.
     """
     for name, spec in specs.items():
         reader, owner = built[name], spec.get("shared")
@@ -189,7 +189,7 @@ def bind(built: Names, specs: Mapping[str, Mapping[str, Any]], source: str) -> N
 
 
 def is_pair(modules: Names, target: str, source: str) -> bool:
-    """Whether two names of tied weights stand for one factored table; a bias is a head's own."""
+    """Whether two tied weights are one factored table; a head's bias is its own."""
     if not (target.endswith("weight") and source.endswith("weight")):
         return False
     ends = [modules.get(key.rpartition(".")[0]) for key in (target, source)]
@@ -200,7 +200,7 @@ def is_pair(modules: Names, target: str, source: str) -> bool:
 
 
 def untie(model: nn.Module, modules: Names) -> None:
-    """Take factored pairs out of what transformers ties in `model`; undone by `retie`."""
+    """Stop transformers from tying factored pairs in `model`; undone by `retie`."""
     _restore(model)  # pairs may have been merged since
     for part, kept in _without_pairs(model, modules):
         vars(part)["_tied_weights_keys"] = kept
@@ -208,7 +208,7 @@ def untie(model: nn.Module, modules: Names) -> None:
 
 
 def other_ties(model: nn.Module, modules: Names) -> dict[str, str]:
-    """What transformers ties in `model` (target -> source), factored pairs left out."""
+    """The weights that transformers ties in `model` (target -> source), without factored pairs."""
     expand = getattr(model, "get_expanded_tied_weights_keys", None)
     if expand is None:
         return {}
@@ -224,7 +224,7 @@ def other_ties(model: nn.Module, modules: Names) -> dict[str, str]:
 
 
 def _without_pairs(model: nn.Module, modules: Names) -> list[tuple[nn.Module, _OtherTies]]:
-    """The parts of a model that tie a factored pair, each with the keys that it keeps."""
+    """Submodules that tie a factored pair, each with the keys that remain."""
     parts = []
     for prefix, part in model.named_modules(remove_duplicate=False):
         keys = getattr(part, "_tied_weights_keys", None)
@@ -239,13 +239,13 @@ def _without_pairs(model: nn.Module, modules: Names) -> list[tuple[nn.Module, _O
 
 
 def retie(model: nn.Module) -> None:
-    """What `untie` took out is tied by transformers again: the pairs are dense by now."""
+    """Undo `untie`: let transformers tie the pairs again, now that they are dense."""
     if _restore(model):
         _recompute(model)
 
 
 def _restore(model: nn.Module) -> bool:
-    """Take away what `untie` wrote; whether there was anything."""
+    """Remove what `untie` wrote; returns whether there was anything."""
     ours = [m for m in model.modules() if isinstance(vars(m).get("_tied_weights_keys"), _OtherTies)]
     for part in ours:
         del vars(part)["_tied_weights_keys"]
@@ -253,7 +253,7 @@ def _restore(model: nn.Module) -> bool:
 
 
 def _recompute(model: nn.Module) -> None:
-    """What `all_tied_weights_keys` says was computed before."""
+    """Update `all_tied_weights_keys`, which transformers caches."""
     for part in model.modules():
         if "all_tied_weights_keys" in vars(part):
             keys = part.get_expanded_tied_weights_keys(all_submodels=True)  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Tensors to and from one safetensors file: each stored once, every name of it remembered."""
+"""Read and write one safetensors file: each tensor is stored once, with all its names."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..walk.surgery import plain_name
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """What a name stands for: a tensor in a file, or one that a model expects.
+    """Shape and kind of a tensor in a file, or of one that a model expects.
 
-    `parameter` tells parameters from buffers, `identity` is equal for names of one tensor; both
-    are known for a model only.
+    `parameter` is False for buffers; `identity` is equal for names of the same tensor. Both are
+    known only for a model.
     """
 
     shape: tuple[int, ...]
@@ -29,10 +29,10 @@ class TensorEntry:
 
 
 def collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors to store, by the first of their names, and which other name is which of them.
+    """The tensors to store, by their first name, and the aliases: other name -> first name.
 
     Raises:
-        LowrankError: something in the state is no plain tensor with values.
+        LowrankError: an entry of the state dict is not a dense tensor with values.
     """
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -53,7 +53,7 @@ def collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write(tensors: dict[str, Tensor], path: Path) -> None:
-    """One file, complete or not there: it gets its name when all is written."""
+    """Write one file atomically: it is renamed into place when complete."""
     from safetensors.torch import save_file
 
     partial = path.with_name(f".{path.name}.partial")
@@ -65,15 +65,15 @@ def write(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def header(path: Path) -> dict[str, TensorEntry]:
-    """What the file holds, without reading it.
+    """The entries of a file, read from its header alone.
 
     Raises:
-        LowrankError: the file is missing, truncated or no safetensors file.
+        LowrankError: the file is missing, truncated or not a safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise LowrankError(f"no file {path.name} in {path.parent}")
+        raise LowrankError(f"there is no {path.name} in {path.parent}")
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -83,12 +83,12 @@ def header(path: Path) -> dict[str, TensorEntry]:
             }
     except (SafetensorError, OSError) as error:
         raise LowrankError(
-            f"{path} is truncated or no safetensors file ({error}): copy or save it again"
+            f"{path} is truncated or not a safetensors file ({error}): copy or save it again"
         ) from error
 
 
 def read(path: Path, device: torch.device | str, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """All tensors of a file; floating-point ones in `dtype` if that is given."""
+    """All tensors of a file, floating-point ones cast to `dtype` if given."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -102,7 +102,7 @@ def read(path: Path, device: torch.device | str, dtype: torch.dtype | None) -> d
 
 
 def expected(model: nn.Module, new: Mapping[str, nn.Module]) -> dict[str, TensorEntry]:
-    """What the model will want to load once the modules at these names are replaced."""
+    """The entries that the model expects once the modules of these names are replaced."""
     state = {plain_name(k): v for k, v in model.state_dict(keep_vars=True).items()}
     entries = {
         key: _entry(tensor)
@@ -121,10 +121,10 @@ def check_match(
     aliases: Mapping[str, str],
     path: Path,
 ) -> None:
-    """Raises LowrankError unless the file holds what is wanted, no more and no less."""
-    odd = [name for name, owner in aliases.items() if owner not in stored or name in stored]
-    if odd:
-        raise LowrankError(f"{path}: aliases that do not fit the file: {listed(sorted(odd))}")
+    """Raises LowrankError unless the file holds exactly the wanted entries."""
+    invalid = [name for name, owner in aliases.items() if owner not in stored or name in stored]
+    if invalid:
+        raise LowrankError(f"{path}: aliases do not match the file: {listed(sorted(invalid))}")
     _check_ties(wanted, aliases, path)
     held = {**stored, **{name: stored[owner] for name, owner in aliases.items()}}
     missing = [name for name in wanted if name not in held]
@@ -134,35 +134,35 @@ def check_match(
         for name, entry in wanted.items()
         if name in held and _text(held[name]) != _text(entry)
     ]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape or kind": wrong}
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape or type": wrong}
     parts = [f"{what}: {listed(names)}" for what, names in problems.items() if names]
     if parts:
         raise LowrankError(f"{path} does not fit the model; {'; '.join(parts)}")
 
 
 def _check_ties(wanted: Mapping[str, TensorEntry], aliases: Mapping[str, str], path: Path) -> None:
-    """One tensor of the model cannot take two of the file."""
+    """Raises LowrankError if the model ties what the file stores as two tensors."""
     owners: dict[int, str] = {}
     for name, entry in wanted.items():
         owner = aliases.get(name, name)
         first = owners.setdefault(entry.identity, owner)
         if first != owner:
             raise LowrankError(
-                f"{path} holds {first} and {owner} as two tensors, but the model has one for "
-                f"both: untie them in the skeleton"
+                f"{path} holds {first} and {owner} as two tensors, which the model ties: untie "
+                f"them in the skeleton"
             )
 
 
 def as_state(
     tensors: Mapping[str, Tensor], aliases: Mapping[str, str], wanted: Mapping[str, TensorEntry]
 ) -> dict[str, Tensor]:
-    """A state for `load_state_dict(assign=True)`: names of one tensor get one parameter."""
+    """State dict for `load_state_dict(assign=True)`; names of one tensor share one parameter."""
     state: dict[str, Tensor] = {}
     parameters: dict[str, nn.Parameter] = {}
     for name, entry in wanted.items():
         owner = aliases.get(name, name)
         if entry.parameter:
-            fresh = nn.Parameter(tensors[owner], entry.floating)  # the model's own flag comes later
+            fresh = nn.Parameter(tensors[owner], entry.floating)  # requires_grad: set on load
             state[name] = parameters.setdefault(owner, fresh)
         else:
             state[name] = tensors[owner]
@@ -179,16 +179,16 @@ def _text(entry: TensorEntry) -> str:
 
 
 def _place(tensor: Tensor) -> object:
-    """Equal for tensors that lie on the same memory in the same way."""
+    """A key that is equal for tensors with the same memory and layout."""
     if tensor.numel() == 0:
         return id(tensor)
     start = tensor.untyped_storage().data_ptr()
-    where = (str(tensor.device), start, tensor.storage_offset())
-    return (*where, tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    address = (str(tensor.device), start, tensor.storage_offset())
+    return (*address, tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 def _own(tensor: Tensor, memory: set[int]) -> Tensor:
-    """Contiguous and alone on its memory, as safetensors wants it; `memory` is what is taken."""
+    """The tensor, contiguous and sole user of its storage, as safetensors needs; cloned if not."""
     storage = tensor.untyped_storage()
     alone = tensor.numel() * tensor.dtype.itemsize == storage.nbytes()
     plain = tensor.detach()
@@ -203,6 +203,6 @@ def _nature(tensor: Tensor) -> str:
 
 
 def _ancestors(key: str) -> list[str]:
-    """The names of the modules that hold a tensor, from the root "" down."""
+    """Names of the modules around a tensor, from the root "" down."""
     parts = key.split(".")
     return [".".join(parts[:i]) for i in range(len(parts))]

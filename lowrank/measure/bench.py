@@ -1,7 +1,7 @@
-"""What a forward pass costs: time, tokens per second, MACs, parameters, bytes and peak memory.
+"""Cost of one forward pass: latency, tokens per second, MACs, parameters, bytes, peak memory.
 
-On a noisy machine two times taken one after the other say little. With a reference the two models
-are timed in alternation, and the ratio reported is the median of the ratios within the pairs.
+On a noisy machine timings taken one after the other are hard to compare. With a reference the two
+models are timed alternately, and the reported ratio is the median of the per-pair ratios.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from ..calibration.running import first_tensor, forward, quiet, tensors_in
 from ..errors import LowrankError
 from ..tables import aligned
 
-BLOCK_S = 0.02  # one repeat times as many calls as fill this
-MOST_CALLS = 1000  # in one repeat
+BLOCK_S = 0.02  # a repeat makes enough calls to last this long
+MOST_CALLS = 1000  # per repeat
 _QUANTITIES = (
     ("latency, ms (median)", "latency_ms", ".3f"),
     ("latency, ms (IQR)", "iqr_ms", ".3f"),
@@ -39,24 +39,24 @@ _QUANTITIES = (
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What one forward pass costs, in evaluation mode without gradients.
+    """Cost of one forward pass in evaluation mode, without gradients.
 
     Attributes:
-        latency_ms: median over the repeats of the time of one forward pass.
-        iqr_ms: interquartile range of the same.
-        tokens_per_s: output positions per second at the median; see `positions`.
-        positions: vectors in the output: tokens of a language model, rows of a classifier.
-        macs: multiply-accumulates in matrix products and convolutions; attention counts as its two
+        latency_ms: time of one forward pass, median over the repeats.
+        iqr_ms: interquartile range of that time.
+        tokens_per_s: output positions per second at the median latency; see `positions`.
+        positions: output vectors: tokens of a language model, samples of a classifier.
+        macs: multiply-accumulates of matrix products and convolutions; attention counts as its two
             full products, whatever kernel computes it.
-        params: numbers in all parameters, each stored tensor once.
-        bytes: of the tensors that a checkpoint holds, buffers included, each stored tensor once.
-        peak_bytes: `bytes`, and the most that the tensors made during one forward pass hold at one
-            time. On CUDA as the allocator counts it; elsewhere every tensor that an operator
-            returns is counted while its memory is alive, but not what kernels use inside.
-        device, threads: where the model is, and threads of the CPU.
-        repeats: how many times were taken.
-        reference: the same of the other model, timed in alternation.
-        time_ratio: median over the pairs of time / the reference's time; below 1 is faster.
+        params: elements of all parameters, each stored tensor once.
+        bytes: size of a checkpoint's tensors, buffers included, each stored tensor once.
+        peak_bytes: `bytes` plus the peak memory of tensors created during one forward pass. On
+            CUDA as the allocator counts it; elsewhere the tensors that operators return, while
+            they are alive, without the workspace inside kernels.
+        device, threads: the model's device, and the number of CPU threads.
+        repeats: number of timings.
+        reference: the same for the reference model, timed alternately.
+        time_ratio: time / reference time, median over the pairs; below 1 is faster.
     """
 
     latency_ms: float
@@ -74,11 +74,11 @@ class Benchmark:
     time_ratio: float | None = None
 
     def rows(self) -> list[dict[str, str]]:
-        """One row a quantity, as text; with a reference its number and the ratio stand beside."""
+        """One row per quantity, as text; with a reference also its value and the ratio."""
         other = self.reference
         return [
             {
-                "of one forward": label,
+                "per forward pass": label,
                 "model": format(getattr(self, name), spec),
                 "reference": "" if other is None else format(getattr(other, name), spec),
                 "ratio": self._ratio(name),
@@ -87,8 +87,8 @@ class Benchmark:
         ]
 
     def head(self) -> str:
-        """Under which conditions it was measured."""
-        paired = "" if self.reference is None else ", in pairs: the ratio is the median of theirs"
+        """The conditions of the measurement, in one line."""
+        paired = "" if self.reference is None else ", in alternating pairs (median ratio)"
         where = f"{self.device}, {self.threads} thread{'s' * (self.threads != 1)}"
         return f"{self.positions} positions on {where}, {self.repeats} repeats{paired}"
 
@@ -115,17 +115,17 @@ def benchmark(
     """Measure one forward pass on `example`.
 
     Args:
-        model: its modes are as before afterwards.
-        example: one batch: a tensor, or a dict of keywords ("labels" are left out).
-        reference: such as the dense model: both are timed alternately, and compared pair by pair.
-        repeats: of the timing; each one lasts at least about 20 ms.
+        model: its training flags are restored.
+        example: one batch: a tensor, or a dict of keyword arguments ("labels" are left out).
+        reference: such as the dense model; the two are timed alternately and compared in pairs.
+        repeats: number of timings, each of at least about 20 ms.
 
     Raises:
-        LowrankError: the example is no such thing, or `repeats` is no positive integer.
+        LowrankError: `example` is of another type, or `repeats` is not a positive integer.
     """
     if not isinstance(example, Tensor | Mapping):
         raise LowrankError(
-            f"example must be a tensor or a dict of keywords, got {type(example).__name__}"
+            f"example must be a tensor or a dict of keyword arguments, got {type(example).__name__}"
         )
     if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
         raise LowrankError(f"repeats must be a positive integer, got {repeats!r}")
@@ -141,21 +141,21 @@ def benchmark(
 
 
 def _times(models: list[nn.Module], batches: list[Batch], repeats: int) -> list[list[float]]:
-    """Seconds a call, per model and repeat; the models take turns."""
-    from torch.utils.benchmark import Timer  # loads setuptools: not when lowrank is imported
+    """Seconds per call, by model and repeat; the models take turns."""
+    from torch.utils.benchmark import Timer  # loads setuptools, so not on import of lowrank
 
     timers, calls = [], []
     for model, batch in zip(models, batches, strict=True):
         names = {"forward": forward, "model": model, "batch": batch}
-        # Its own default is a single thread.
+        # The default of Timer is a single thread.
         timer = Timer("forward(model, batch)", globals=names, num_threads=torch.get_num_threads())
-        once = max(timer.timeit(1).median, 1e-9)  # warms up by itself
+        once = max(timer.timeit(1).median, 1e-9)  # includes a warm-up
         timers.append(timer)
         calls.append(min(max(math.ceil(BLOCK_S / once), 1), MOST_CALLS))
     times: list[list[float]] = [[] for _ in timers]
     for _ in range(repeats):
-        for kept, timer, number in zip(times, timers, calls, strict=True):
-            kept.append(timer.timeit(number).median)
+        for own, timer, number in zip(times, timers, calls, strict=True):
+            own.append(timer.timeit(number).median)
     return times
 
 
@@ -180,7 +180,7 @@ def _measured(model: nn.Module, batch: Batch, times: list[float]) -> Benchmark:
 
 def _work(model: nn.Module, batch: Batch) -> tuple[int, int]:
     """Output positions and multiply-accumulates of one forward pass."""
-    # The fused attention of the CPU is unknown to the counter: its plain form is two products.
+    # The counter does not know the CPU's fused attention; the math kernel is two products.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         output = first_tensor(forward(model, batch))
     positions = 1 if output is None else math.prod(output.shape[:-1])
@@ -188,7 +188,7 @@ def _work(model: nn.Module, batch: Batch) -> tuple[int, int]:
 
 
 def _stored(model: nn.Module) -> tuple[int, int]:
-    """Numbers in the parameters, and bytes of all that a checkpoint holds; each tensor once."""
+    """Parameter count, and bytes of a checkpoint; each stored tensor once."""
     state = [t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)]
     params = {(p.device, p.data_ptr(), p.shape): p.numel() for p in model.parameters()}
     every = {(t.device, t.data_ptr(), t.shape): t.numel() * t.dtype.itemsize for t in state}
@@ -196,7 +196,7 @@ def _stored(model: nn.Module) -> tuple[int, int]:
 
 
 def _peak(model: nn.Module, batch: Batch) -> int:
-    """The most bytes that tensors made during one forward pass hold at one time."""
+    """Peak bytes of the tensors created during one forward pass."""
     device = _device(model)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -210,7 +210,7 @@ def _peak(model: nn.Module, batch: Batch) -> int:
 
 
 class _Alive(TorchDispatchMode):
-    """Counts the memory of every tensor that an operator returns, from its making to its end."""
+    """Counts the memory of every tensor that an operator returns, while it is alive."""
 
     def __init__(self, held: list[Tensor]) -> None:
         super().__init__()
@@ -227,15 +227,15 @@ class _Alive(TorchDispatchMode):
         return output
 
     def _note(self, storage: torch.UntypedStorage) -> None:
-        where, size = storage.data_ptr(), storage.nbytes()
-        if size > 0 and where not in self._known:
-            self._known.add(where)
+        address, size = storage.data_ptr(), storage.nbytes()
+        if size > 0 and address not in self._known:
+            self._known.add(address)
             self._now += size
             self.most = max(self.most, self._now)
-            weakref.finalize(storage, self._free, where, size).atexit = False
+            weakref.finalize(storage, self._free, address, size).atexit = False
 
-    def _free(self, where: int, size: int) -> None:
-        self._known.discard(where)
+    def _free(self, address: int, size: int) -> None:
+        self._known.discard(address)
         self._now -= size
 
 
@@ -244,7 +244,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _placed(example: Tensor | Mapping[str, Any], device: torch.device) -> Batch:
-    """The batch on the model's device, so that no copy is timed."""
+    """The batch on the model's device, so that the transfer is not timed."""
     (batch,) = cast(list[Batch], materialise(example))
     if isinstance(batch, Tensor):
         return batch.to(device)

@@ -1,4 +1,4 @@
-"""How good a language model is, and how far it is from another: perplexity and KL."""
+"""Quality of a model: perplexity, and KL divergence from a reference model."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from ..calibration.running import forward, logits_of, mask_of, quiet
 from ..calibration.statistics import Calibration
 from ..errors import LowrankError
 
-KEPT_BYTES = 1 << 30  # of a reference's predictions
+KEPT_BYTES = 1 << 30  # cache of the reference's logits
 
 
 class NotFinite(LowrankError):
-    """NaN or Inf where a choice hangs on a number."""
+    """NaN or Inf in predictions that a choice depends on."""
 
 
 def perplexity(
     model: nn.Module, tokenizer: Any, text: str, *, length: int = LENGTH, progress: bool = False
 ) -> float:
-    """exp of the mean negative log-likelihood per token, in nats.
+    """Perplexity: exp of the mean negative log-likelihood per token, in nats.
 
-    The text is tokenised in one call and cut into rows of `length` + 1 tokens without overlap; in
-    each row all tokens but the first are predicted from those before. Sums are float64.
+    The text is tokenised in one call and cut into non-overlapping rows of `length` + 1 tokens; in
+    each row every token but the first is predicted. Sums are in float64.
 
     Raises:
         LowrankError: the text has fewer than two tokens.
     """
     rows = [row for row in text_rows(text, tokenizer, length + 1) if len(row) > 1]
     if not rows:
-        raise LowrankError("the text has fewer than two tokens: nothing can be predicted")
+        raise LowrankError("the text has fewer than two tokens, so there is none to predict")
     total, count = 0.0, 0
     with quiet(model):
         for batch in _progress(_stacked(rows), "perplexity", progress):
@@ -59,8 +59,8 @@ def kl(
     """Mean KL(reference ‖ model) in nats per position, over the last axis of the logits.
 
     Args:
-        data: as for `compress`, but no callable; texts are tokenised in one call each and cut
-            into rows of `length` tokens. Padded positions are left out.
+        data: as for `compress`, but not a callable; each text is tokenised in one call and cut
+            into rows of `length` tokens. Padding is ignored.
 
     Raises:
         LowrankError: the data is a callable or all padding, or the logits differ in shape.
@@ -70,23 +70,23 @@ def kl(
     else:
         batches = materialise(data, tokenizer, length=length)
     if callable(batches):
-        raise LowrankError("kl needs batches that both models can be given, not a callable")
+        raise LowrankError("kl needs batches to run both models on, not a callable")
     return Reference(reference, batches).kl(model, progress=progress)
 
 
 class Reference:
-    """A model's predictions on some batches, to compare others with: each is made once.
+    """A reference model and its cached logits on some batches, to compare other models with.
 
     Attributes:
-        model: the reference, in evaluation mode while it runs.
-        batches: what both models are given.
-        asked: how many comparisons were made.
+        model: the reference, run in evaluation mode.
+        batches: the inputs of both models.
+        asked: number of comparisons so far.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], most: int = KEPT_BYTES) -> None:
         """
         Args:
-            most: bytes of predictions that are kept; those of the other batches are made anew.
+            most: bytes of logits to cache; those of further batches are recomputed.
         """
         self.model, self.batches = model, batches
         self.asked = 0
@@ -94,7 +94,7 @@ class Reference:
         self._kept: dict[int, Tensor] = {}
 
     def logits(self, number: int) -> Tensor:
-        """The reference's logits (…, classes) on a batch."""
+        """The reference's logits (…, classes) on the batch of this index."""
         if number in self._kept:
             return self._kept[number]
         with quiet(self.model):
@@ -108,42 +108,42 @@ class Reference:
         """Mean KL(reference ‖ model) in nats per position.
 
         Raises:
-            LowrankError: there is no position to compare, or the logits differ in shape.
+            LowrankError: there are no positions to compare, or the logits differ in shape.
         """
         total, count = 0.0, 0
         self.asked += 1
         with quiet(model):
             for number, batch in enumerate(_progress(list(self.batches), "kl", progress)):
-                want = self.logits(number)
-                got = logits_of(forward(model, batch)).to(want.device)
-                if want.shape != got.shape:
+                expected = self.logits(number)
+                logits = logits_of(forward(model, batch)).to(expected.device)
+                if expected.shape != logits.shape:
                     raise LowrankError(
-                        f"the logits have shape {tuple(got.shape)}, the reference's "
-                        f"{tuple(want.shape)}"
+                        f"the logits have shape {tuple(logits.shape)}, those of the reference "
+                        f"{tuple(expected.shape)}"
                     )
-                each = divergence(want, got, mask_of(batch))
-                total += float(each.double().sum())
-                count += each.numel()
+                losses = divergence(expected, logits, mask_of(batch))
+                total += float(losses.double().sum())
+                count += losses.numel()
         if count == 0:
-            raise LowrankError("there is no position to compare: the data is empty, or all padding")
+            raise LowrankError("no positions to compare: the data is empty or all padding")
         return total / count
 
     def judged(self, model: nn.Module) -> float:
-        """`kl`, to choose by: inf where the predictions of `model` are not finite.
+        """`kl` for choosing between models: inf where the logits of `model` are not finite.
 
         Raises:
-            NotFinite: the reference's predictions hold NaN or Inf.
+            NotFinite: the reference's logits hold NaN or Inf.
             LowrankError: there are no predictions to compare.
         """
-        away = self.kl(model)
-        if math.isfinite(away):
-            return away
+        mean = self.kl(model)
+        if math.isfinite(mean):
+            return mean
         for number in range(len(self.batches)):
             logits = self.logits(number)
             if bool((logits.isnan() | logits.isposinf()).any()):
                 raise NotFinite(
-                    "the dense model's predictions on held-out rows hold NaN or Inf: look for them "
-                    "in the last rows of the data, or run the model in float32 or bfloat16"
+                    "the dense model's predictions on held-out rows hold NaN or Inf: check the "
+                    "last rows of the data, or run the model in float32 or bfloat16"
                 )
         return math.inf
 
@@ -151,10 +151,10 @@ class Reference:
 def divergence(reference: Tensor, logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """KL(reference ‖ model) per position, from logits (…, classes), in float32."""
     p, q = log_softmax(reference.float(), -1), log_softmax(logits.float(), -1)
-    # A class that the reference rules out (logit -inf) adds nothing, whatever the model says.
-    each = (p.exp() * (p - q)).where(p != -math.inf, 0).sum(-1)  # NaN stays NaN
-    # Of a row that is classified as a whole there is one prediction, wherever it is padded.
-    return each if mask is None or mask.shape != each.shape else each[mask.to(each.device)]
+    # A class with reference probability 0 (logit -inf) contributes 0 to the KL.
+    losses = (p.exp() * (p - q)).where(p != -math.inf, 0).sum(-1)  # NaN stays NaN
+    # A classifier of whole rows makes one prediction per row, padded or not.
+    return losses if mask is None or mask.shape != losses.shape else losses[mask.to(losses.device)]
 
 
 def _stacked(rows: list[Tensor]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""What a whole model holds and multiplies."""
+"""Parameters, bytes and MACs of a whole model."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from ..types import Cost, Factored, Site
 
 
 def model_cost(model: nn.Module, sites: Sequence[Site]) -> Cost:
-    """Parameters and bytes of the whole model, each stored tensor once; macs of its linears.
+    """Parameters and bytes of the whole model, each stored tensor once; MACs of its layers.
 
-    The bytes are those of its parameters, and of the index tensors that factored modules keep.
+    Bytes count the parameters and the index tensors of factored modules. MACs are per position,
+    of the factored modules and of `sites`.
     """
     unique = {id(parameter): parameter for parameter in model.parameters()}.values()
     factored = {id(m): m for m in model.modules() if isinstance(m, Factored)}.values()

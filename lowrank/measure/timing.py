@@ -1,4 +1,4 @@
-"""Paired timing: on a noisy machine only ratios within one run mean anything."""
+"""Paired timing: on a noisy machine only ratios of alternating timings are meaningful."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 def paired_ratio(
     one: Callable[[], object], other: Callable[[], object], pairs: int = 15, least_s: float = 0.002
 ) -> float:
-    """Median of time(one) / time(other) over alternating pairs, each long enough to be timed."""
+    """Median of time(one) / time(other) over alternating pairs, each of at least `least_s`."""
     repeats = 1
     while _time(other, repeats) < least_s and repeats < 1024:
         repeats *= 2
@@ -25,7 +25,7 @@ def paired_ratio(
 def paired_ms(
     one: Callable[[], object], other: Callable[[], object], pairs: int = 7, least_s: float = 0.002
 ) -> tuple[float, float]:
-    """Medians of the milliseconds of one call of each, taken alternately."""
+    """Median milliseconds per call of each, timed alternately."""
     repeats = 1
     while _time(one, repeats) < least_s and repeats < 1024:
         repeats *= 2

@@ -30,9 +30,10 @@ JOINED = ("tucker", "spatial")  # "kernel-last" is left to the `channel` methods
 
 @dataclass(frozen=True)
 class Tucker:
-    """Tucker-2 by the weight. The curve of (r_out, r_in) is the HOSVD's, a bound for HOOI's.
+    """Convolutions: Tucker-2 (HOSVD, then HOOI) or channel factors, by weight error.
 
-    Options: `seed` as for `SVD`.
+    The curve over (r_out, r_in) is the HOSVD's, an upper bound on the error of HOOI. Options:
+    `seed` as for `SVD`.
     """
 
     seed: int = 0
@@ -62,7 +63,7 @@ class Tucker:
 
 @dataclass(frozen=True)
 class Channel(Tucker):
-    """Fewer channels by the weight, with the kernel first or last, whichever is better at its cost.
+    """Convolutions: channel factors, k×k then 1×1 or 1×1 then k×k, by weight error.
 
     Options: `seed` as for `SVD`.
     """
@@ -73,7 +74,10 @@ class Channel(Tucker):
 
 @dataclass(frozen=True)
 class Spatial(Tucker):
-    """Separable kernels by the weight, at the optimum. Options: `seed` as for `SVD`."""
+    """Convolutions: k×1 then 1×k or channel factors, optimal in weight error.
+
+    Options: `seed` as for `SVD`.
+    """
 
     forms = ("spatial",)
     name = "spatial"
@@ -81,9 +85,10 @@ class Spatial(Tucker):
 
 @dataclass(frozen=True)
 class CP(Tucker):
-    """CP by the weight, for a few ranks; those whose components diverge are left out.
+    """Convolutions: CP decomposition (ALS) or channel factors, by weight error.
 
-    Options: `seed` as for `SVD`; the start of the iteration is always the same.
+    The curve has a few ranks, without those whose components cancel. Options: `seed` as for `SVD`;
+    ALS always starts from the same point.
     """
 
     forms = ("cp",)

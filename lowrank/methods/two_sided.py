@@ -87,7 +87,10 @@ def _rooted(root: Tensor, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TwoSidedTucker(Tucker):
-    """Tucker-2 by the predictions. Options: `damp` as for `TwoSided`, `seed`."""
+    """Convolutions: Tucker-2 or channel factors, by estimated effect on predictions.
+
+    Options: `damp` as for `TwoSided`, `seed`.
+    """
 
     damp: float = linalg.DAMP
     name = "two-sided-tucker"
@@ -110,7 +113,10 @@ class TwoSidedTucker(Tucker):
 
 @dataclass(frozen=True)
 class TwoSidedConv(TwoSidedTucker):
-    """The best of all forms by the predictions. Options: `damp` as for `TwoSided`, `seed`."""
+    """Convolutions: best of Tucker-2, k×1 then 1×k, channel factors, by effect on predictions.
+
+    Options: `damp` as for `TwoSided`, `seed`.
+    """
 
     forms = JOINED
     name = "two-sided-conv"

@@ -60,7 +60,10 @@ class Whitened:
 
 @dataclass(frozen=True)
 class WhitenedTucker(Tucker):
-    """Tucker-2 by the outputs. Options: `seed` as for `Whitened`."""
+    """Convolutions: Tucker-2 or channel factors, by output error.
+
+    Options: `seed` as for `Whitened`.
+    """
 
     name = "whitened-tucker"
     needs = frozenset({"gram"})
@@ -74,7 +77,10 @@ class WhitenedTucker(Tucker):
 
 @dataclass(frozen=True)
 class WhitenedChannel(WhitenedTucker):
-    """Fewer channels by the outputs, kernel first or last. Options: `seed` as for `Whitened`."""
+    """Convolutions: channel factors, k×k then 1×1 or 1×1 then k×k, by output error.
+
+    Options: `seed` as for `Whitened`.
+    """
 
     forms = ("kernel-last",)
     name = "whitened-channel"
@@ -82,7 +88,10 @@ class WhitenedChannel(WhitenedTucker):
 
 @dataclass(frozen=True)
 class WhitenedSpatial(WhitenedTucker):
-    """Separable kernels by the outputs. Options: `seed` as for `Whitened`."""
+    """Convolutions: k×1 then 1×k or channel factors, by output error.
+
+    Options: `seed` as for `Whitened`.
+    """
 
     forms = ("spatial",)
     name = "whitened-spatial"
@@ -90,7 +99,10 @@ class WhitenedSpatial(WhitenedTucker):
 
 @dataclass(frozen=True)
 class WhitenedConv(WhitenedTucker):
-    """The best of all forms by the outputs. Options: `seed` as for `Whitened`."""
+    """Convolutions: best of Tucker-2, k×1 then 1×k, and channel factors, by output error.
+
+    Options: `seed` as for `Whitened`.
+    """
 
     forms = JOINED
     name = "whitened-conv"

@@ -1,4 +1,4 @@
-"""A plan or a report as one self-contained page, made to be looked at."""
+"""A plan or a report as one self-contained HTML page."""
 
 from .document import html as html
 from .document import read as read

@@ -1,6 +1,7 @@
-"""A plan or a report as one self-contained web page: figures, and a table that can be sorted.
+"""A plan or a report as one self-contained HTML page: figures and a sortable table.
 
-Nothing is loaded from elsewhere, and the page forbids it to itself; every name is escaped.
+The page loads nothing from elsewhere, which its content security policy forbids; all names are
+escaped.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ _FRAME = """<!DOCTYPE html>
 <dl>{facts}</dl>
 {notes}{figures}
 <h2>Layers</h2>
-<p class="hint">A click on a column's name sorts by it, a second one the other way round. Errors are
-relative: the square root of the share of the energy that is lost.</p>
+<p class="hint">Click a column name to sort by it, click again to reverse the order. Errors are
+relative: the square root of the share of energy lost.</p>
 <div class="wide"><table id="layers">
 <thead><tr>{head}</tr></thead>
 <tbody>
@@ -65,14 +66,14 @@ def write(made: Plan | Report, path: str | Path) -> None:
     """Write the page to a file.
 
     Raises:
-        LowrankError: it is neither a plan nor a report, or its numbers are beyond all measure.
+        LowrankError: `made` is not a Plan or Report, or its numbers are too large to draw.
     """
-    # A name may hold what UTF-8 cannot: it becomes a reference.
+    # A name may hold what UTF-8 cannot encode: it becomes a character reference.
     Path(path).write_text(html(made), encoding="utf-8", errors="xmlcharrefreplace")
 
 
 def html(made: Plan | Report) -> str:
-    """The page as text."""
+    """The page as an HTML string; raises as `write`."""
     if not isinstance(made, Plan | Report):
         raise LowrankError(f"a page shows a Plan or a Report, got {type(made).__name__}")
     try:
@@ -82,20 +83,20 @@ def html(made: Plan | Report) -> str:
 
 
 def read(path: str | Path) -> Plan | Report:
-    """What `lowrank plan` or `lowrank compress` wrote; a folder stands for its report.json.
+    """Read a plan or report that the command line wrote; a folder stands for its report.json.
 
     Raises:
-        LowrankError: it is neither, with what is wrong.
+        LowrankError: the file is neither; the message says why.
     """
     path = Path(path)
     path = path / "report.json" if path.is_dir() else path
     if not path.is_file():
-        raise LowrankError(f"no plan or report at {path}")
+        raise LowrankError(f"there is no plan or report at {path}")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise LowrankError(f"{path} is no text in UTF-8 (byte {error.start})") from error
-    # A plan says so near its beginning, and holds no report.
+        raise LowrankError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    # The format stands near the start, and a plan holds no report.
     return Report.from_json(text) if '"lowrank-report"' in text[:200] else Plan.from_json(text)
 
 
@@ -105,12 +106,12 @@ def _page(made: Plan | Report) -> str:
     layers = [_layer(entry, measured.get(entry.name)) for entry in plan.entries]
     title = f"Low-rank {'plan' if isinstance(made, Plan) else 'report'}: {plan.asked_text()}"
     notes = "" if isinstance(made, Plan) else "".join(f"<p>{escape(n)}</p>\n" for n in made.notes)
-    here = files("lowrank.page")
+    folder = files("lowrank.page")
     columns = [c for c in COLUMNS if c != "measured" or not isinstance(made, Plan)]
     return _FRAME.format(
         title=escape(title),
-        style=(here / "page.css").read_text(encoding="utf-8"),
-        script=(here / "page.js").read_text(encoding="utf-8"),
+        style=(folder / "page.css").read_text(encoding="utf-8"),
+        script=(folder / "page.js").read_text(encoding="utf-8"),
         facts=_facts(_planned(made) if isinstance(made, Plan) else _achieved(made)),
         notes=notes,
         figures="\n".join(figure for figure in (rank_map(layers), errors(layers), sizes(layers))),

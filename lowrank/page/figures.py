@@ -1,4 +1,4 @@
-"""The page's figures, as inline SVG: colours come from the page's style, for light and dark."""
+"""The page's figures as inline SVG; the style sheet sets the colours, light and dark."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ..types import Size
 from .grid import grid_of
 
 CELL_WIDTH, CELL_HEIGHT = 38, 22
-LETTER = 6.6  # width of a letter of the labels, about
-STEPS = 5  # shades of the map
-MOST_KINDS = 20  # bars; what is left over goes into one
+LETTER = 6.6  # approximate width of a label's letter
+STEPS = 5  # shades of the rank map
+MOST_KINDS = 20  # bars; the rest are merged into one
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What the page shows of one layer; errors are relative, None where unknown."""
+    """One layer on the page; errors are relative, None if unknown."""
 
     name: str
     shape: tuple[int, int]
@@ -49,7 +49,7 @@ def rank_map(layers: Sequence[Layer]) -> str:
         shade = "dense" if layer.size is None else f"q{min(int(layer.kept * STEPS), STEPS - 1)}"
         text = "–" if layer.size is None else ",".join(map(str, layer.size))
         parts.append(
-            f'<g class="{shade}"><title>{escape(_said(layer))}</title>'
+            f'<g class="{shade}"><title>{escape(_tooltip(layer))}</title>'
             f'<rect x="{x + 1:.0f}" y="{y + 1}" width="{CELL_WIDTH - 2}" '
             f'height="{CELL_HEIGHT - 2}" rx="2"/>'
             f"{_text(x + CELL_WIDTH / 2, y + 15, text)}</g>"
@@ -58,13 +58,13 @@ def rank_map(layers: Sequence[Layer]) -> str:
     height = len(places.rows) * CELL_HEIGHT + 22
     shades = [(f"q{n}", f"{n / STEPS:g} to {(n + 1) / STEPS:g}") for n in range(STEPS)]
     return _figure(
-        "Ranks, by kind of layer and the number in its name", width, height, parts,
+        "Ranks, by kind of layer and block index", width, height, parts,
         "share of parameters kept:", [*shades, ("dense", "left dense")],
     )  # fmt: skip
 
 
 def errors(layers: Sequence[Layer]) -> str:
-    """Relative error of every factored layer, in the table's order."""
+    """Relative error of every factored layer, in table order."""
     known = [(i, x) for i, x in enumerate(layers, 1) if x.size is not None]
     values = [v for _, x in known for v in (x.planned, x.measured) if v is not None]
     if not values:
@@ -88,12 +88,12 @@ def errors(layers: Sequence[Layer]) -> str:
                                         ("measured", layer.measured, 2.5))
             if value is not None
         ]  # fmt: skip
-        parts.append(f"<g><title>{escape(_said(layer))}</title>{''.join(marks)}</g>")
+        parts.append(f"<g><title>{escape(_tooltip(layer))}</title>{''.join(marks)}</g>")
     kinds = [("planned", "planned")]
     if any(layer.measured is not None for _, layer in known):
         kinds.append(("measured", "measured on the stored factors"))
     return _figure(
-        "Relative error of the factored layers, by their number in the table", width, high + 32,
+        "Relative error of the factored layers, by row number in the table", width, high + 32,
         parts, "", kinds,
     )  # fmt: skip
 
@@ -112,10 +112,10 @@ def sizes(layers: Sequence[Layer]) -> str:
     most, parts = max(max(b, a) for _, b, a in bars) or 1, []
     for row, (kind, whole, kept) in enumerate(bars):
         y = 22 * row
-        said = f"{kind}: {whole:,} → {kept:,} bytes"
+        tooltip = f"{kind}: {whole:,} → {kept:,} bytes"
         wide, narrow = long * whole / most, long * kept / most
         parts.append(
-            f"<g><title>{escape(said)}</title>{_text(left - 8, y + 15, kind, 'end')}"
+            f"<g><title>{escape(tooltip)}</title>{_text(left - 8, y + 15, kind, 'end')}"
             f"{_bar('before', left, y, wide)}{_bar('after', left, y, narrow)}"
             f"{_text(left + max(wide, narrow) + 8, y + 15, _sizes(whole, kept), 'start')}</g>"
         )
@@ -126,7 +126,7 @@ def sizes(layers: Sequence[Layer]) -> str:
 
 
 def _merged(bars: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
-    """The largest ones, and the others in one."""
+    """The largest bars, and one for all others."""
     if len(bars) <= MOST_KINDS:
         return bars
     bars = sorted(bars, key=lambda bar: -bar[1])
@@ -162,8 +162,8 @@ def _swatch(name: str) -> str:
     return f'<rect class="{name}" width="12" height="12" rx="2"/>'
 
 
-def _said(layer: Layer) -> str:
-    """What is shown when the pointer rests on a mark."""
+def _tooltip(layer: Layer) -> str:
+    """Text shown while the pointer rests on a mark."""
     if layer.size is None:
         return f"{layer.name}: dense. {layer.reason}"
     known = (("planned", layer.planned), ("measured", layer.measured))
@@ -194,6 +194,6 @@ def _bytes(count: float) -> str:
 
 
 def _rounded_up(value: float) -> float:
-    """The next of 0.1, 0.2, 0.4, 0.8, 1, 1.2 …, so that quarters of it are short numbers."""
+    """The next axis limit (0.01, 0.02, 0.04, 0.08, 0.1, 0.2 …) whose quarters print short."""
     steps = (0.01, 0.02, 0.04, 0.08, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
     return next((step for step in steps if value <= step), value)

@@ -1,7 +1,7 @@
-"""Names of layers on a map: what kind of layer each is, and how deep it stands.
+"""Lay out layer names on a grid: the kind of each layer, and its depth.
 
-Nothing is known of architectures: the first number in a name says where in a row of equal blocks
-a layer stands, and the rest of the name is its kind, shortened as far as it stays distinct.
+No architecture is assumed: the first number in a name is the index of the block, and the rest of
+the name is the kind, shortened while it stays distinct.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Grid:
-    """Where every name stands.
+    """The cell of every name.
 
     Attributes:
-        rows: kinds, in the order of their first appearance.
-        columns: the numbers that occur, ascending; "" comes last, for names without one.
-        cells: (row, column) as indices, one for every name in the order given.
+        rows: kinds, in order of first appearance.
+        columns: block indices, ascending; "" comes last, for names without one.
+        cells: (row, column) indices, one per name in the order given.
     """
 
     rows: tuple[str, ...]
@@ -26,16 +26,16 @@ class Grid:
 
 
 def grid_of(names: Sequence[str]) -> Grid:
-    """Distinct names get distinct cells."""
-    parted = [_parted(name) for name in names]
-    stems = list(dict.fromkeys(stem for stem, _ in parted))
-    numbers = sorted({int(number) for _, number in parted if number})
-    columns = [*map(str, numbers)] + [""] * any(not number for _, number in parted)
-    cells = [(stems.index(stem), columns.index(number)) for stem, number in parted]
+    """The grid of these names; distinct names get distinct cells."""
+    split = [_split(name) for name in names]
+    stems = list(dict.fromkeys(stem for stem, _ in split))
+    numbers = sorted({int(number) for _, number in split if number})
+    columns = [*map(str, numbers)] + [""] * any(not number for _, number in split)
+    cells = [(stems.index(stem), columns.index(number)) for stem, number in split]
     return Grid(tuple(_shortened(stems)), tuple(columns), tuple(cells))
 
 
-def _parted(name: str) -> tuple[tuple[str, ...], str]:
+def _split(name: str) -> tuple[tuple[str, ...], str]:
     """("model", "layers", "#", "q_proj") and "3" of "model.layers.3.q_proj"."""
     parts = name.split(".") if name else ["(root)"]
     place = next((i for i, part in enumerate(parts) if part.isascii() and part.isdigit()), None)
@@ -45,7 +45,7 @@ def _parted(name: str) -> tuple[tuple[str, ...], str]:
 
 
 def _shortened(stems: Sequence[tuple[str, ...]]) -> list[str]:
-    """The shortest ending of each stem that no other stem has."""
+    """The shortest suffix of each stem that no other stem ends in."""
     plain = [tuple(part for part in stem if part != "#") or ("layer",) for stem in stems]
     labels = []
     for stem in plain:

@@ -1,4 +1,4 @@
-"""Training that follows the replacement."""
+"""Recovery: refits and training after layers have been replaced."""
 
 from .batchnorm import bn_recalibrate as bn_recalibrate
 from .lrc import MasterWeights as MasterWeights

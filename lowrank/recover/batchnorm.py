@@ -1,12 +1,11 @@
-"""Batch norm after compression: mean and variance of what it reads now, where that helps.
+"""Re-estimate batch-norm statistics after compression, where that helps.
 
-A layer that lost something gives outputs of another mean and a smaller variance, and the norm that
-follows still removes those of the dense layer. Both can be gathered anew (Jung et al., arXiv
-1712.01048, and many after). On few images, without the augmentation of training, such estimates are
-off for the dense model already; so the running numbers move by what differs between the compressed
-and the dense model on the same images, which leaves a dense model as it is.
-Where layers were fitted to the dense outputs it may still do harm: it is kept only if held-out rows
-say that it helps.
+A compressed layer's outputs have another mean and a smaller variance, while the next norm still
+uses those of the dense layer. Both can be re-estimated (Jung et al., arXiv 1712.01048, and many
+after). On few images, without training-time augmentation, such estimates are biased even for the
+dense model; so the running statistics are shifted by the difference between the compressed and the
+dense model on the same images, which leaves a dense model unchanged. Where layers were fitted to
+the dense outputs it may still do harm: it is kept only if it lowers held-out KL.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ State = dict[str, tuple[Tensor, Tensor]]
 
 
 def batch_norms(model: nn.Module) -> dict[str, Any]:
-    """Those that keep a running mean and variance, by name."""
+    """Batch norms with a running mean and variance, by name."""
     return {name: part for name, part in model.named_modules() if keeps_moments(part)}
 
 
@@ -40,29 +39,29 @@ def bn_recalibrate(
     reference: nn.Module,
     held_out: Sequence[Batch] | None = None,
 ) -> bool:
-    """Re-estimate running means and variances of a compressed model, where held-out rows gain.
+    """Re-estimate the running means and variances of a compressed model, if that lowers its KL.
 
-    Means and variances move by what differs from those that the dense model gives on the same data:
-    exactly so where a layer's outputs were scaled and shifted.
+    They are corrected by the difference between the compressed and the dense model on the same
+    data; exact where compression only scaled and shifted a layer's outputs.
 
     Args:
-        model: changed only if its mean KL from `reference` on the held-out rows becomes smaller.
-        data: as for `compress`, but no callable: what is estimated from.
+        model: changed only if its mean KL from `reference` on the held-out rows falls.
+        data: what is estimated from; as for `compress`, but not a callable.
         reference: the dense model, with norms of the same names.
-        held_out: batches to judge by; None takes the last tenth of those of `data`.
+        held_out: batches to judge on; None takes the last tenth of `data`.
 
     Returns:
-        Whether they were kept.
+        Whether the new statistics were kept.
 
     Raises:
         LowrankError: the data is a callable, or the models have no batch norm in common.
     """
     batches = materialise(data)
     if callable(batches):
-        raise LowrankError("bn_recalibrate runs the model on batches: pass data that holds them")
+        raise LowrankError("bn_recalibrate needs batches to run the models on, not a callable")
     norms = batch_norms(model)
     if not norms.keys() & batch_norms(reference).keys():
-        raise LowrankError("the two models have no batch norm with running numbers in common")
+        raise LowrankError("the two models have no batch norm with running statistics in common")
     held = list(held_out or ())
     if not held:
         fitted, kept = split(len(batches))
@@ -78,10 +77,10 @@ def bn_recalibrate(
 
 
 def gathered(model: nn.Module, batches: Sequence[Batch]) -> State:
-    """Mean and variance (channels,) of what each batch norm reads, pooled over all batches.
+    """Mean and variance (channels,) of each batch norm's input, pooled over all batches.
 
-    Norms use those of the batch at hand meanwhile; a norm that reads one value a channel in some
-    batch, or is not called, keeps its own. The model is not changed.
+    Meanwhile norms use batch statistics, for which torch wants more than one value per channel. A
+    norm that is not called is left out. The model is not changed.
     """
     sums: dict[str, Sequence[Tensor]] = {}
 
@@ -114,7 +113,7 @@ def gathered(model: nn.Module, batches: Sequence[Batch]) -> State:
 
 @contextmanager
 def _by_batch(norms: Iterable[Any]) -> Iterator[None]:
-    """Normalise by the batch, and leave running numbers as they are."""
+    """Normalise with batch statistics, and leave running ones unchanged."""
     held = [(part, part.track_running_stats, part.running_mean, part.running_var) for part in norms]
     try:
         for part, *_ in held:
@@ -129,17 +128,17 @@ def _by_batch(norms: Iterable[Any]) -> Iterator[None]:
 
 
 def moved(reference: nn.Module, now: State, was: State) -> State:
-    """The running numbers of the dense model, by as much as the data shows others.
+    """The dense model's running statistics, corrected for the compressed model.
 
     Args:
-        now, was: what `gathered` gives of the compressed and of the dense model.
+        now, was: `gathered` of the compressed and of the dense model.
     """
     state, dense = State(), batch_norms(reference)
     for name in now.keys() & was.keys() & dense.keys():
         (mean, variance), (old_mean, old_variance) = now[name], was[name]
         running = _state(dense[name])
         ratio = torch.where(old_variance > 0, variance / old_variance, 1.0)
-        # What the running mean is off by in the dense model shrinks as its spread does.
+        # The offset of the running mean scales with the standard deviation.
         state[name] = mean + (running[0] - old_mean) * ratio.sqrt(), running[1] * ratio
     return state
 
@@ -150,7 +149,7 @@ def _state(part: Any) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def set_moments(model: nn.Module, state: State) -> None:
-    """Give batch norms these running means and variances."""
+    """Set the running means and variances of batch norms."""
     norms = batch_norms(model)
     for name, (mean, variance) in state.items():
         norms[name].running_mean.copy_(mean)

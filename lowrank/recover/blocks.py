@@ -1,8 +1,8 @@
-"""Block refit: a block's factors, norms and biases are trained to the dense block's output.
+"""Block refit: train a block's factors, norms and biases to match the dense block's output.
 
-The block reads the compressed stream and is compared with what the dense block gives on the dense
-stream, so that it also corrects what the blocks before it lost: the objective of AA-SVD (block
-reconstruction). A held-out share of the rows decides; a block that did not improve stays as it was.
+The block reads the compressed stream, and its target is the dense block's output on the dense
+stream, so that it also corrects the error of earlier blocks: the block reconstruction objective of
+AA-SVD. A block whose held-out loss does not fall is left unchanged.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ def refit_block(
     """Train one block of the compressed chain.
 
     Args:
-        targets: the dense block's outputs, one tensor a batch, shaped as the hidden states.
-        parameters: what is trained; each is in the block.
-        masks: positions that count, one a batch, or None.
+        targets: the dense block's outputs, one tensor per batch, shaped like the hidden states.
+        parameters: those to train, all in the block.
+        masks: True at the positions that count, one per batch, or None.
         fitted: see `split`.
     """
     scale = _scale(targets)
 
     def loss(batch: int) -> Tensor:
-        off = lean.run(index, batch, lean.hidden[batch]) - targets[batch]
-        each = off.float().square() / scale
+        residual = lean.run(index, batch, lean.hidden[batch]) - targets[batch]
+        squares = residual.float().square() / scale
         mask = masks[batch]
-        if mask is not None and each.shape[:-1] == mask.shape:
-            each = each[mask.to(each.device)]
-        return each.mean()
+        if mask is not None and squares.shape[:-1] == mask.shape:
+            squares = squares[mask.to(squares.device)]
+        return squares.mean()
 
     with quiet(lean.block(index)):
         return fit(parameters, loss, *split(len(targets), fitted), options)
@@ -58,23 +58,23 @@ def distill(
     options: Training,
     fitted: int | None = None,
 ) -> Trained:
-    """Train the compressed model to the dense one's predictions: mean KL(dense ‖ compressed).
+    """Distil the dense model into the compressed one: minimise mean KL(dense ‖ compressed).
 
-    The teacher's predictions are kept as far as memory allows; for the other batches, of a large
-    vocabulary, the teacher runs along. `fitted`: see `split`.
+    The teacher's logits are cached up to a memory limit; on further batches it runs at every step.
+    `fitted`: see `split`.
     """
     predicted = Reference(teacher, batches)
 
     def loss(batch: int) -> Tensor:
-        got = logits_of(forward(student, batches[batch]))
-        return divergence(predicted.logits(batch), got, mask_of(batches[batch])).mean()
+        logits = logits_of(forward(student, batches[batch]))
+        return divergence(predicted.logits(batch), logits, mask_of(batches[batch])).mean()
 
     with quiet(teacher), quiet(student), without_cache(teacher), without_cache(student):
         return fit(parameters, loss, *split(len(batches), fitted), options)
 
 
 def _scale(targets: Sequence[Tensor]) -> Tensor:
-    """Mean square of every channel (width,), floored: loud channels must not drown the others."""
+    """Mean square of each channel (width,), floored: large channels must not dominate the loss."""
     square = torch.stack([t.detach().float().flatten(0, -2).square().mean(0) for t in targets])
     power = square.mean(0)
     return power.clamp(min=1e-3 * float(power.mean()) + 1e-12)

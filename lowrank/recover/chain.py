@@ -1,8 +1,8 @@
-"""Chains of blocks, run one block at a time on hidden states that are carried from block to block.
+"""Chains of blocks, run one block at a time on hidden states carried from block to block.
 
-What a block is given besides the hidden states (masks, positions, an encoder's output) is recorded
-in a pass of the whole model. Nothing is known of architectures: the hidden state is the tensor that
-a block's predecessor gave out.
+The other inputs of a block (masks, positions, an encoder's output) are recorded in a forward pass
+of the whole model. No architecture is assumed: the hidden state is the tensor that the previous
+block returned.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ..errors import LowrankError
 from ..measure.eval import Reference
 from ..walk.surgery import factored, module_at
 
-HELD_OUT = 8  # where no rows were held out, one batch in so many is judged on
-KEPT_BYTES = 1 << 28  # of the dense model's predictions on those rows
+HELD_OUT = 8  # without held-out rows, one batch in this many serves to judge
+KEPT_BYTES = 1 << 28  # cache of the dense model's logits on those rows
 Path = tuple[Any, ...]
 
 
 @dataclass
 class _Call:
-    """What one block was given: everything, and where the hidden state stands in it."""
+    """The arguments of one call of a block, and where the hidden state is among them."""
 
     given: tuple[Any, Any]
     path: Path
@@ -36,13 +36,13 @@ class _Call:
 
 @dataclass
 class Recording:
-    """What the blocks of one chain were given in passes of the whole model, by batch.
+    """The inputs of a chain's blocks in forward passes of the whole model, by batch.
 
     Attributes:
-        names: of the blocks, in order.
-        hidden: what the first block read.
-        calls: what each block was given besides.
-        out: where the hidden state stands in a block's output.
+        names: the blocks, in order.
+        hidden: input of the first block.
+        calls: the other arguments of each block.
+        out: where the hidden state is in a block's output.
     """
 
     names: tuple[str, ...]
@@ -51,10 +51,10 @@ class Recording:
     out: Path | None = None
 
     def record(self, model: nn.Module, number: int, batch: Batch) -> None:
-        """Run the model on one batch.
+        """Run the model on one batch, and record its blocks' inputs.
 
         Raises:
-            LowrankError: a block is not called once, after its predecessor.
+            LowrankError: the blocks are not each called once, in the order of the chain.
         """
         calls: list[_Call] = []
         last: list[tuple[Path, Tensor, SameTensor]] = []
@@ -62,7 +62,7 @@ class Recording:
         def before(index: int) -> Any:
             def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
                 if len(calls) != index:
-                    raise LowrankError(f"{self.names[index]} is called out of its chain's order")
+                    raise LowrankError(f"{self.names[index]} is called out of chain order")
                 calls.append(_Call((args, kwargs), self._link(last, (args, kwargs))))
 
             return hook
@@ -88,13 +88,13 @@ class Recording:
         calls[0].path = calls[1].path
         first = _get(calls[0].given, calls[0].path)
         if not isinstance(first, Tensor):
-            raise LowrankError(f"{self.names[0]} is called in another way than the next block")
+            raise LowrankError(f"{self.names[0]} is not called like the next block")
         for call in calls:  # hidden states are carried, not kept
             call.given = _put(call.given, call.path, None)
         self.hidden[number], self.calls[number] = first, calls
 
     def _link(self, last: Sequence[tuple[Path, Tensor, SameTensor]], given: Any) -> Path:
-        """Where the previous block's output stands in what a block is given."""
+        """Where the previous block's output is among the arguments of this one."""
         for path, tensor in _leaves(given):
             for out, _, same in last:
                 if same(tensor):
@@ -106,18 +106,18 @@ class Recording:
 
 
 class Chain:
-    """The blocks of a model on recorded calls, and the hidden states that the next of them reads.
+    """The blocks of a model with their recorded calls, and the current hidden states.
 
     Attributes:
-        names: of the blocks, in order.
-        hidden: what the block at hand reads, one tensor a batch.
+        names: the blocks, in order.
+        hidden: inputs of the current block, one tensor per batch.
     """
 
     def __init__(self, model: nn.Module, recording: Recording, numbers: Sequence[int]) -> None:
-        """At the first block.
+        """Start at the first block.
 
         Args:
-            numbers: of the recorded batches that run along.
+            numbers: indices of the recorded batches to run.
         """
         self.names = recording.names
         self.hidden = [recording.hidden[number] for number in numbers]
@@ -126,52 +126,52 @@ class Chain:
         self.refresh(model)
 
     def refresh(self, model: nn.Module) -> None:
-        """Take the blocks anew: one that is itself a layer may have been replaced."""
+        """Look the blocks up again: one that is itself a layer may have been replaced."""
         self._blocks = [module_at(model, name) for name in self.names]
 
     def block(self, index: int) -> nn.Module:
         return self._blocks[index]
 
     def run(self, index: int, batch: int, hidden: Tensor) -> Tensor:
-        """The hidden state that block `index` makes of `hidden`; gradients pass."""
+        """Output hidden state of block `index` on `hidden`, differentiable."""
         call = self._calls[batch][index]
         args, kwargs = _put(call.given, call.path, hidden)
         output = self._blocks[index](*args, **kwargs)
-        made = _get(output, self._out) if self._out is not None else first_tensor(output)
-        if not isinstance(made, Tensor):
+        result = _get(output, self._out) if self._out is not None else first_tensor(output)
+        if not isinstance(result, Tensor):
             raise LowrankError(f"{self.names[index]}: its output holds no hidden state")
-        return made
+        return result
 
     def outputs(self, index: int) -> list[Tensor]:
-        """What block `index` makes of the hidden states at hand, without gradients."""
+        """Outputs of block `index` on the current hidden states, without gradients."""
         block = self._blocks[index]
         with quiet(block):
             return [self.run(index, batch, hidden) for batch, hidden in enumerate(self.hidden)]
 
 
 class Workbench:
-    """The dense model with the rows that its compression is fitted to and judged on.
+    """The dense model with the batches that compression is fitted to and judged on.
 
-    Whatever does not depend on the compression is computed once for all that is tried on it: what
-    blocks are given, and the dense model's predictions.
+    What does not depend on the compression (block inputs, the dense model's predictions) is
+    computed once and shared by all candidates.
 
     Attributes:
-        batches: those that layers are fitted to, and after them those held out.
-        fitted: how many are of the first sort.
-        judge: the dense model's predictions on the rows that choices are judged by.
-        judged_on_seen: no rows were held out, so that the last of the others serve.
+        batches: those for fitting, followed by the held-out ones.
+        fitted: number of batches for fitting.
+        judge: the dense model's predictions on the rows that choices are judged on.
+        judged_on_seen: no rows were held out, so the last fitting rows are judged on.
     """
 
     def __init__(self, model: nn.Module, calibration: Calibration, rows: int = ROWS) -> None:
         """
         Args:
-            rows: of a batch.
+            rows: batch size.
 
         Raises:
             LowrankError: the data is a callable, which holds no rows.
         """
         if callable(calibration.batches):
-            raise LowrankError("recovery runs the model on batches: pass data=… that holds them")
+            raise LowrankError("recovery runs the model on batches: pass them as data=…")
         self.model, self.calibration = model, calibration
         batches = rebatched(calibration.batches, rows)
         self.fitted = len(batches)
@@ -183,20 +183,20 @@ class Workbench:
         self._recordings: dict[tuple[str, ...], Recording] = {}
 
     def numbers(self, most: int | None = None) -> tuple[list[int], int]:
-        """Numbers of the batches that run along, and how many of them, the first ones, are for
-        fitting: at most so many, None for all."""
+        """Indices of the batches to run, and how many of them, the first ones, are for fitting: at
+        most `most`, None for all."""
         fitted = self.fitted if most is None else min(most, self.fitted)
         return [*range(fitted), *range(self.fitted, len(self.batches))], fitted
 
     def dense_chain(self, names: Sequence[str], numbers: Sequence[int]) -> Chain:
-        """The dense model's chain of these blocks."""
+        """The chain of these blocks in the dense model."""
         recording = self._recordings.setdefault(tuple(names), Recording(tuple(names)))
         self._record(self.model, recording, numbers)
         return Chain(self.model, recording, numbers)
 
     def chain(self, student: nn.Module, names: Sequence[str], numbers: Sequence[int]) -> Chain:
-        """The same of a twin, to be called after `dense_chain`. One that is still dense is given
-        what the dense model is given."""
+        """The same chain in a twin; call `dense_chain` first. While the twin is still dense, it
+        reuses the dense model's recording."""
         if not factored(student):
             return Chain(student, self._recordings[tuple(names)], numbers)
         recording = Recording(tuple(names))
@@ -231,7 +231,7 @@ def _get(value: Any, path: Path) -> Any:
 
 
 def _put(value: Any, path: Path, new: Any) -> Any:
-    """A copy of the nest with another leaf."""
+    """A copy of a nested structure with one leaf replaced."""
     if not path:
         return new
     key, rest = path[0], path[1:]

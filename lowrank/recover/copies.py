@@ -1,4 +1,4 @@
-"""Which parameters recovery trains, and how they come to be a compressed copy's own."""
+"""The parameters that recovery trains, and giving a compressed twin copies of its own of them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ..nn import is_factored
 
-Pairs = dict[int, tuple[Tensor, Tensor]]  # the model's own, and the copy in its place
+Pairs = dict[int, tuple[Tensor, Tensor]]  # id of the original -> (original, its copy)
 
 
 def factors_in(module: nn.Module) -> list[nn.Parameter]:
-    """Parameters of all factored layers inside, each once, in the model's order."""
+    """Parameters of all factored layers in a module, each once, in the module's order."""
     unique = {
         id(parameter): parameter
         for part in module.modules()
@@ -25,13 +25,13 @@ def factors_in(module: nn.Module) -> list[nn.Parameter]:
 
 
 def own_vectors(module: nn.Module, pairs: Pairs) -> list[nn.Parameter]:
-    """Norm weights and biases inside (one dimension), made copies of their own.
+    """Replace one-dimensional parameters (norm weights, biases) by copies, and return these.
 
     Args:
-        pairs: by the id of the shared parameter, it and its copy; added to, so that a vector that
-            stands in two places stays one.
+        pairs: id of each shared parameter -> (it, its copy); extended here, so that a parameter
+            used in two places gets one copy.
     """
-    factors: dict[int, nn.Parameter] = {}
+    vectors: dict[int, nn.Parameter] = {}
     copies = {id(copy) for _, copy in pairs.values()}
     inside = {id(p) for p in factors_in(module)}
     for part in module.modules():
@@ -47,12 +47,12 @@ def own_vectors(module: nn.Module, pairs: Pairs) -> list[nn.Parameter]:
                     copies.add(id(fresh))
                 parameter = cast(nn.Parameter, pairs[id(parameter)][1])
                 part._parameters[key] = parameter
-            factors[id(parameter)] = parameter
-    return list(factors.values())
+            vectors[id(parameter)] = parameter
+    return list(vectors.values())
 
 
 def own_buffers(parts: Iterable[nn.Module], names: Iterable[str], pairs: Pairs) -> None:
-    """Make these buffers copies of their own; added to `pairs` as vectors are."""
+    """Replace these buffers by copies; `pairs` is extended as in `own_vectors`."""
     for part in parts:
         for name in names:
             buffer = part._buffers.get(name)
@@ -63,13 +63,13 @@ def own_buffers(parts: Iterable[nn.Module], names: Iterable[str], pairs: Pairs) 
 
 @torch.no_grad()
 def hand_over(pairs: Pairs, model: nn.Module, target: nn.Module) -> None:
-    """Give a model the values that the copies came to have.
+    """Write the values of the copies into a model.
 
     Args:
-        model: whose own tensors the pairs begin with.
-        target: it, or a copy of it that was compressed: tensors are found by their names.
+        model: the owner of the originals in `pairs`.
+        target: the same model or a compressed copy of it; tensors are matched by name.
     """
     names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
-    there = dict((*target.named_parameters(), *target.named_buffers()))
+    tensors = dict((*target.named_parameters(), *target.named_buffers()))
     for original, trained in pairs.values():
-        there[names[id(original)]].copy_(trained)
+        tensors[names[id(original)]].copy_(trained)

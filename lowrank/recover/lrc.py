@@ -1,8 +1,8 @@
-"""Fine-tuning of the low-rank components alone (WeLore, VITA-Group).
+"""Fine-tuning of the low-rank components only (WeLore, VITA-Group).
 
-After WeLore's split the layers that became factors (LRC) are trained, and those that the gate left
-dense (N-LRC) are frozen with the embeddings and the head. The authors train in pure bfloat16, where
-an update below half a unit in the last place is lost; `MasterWeights` keeps it.
+Following WeLore, the factored layers (LRC) are trained, while layers left dense (N-LRC), the
+embeddings and the head are frozen. The authors train in pure bfloat16, where updates below half a
+unit in the last place are lost; `MasterWeights` keeps them.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from ..nn import is_factored
 
 
 def lrc_parameters(model: nn.Module, *, norms: bool = False) -> list[nn.Parameter]:
-    """Freeze all but the factors, and return what is left to train.
+    """Freeze everything but the factors, and return the parameters to train.
 
     Args:
-        model: its parameters' `requires_grad` is set: True for those returned, else False.
-        norms: train normalisation layers too, as the authors' code does: every parameter of one
-            dimension in a module whose class name contains "norm".
+        model: `requires_grad` is set to True for the parameters returned, to False for all others.
+        norms: also train normalisation layers, as the authors' code does: every one-dimensional
+            parameter of a module whose class name contains "norm".
 
     Returns:
         The parameters of all factored layers, biases included, each once, in the model's order.
 
     Raises:
-        LowrankError: the model has no factored layer; nothing is changed then.
+        LowrankError: the model has no factored layer; it is then unchanged.
     """
     modules = list(model.modules())
     factors = [p for module in modules if is_factored(module) for p in module.parameters()]
@@ -53,17 +53,17 @@ def lrc_parameters(model: nn.Module, *, norms: bool = False) -> list[nn.Paramete
 
 
 class MasterWeights(Optimizer):
-    """An optimizer that steps float32 copies of 16-bit parameters and rounds the result back.
+    """An optimizer that updates float32 master copies of 16-bit parameters and rounds them back.
 
         optimizer = MasterWeights(lrc_parameters(model), torch.optim.AdamW, lr=1e-4)
 
-    In bfloat16 a step of less than 1/512 of a weight's size rounds to nothing; in its copy it adds
-    up. Parameters of 32 bits and more are stepped themselves, without a copy. `param_groups` holds
-    the model's parameters, so that gradient clipping, scalers and schedulers work as usual;
-    `state` is that of the optimizer inside, and belongs to the copies.
+    In bfloat16 an update below 1/512 of a weight rounds to zero; in its master copy it
+    accumulates. Parameters of 32 bits or more are updated directly, without a copy.
+    `param_groups` holds the model's parameters, so that gradient clipping, scalers and schedulers
+    work as usual; `state` is the inner optimizer's and belongs to the copies.
 
-    A parameter that was changed from outside since the last step (a loaded checkpoint) is taken as
-    it is: its copy follows.
+    If a parameter was changed from outside since the last step (a loaded checkpoint), its copy is
+    updated to match.
     """
 
     def __init__(
@@ -72,12 +72,12 @@ class MasterWeights(Optimizer):
         optimizer_class: type[Optimizer],
         **options: Any,
     ) -> None:
-        """Arguments of `optimizer_class`, which is any of torch's; parameters or groups of them."""
+        """As for `optimizer_class`, any torch optimizer; takes parameters or parameter groups."""
         given: list[Any] = list(parameters)
         groups = given if given and isinstance(given[0], dict) else [{"params": given}]
         groups = [{**group, "params": _listed(group["params"])} for group in groups]
         self._masters: dict[Tensor, Tensor] = {}
-        self._inner: Optimizer | None = None  # groups added from here on go to self alone
+        self._inner: Optimizer | None = None  # until it is set, groups are added to self only
         super().__init__([{**group, "params": [*group["params"]]} for group in groups], {})
         copies = [{**group, "params": self._copies(group["params"])} for group in groups]
         self._inner = optimizer_class(copies, **options)
@@ -87,7 +87,7 @@ class MasterWeights(Optimizer):
             mine.update(_options(inner))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As of any optimizer, for instance to unfreeze further layers."""
+        """Add a group, as for any optimizer: for instance to unfreeze further layers."""
         group = {**param_group, "params": _listed(param_group["params"])}
         super().add_param_group(group)
         if self._inner is not None:
@@ -102,7 +102,7 @@ class MasterWeights(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Gradients are widened, the copies stepped and rounded back."""
+        """Cast gradients to float32, update the copies, round them back into the parameters."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -115,21 +115,21 @@ class MasterWeights(Optimizer):
         inner.step()
         for parameter, master in self._pairs():
             parameter.copy_(master)
-            master.grad = None  # as large as the copy: not kept between steps
+            master.grad = None  # as large as the copy, so freed between steps
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """As of the optimizer inside, and under "masters" the copies, None where there is none."""
+        """The inner optimizer's state, plus the copies under "masters" (None for a float32 one)."""
         inner = self._synchronised()
         every = chain.from_iterable(group["params"] for group in self.param_groups)
         return {**inner.state_dict(), "masters": [self._masters.get(p) for p in every]}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a state: the parameters become the rounded copies again.
+        """Restore a state, and set the parameters to the rounded copies.
 
         Raises:
-            LowrankError: the state is of other parameters, or of a plain optimizer.
+            LowrankError: the state is for other parameters, or from a plain optimizer.
         """
         inner = self._synchronised()
         every = list(chain.from_iterable(group["params"] for group in self.param_groups))
@@ -138,7 +138,7 @@ class MasterWeights(Optimizer):
         shapes = stored and [None if copy is None else tuple(copy.shape) for copy in stored]
         if stored is None or shapes != wanted:
             raise LowrankError(
-                f"the state holds float32 copies of the shapes {shapes}, expected {wanted}: "
+                f"the state holds float32 copies of shapes {shapes}, expected {wanted}: "
                 "it was saved for other parameters, or by another optimizer"
             )
         inner.load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
@@ -151,14 +151,14 @@ class MasterWeights(Optimizer):
                 parameter.copy_(copy)
 
     def _synchronised(self) -> Optimizer:
-        """The optimizer inside, with the options (learning rates) that were set here."""
+        """The inner optimizer, with options such as the learning rate copied from this one."""
         assert self._inner is not None
         for mine, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
             inner.update(_options(mine))
         return self._inner
 
     def _copies(self, parameters: list[Tensor]) -> list[Tensor]:
-        """What is stepped in place of the parameters."""
+        """The tensors updated in place of the parameters."""
         for parameter in parameters:
             if parameter.dtype.itemsize < 4:
                 self._masters[parameter] = parameter.detach().float().requires_grad_()

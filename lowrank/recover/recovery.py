@@ -1,6 +1,6 @@
-"""How hard to try: what follows the choice of ranks, and what each `effort` stands for.
+"""Recovery stages, and what each `effort` stands for.
 
-Figures: benchmarks/results/quality_*.json.
+Measured in benchmarks/results/quality_*.json.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from ..errors import LowrankError, unknown
 
 @dataclass(frozen=True)
 class Recovery:
-    """What follows the choice of ranks, stage by stage; every part can be chosen by hand.
+    """The stages of recovery, each of which can be set by hand.
 
     Attributes:
-        dense: λ in [0, 1] of the sequential refit: how much of a layer's target is the dense
-            model's own output, the rest being the dense layer on the compressed input.
-        refit: whether there is a sequential refit at all.
-        batchnorm: whether running means and variances of batch norms are re-estimated then; kept
-            where held-out rows gain.
-        block_steps: gradient steps of each block's refit; 0 leaves it out.
-        distill_steps: gradient steps of distillation to the dense model's predictions; 0: none.
-        block_rate, distill_rate: of AdamW, as a share of each parameter's root mean square.
-        rows: of a batch in both.
-        written: rows that a causal language model writes itself, as `data="self"` does, and is
-            distilled on beside the data; other models have the data alone.
+        dense: λ in [0, 1] of the sequential refit: the target of a layer is λ times its output in
+            the dense model plus 1 − λ times the dense layer's output on the compressed input.
+        refit: run the sequential refit.
+        batchnorm: re-estimate the running means and variances of batch norms; reverted unless that
+            lowers held-out KL.
+        block_steps: gradient steps of each block refit; 0 skips it.
+        distill_steps: gradient steps of distillation from the dense model; 0 skips it.
+        block_rate, distill_rate: AdamW learning rates, relative to each parameter's RMS.
+        rows: batch size of both.
+        written: rows that a causal language model samples itself, as for `data="self"`, to distil
+            on in addition to the data; other models use the data alone.
     """
 
     dense: float = 0.5
@@ -55,21 +55,21 @@ class Recovery:
             if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
                 raise LowrankError(f"{name} of a Recovery must be a number >= 0, got {value!r}")
         if self.rows < 1:
-            raise LowrankError("a batch has at least one row")
+            raise LowrankError(f"rows of a Recovery must be >= 1, got {self.rows!r}")
 
     @classmethod
     def from_json(cls, body: Any) -> Recovery | None:
-        """What a plan's settings hold; None where nothing follows.
+        """The recovery in a plan's settings; None for no recovery.
 
         Raises:
-            LowrankError: it is no object of these fields.
+            LowrankError: `body` has other fields, or is not an object.
         """
         if body is None:
             return None
         known = {field.name for field in fields(cls)}
         if not isinstance(body, Mapping) or set(body) - known:
             raise LowrankError(
-                f"'recovery' in the plan must have {', '.join(sorted(known))}, got {body!r:.80}"
+                f"'recovery' in the plan may have {', '.join(sorted(known))}, got {body!r:.80}"
             )
         return cls(**body)
 
@@ -79,7 +79,7 @@ class Recovery:
 
 @dataclass(frozen=True)
 class Effort:
-    """What a word stands for, wherever the caller does not say otherwise."""
+    """What an `effort` stands for: defaults that explicit arguments override."""
 
     recovery: Recovery
     method: str = "two-sided"
@@ -96,10 +96,10 @@ EFFORTS: dict[str, Effort] = {
 
 
 def effort_of(named: str | Recovery | Effort) -> Effort:
-    """What a word, or a Recovery alone, stands for; an Effort is returned as it is.
+    """The Effort of a name or of a Recovery; an Effort is returned unchanged.
 
     Raises:
-        LowrankError: another word.
+        LowrankError: the name is unknown.
     """
     if isinstance(named, Effort):
         return named

@@ -1,7 +1,7 @@
-"""What follows the choice of ranks: sequential refit, block refit, distillation.
+"""Recovery after the choice of ranks: sequential refit, block refit, batch norms, distillation.
 
-All of it happens on a twin of the model, so that the model itself is dense and untouched until
-everything has succeeded, and serves as teacher meanwhile.
+It runs on a twin of the model. The model itself stays dense and unchanged until everything has
+succeeded, and serves as teacher meanwhile.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from .recovery import Recovery
 from .sequential import Moments, SequentialPass
 from .training import Trained, Training
 
-ROUNDING = 1e-6  # a KL that logits of 32 bits cannot tell from none
-NOISE = 1e-6  # of a mean square: what sums of fp32 products may be off by
-ROOT = "the model is one layer: there is nothing to refit it to"
+ROUNDING = 1e-6  # a KL that fp32 logits cannot tell from zero
+NOISE = 1e-6  # rounding error of fp32 sums, relative to the mean square
+ROOT = "the model is a single layer: there is nothing to refit"
 Work = Sequence[tuple[Site, Entry, nn.Module]]
 
 
 @dataclass
 class Recovered:
-    """Result of recovery.
+    """The result of recovery.
 
     Attributes:
-        modules: the new layer of every site, by its name.
-        vectors: norms and biases that were trained: the model's own, and the trained copy.
-        notes: for the report.
-        broken: whether predictions on held-out rows hold NaN or Inf, while the dense model's do
-            not.
+        modules: the new layer of every site, by site name.
+        vectors: pairs of a trained norm parameter or bias: (the model's own, the trained copy).
+        notes: sentences for the report.
+        broken: the compressed model's predictions on held-out rows hold NaN or Inf, and the dense
+            model's do not.
     """
 
     modules: dict[str, nn.Module]
@@ -69,12 +69,12 @@ def recover_layers(
     seed: int = 0,
     progress: bool = True,
 ) -> Recovered:
-    """Refit and train new layers on a twin of the bench's model, which is not changed.
+    """Refit and train the new layers in a twin of the bench's model, which is not changed.
 
     Args:
-        work: sites of the model, their entries and the layers made from dense statistics.
-        resolved: makes layers anew.
-        most: batches that layers are fitted to; None: all.
+        work: sites, their entries, and the layers factored from the dense model's statistics.
+        resolved: the method, which refits layers.
+        most: number of batches to fit layers to; None for all.
 
     Raises:
         LowrankError: a chain cannot be run block by block.
@@ -86,7 +86,7 @@ def recover_layers(
 
 @dataclass
 class _Job:
-    """One run: its twin, and what is noted on the way."""
+    """One recovery run: its twin, and the notes for the report."""
 
     bench: Workbench
     recovery: Recovery
@@ -112,7 +112,7 @@ class _Job:
         self._refit(refits)
         self._batchnorm()
         self._distill()
-        for site in refits:  # training happens on plain factors: they are better conditioned
+        for site in refits:  # only now: plain factors are better conditioned to train
             self._store(site)
         self._judge()
         modules = {site.name: module_at(self.student, site.name) for site, _, _ in self.work}
@@ -129,9 +129,9 @@ class _Job:
         blocks = {name for chain in chains for name in chain}
         steps = self.recovery.block_steps
         if steps and not blocks:
-            self.notes.append("the model has no chain of blocks: block refit was left out")
-        shown = {"delay": 2, "disable": not self.progress, "leave": False}
-        with tqdm(total=len(blocks), desc="refit", **shown) as bar:
+            self.notes.append("the model has no chain of blocks: block refit was skipped")
+        options = {"delay": 2, "disable": not self.progress, "leave": False}
+        with tqdm(total=len(blocks), desc="refit", **options) as bar:
             SequentialPass(
                 self.bench,
                 self.student,
@@ -144,7 +144,7 @@ class _Job:
         if self.recovery.refit:
             self.notes.append(f"refitted in closed form, layer by layer: {len(sites)}")
         if steps and blocks:
-            kept = sum(each.kept for each in self.refitted)
+            kept = sum(result.kept for result in self.refitted)
             self.notes.append(f"block refit: {kept} of {len(self.refitted)} blocks improved")
 
     def _fit(self, site: Site, moments: Moments) -> nn.Module:
@@ -153,7 +153,7 @@ class _Job:
         share, bias = self.recovery.dense, layouts.bias(site.module)
         gram, cross = moments.gram, moments.cross
         least = NOISE * float(gram.diagonal().mean())
-        if bias is not None:  # the bias takes the means, and the factors what varies
+        if bias is not None:  # the bias fits the mean, the factors the deviations from it
             gram = gram - torch.outer(moments.mean, moments.mean)
             cross = cross - torch.outer(moments.dense_mean, moments.mean)
         new = self.resolved.refitted(
@@ -179,13 +179,13 @@ class _Job:
         trained = [*factors_in(block), *own_vectors(block, self.vectors)]
         if not factors_in(block):
             return
-        how = Training(self.recovery.block_steps, self.recovery.block_rate, seed=self.seed)
+        options = Training(self.recovery.block_steps, self.recovery.block_rate, seed=self.seed)
         masks = [self.bench.masks[number] for number in self.numbers]
         try:
-            came = refit_block(lean, index, targets, trained, masks, how, self.fitted)
+            result = refit_block(lean, index, targets, trained, masks, options, self.fitted)
         except LowrankError as error:
             raise LowrankError(f"{lean.names[index]}: {error}") from None
-        self.refitted.append(came)
+        self.refitted.append(result)
 
     def _store(self, site: Site) -> None:
         new = module_at(self.student, site.name)
@@ -206,7 +206,7 @@ class _Job:
         except NotFinite:
             raise
         except LowrankError as error:  # no predictions to judge by
-            self.notes.append(f"batch norms were left as they are: {error}")
+            self.notes.append(f"batch norms were not re-estimated: {error}")
             return
         self.notes.append(f"batch norms re-estimated: {'kept' if kept else 'reverted: no gain'}")
 
@@ -214,38 +214,38 @@ class _Job:
         if not self.recovery.distill_steps:
             return
         trained = [*factors_in(self.student), *own_vectors(self.student, self.vectors)]
-        how = Training(self.recovery.distill_steps, self.recovery.distill_rate, seed=self.seed)
+        options = Training(self.recovery.distill_steps, self.recovery.distill_rate, seed=self.seed)
         batches = [self.bench.batches[number] for number in self.numbers]
         written, held = self._written(), batches[self.fitted :]
         fitted = self.fitted + len(written) if held else None
         batches = [*batches[: self.fitted], *written, *held]
-        came = distill(self.bench.model, self.student, batches, trained, how, fitted)
+        result = distill(self.bench.model, self.student, batches, trained, options, fitted)
         self.notes.append(
-            f"distilled: held-out KL {came.before:.4g} -> {came.after:.4g} "
-            f"(step {came.best_step} of {how.steps})"
+            f"distilled: held-out KL {result.before:.4g} -> {result.after:.4g} "
+            f"(step {result.best_step} of {options.steps})"
         )
 
     def _written(self) -> list[Batch]:
-        """More to distil on, where the model can write it: what is fitted to few rows stays close
-        to the dense model on those alone."""
+        """Further batches to distil on, if the model can write text: distilled on few rows alone,
+        it would match the dense model on those only."""
         rows, length = self.recovery.written, self._length()
         model = self.bench.model
         if not rows or not length or not self_written.writes(model):
             return []
-        seed = self.seed + 1  # not the rows that calibrated, where those were written too
+        seed = self.seed + 1  # not the calibration rows, if those were self-written
         text = self_written.write(model, rows=rows, length=length, seed=seed)
         self.notes.append(f"distilled on {rows} more rows, written by the model itself")
         return list(text.split(self.recovery.rows))
 
     def _length(self) -> int:
-        """Tokens of the longest row of the data; 0 where it holds no token ids."""
+        """Length of the longest row in the data, in tokens; 0 if it holds no token ids."""
         batches = self.bench.batches
         ids = [b if isinstance(b, Tensor) else b.get("input_ids") for b in batches]
         known = [t for t in ids if isinstance(t, Tensor) and not t.is_floating_point()]
         return max((t.shape[-1] for t in known if t.ndim == 2), default=0)
 
     def _judge(self) -> None:
-        """Revert to the plain layers where recovery did not lower the KL on held-out rows."""
+        """Revert to the layers before recovery if it did not lower held-out KL."""
         plain = twin(self.bench.model)
         for site, _, new in self.work:
             put(plain, site, new)
@@ -259,7 +259,7 @@ class _Job:
         self.broken = before == after == math.inf
         self.notes.append(f"KL on held-out rows: {before:.4g} -> {after:.4g}")
         if before <= ROUNDING:
-            why = f"the KL was below {ROUNDING:g} already"
+            why = f"the KL was already below {ROUNDING:g}"
         elif not after <= before:
             why = "it raised the KL"
         else:

@@ -1,8 +1,8 @@
-"""The sequential pass: every layer is refitted to the inputs that it will really read.
+"""Sequential refit: every layer is refitted to the inputs it reads in the compressed model.
 
-Two streams run through the model block by block, the dense one and that of the compressed copy.
-Layers that read one tensor are refitted together in closed form (linalg/refit.py), in the order of
-their calls, so that each corrects what those before it lost.
+Two streams run through the model block by block, the dense one and the compressed one. Layers that
+read the same tensor are refitted together in closed form (linalg/refit.py), in call order, so that
+each corrects the error of those before it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """What a refit needs of one distinct input, per token, float64.
+    """Second moments of one distinct input in both streams, per token, float64.
 
     Attributes:
-        count: tokens.
+        count: number of tokens.
         gram: E[x'x'ᵀ] (in, in) of the compressed stream.
         cross: E[x x'ᵀ] (in, in), x of the dense stream.
         mean, dense_mean: E[x'] and E[x], (in,).
@@ -47,13 +47,13 @@ class SequentialPass:
     """One pass over a compressed twin of the workbench's model.
 
     Attributes:
-        student: the twin; layers are replaced in it.
-        numbers: of the batches that run along.
-        fitted: how many of them, the first ones, the moments are taken from.
-        fit: makes the new layer of a site from the moments of its input.
-        after_block: called with the student's chain, the block's index and the dense outputs when
-            all sites of a block are replaced; it may train the block.
-        on_block: told the name of each block before it is worked on; "" outside of blocks.
+        student: the twin, in which layers are replaced.
+        numbers: indices of the batches to run.
+        fitted: number of those, from the first, that the moments are taken from.
+        fit: returns the new layer of a site, given the moments of its input.
+        after_block: called once all sites of a block are replaced, with the student's chain, the
+            block's index and the dense outputs; may train the block.
+        on_block: called with the name of each block before its turn; "" outside of blocks.
     """
 
     bench: Workbench
@@ -65,11 +65,13 @@ class SequentialPass:
     on_block: Callable[[str], None] = lambda _: None
 
     def run(self, sites: Sequence[Site]) -> None:
-        """Replace the sites, block by block. Layers outside every chain are refitted in passes of
-        the whole model, those called before the first chain first.
+        """Replace the sites, block by block.
+
+        Layers outside all chains are refitted in forward passes of the whole model: those called
+        before the first chain come first, the others last.
 
         Args:
-            sites: of the dense model; one that was never called is left to the caller.
+            sites: of the dense model; those that were never called are left to the caller.
 
         Raises:
             LowrankError: a chain cannot be run block by block.
@@ -120,21 +122,23 @@ class SequentialPass:
                 put(self.student, site, self.fit(site, moments))
 
     def _moments(self, site: Site, dense: Sequence[Run], lean: Sequence[Run]) -> Moments | None:
-        """Of both streams' inputs of one site, batch by batch; None where it saw no token."""
+        """Moments of a site's input in both streams, batch by batch; None if it saw no token."""
         count, sums = 0, [torch.zeros(()) for _ in range(4)]
         model, student = self.bench.model, self.student
-        wide, narrow = module_at(model, site.name), module_at(student, site.name)
+        dense_layer, lean_layer = module_at(model, site.name), module_at(student, site.name)
         masks = [self.bench.masks[number] for number in self.numbers[: self.fitted]]
         for run_dense, run_lean, mask in zip(dense, lean, masks, strict=True):
             with quiet(model), quiet(student), without_cache(model), without_cache(student):
-                x, y = _inputs(wide, run_dense), _inputs(narrow, run_lean)
+                x, y = _inputs(dense_layer, run_dense), _inputs(lean_layer, run_lean)
             if [t.shape for t in x] != [t.shape for t in y]:
-                raise LowrankError(f"{site.title}: the streams differ in shape")
+                raise LowrankError(
+                    f"{site.title}: its input has another shape than in the dense model"
+                )
             for dense_rows, rows in _pairs(site.module, x, y, mask):
                 new = _sums(site, dense_rows, rows)
                 sums = [n if not count else s + n for s, n in zip(sums, new, strict=True)]
                 count += len(rows)
-        return Moments(count, *(each / count for each in sums)) if count else None
+        return Moments(count, *(total / count for total in sums)) if count else None
 
 
 def _block_runs(chain: Chain, index: int) -> list[Run]:
@@ -147,24 +151,24 @@ def _block_runs(chain: Chain, index: int) -> list[Run]:
 def _pairs(
     module: nn.Module, dense: Sequence[Tensor], lean: Sequence[Tensor], mask: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The vectors (rows, in) that a layer reads in both streams, some at a time."""
+    """Input vectors (rows, in) of a layer in both streams, in chunks."""
     for x, y in zip(dense, lean, strict=True):
         yield from zip(counted_rows(module, x, mask), counted_rows(module, y, mask), strict=True)
 
 
 def _sums(site: Site, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """Of rows (rows, in) of the dense and of the compressed stream."""
+    """Sums over the rows (rows, in) of the dense stream x and the compressed stream y."""
     sums = (gram_sum(y), cross_sum(x, y), y.double().sum(0), x.double().sum(0))
     if not bool(torch.isfinite(sums[0].diagonal()).all()):
         raise LowrankError(
-            f"{site.title}: its input holds NaN or Inf in the compressed model, and not in the "
-            "dense one: run it in float32 or bfloat16, or leave out the layers before it"
+            f"{site.title}: its input holds NaN or Inf in the compressed model, but not in the "
+            "dense one: run it in float32 or bfloat16, or exclude the layers before it"
         )
     return sums
 
 
 def _inputs(module: nn.Module, run: Run) -> list[Tensor]:
-    """Every tensor that the module reads in one run, safe from later changes in place."""
+    """Every input tensor of the module in one run, cloned against later in-place changes."""
     read: list[Tensor] = []
 
     def hook(_module: nn.Module, args: object, kwargs: object) -> None:

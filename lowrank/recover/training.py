@@ -1,4 +1,4 @@
-"""Training loop of recovery: a held-out split decides when to stop, the best state stays."""
+"""Training loop of recovery, which keeps the state of lowest held-out loss."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ..errors import LowrankError
 from .lrc import MasterWeights
 
 Loss = Callable[[int], Tensor]
-WARM = 0.1  # share of the steps in which the rate rises
+WARM = 0.1  # share of the steps used for warm-up
 
 
 @dataclass(frozen=True)
 class Training:
-    """How long and how fast.
+    """Hyperparameters of a training run.
 
     Attributes:
         steps: gradient steps, one batch each.
-        rate: of AdamW, as a share of each parameter's own root mean square: one default then fits
+        rate: AdamW learning rate, relative to each parameter's RMS, so that one default fits
             models of any width.
-        checks: how often the held-out loss is looked at.
-        seed: of the order of the batches.
+        checks: number of times that the held-out loss is evaluated.
+        seed: random seed of the batch order.
     """
 
     steps: int = 120
@@ -36,7 +36,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of it: held-out loss before and after, and at which step the best state was."""
+    """Result of a training run: held-out loss before and after, and the step of the best state."""
 
     before: float
     after: float
@@ -44,7 +44,7 @@ class Trained:
 
     @property
     def kept(self) -> bool:
-        """False where no step made the held-out loss smaller: nothing was changed then."""
+        """Whether some step lowered the held-out loss; otherwise nothing was changed."""
         return self.best_step > 0
 
 
@@ -55,11 +55,11 @@ def fit(
     held_out: Sequence[int],
     options: Training,
 ) -> Trained:
-    """Minimise `loss` over the batches; the state of least held-out loss is restored at the end.
+    """Minimise `loss` over the batches, and restore the state of lowest held-out loss.
 
     Args:
-        loss: mean loss of a batch, by its number; finite.
-        batches, held_out: numbers of batches; they may be the same where there is only one.
+        loss: mean loss on the batch of this index.
+        batches, held_out: indices of batches; the same if there is only one batch.
 
     Raises:
         LowrankError: the loss is NaN or Inf at the start.
@@ -92,7 +92,7 @@ def fit(
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             length = nn.utils.clip_grad_norm_(parameters, 1.0)
-            if bool(torch.isfinite(length)):  # 16 bits may overflow for once: that step is left out
+            if bool(torch.isfinite(length)):  # skip a step that overflowed in 16 bits
                 optimizer.step()
             if step % every == 0 or step == options.steps:
                 now = _mean(loss, held_out)
@@ -109,10 +109,10 @@ def fit(
 
 
 def split(count: int, fitted: int | None = None, share: float = 0.1) -> tuple[list[int], list[int]]:
-    """Numbers of the batches to train on, and of those held out: the last ones.
+    """Indices of the batches to train on, and of the held-out ones, which are the last.
 
     Args:
-        fitted: how many are for training, where others were held out before; else by `share`.
+        fitted: number to train on, if the rest was held out before; otherwise `share` decides.
     """
     kept = max(round(share * count), 1)
     if fitted is not None and 0 < fitted < count:
@@ -129,7 +129,7 @@ def _groups(parameters: Sequence[nn.Parameter], rate: float) -> list[dict[str, o
 
 
 def _schedule(step: int, steps: int) -> float:
-    """Linear warming up, then half a cosine down to a tenth."""
+    """Linear warm-up, then cosine decay to a tenth."""
     warm = max(WARM * steps, 1.0)
     if step < warm:
         return step / warm

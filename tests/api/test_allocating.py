@@ -106,7 +106,7 @@ def test_the_smallest_reachable_ratio_is_named_and_works(
         ask(0.01)
     message = said(caught)
     assert f"ratio 0.01 of the {of} cannot be reached" in message
-    (named,) = re.findall(r"can be, (0\.\d{4}) of the params are kept", message)
+    (named,) = re.findall(r"smallest, (0\.\d{4}) of the params are kept", message)
     made = ask(float(named))
     least = align or 1
     assert ranks(made) == {"0": least, "2": least, "4": least}
@@ -147,7 +147,7 @@ def test_above_break_even_a_site_stays_dense_and_says_so() -> None:
     made = plan(rank=11)
     assert ranks(made) == {"0": 11, "2": 11, "4": None}
     reason = made.entries[2].reason
-    assert reason == "at rank 11 it would not be smaller; the largest that is: 10"
+    assert reason == "not smaller at rank 11; the largest rank that saves is 10"
     for entry in made.entries:
         assert (break_even(entry.shape) > 11) == (entry.size is not None)
 

@@ -171,7 +171,7 @@ def same(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> bool:
 def test_activations_of_the_compressed_model_alone() -> None:
     x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
     message = zoo.refused(fragile(last=False), 0.6, data=list(x.split(8)), **CLOSED)
-    assert message.startswith("second: its input holds NaN or Inf in the compressed model, and not")
+    assert message.startswith("second: its input holds NaN or Inf in the compressed model, but not")
     message = zoo.refused(fragile(last=True), 0.6, data=list(x.split(8)), **CLOSED)
     assert message.startswith("the compressed model's predictions on held-out rows hold NaN or Inf")
     trained = {**CLOSED, "effort": Recovery(distill_steps=2)}
@@ -208,7 +208,7 @@ def test_a_model_without_blocks(word: str) -> None:
     x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
     model = Bare()
     lean, notes = compressed(model, list(x.split(8)), word)
-    left_out = "the model has no chain of blocks: block refit was left out"
+    left_out = "the model has no chain of blocks: block refit was skipped"
     assert (left_out in notes) == (word != "fast")
     assert any(note.startswith("distilled") for note in notes) == (word == "best")
     assert lowrank.kl(lean, model, [x]) < 0.1
@@ -223,7 +223,7 @@ def test_a_model_without_predictions(word: str) -> None:
     assert message.startswith("the Fisher needs the model's predictions: expected logits")
     assert "method='whitened' with policy='uniform' does not" in message
     message = zoo.refused(model, 0.6, data=data, effort=quick(word), method="whitened")
-    assert message.endswith("policy='uniform' compares nothing")
+    assert message.endswith("policy='uniform' does not compare")
     recovery = quick("balanced").recovery
     _, report = lowrank.compress(
         model, 0.6, data=data, progress=False, **{**CLOSED, "effort": recovery}

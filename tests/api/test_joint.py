@@ -25,7 +25,7 @@ from tests.zoo import calibration, make, refused, tokens, unchanged
 def test_what_takes_layers_one_by_one_is_refused(method: Any, option: Any, said: str) -> None:
     told = refused(make("llama"), 0.6, method=method, data=[tokens()], **option)
     assert said in told
-    assert "gives several layers one basis: leave it out" in told
+    assert "gives several layers one basis: drop one of the two" in told
 
 
 def test_a_plan_that_was_given_a_recovery_is_refused() -> None:

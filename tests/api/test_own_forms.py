@@ -142,12 +142,12 @@ def test_policies_that_ask_for_errors_take_them(policy: str) -> None:
     ("more", "said"),
     [
         ({"policy": "welore"}, "welore needs singular values; no spectrum for 0, 2"),
-        ({"align": 8}, "align=8 rounds ranks, and the method"),
-        ({"storage": "pivoted"}, "storage='pivoted' is a form of plain factors, and the method"),
-        ({"storage": "factors"}, "storage='factors' is a form of plain factors"),
+        ({"align": 8}, "align=8 rounds ranks, but method"),
+        ({"storage": "pivoted"}, "storage='pivoted' is for plain factors, but method"),
+        ({"storage": "factors"}, "storage='factors' is for plain factors"),
         ({"ratio": None, "rank": 4}, "sized by several numbers, not by a rank: give a ratio"),
         ({"rank_pattern": {"0": 4}}, "sized by several numbers, not by a rank"),
-        ({"data": None}, "works from calibration data"),
+        ({"data": None}, "needs calibration data"),
     ],
 )
 def test_what_speaks_of_ranks_is_refused(way: str, more: dict[str, Any], said: str) -> None:

@@ -91,7 +91,7 @@ def test_the_method_follows_from_the_data_unless_it_is_named() -> None:
 
 def test_a_method_that_needs_data_says_so() -> None:
     for method in ("whitened", Whitened()):
-        with pytest.raises(LowrankError, match="works from calibration data") as caught:
+        with pytest.raises(LowrankError, match="needs calibration data") as caught:
             lowrank.plan(mlp(16, 16), 0.5, method=method)
         said(caught)
 
@@ -110,7 +110,7 @@ class Picky:
 
 
 def test_sites_of_a_kind_that_the_method_does_not_take() -> None:
-    with pytest.raises(LowrankError, match="the method takes conv, embedding, and none of"):
+    with pytest.raises(LowrankError, match="the method takes conv, embedding layers, but no"):
         lowrank.plan(mlp(16, 16), 0.5, method=Picky())
 
 
@@ -141,7 +141,7 @@ def test_an_unseen_site_stays_dense_but_counts_as_a_target() -> None:
     made = lowrank.plan(model, 0.7, data=found, align=1)
     left, right = made.entries
     assert right.size is None
-    assert right.reason == "the calibration gave it 0 tokens, fewer than 1"
+    assert right.reason == "the calibration data gave it 0 tokens, fewer than 1"
     assert right.target
     assert left.size == (3,)  # it makes up for the other: 3 · 32 + 256 ≤ 0.7 · 512
     assert made.kept() <= 0.7
@@ -150,7 +150,7 @@ def test_an_unseen_site_stays_dense_but_counts_as_a_target() -> None:
 def test_too_few_tokens_are_as_none() -> None:
     model, found = branches(9, 4, min_tokens=5)
     right = lowrank.plan(model, 0.7, data=found).entries[1]
-    assert right.reason == "the calibration gave it 4 tokens, fewer than 5"
+    assert right.reason == "the calibration data gave it 4 tokens, fewer than 5"
     model, found = branches(9, 4, min_tokens=4)
     assert lowrank.plan(model, 0.7, data=found).entries[1].size is not None
 
@@ -174,7 +174,7 @@ def test_errors_of_two_norms_are_not_added() -> None:
 def test_error_names_what_is_missing() -> None:
     model, found = branches(9, 0)
     with pytest.raises(
-        LowrankError, match="reached too little of 1 layers: right; on_missing"
+        LowrankError, match="gave 1 layers too few tokens: right; on_missing"
     ) as caught:
         lowrank.plan(model, 0.7, data=found, on_missing="error")
     said(caught)

@@ -57,9 +57,9 @@ def test_a_rank_may_be_a_multiple_of_align(align: int | None) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"rank": 10, "align": 8}, "rank=10 is no multiple of align=8"),
-        ({"rank": 4, "policy": "energy"}, "a policy shares out a ratio"),
-        ({"rank_pattern": {"a": 4}, "policy": "energy"}, "a policy shares out a ratio"),
+        ({"rank": 10, "align": 8}, "rank=10 is not a multiple of align=8"),
+        ({"rank": 4, "policy": "energy"}, "policy divides a ratio among the layers"),
+        ({"rank_pattern": {"a": 4}, "policy": "energy"}, "policy divides a ratio among the layers"),
         ({"ratio": 0.5, "seed": 1.5}, "seed must be an integer, got 1.5"),
         ({"ratio": 0.5, "seed": True}, "seed must be an integer, got True"),
         ({"ratio": 0.5, "rank_pattern": [("a", 4)]}, "rank_pattern must map names to ranks"),

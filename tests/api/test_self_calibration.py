@@ -78,9 +78,7 @@ def test_none_never_runs_the_model() -> None:
 def test_other_models_are_not_run(kind: str) -> None:
     model = never_run(make(kind))
     assert lowrank.plan(model, 0.6, progress=False).method == "svd"
-    assert "works from calibration data (gram): pass data=…" in refused(
-        model, 0.6, method="whitened"
-    )
+    assert "needs calibration data (gram): pass data=…" in refused(model, 0.6, method="whitened")
     assert "cannot write its calibration data" in refused(model, 0.6, data="self")
 
 

@@ -41,9 +41,7 @@ def test_a_layer_that_is_not_faster_stays_dense(monkeypatch: pytest.MonkeyPatch)
     assert (first["method"], first["rank"], first["kept"]) == ("dense", "", "1.000")
     assert second["reason"] == ""
     assert "1 of 2 layers factored" in str(report)
-    assert "left dense because factors are not faster: 1; more is kept than was planned" in str(
-        report
-    )
+    assert "left dense because factors are not faster: 1; more is kept than planned" in str(report)
     stored = 24 * 40 + model[2].rank * (40 + 16)
     assert report.achieved == stored / (24 * 40 + 40 * 16) > report.plan.kept()
     assert report.params_before - report.params_after == 40 * 16 - model[2].rank * 56

@@ -97,7 +97,7 @@ def test_fixed_ranks_go_up_to_the_pivoted_break_even() -> None:
     assert [entry.size for entry in found.entries] == [(19,), (19,)]
     full = lowrank.plan(model, rank=24, **PIVOTED)
     assert [entry.size for entry in full.entries] == [None, None]
-    assert "at rank 24 it would not be smaller; the largest that is: 19" in full.entries[0].reason
+    assert "not smaller at rank 24; the largest rank that saves is 19" in full.entries[0].reason
     share = lowrank.plan(model, rank=0.99, **PIVOTED)
     assert all(entry.size and entry.size[0] > 12 for entry in share.entries)
     pinned = lowrank.plan(model, rank_pattern={"2": 18}, **PIVOTED)

@@ -96,7 +96,7 @@ def test_pivoted_factors_are_planned_and_compressed(made: SimpleNamespace, tmp_p
     model = lowrank.from_pretrained(tmp_path / "a")
     assert sum(isinstance(m, PivotedLinear) for m in model.modules()) == 14
     assert "unknown storage 'x'" in refused("plan", made.dense, "--ratio", 0.8, "--storage", "x")
-    assert "leave out --storage" in refused(
+    assert "drop --storage" in refused(
         "compress", made.dense, "--plan", file, "--storage", "pivoted", "-o", tmp_path / "c"
     )
 
@@ -112,7 +112,7 @@ def test_a_rank_is_a_number_and_a_share_an_energy(
 def test_the_dtype_stays(made: SimpleNamespace, tmp_path: Path) -> None:
     tiny_llama().bfloat16().save_pretrained(tmp_path / "half")
     said = run("compress", tmp_path / "half", "--ratio", 0.6, "--out", tmp_path / "a")
-    assert "holds no tokenizer, so none was written" in said
+    assert "has no tokenizer, so none was saved" in said
     kinds = {t.dtype for t in load_file(tmp_path / "a" / "model.safetensors").values()}
     assert kinds == {torch.bfloat16}
 
@@ -130,7 +130,7 @@ def test_a_plan_changes_nothing_and_can_be_applied(made: SimpleNamespace, tmp_pa
     run("compress", made.dense, *args)
     assert torch.equal(logits(tmp_path / "a"), logits(made.out))
     assert "add --data TEXT" in refused("compress", made.dense, *args[:2], "--out", tmp_path / "b")
-    assert "leave out --ratio" in refused("compress", made.dense, *args, "--ratio", 0.5)
+    assert "drop --ratio" in refused("compress", made.dense, *args, "--ratio", 0.5)
     assert "add --force" in refused("plan", made.dense, "--ratio", 0.5, "-o", file)
     run("plan", made.dense, "--ratio", 0.5, "-o", file, "--force")
     assert lowrank.Plan.load(file).asked["ratio"] == 0.5

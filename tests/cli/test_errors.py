@@ -56,7 +56,7 @@ def test_without_a_command_the_help_is_shown() -> None:
         (["--ratio", "nan"], "must be in (0, 1), got nan"),
         (["--ratio", "much"], "Invalid value for '--ratio'"),
         (["--ratio", "0.001"], "ask for at least that"),
-        ([], "say how small: --ratio 0.8, or --rank 32"),
+        ([], "no target size: give --ratio 0.8 or --rank 32"),
         (["--ratio", "0.5", "--rank", "4"], "either ratio or rank"),
         (["--rank", "four"], "--rank must be a number, got 'four'"),
         (["--rank", "0"], "got 0"),
@@ -104,10 +104,10 @@ def test_bad_texts(made: SimpleNamespace, tmp_path: Path, content: bytes) -> Non
 
 
 def test_bad_paths(made: SimpleNamespace, tmp_path: Path) -> None:
-    assert "is a file, expected the folder" in refused("inspect", made.text)
-    assert "there is no config.json" in refused("inspect", tmp_path)
+    assert "is a file, expected a model folder" in refused("inspect", made.text)
+    assert "it has no config.json" in refused("inspect", tmp_path)
     assert f"there is no folder {tmp_path}/absent" in refused("inspect", f"{tmp_path}/absent")
-    assert "the hub cannot be asked: Cannot reach" in refused("inspect", "nobody/has-this")
+    assert "the hub cannot be reached: Cannot reach" in refused("inspect", "nobody/has-this")
     (tmp_path / "lowrank.json").write_text("{}")
     assert "lowrank.load(path, skeleton)" in refused("inspect", tmp_path)
     assert "it is dense already" in refused("merge", made.dense, "--out", tmp_path / "new")
@@ -123,7 +123,7 @@ def test_a_name_that_the_hub_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     monkeypatch.setattr(HfApi, "model_info", absent)
-    assert "no public model on the hub" in refused("inspect", "nobody/has-this")
+    assert "neither a folder nor a public model on the hub" in refused("inspect", "nobody/has-this")
 
 
 def test_damaged_checkpoints(made: SimpleNamespace, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_damaged_checkpoints(made: SimpleNamespace, tmp_path: Path) -> None:
     del state["model.norm.weight"]
     save_file(state, weights, metadata={"format": "pt"})
     said = refused("inspect", broken)
-    assert "the weights of LlamaForCausalLM are incomplete: model.norm.weight" in said
+    assert "weights of LlamaForCausalLM are missing: model.norm.weight" in said
     weights.write_bytes(weights.read_bytes()[:3000])
     assert f"cannot load {broken}: SafetensorError" in refused("inspect", broken)
     (broken / "config.json").write_text("{")
@@ -157,7 +157,7 @@ def test_nothing_is_overwritten_unasked(made: SimpleNamespace, tmp_path: Path) -
     assert "is not empty: choose another folder, or add --force" in refused(*args, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     assert "is a file, expected a folder" in refused(*args, tmp_path / "mine.txt")
-    assert "no folder can be written" in refused(*args, tmp_path / "mine.txt" / "new")
+    assert "is not a writable folder" in refused(*args, tmp_path / "mine.txt" / "new")
     assert "the model's own folder" in refused(*args, made.dense, "--force")
     run(*args, tmp_path, "--force")
     assert (tmp_path / "mine.txt").read_text() == "mine"
@@ -172,8 +172,8 @@ def test_models_that_a_command_cannot_take(made: SimpleNamespace, tmp_path: Path
     vit = ViTConfig(**size, intermediate_size=16, image_size=16, patch_size=8)
     ViTForImageClassification(vit).save_pretrained(tmp_path / "vit")
     said = refused("eval", tmp_path / "bert", "--text", made.text)
-    assert "eval is for causal language models, BertForMaskedLM is none" in said
-    assert "reads other things" in refused("bench", tmp_path / "vit")
+    assert "eval is for causal language models, BertForMaskedLM is not one" in said
+    assert "that take token ids" in refused("bench", tmp_path / "vit")
     assert "text needs a tokenizer" in refused("inspect", tmp_path / "bert", "--data", made.text)
     assert "positions on cpu" in run("bench", tmp_path / "bert", "--tokens", 4, "--repeats", 1)
 
@@ -189,7 +189,7 @@ def test_debug_shows_where_and_keeps_the_line(made: SimpleNamespace) -> None:
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        (RuntimeError("a\nb"), 1, "lowrank: RuntimeError: a b (--debug shows where)\n"),
+        (RuntimeError("a\nb"), 1, "lowrank: RuntimeError: a b (--debug shows the traceback)\n"),
         (OSError(28, "No space left", "out"), 2, "lowrank: No space left: out\n"),
         (OSError("odd"), 2, "lowrank: odd\n"),
         (KeyboardInterrupt(), 130, ""),

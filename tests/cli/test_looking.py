@@ -53,7 +53,7 @@ def test_inspect_weighs_by_the_inputs(made: SimpleNamespace, tmp_path: Path) -> 
         assert want[column] in row
     assert cells(said, name) != cells(run("inspect", made.dense), name)
     assert max(map(len, said.splitlines())) <= console.WIDTH
-    assert "ms: of one call" in said
+    assert "ms: time of one call" in said
     stored = {site["site"]: site for site in json.loads(out.read_text())["sites"]}
     output = found[name].output
     assert output is not None
@@ -67,7 +67,7 @@ def test_inspect_lists_what_is_factored(made: SimpleNamespace) -> None:
     said = run("inspect", made.out)
     row = [PLANTED, "32x32", str(layer.rank), f"{params / 1024:.3f}", "16"]
     assert cells(said, PLANTED) == row
-    assert "rank: of a layer that is factored already" in said
+    assert "rank: of a layer that is already factored" in said
 
 
 def test_long_names_cost_no_number(capsys: pytest.CaptureFixture[str]) -> None:

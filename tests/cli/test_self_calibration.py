@@ -56,7 +56,7 @@ def test_a_plan_is_applied_as_it_says(
     said = run("plan", made.dense, *chosen, "--out", file)
     assert f"calibrated on {lowrank.Plan.load(file).settings['data']}" in said
     line = next(line for line in said.splitlines() if line.startswith("wrote "))
-    command = line.partition("to apply it: lowrank ")[2].removesuffix(" --out out").split()
+    command = line.partition("apply it with: lowrank ")[2].removesuffix(" --out out").split()
     run(*command, "--out", tmp_path / "a")
     run("compress", made.dense, *chosen, "--out", tmp_path / "b")
     assert torch.equal(logits(tmp_path / "a"), logits(tmp_path / "b"))
@@ -77,7 +77,7 @@ def test_a_model_that_writes_nothing_asks_for_a_text(tmp_path: Path) -> None:
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     BertForMaskedLM(BertConfig(**size, vocab_size=40)).save_pretrained(tmp_path / "bert")
     args = ("compress", tmp_path / "bert", "--ratio", 0.6, "--out", tmp_path / "a")
-    why = "BertForMaskedLM writes no calibration text of its own"
+    why = "BertForMaskedLM cannot write its own calibration text"
     assert f"{why}, and whitened needs one: add --data TEXT" in refused(
         *args, "--method", "whitened"
     )

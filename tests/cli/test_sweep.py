@@ -42,4 +42,4 @@ def test_a_picture(made: SimpleNamespace, tmp_path: Path) -> None:
 def test_bad_words_cost_no_model(made: SimpleNamespace) -> None:
     assert "--ratios must be a number" in refused("sweep", "nowhere", "--ratios", "0.8,x")
     assert "ratio is the fraction kept" in refused("sweep", made.dense, "--ratios", "1.8")
-    assert "different shares" in refused("sweep", made.dense, "--ratios", "0.8,0.8")
+    assert "distinct fractions" in refused("sweep", made.dense, "--ratios", "0.8,0.8")

@@ -162,7 +162,7 @@ def test_a_broken_cache_is_made_anew(tmp_path: Path) -> None:
     content = cache.read_bytes()
     for broken in (content[:-20], b""):
         cache.write_bytes(broken)
-        with pytest.warns(UserWarning, match="is broken"):
+        with pytest.warns(UserWarning, match="is damaged"):
             again = sense(model, cache=cache)
         assert again.computed
         assert torch.equal(again.kl, whole.kl)
@@ -170,17 +170,17 @@ def test_a_broken_cache_is_made_anew(tmp_path: Path) -> None:
     with safe_open(cache, framework="pt") as file:
         about = file.metadata()
     save_file({"kl": torch.zeros(1, 1)}, cache, metadata=about)
-    with pytest.warns(UserWarning, match="do not fit"):
+    with pytest.warns(UserWarning, match="do not match"):
         assert sense(model, cache=cache).computed
 
 
 def test_files_of_others_are_never_overwritten(tmp_path: Path) -> None:
     model, other = make("llama"), tmp_path / "other"
     other.write_text("not a cache")
-    assert "is no sensitivity cache" in refused(model, cache=other)
+    assert "is not a sensitivity cache" in refused(model, cache=other)
     assert other.read_text() == "not a cache"
     save_file({"w": torch.ones(2)}, other)
-    assert "is no sensitivity cache" in refused(model, cache=other)
+    assert "is not a sensitivity cache" in refused(model, cache=other)
     assert "is a folder" in refused(model, cache=tmp_path)
     assert "there is no folder" in refused(model, cache=tmp_path / "absent" / "s")
 
@@ -193,15 +193,15 @@ def test_files_of_others_are_never_overwritten(tmp_path: Path) -> None:
         ({"data": []}, "the data gave no batch"),
         ({"data": "text"}, "texts need a tokenizer"),
         ({"data": lambda model: None}, "not a callable"),
-        ({"ratios": ()}, "ratios must be different shares kept"),
+        ({"ratios": ()}, "ratios must be distinct fractions kept"),
         ({"ratios": (0.5, 1.0)}, "each in (0, 1)"),
-        ({"ratios": (0.5, 0.5)}, "must be different"),
+        ({"ratios": (0.5, 0.5)}, "must be distinct"),
         ({"ratios": 0.5}, "ratios must be"),
         ({"ratios": (True,)}, "ratios must be"),
         ({"method": "whitened"}, "whitened needs gram: pass calibration=…"),
         ({"method": "whitend"}, "did you mean 'whitened'"),
         ({"target_modules": ["absent"]}, "matches none"),
-        ({"data": {"input_ids": DATA, "attention_mask": DATA * 0}}, "no position to compare"),
+        ({"data": {"input_ids": DATA, "attention_mask": DATA * 0}}, "no positions to compare"),
     ],
 )
 def test_bad_input_is_one_clear_line(options: dict[str, Any], words: str) -> None:

@@ -51,17 +51,20 @@ def set_tensor(name: str, tensor: torch.Tensor) -> Callable[[Path], None]:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "weights missing": (lambda f: (f / WEIGHTS).unlink(), "no file model.safetensors in"),
-    "weights truncated": (cut, "is truncated or no safetensors file"),
-    "weights empty": (lambda f: (f / WEIGHTS).write_bytes(b""), "is truncated or no safetensors"),
+    "weights missing": (lambda f: (f / WEIGHTS).unlink(), "there is no model.safetensors in"),
+    "weights truncated": (cut, "is truncated or not a safetensors file"),
+    "weights empty": (
+        lambda f: (f / WEIGHTS).write_bytes(b""),
+        "is truncated or not a safetensors",
+    ),
     "weights a folder": (
         lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()),
-        "no file model.safetensors in",
+        "there is no model.safetensors in",
     ),
-    "index no json": (lambda f: (f / INDEX).write_text("{"), "lowrank.json is no JSON"),
+    "index no json": (lambda f: (f / INDEX).write_text("{"), "lowrank.json is not valid JSON"),
     "index no text": (
         lambda f: (f / INDEX).write_bytes(b"\xff\xfe\xfa"),
-        "lowrank.json is no JSON",
+        "lowrank.json is not valid JSON",
     ),
     "index a list": (lambda f: (f / INDEX).write_text("[]"), "expected an object with format"),
     "other format": (set_entry(format="other"), "expected an object with format 'lowrank'"),
@@ -78,7 +81,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "aliases a list": (set_entry(aliases=[1]), "'aliases' must map names to names"),
     "alias of nothing": (
         set_entry(aliases={"head.weight": "nothing"}),
-        "aliases that do not fit the file: head.weight",
+        "aliases do not match the file: head.weight",
     ),
     "unknown module": (set_module("body.7", SPEC), "modules that Net does not have: body.7"),
     "parent folder": (set_module("../body", SPEC), "'../body' is not a module name"),
@@ -122,7 +125,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
                 ),
             ),
         ),
-        "as two tensors, but the model has one for both",
+        "as two tensors, which the model ties",
     ),
 }
 

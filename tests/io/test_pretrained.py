@@ -58,7 +58,7 @@ def test_transformers_folder_dtype_class_and_tokenizer(zoo, tmp_path: Path) -> N
     assert info["missing_keys"] == set()
     with pytest.raises(LowrankError, match="transformers has no class 'AutoNothing'"):
         from_pretrained(tmp_path, "AutoNothing")
-    with pytest.raises(LowrankError, match="needs no skeleton: leave it out"):
+    with pytest.raises(LowrankError, match="needs no skeleton: drop it"):
         load(tmp_path, model)
 
 

@@ -108,7 +108,7 @@ def test_one_module_with_two_specs_is_refused(zoo) -> None:
     from lowrank.io.specs import prepare
 
     spec = {"type": "LowRankLinear", "in_features": 12, "out_features": 12, "rank": 3, "bias": True}
-    with pytest.raises(LowrankError, match="shared and again are one module, but their specs"):
+    with pytest.raises(LowrankError, match="shared and again are the same module, but their specs"):
         prepare(zoo.Net(), {"shared": spec, "again": {**spec, "rank": 4}}, "test")
 
 

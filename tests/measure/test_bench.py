@@ -132,7 +132,7 @@ def test_the_ratio_is_the_median_of_the_pairs(monkeypatch: pytest.MonkeyPatch) -
     assert found.latency_ms == pytest.approx(8000)
     assert found.iqr_ms == pytest.approx((8.5 - 4.5) * 1000)
     assert found.tokens_per_s == pytest.approx(2 / 8)
-    ratios = {row["of one forward"]: row["ratio"] for row in found.rows()}
+    ratios = {row["per forward pass"]: row["ratio"] for row in found.rows()}
     assert ratios["latency, ms (median)"] == "0.900"
     assert ratios["tokens/s"] == "1.111"
 
@@ -153,16 +153,16 @@ def test_prints_what_it_measured() -> None:
     assert "8,960" in str(alone)  # MACs
     assert "reference" not in str(alone)
     both = benchmark(mlp(), torch.randn(7, 24), mlp(), repeats=1)
-    row = next(row for row in both.rows() if row["of one forward"] == "MACs")
+    row = next(row for row in both.rows() if row["per forward pass"] == "MACs")
     assert row == {
-        "of one forward": "MACs", "model": "8,960", "reference": "8,960", "ratio": "1.000",
+        "per forward pass": "MACs", "model": "8,960", "reference": "8,960", "ratio": "1.000",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("example", "repeats", "said"),
     [
-        ([torch.zeros(2, 24)], 1, "a tensor or a dict of keywords, got list"),
+        ([torch.zeros(2, 24)], 1, "a tensor or a dict of keyword arguments, got list"),
         ("text", 1, "got str"),
         (torch.zeros(2, 24), 0, "repeats must be a positive integer, got 0"),
         (torch.zeros(2, 24), True, "got True"),

@@ -140,14 +140,14 @@ def test_models_of_another_vocabulary() -> None:
 
     with pytest.raises(LowrankError) as caught:
         kl(make("llama"), llama(vocab_size=70), tokens())
-    assert said(caught) == "the logits have shape (2, 7, 61), the reference's (2, 7, 70)"
+    assert said(caught) == "the logits have shape (2, 7, 61), those of the reference (2, 7, 70)"
 
 
 @pytest.mark.parametrize(
     ("data", "words"),
     [
         (lambda model: None, "not a callable"),
-        ({"input_ids": tokens(), "attention_mask": torch.zeros(2, 7)}, "no position to compare"),
+        ({"input_ids": tokens(), "attention_mask": torch.zeros(2, 7)}, "no positions to compare"),
         ([], "gave no batch"),
     ],
     ids=["callable", "padding", "empty"],

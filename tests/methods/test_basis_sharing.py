@@ -258,7 +258,7 @@ def test_speed_is_that_of_the_whole_group(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_it_needs_data() -> None:
-    assert "method basis-sharing works from calibration data (gram)" in refused(
+    assert "method basis-sharing needs calibration data (gram)" in refused(
         make("llama"), 0.5, method="basis-sharing", data=None
     )
     with pytest.raises(LowrankError, match=r"basis-sharing needs gram: pass calibration="):

@@ -135,7 +135,7 @@ def test_no_statistics_no_factors() -> None:
     model = nn.Sequential(nn.Embedding(20, 8))
     with pytest.raises(
         lowrank.LowrankError,
-        match=r"method frequency works from calibration data \(freq\): pass data",
+        match=r"method frequency needs calibration data \(freq\): pass data",
     ):
         lowrank.compress(model, 0.5, method="frequency", target_modules="all")
     other = calibration(nn.Sequential(nn.Embedding(30, 8)), torch.arange(30))
@@ -147,12 +147,12 @@ def test_macs_and_speed_leave_lookups_dense_and_time_heads() -> None:
     model = nn.Sequential(nn.Embedding(400, 64), nn.Linear(64, 64))
     plan = lowrank.plan(model, 0.5, unit="macs", target_modules="all")
     assert [bool(entry.size) for entry in plan.entries] == [False, True]
-    assert "looking up takes no products" in plan.entries[0].reason
+    assert "a lookup takes no MACs" in plan.entries[0].reason
     _, report = lowrank.compress(
         model, 0.5, prefer="speed", target_modules="all", data=torch.arange(9), progress=False
     )
-    assert "takes a product more" in report.sites[0].reason
+    assert "a factored lookup takes a product" in report.sites[0].reason
     _, report = lowrank.compress(
         make("gpt2"), 0.5, prefer="speed", target_modules=["wte"], data=tokens(), progress=False
     )
-    assert "takes a product more" not in report.sites[0].reason
+    assert "a factored lookup takes a product" not in report.sites[0].reason

@@ -150,7 +150,7 @@ def test_plans_and_reports_are_read_back(tmp_path: Path) -> None:
     [
         (b"", "not JSON"),
         (b"[" * 100_000, "not JSON"),
-        (b"\xff\xfe", "no text in UTF-8"),
+        (b"\xff\xfe", "is not UTF-8 text"),
         (b"[1, 2]", "not a lowrank plan"),
         (b'{"format": "lowrank-plan", "version": 99}', "plan version 99 is unknown"),
         (b'{"format": "lowrank-report", "version": 1}', "the report: missing field"),
