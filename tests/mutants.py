@@ -412,8 +412,8 @@ MUTANTS = (
     Mutant(
         "forms compared on the rows that their statistics come from",
         "lowrank/api/request.py",
-        "judged = isinstance(declared(self.method), SeveralForms)",
-        "judged = False",
+        "compares = isinstance(declared(self.method), SeveralForms)",
+        "compares = False",
         ("tests/api/test_names.py::test_what_is_compared_is_judged_on_rows_that_no_statistic_saw",),
     ),
     Mutant(
@@ -457,7 +457,7 @@ MUTANTS = (
     Mutant(
         "a form's note once a layer",
         "lowrank/nn/form.py",
-        "layers.setdefault(answer.__func__, [])",
+        "layers.setdefault(method.__func__, [])",
         "layers.setdefault(module, [])",
         ("tests/nn/test_own_form.py::test_from_the_plan_to_the_file_and_back",),
     ),
