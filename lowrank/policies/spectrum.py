@@ -1,4 +1,4 @@
-"""Least total error under the budget, from the sites' own error curves (`knapsack.py`).
+"""Least total error under the budget, from the sites' own error curves.
 
 Comparing raw errors across sites is worse than uniform on language models and much better on
 convolutional networks: see benchmarks. Norms are never mixed.
