@@ -127,17 +127,17 @@ class SequentialPass:
         model, student = self.bench.model, self.student
         dense_layer, lean_layer = module_at(model, site.name), module_at(student, site.name)
         masks = [self.bench.masks[number] for number in self.numbers[: self.fitted]]
-        for run_dense, run_lean, mask in zip(dense, lean, masks, strict=True):
-            with quiet(model), quiet(student), without_cache(model), without_cache(student):
+        with quiet(model), quiet(student), without_cache(model), without_cache(student):
+            for run_dense, run_lean, mask in zip(dense, lean, masks, strict=True):
                 x, y = _inputs(dense_layer, run_dense), _inputs(lean_layer, run_lean)
-            if [t.shape for t in x] != [t.shape for t in y]:
-                raise LowrankError(
-                    f"{site.title}: its input has another shape than in the dense model"
-                )
-            for dense_rows, rows in _pairs(site.module, x, y, mask):
-                new = _sums(site, dense_rows, rows)
-                sums = [n if not count else s + n for s, n in zip(sums, new, strict=True)]
-                count += len(rows)
+                if [t.shape for t in x] != [t.shape for t in y]:
+                    raise LowrankError(
+                        f"{site.title}: its input has another shape than in the dense model"
+                    )
+                for dense_rows, rows in _pairs(site.module, x, y, mask):
+                    new = _sums(site, dense_rows, rows)
+                    sums = [n if not count else s + n for s, n in zip(sums, new, strict=True)]
+                    count += len(rows)
         return Moments(count, *(total / count for total in sums)) if count else None
 
 

@@ -210,8 +210,9 @@ def test_llama_round_trip(way: str, dtype: torch.dtype, tmp_path: Path) -> None:
 
     ids = torch.arange(96).reshape(4, 24) % 59
     model, report = lowrank.compress(
-        zoo.llama().to(dtype), 0.6, method=quick(way), data=[ids], progress=False
-    )
+        zoo.llama().to(dtype), 0.6, method=quick(way), data=[ids], progress=False,
+        target_modules=["k_proj", "o_proj", "down_proj"],
+    )  # fmt: skip
     assert report.achieved <= 0.6
     model.save_pretrained(tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} <= {".json", ".safetensors", ".md"}
