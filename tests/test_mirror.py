@@ -34,6 +34,9 @@ ELSEWHERE = {
     "diagnose/sensitivity_table.py": ("diagnose/test_sensitivities.py", "Sensitivity"),
     "diagnose/spectrum.py": ("diagnose/test_inspection.py", "inspect"),
     "io/card.py": ("io/test_pretrained.py", "from_pretrained"),
+    "io/configs.py": ("io/test_declaration.py", "attach"),
+    "io/diffusers_format.py": ("seams/test_diffusers.py", "DiffusersConfig"),
+    "io/import_hooks.py": ("io/test_registration.py", "install"),
     "io/merging.py": ("io/test_hf.py", "densify"),
     "io/tensors.py": ("io/test_checkpoint.py", "save"),
     "linalg/tokens.py": ("api/test_own_forms.py", "compress"),
@@ -127,6 +130,9 @@ TOPICS = {
     "train/test_resume.py": "Every controller stopped and resumed.",
     "walk/test_patches.py": "Rows that layers read, convolutions above all.",
     "walk/test_patterns.py": "target_modules, with peft as the oracle.",
+    "seams/test_diffusers.py": "Stock diffusers saves and loads factored models.",
+    "seams/test_sentence_transformers.py": "SentenceTransformer saves and loads them.",
+    "seams/test_transformers_parts.py": "Whatever part is compressed, saved or loaded.",
 }
 
 

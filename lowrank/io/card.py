@@ -43,15 +43,13 @@ lowrank {version}.
 ## How to load
 
 ```python
-import lowrank  # first: registers this checkpoint format with transformers
+import lowrank  # registers this checkpoint format with transformers
 {snippet}
 ```
 
 Or `lowrank.from_pretrained("path/to/this")`, which checks that every weight is there{remote}.
-
-> **Without `import lowrank`, transformers does not fail.** It warns "Unknown quantization type,
-> got lowrank", reports missing and unexpected keys, and goes on with **random weights** for the
-> compressed layers.
+Where lowrank is installed, transformers finds it by itself. Where it is not, loading fails: each
+compressed layer has a weight of one element in the file, whose size fits no dense layer.
 """
 
 

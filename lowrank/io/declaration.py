@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,7 +15,10 @@ from ..errors import LowrankError
 from ..nn import is_factored
 from ..plans.plan import version
 from ..walk.surgery import factored
-from .specs import other_ties, retie, specs_of, untie
+from . import card as cards
+from .configs import declaration_in, method_of, sub_configs
+from .import_hooks import install
+from .specs import VERSION, other_ties, retie, specs_of, untie
 
 
 def attach(model: nn.Module, provenance: dict[str, Any] | None = None) -> bool:
@@ -33,6 +38,7 @@ def attach(model: nn.Module, provenance: dict[str, Any] | None = None) -> bool:
         LowrankError: the model is quantized by another library, a factored module has tied
             weights, or `provenance` is not JSON-serialisable. Nothing is then changed.
     """
+    install()  # whatever holds this model is declared when it is saved
     if not is_transformers(model):
         return False
     check_attachable(model)
@@ -52,6 +58,76 @@ def attach(model: nn.Module, provenance: dict[str, Any] | None = None) -> bool:
     return True
 
 
+@contextmanager
+def declared(
+    model: nn.Module,
+    folder: str | Path,
+    is_main_process: bool = True,
+    state_dict: dict[str, Any] | None = None,
+    *_: Any,
+    **__: Any,
+) -> Iterator[None]:
+    """While transformers saves it, the model declares its factored modules; takes the arguments
+    of `save_pretrained`.
+
+    Whatever was compressed, the whole, a part or what is around it: what is saved counts. The
+    model card and the code for trust_remote_code are written too, and every part of the config
+    says it, so that a part can be loaded alone.
+
+    Raises:
+        LowrankError: the model cannot declare them; see `attach`. Nothing is then written.
+    """
+    if not is_transformers(model):
+        from .diffusers_format import declared_to_diffusers
+
+        with declared_to_diffusers(model, VERSION):
+            yield
+        return
+    adapters_alone = getattr(model, "_hf_peft_config_loaded", False)
+    if adapters_alone or not (_is_declared(model) or is_compressed(model)) or not attach(model):
+        yield
+        return
+    config: Any = model.config
+    before = [(part, name, vars(part).get(name)) for part, name in _touched(config)]
+    own = config.quantization_config.to_dict()
+    quantizer: Any = model.hf_quantizer
+    try:
+        for part in sub_configs(config):
+            part.quantization_config = own
+        if is_main_process and not Path(folder).is_file():
+            _write_beside(model, Path(folder))
+        quantizer.state = state_dict
+        yield
+    finally:
+        quantizer.state = None
+        for part, name, value in before:
+            vars(part).pop(name, None)
+            if value is not None:
+                vars(part)[name] = value
+
+
+def _touched(config: Any) -> list[tuple[Any, str]]:
+    """What `declared` writes into configs."""
+    parts = [(part, "quantization_config") for part in sub_configs(config)]
+    return [*parts, (config, "auto_map")]
+
+
+def _write_beside(model: nn.Module, folder: Path) -> None:
+    """The model card, and the code for trust_remote_code, which the config then names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    classes = cards.auto_classes(model)
+    if classes:
+        name = type(model).__name__
+        (folder / cards.REMOTE_FILE).write_text(cards.remote_code(name), encoding="utf-8")
+        given = getattr(model.config, "auto_map", None) or {}
+        model.config.auto_map = {**given, **cards.auto_map(name, classes)}  # type: ignore[union-attr]
+    cards.write(folder / "README.md", model, classes, None)
+
+
+def _is_declared(model: nn.Module) -> bool:
+    return method_of(model.config) == "lowrank"
+
+
 def detach(model: nn.Module) -> None:
     """Remove what `attach` or loading wrote, once a model has no factored modules any more.
 
@@ -65,9 +141,9 @@ def detach(model: nn.Module) -> None:
 def _forget(model: nn.Module) -> None:
     """Remove our entries from the config and the model."""
     config = model.config
-    if _method(_entry(config)) == "lowrank":
+    if method_of(config) == "lowrank":
         del config.quantization_config  # type: ignore[union-attr]
-    if _method(_entry(getattr(model, "hf_quantizer", None))) == "lowrank":
+    if method_of(getattr(model, "hf_quantizer", None)) == "lowrank":
         for name in ("hf_quantizer", "quantization_method", "is_quantized"):
             vars(model).pop(name, None)
 
@@ -80,7 +156,7 @@ def check_attachable(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         holders = (getattr(module, "config", None), getattr(module, "hf_quantizer", None))
-        method = next((m for h in holders if (m := _method(_entry(h))) not in ("lowrank", None)), 0)
+        method = next((m for h in holders if (m := method_of(h)) not in ("lowrank", None)), 0)
         if method:
             raise LowrankError(
                 f"{name or type(module).__name__} is already quantized by {method!r}: "
@@ -114,23 +190,12 @@ def is_compressed(model: nn.Module) -> bool:
 
 def _notes(model: nn.Module, provenance: dict[str, Any] | None) -> dict[str, Any]:
     """The provenance, merged over that already in the config."""
-    entry = _entry(getattr(model, "config", None))
-    before = entry.get("lowrank") if isinstance(entry, dict) else getattr(entry, "lowrank", None)
-    notes = {**(before or {}), **(provenance or {}), "lowrank_version": version()}
+    given = declaration_in(getattr(model, "config", None))
+    before = given.get("lowrank") if isinstance(given, dict) else getattr(given, "lowrank", None)
+    ours = {"lowrank_version": version(), "saved_as": type(model).__name__}
+    notes = {**(before or {}), **(provenance or {}), **ours}
     try:
         json.dumps(notes)
     except (TypeError, ValueError) as error:
         raise LowrankError(f"provenance must be JSON-serialisable: {error}") from error
     return notes
-
-
-def _entry(config: object) -> Any:
-    return getattr(config, "quantization_config", None)
-
-
-def _method(entry: Any) -> str | None:
-    """Name of the quantization method; None without one, "?" for one without a name."""
-    if entry is None:
-        return None
-    method = entry.get("quant_method") if isinstance(entry, dict) else entry.quant_method
-    return str(getattr(method, "value", method)) if method is not None else "?"

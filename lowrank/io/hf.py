@@ -11,20 +11,24 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import LowrankError, listed
 from ..walk.surgery import factored, modules_of, swap
 from .card import REMOTE_FILE
+from .configs import method_of, sub_configs
+from .import_hooks import install
 from .merging import densify
-from .specs import Spec, check_specs, prepare, specs_of, untie
+from .specs import VERSION, Spec, check_specs, check_version, guards, prepare, specs_of, untie
 
-VERSION = 1
 SOURCE = "config.json: quantization_config"
 
 logger = logging.getLogger(__name__)
@@ -67,6 +71,7 @@ class LowRankHfQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: LowRankConfig
+    state: dict[str, Any] | None = None  # given to save_pretrained, such as FSDP's gathered one
 
     def is_serializable(self) -> bool:
         return True
@@ -102,9 +107,11 @@ class LowRankHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
         check_version(config.version, SOURCE)
-        specs = _with_heads(model, _renamed(model, check_specs(config.modules, SOURCE)))
+        specs = _renamed(model, check_specs(config.modules, SOURCE), config.lowrank.get("saved_as"))
+        specs = _with_heads(model, specs)
         swap(model, prepare(model, specs, SOURCE))
         untie(model, factored(model))
+        _ignore_guards(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # The weights are ordinary floating-point: half(), float() and Trainer work as usual.
@@ -114,16 +121,22 @@ class LowRankHfQuantizer(HfQuantizer):
         for module in model.modules():
             getattr(getattr(module, "config", None), "__dict__", {}).pop("_is_quantized", None)
         _drop_auto_map(model.config)
+        for config in sub_configs(model.config):
+            if method_of(config) == "lowrank":  # for those who load this part alone
+                del config.quantization_config
         self._refresh(model)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         return densify(model, dtype=dtype)
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, Any]]:
-        """Update the config; called at the start of a save, since ranks may have changed."""
+    def get_state_dict_and_metadata(
+        self, model: nn.Module, *_: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The tensors to save, with guards; the config is updated, since ranks may have changed."""
         self._refresh(model)
-        return None, {}
+        state = model.state_dict() if self.state is None else self.state
+        return {**guards(model, state), **state}, {}
 
     def _refresh(self, model: nn.Module) -> None:
         """Update the config to the modules that the model holds now."""
@@ -132,6 +145,15 @@ class LowRankHfQuantizer(HfQuantizer):
             model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
         else:
             self.remove_quantization_config(model)
+
+
+def _ignore_guards(model: nn.Module) -> None:
+    """Let transformers pass over the guards of factored modules in silence."""
+    names = (f"{name}.weight" if name else "weight" for name in factored(model))
+    known: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    # Keys in the file may have lost or gained the prefix of the base model.
+    ours = {rf"(^|\.){re.escape(name)}$" for name in names}
+    model._keys_to_ignore_on_load_unexpected = {*known, *ours}  # type: ignore[assignment]
 
 
 def _drop_auto_map(config: Any) -> None:
@@ -145,32 +167,27 @@ def _drop_auto_map(config: Any) -> None:
             del config.auto_map
 
 
-def check_version(version: object, source: str) -> None:
-    """Raises LowrankError unless this is the format version that we read."""
-    if version != VERSION or isinstance(version, bool):
-        raise LowrankError(
-            f"{source}: format version {version!r} is unknown, expected {VERSION}: "
-            f"update lowrank, or save the model again"
-        )
-
-
-def _renamed(model: nn.Module, specs: dict[str, Spec]) -> dict[str, Spec]:
+def _renamed(model: nn.Module, specs: dict[str, Spec], saved_as: Any) -> dict[str, Spec]:
     """Specs under the module names of `model`, which may be another class than was saved.
 
-    transformers loads a model with a head into its base model, and vice versa: names then lose or
-    gain the base-model prefix, and factored layers of an absent head are dropped, as their weights
-    are.
+    transformers loads a model with a head into its base model, and vice versa, or one part of a
+    model of several: names then lose or gain the base-model prefix, and factored layers of an
+    absent part are dropped, as their weights are.
+
+    Args:
+        saved_as: name of the saved class.
     """
     present = {name for name, _ in modules_of(model)}
     prefix = getattr(model, "base_model_prefix", "")
-    saved_as = getattr(getattr(model, "config", None), "architectures", None) or []
-    if not prefix or not saved_as or type(model).__name__ in saved_as:
+    if type(model).__name__ == saved_as:
         return specs
     settled: dict[str, Spec] = {}
     left: list[str] = []
+    changes = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
 
     def renamed(name: str) -> str | None:
-        names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+        name = rename_source_key(f"{name}.weight", changes, [])[0].removesuffix(".weight")
+        names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if prefix else (name,)
         return next((candidate for candidate in names if candidate in present), None)
 
     for name, spec in specs.items():
@@ -179,7 +196,7 @@ def _renamed(model: nn.Module, specs: dict[str, Spec]) -> dict[str, Spec]:
             shared = spec.get("shared")
             named = {"shared": renamed(shared) or shared} if isinstance(shared, str) else {}
             settled[candidate] = {**spec, **named}
-        elif name.startswith(f"{prefix}."):
+        elif prefix and name.startswith(f"{prefix}."):
             settled[name] = spec  # part of the base model, so prepare() will report it as missing
         else:
             left.append(name)
@@ -188,7 +205,7 @@ def _renamed(model: nn.Module, specs: dict[str, Spec]) -> dict[str, Spec]:
             "%s has no %s: these factored layers of the saved %s are not loaded",
             type(model).__name__,
             listed(left),
-            listed(saved_as),
+            saved_as,
         )
     return settled
 
@@ -208,3 +225,6 @@ def _with_heads(model: nn.Module, specs: dict[str, Spec]) -> dict[str, Spec]:
             bias = {"bias": head.bias is not None}
             heads[name] = {"type": "TiedHead", **sizes, **bias, "shared": owner}
     return {**specs, **heads}
+
+
+install()  # where importing this file is what imported transformers' quantizers

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..errors import LowrankError, listed
+from ..walk import layouts
 from . import card as cards
 from .declaration import attach, check_attachable, is_compressed
 from .registration import install
@@ -21,14 +21,8 @@ def save(model: nn.Module, folder: Path, *, tokenizer: Any = None, card: str | N
     model.save_pretrained(folder)  # type: ignore[operator]
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if not is_compressed(model):
-        return
-    classes = cards.auto_classes(model)
-    if classes:
-        name = type(model).__name__
-        (folder / cards.REMOTE_FILE).write_text(cards.remote_code(name), encoding="utf-8")
-        _add_auto_map(folder / "config.json", cards.auto_map(name, classes))
-    cards.write(folder / "README.md", model, classes, card)
+    if card is not None and is_compressed(model):
+        cards.write(folder / "README.md", model, cards.auto_classes(model), card)
 
 
 def from_pretrained(path: str | Path, auto_class: str | None = None, **kwargs: Any) -> Any:
@@ -62,6 +56,7 @@ def from_pretrained(path: str | Path, auto_class: str | None = None, **kwargs: A
     except Exception as error:  # many libraries may raise here
         reason = " ".join(str(error).split())
         raise LowrankError(f"cannot load {where}: {type(error).__name__}: {reason}") from error
+    _check_factors(where, model, info)
     same = is_compressed(model) and type(model).__name__ in (model.config.architectures or [])
     _check_loaded(where, info, complete=same, sizes=not may_mismatch)
     return (model, info) if wants_info else model
@@ -89,6 +84,26 @@ def _loader(transformers: Any, where: str, auto_class: str | None, kwargs: dict[
     return getattr(transformers, autos[0])
 
 
+def _check_factors(where: str, model: nn.Module, info: dict[str, Any]) -> None:
+    """Raises LowrankError if the files hold factors of a layer that was built dense.
+
+    They would be left over, and the layer random, whatever else the caller permits.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    plain = {name for name, module in model.named_modules() if name and layouts.kind(module)}
+    lost = set()
+    for key in info["unexpected_keys"]:
+        for name in {key, key.removeprefix(f"{prefix}."), f"{prefix}.{key}"}:
+            parents = (name[:i] for i, letter in enumerate(name) if letter == ".")
+            lost |= plain & {*parents}
+    lost |= {key[0] for key in info["mismatched_keys"] if tuple(key[1]) == (1,) != tuple(key[2])}
+    if lost:
+        raise LowrankError(
+            f"{where} holds factors of {listed(sorted(lost), 3)}, but its config.json does not say "
+            "so: save the model again from where it was compressed (model.save_pretrained)"
+        )
+
+
 def _check_loaded(where: str, info: dict[str, Any], *, complete: bool, sizes: bool) -> None:
     """Raise LowrankError for mismatches in transformers' loading info.
 
@@ -105,10 +120,3 @@ def _check_loaded(where: str, info: dict[str, Any], *, complete: bool, sizes: bo
     parts = [f"{what}: {listed(sorted(names))}" for what, names in problems.items() if names]
     if parts:
         raise LowrankError(f"{where}: the weights do not fit config.json; {'; '.join(parts)}")
-
-
-def _add_auto_map(path: Path, entries: dict[str, str]) -> None:
-    """Add the entries to the file only: the model in memory keeps its stock class."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["auto_map"] = {**config.get("auto_map", {}), **entries}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

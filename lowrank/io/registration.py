@@ -1,75 +1,24 @@
-"""Register "lowrank" checkpoints with transformers, without importing transformers.
-
-If `transformers.quantizers.auto` is loaded, our classes are registered at once. Otherwise an import
-hook waits for that module, registers right after it has run, and removes itself.
-"""
+"""Register "lowrank" checkpoints with transformers and diffusers, without importing either."""
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.util
+import functools
 import sys
 import warnings
-from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
-TARGET = "transformers.quantizers.auto"
+from .import_hooks import STEPS
+from .import_hooks import install as install
+
 METHOD = "lowrank"
-
-
-def install() -> None:
-    """Register now, or as soon as transformers is imported; idempotent."""
-    _remove_finders()
-    module = sys.modules.get(TARGET)
-    if module is None:
-        sys.meta_path.insert(0, _Finder())
-    else:
-        _register(module)
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module through the other finders, and adds a step to its loading."""
-
-    def __init__(self) -> None:
-        self._asking = False
-
-    def find_spec(
-        self,
-        fullname: str,
-        path: Sequence[str] | None,
-        target: ModuleType | None = None,
-    ) -> ModuleSpec | None:
-        if fullname != TARGET or self._asking:
-            return None
-        self._asking = True
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._asking = False
-        if spec is not None and spec.loader is not None:
-            _register_after(spec.loader)
-        return spec
-
-
-def _register_after(loader: importlib.abc.Loader) -> None:
-    """Make `loader` register our classes after it has run the module.
-
-    The loader object is kept, so that `inspect` and others see no difference. If the module fails
-    to import, the finder stays for the next attempt.
-    """
-    run = loader.exec_module
-
-    def run_and_register(module: ModuleType) -> None:
-        run(module)
-        _remove_finders()
-        _register(module)
-
-    loader.exec_module = run_and_register  # type: ignore[method-assign]
 
 
 def _register(auto: ModuleType) -> None:
     """Register both classes; a failure here must not break the import of transformers."""
+    ours = sys.modules.get(f"{__package__}.hf")
+    if ours is not None and not hasattr(ours, "LowRankHfQuantizer"):
+        return  # it is being imported, which led here: it registers at its end
     try:
         from .hf import LowRankConfig, LowRankHfQuantizer
 
@@ -81,17 +30,52 @@ def _register(auto: ModuleType) -> None:
         auto.register_quantization_config(METHOD)(LowRankConfig)
         auto.register_quantizer(METHOD)(LowRankHfQuantizer)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-        warnings.warn(
-            f"lowrank could not register with transformers, which will load lowrank checkpoints "
-            f"with random weights: {error}",
-            stacklevel=2,
-        )
+        _warn("load lowrank checkpoints", error)
 
 
-def _remove_finders() -> None:
-    """Remove our finders, also those of an earlier import, whose class is another object."""
-    sys.meta_path[:] = [
-        finder
-        for finder in sys.meta_path
-        if (type(finder).__module__, type(finder).__qualname__) != (__name__, _Finder.__qualname__)
-    ]
+def _register_with_diffusers(auto: ModuleType) -> None:
+    """The same for diffusers, whose tables are plain dicts."""
+    try:
+        from .diffusers_format import DiffusersConfig, DiffusersLowRank
+
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = DiffusersConfig
+        auto.AUTO_QUANTIZER_MAPPING[METHOD] = DiffusersLowRank
+    except (ImportError, AttributeError, TypeError) as error:
+        _warn("load lowrank checkpoints with diffusers", error)
+
+
+def _save_declared(modeling: ModuleType) -> None:
+    """Let every model of this library declare its factored modules when it is saved."""
+    name = "PreTrainedModel" if hasattr(modeling, "PreTrainedModel") else "ModelMixin"
+    try:
+        base = getattr(modeling, name)
+        save = getattr(base.save_pretrained, "_lowrank_wraps", base.save_pretrained)
+
+        @functools.wraps(save)
+        def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+            from .declaration import declared
+
+            with declared(self, save_directory, *args, **kwargs):
+                return save(self, save_directory, *args, **kwargs)
+
+        save_pretrained._lowrank_wraps = save  # type: ignore[attr-defined]
+        base.save_pretrained = save_pretrained
+    except AttributeError as error:
+        _warn("save lowrank checkpoints", error)
+
+
+def _warn(what: str, error: Exception) -> None:
+    warnings.warn(
+        f"lowrank could not register: it will not {what}: {error}",
+        stacklevel=3,
+    )
+
+
+STEPS.update(
+    {
+        "transformers.quantizers.auto": _register,
+        "transformers.modeling_utils": _save_declared,
+        "diffusers.quantizers.auto": _register_with_diffusers,
+        "diffusers.models.modeling_utils": _save_declared,
+    }
+)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import LowrankError, listed
 from ..nn import Form, Geometry, LowRankEmbedding, build, describe
@@ -14,6 +15,7 @@ from ..walk import layouts
 from ..walk.surgery import adopt, factored, modules_of
 
 Spec = dict[str, Any]
+VERSION = 1  # of the declaration in a config.json
 
 
 def specs_of(model: nn.Module) -> dict[str, Spec]:
@@ -23,6 +25,32 @@ def specs_of(model: nn.Module) -> dict[str, Spec]:
         name: {**describe(module), **name_owner(name, module, modules)}
         for name, module in modules.items()
     }
+
+
+def check_version(version: object, source: str) -> None:
+    """Raises LowrankError unless this is the format version that we read."""
+    if version != VERSION or isinstance(version, bool):
+        raise LowrankError(
+            f"{source}: format version {version!r} is unknown, expected {VERSION}: "
+            f"update lowrank, or save the model again"
+        )
+
+
+def guards(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A tensor of one element under the name of the weight that each factored module stands for.
+
+    Whoever loads the file as a dense model meets it as a weight of another size, and raises, where
+    he would else go on with random weights.
+
+    Args:
+        state: the tensors saved beside them, whose names are kept free.
+    """
+    dtypes = [t.dtype for t in state.values() if isinstance(t, Tensor) and t.is_floating_point()]
+    readers = {n for n, m in factored(model).items() if isinstance(m.owner, LowRankEmbedding)}
+    guarded = (name for name in factored(model) if name not in readers)
+    names = (f"{name}.weight" if name else "weight" for name in guarded)
+    dtype = dtypes[0] if dtypes else None
+    return {name: torch.zeros(1, dtype=dtype) for name in names if name not in state}
 
 
 def check_specs(specs: object, source: str) -> dict[str, Spec]:

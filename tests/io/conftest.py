@@ -182,16 +182,17 @@ def in_new_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
         model = compressed(kind)
         save(model, folder / kind)
         torch.save(logits(model), folder / f"{kind}.pt")
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(REPO),
-        "OMP_NUM_THREADS": "1",
-        "HF_MODULES_CACHE": str(folder / "modules"),
-        "HF_HOME": str(folder / "home"),
-    }
     script = str(Path(__file__).with_name("orders.py"))
 
     def run(what: str) -> dict[str, Any]:
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(REPO),
+            "OMP_NUM_THREADS": "1",
+            "HF_MODULES_CACHE": str(folder / "modules"),
+            "HF_HOME": str(folder / "home"),
+            "LOWRANK_AUTOLOAD": "1" if what == "stock" else "0",  # also where it is installed
+        }
         done = subprocess.run(
             [sys.executable, script, what, str(folder)],
             env=env, capture_output=True, text=True, timeout=120, check=False,

@@ -1,4 +1,4 @@
-"""Run by test_register.py in new processes: `orders.py <what> <folder>` prints one JSON object."""
+"""Run by test_registration.py in new processes: `orders.py <what> <folder>` prints one JSON."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def lowrank_first(folder: Path) -> dict[str, object]:
     found["finders_after"] = finders()
     found["loader"] = type(sys.modules[TARGET].__spec__.loader).__name__
     importlib.reload(lowrank)
+    importlib.reload(sys.modules["lowrank.io.import_hooks"])
     importlib.reload(sys.modules["lowrank.io.registration"]).install()
     again = AutoModelForCausalLM.from_pretrained(folder / "llama")
     return {**found, "error": error(model, folder, "llama"), "again": error(again, folder, "llama")}
@@ -39,25 +40,55 @@ def transformers_first(folder: Path) -> dict[str, object]:
 
 
 def without_lowrank(folder: Path) -> dict[str, object]:
-    """First the trap, then trust_remote_code, which imports lowrank."""
+    """First the refusal, then trust_remote_code, which imports lowrank."""
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(folder / "llama", output_loading_info=True)
-    found: dict[str, object] = {
-        "missing": sorted(info["missing_keys"]),
-        "unexpected": sorted(info["unexpected_keys"]),
-        "trap_error": error(model, folder, "llama"),
-        "imported": "lowrank" in sys.modules,
-    }
+    try:
+        AutoModelForCausalLM.from_pretrained(folder / "llama")
+        said = ""
+    except RuntimeError as refusal:
+        said = str(refusal)
+    found: dict[str, object] = {"said": said, "imported": "lowrank" in sys.modules}
     for kind in ("llama", "mixtral"):
         model = AutoModelForCausalLM.from_pretrained(folder / kind, trust_remote_code=True)
         model.save_pretrained(folder / f"{kind}-again")
         found[kind] = error(model, folder, kind)
         found[f"{kind}_class"] = f"{type(model).__module__}.{type(model).__name__}"
         again = AutoModelForCausalLM.from_pretrained(folder / f"{kind}-again")
-        found[f"{kind}_map"] = "auto_map" in (folder / f"{kind}-again/config.json").read_text()
         found[f"{kind}_again"] = error(again, folder, kind)
     return found
+
+
+def stock(folder: Path) -> dict[str, object]:
+    """A script that never names lowrank, where it is installed; then it saves and loads again."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "packaging"))
+    import _lowrank_autoload  # what lowrank_autoload.pth does at every start
+
+    found: dict[str, object] = {"early": "torch" in sys.modules or "lowrank" in sys.modules}
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "llama")
+    found["error"], found["left"] = error(model, folder, "llama"), finders()
+    found["waits"] = _lowrank_autoload.Finder in sys.meta_path
+    model.save_pretrained(folder / "stock")
+    again = AutoModelForCausalLM.from_pretrained(folder / "stock")
+    return {**found, "again": error(again, folder, "llama")}
+
+
+def hf_first(folder: Path) -> dict[str, object]:
+    """Our transformers classes are imported before transformers' quantizers are."""
+    import warnings
+
+    warnings.simplefilter("error")
+    import lowrank  # noqa: F401
+    from lowrank.io.hf import LowRankConfig
+
+    warnings.simplefilter("default")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "llama")
+    ours = type(model.config.quantization_config) is LowRankConfig
+    return {"error": error(model, folder, "llama"), "ours": ours}
 
 
 def no_transformers(folder: Path) -> dict[str, object]:
@@ -81,7 +112,7 @@ def no_transformers(folder: Path) -> dict[str, object]:
 
 
 def finders() -> int:
-    return sum(type(finder).__module__ == "lowrank.io.registration" for finder in sys.meta_path)
+    return sum(type(finder).__module__ == "lowrank.io.import_hooks" for finder in sys.meta_path)
 
 
 def error(model, folder: Path, kind: str) -> float:  # type: ignore[no-untyped-def]

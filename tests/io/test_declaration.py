@@ -21,7 +21,9 @@ def test_attach_writes_specs_and_provenance(zoo) -> None:
     names = [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
     assert written["modules"] == {name: {**spec, "bias": False} for name in names}
     assert (written["quant_method"], written["version"]) == ("lowrank", 1)
-    assert written["lowrank"] == {"ratio": 0.6, "lowrank_version": lowrank.__version__}
+    assert written["lowrank"] == {
+        "ratio": 0.6, "lowrank_version": lowrank.__version__, "saved_as": "LlamaForCausalLM",
+    }  # fmt: skip
 
 
 def test_attach_again_follows_the_model_and_keeps_provenance(zoo) -> None:

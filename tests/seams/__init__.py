@@ -1,0 +1,1 @@
+"""Where the library meets other tools: one file a tool."""

@@ -1,0 +1,76 @@
+"""Stock diffusers saves and loads factored models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+import lowrank
+from lowrank.errors import LowrankError
+from lowrank.io.diffusers_format import DiffusersConfig
+from lowrank.nn import is_factored
+
+
+@pytest.fixture(scope="module")
+def lean() -> Any:
+    torch.manual_seed(0)
+    blocks = {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
+    net = UNet2DModel(
+        8, block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8, **blocks
+    )
+    return lowrank.compress(net.eval(), 0.5, data=None, progress=False)[0]
+
+
+def outputs(net: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        return net.eval()(torch.randn(2, 3, 8, 8, generator=generator), 3).sample
+
+
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+def test_it_comes_back_as_it_was(lean: Any, tmp_path: Path, shard: str) -> None:
+    lean.save_pretrained(tmp_path / "a", max_shard_size=shard)
+    assert "quantization_config" not in lean.config
+    assert not hasattr(lean, "hf_quantizer")
+    again = UNet2DModel.from_pretrained(tmp_path / "a")
+    assert any(map(is_factored, again.modules()))
+    assert torch.equal(outputs(again), outputs(lean))
+    assert isinstance(again.config["quantization_config"], DiffusersConfig)
+    again.to(torch.float64).to(torch.float32).save_pretrained(tmp_path / "b")
+    assert torch.equal(outputs(UNet2DModel.from_pretrained(tmp_path / "b")), outputs(lean))
+
+
+def test_densified_it_says_nothing_of_factors(lean: Any, tmp_path: Path) -> None:
+    lean.save_pretrained(tmp_path / "a")
+    dense = lowrank.to_dense(UNet2DModel.from_pretrained(tmp_path / "a"))
+    dense.save_pretrained(tmp_path / "b")
+    assert "lowrank" not in (tmp_path / "b" / "config.json").read_text()
+    plain = UNet2DModel.from_pretrained(tmp_path / "b")
+    torch.testing.assert_close(outputs(plain), outputs(lean), rtol=1e-4, atol=1e-4)
+
+
+def test_an_undeclared_folder_is_refused(lean: Any, tmp_path: Path) -> None:
+    """Its guards are weights of another size."""
+    lean.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["quantization_config"]
+    path.write_text(json.dumps(config))
+    with pytest.raises((RuntimeError, ValueError), match=r"(?s)size mismatch|shape"):
+        UNet2DModel.from_pretrained(tmp_path)
+
+
+def test_an_unknown_version_is_refused(lean: Any, tmp_path: Path) -> None:
+    lean.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 99'))
+    with pytest.raises(LowrankError, match="format version 99 is unknown"):
+        UNet2DModel.from_pretrained(tmp_path)
