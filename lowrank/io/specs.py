@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowrankError, listed
-from ..nn import Form, Geometry, LowRankEmbedding, build, describe
+from ..nn import Form, Geometry, LowRankEmbedding, build, describe, is_factored
 from ..nn.lowrank_embedding import table_options
 from ..walk import layouts
 from ..walk.surgery import adopt, factored, modules_of
@@ -19,8 +19,18 @@ VERSION = 1  # of the declaration in a config.json
 
 
 def specs_of(model: nn.Module) -> dict[str, Spec]:
-    """Module name -> spec that rebuilds it empty; modules sharing a table name its owner."""
+    """Module name -> spec that rebuilds it empty; modules sharing a table name its owner.
+
+    Raises:
+        LowrankError: a factored module holds another, which no spec describes.
+    """
     modules = factored(model)
+    for name, module in modules.items():
+        if any(is_factored(part) for part in module.modules() if part is not module):
+            raise LowrankError(
+                f"{name or '(root)'} is factored, and so is a layer inside it: merge first "
+                "(lowrank.to_dense), or exclude it where it was factored again"
+            )
     return {
         name: {**describe(module), **name_owner(name, module, modules)}
         for name, module in modules.items()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import lowrank
 from lowrank.errors import LowrankError
 from lowrank.nn import LowRankLinear
 
@@ -137,3 +138,11 @@ def test_names_do_not_carry_what_activation_checkpointing_adds(zoo) -> None:
     swap(other, prepare(other, plain, "test"))
     assert specs_of(other) == plain
     assert other.state_dict().keys() == model.state_dict().keys()
+
+
+def test_factors_of_factors_are_not_saved(tmp_path: Path) -> None:
+    inner = LowRankLinear(8, 8, 2)
+    inner.down = LowRankLinear(8, 2, 1, bias=False)  # type: ignore[assignment]
+    with pytest.raises(LowrankError, match=r"0 is factored, and so is a layer inside it"):
+        lowrank.save(torch.nn.Sequential(inner), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

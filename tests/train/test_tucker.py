@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import lowrank
 from lowrank import LowrankError
 from lowrank.nn import TuckerConv
 from lowrank.train import DLRT, TuckerDLRT
@@ -165,6 +167,25 @@ def test_what_has_no_such_form_stays_dense_with_the_reason() -> None:
     DLRT(model, optimizer)  # the linear layer is free
     with pytest.raises(LowrankError, match=r"0 already has a controller \(TuckerDLRT\)"):
         TuckerDLRT(model, optimizer)
+
+
+def test_what_is_factored_already_stays_as_it_is(tmp_path: Path) -> None:
+    """Factors of factors would be saved and never loaded."""
+
+    def net() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(6, 16, 3), nn.Conv2d(16, 24, 3, padding=1))
+
+    rest = ["1"]
+    model, _ = lowrank.compress(net(), 0.6, target_modules=rest, data=None, progress=False)
+    first = model[1]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller = TuckerDLRT(model, optimizer, rank=2)
+    assert list(controller.ranks) == ["0"]
+    model = controller.finish()
+    assert model[1] is first
+    lowrank.save(model, tmp_path)
+    x = torch.randn(2, 6, 8, 8)
+    assert torch.equal(lowrank.load(tmp_path, net())(x), model(x))
 
 
 def test_what_is_not_smaller_becomes_the_convolution_again() -> None:

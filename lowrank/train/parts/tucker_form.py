@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...types import Cost, Site
+from ...walk.surgery import modules_of
 
 CONVS: dict[int, type[nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -113,10 +114,13 @@ class TuckerForm(nn.Module):
 
 
 def conv_sites(model: nn.Module) -> list[Site]:
-    """Every convolution of the model, with the reason where it has no Tucker form."""
+    """Every convolution of the model, with the reason where it has no Tucker form.
+
+    Those inside factored modules are skipped, as by `walk.sites.find_sites`.
+    """
     names: dict[int, list[str]] = {}
     convolutions: dict[int, Any] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in modules_of(model):
         if isinstance(module, tuple(CONVS.values())):
             convolutions[id(module)] = module
             names.setdefault(id(module), []).append(name)
