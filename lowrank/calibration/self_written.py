@@ -20,6 +20,8 @@ from .running import forward, logits_of, quiet
 COUNT = 192  # rows to write
 TOGETHER = 64  # rows written at a time
 FROM_START = 0.25  # share of rows from the start token; benchmarks/self_calibration.py
+# What models give back to be called with next: keys and values, or the state of a recurrence.
+CACHES = ("past_key_values", "cache_params", "state")
 
 
 def writes(model: nn.Module) -> bool:
@@ -129,11 +131,11 @@ def _write_on(model: nn.Module, rows: Tensor, chances: Tensor, cached: bool, bar
 
 
 def _next(model: nn.Module, ids: Tensor, past: Any, cached: bool) -> tuple[Tensor, Any]:
-    """Logits (rows, vocabulary) of the next token, and the key–value cache."""
-    cache = {} if past is None else {"past_key_values": past}
-    inputs = {"input_ids": ids, **({"use_cache": True} if cached else {}), **cache}
+    """Logits (rows, vocabulary) of the next token, and the cache by its name; `past` is one."""
+    inputs = {"input_ids": ids, **({"use_cache": True} if cached else {}), **(past or {})}
     output = forward(model, inputs)
-    return logits_of(output)[:, -1], getattr(output, "past_key_values", None) if cached else None
+    kept = ((name, getattr(output, name, None)) for name in CACHES if cached)
+    return logits_of(output)[:, -1], next(({n: c} for n, c in kept if c is not None), None)
 
 
 def _drawn(logits: Tensor, chances: Tensor) -> Tensor:

@@ -112,8 +112,22 @@ def test_a_model_without_a_good_cache_writes_the_same(broken: str) -> None:
     assert torch.equal(write(model, rows=12, length=20), expected)
 
 
-def test_the_cache_is_used() -> None:
-    model, lengths = decided(), []
+def recurrent(kind: str) -> Any:
+    import transformers as tf
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+    heads = {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 16}
+    if kind == "mamba":
+        return tf.MambaForCausalLM(tf.MambaConfig(**sizes, state_size=8))
+    if kind == "mamba2":
+        return tf.Mamba2ForCausalLM(tf.Mamba2Config(**sizes, **heads, state_size=8))
+    return tf.RwkvForCausalLM(tf.RwkvConfig(**sizes, attention_hidden_size=32))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba", "mamba2", "rwkv"])
+def test_the_cache_is_used(kind: str) -> None:
+    """Or the work grows with the square of the length; recurrent models call it otherwise."""
+    model, lengths = decided() if kind == "llama" else recurrent(kind), []
     model.register_forward_pre_hook(
         lambda _m, _args, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True
     )
