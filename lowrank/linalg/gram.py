@@ -12,8 +12,8 @@ from torch import Tensor
 from ..errors import LowrankError
 
 T = TypeVar("T")
-SINGULAR = 1e-6  # least eigenvalue of a Gram matrix, of its mean diagonal: above float32's rounding
-RIDGES = (1e-6, 1e-4, 1e-2, 1.0)  # of the mean diagonal, the first for a singular matrix only
+ROUNDING = 4 * torch.finfo(torch.float32).eps  # of a Gram matrix (1, 1); grows as √in
+RIDGES = (0.0, 1e-4, 1e-2, 1.0)  # of the mean diagonal, the first for a matrix that is not singular
 GROWTH = 8.0  # most that a fit may exceed the largest entry of the weight by
 
 
@@ -62,23 +62,27 @@ def unit_of(tensor: Tensor) -> float:
     return 2.0 ** math.floor(math.log2(most)) if 0 < most < math.inf else 1.0
 
 
-def steady(gram: Tensor, ridge: float = RIDGES[0]) -> Tensor:
+def steady(gram: Tensor, ridge: float = 0.0) -> Tensor:
     """The metric in which factors are fitted to inputs of Gram matrix H (in, in).
 
     If H is singular, as of fewer rows than features, or with duplicate or dead ones, its rounding
     errors would decide where it has no energy, and a fit could grow there without bound: a ridge
-    keeps it near the weight. Any other H is returned as it is, unless a larger ridge is given.
+    keeps it near the weight. Any other H is returned as it is, unless a ridge is given.
     Inputs that are zero leave everything open: the metric is the identity.
+
+    Args:
+        ridge: of the mean diagonal, at least; 0: only as much as a singular H needs.
     """
     size = gram.diagonal().mean()
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     if not float(size) > 0:
         return eye
     with full_precision(gram):
-        singular = ridge > RIDGES[0]
-        if not singular:
-            singular = bool(torch.linalg.cholesky_ex(gram - SINGULAR * size * eye).info)
-        return gram + ridge * size * eye if singular else gram
+        least = ROUNDING * len(gram) ** 0.5
+        if ridge <= least:
+            singular = bool(torch.linalg.cholesky_ex(gram - least * size * eye).info)
+            return gram + least * size * eye if singular else gram
+        return gram + ridge * size * eye
 
 
 def bounded_fit(

@@ -115,10 +115,11 @@ def nested_fits(
     taps = weight.shape[2]
     flat = weight.detach().double().flatten(1)
     metric = gram.to(flat)
-    inner, cross = _spread(first[: max(ranks)], metric, taps)
-    rows = torch.linalg.solve_triangular(_root(inner), cross @ flat.T, upper=False)
-    total, kept = ((flat @ metric) * flat).sum(), flat.new_zeros(len(flat), len(flat))
-    start = 0
+    first, moved = first[: max(ranks)], flat @ metric
+    inner, _ = _spread(first, metric, taps)
+    wanted = (first @ moved.T.reshape(weight.shape[1], -1)).view(len(inner), -1)  # F H Wᵀ
+    rows = torch.linalg.solve_triangular(_root(inner), wanted, upper=False)
+    total, kept, start = (moved * flat).sum(), flat.new_zeros(len(flat), len(flat)), 0
     for rank in ranks:
         more = rows[start : rank * taps]
         kept, start = kept + more.T @ more, rank * taps

@@ -189,7 +189,10 @@ class _Spatial:
             tails = linalg.tails(linalg.spatial_energies(whole)).tolist()
             return [((rank,), error) for rank, error in enumerate(tails) if rank]
         outputs, inputs, height, width = whole.shape
+        # Ranks from break-even on are no options, and the smaller ones need less of the metric.
+        even = whole.numel() / (outputs * width + inputs * height)
         ranks = steps(min(outputs * width, inputs * height), SPATIAL_STEPS)
+        ranks = [rank for rank in ranks if rank < even] or ranks[:1]
         bounds = linalg.spatial_bounds(whole, metric.gram, ranks)
         return [((rank,), error) for rank, error in bounds]
 
@@ -215,6 +218,8 @@ class _CP:
         errors = Errors()
         even = -(-weight.numel() // sum(weight.shape))
         for rank in steps(even, CP_STEPS):
+            if rank * sum(weight.shape) >= weight.numel() and rank > 1:
+                break  # no smaller than the weight, and the slowest
             try:
                 parts = self._parts(weight, rank)
             except LowrankError:  # components that diverge: no option of that rank
