@@ -89,7 +89,7 @@ def test_the_same_rank_in_another_form_is_not_taken() -> None:
     """Ranks of a convolution's forms differ in cost: the multiple in another one may cost more."""
     one = curve("a", (2000, 2000))
     other = replace(at_most(one, 804), size=(800,), storage="spatial")
-    mixed = replace(one, options=tuple(o for o in one.options if o.size != (800,)) + (other,))
+    mixed = replace(one, options=(*(o for o in one.options if o.size != (800,)), other))
     chosen = {one.sites: at_most(one, 803)}
     assert nearly_free_alignment([mixed], chosen, "params") == chosen
 
