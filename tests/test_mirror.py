@@ -116,6 +116,7 @@ TOPICS = {
     "test_house.py": "Loose modules, circles, names, lengths and contracts of the library.",
     "test_layers.py": "The order of imports in the whole library.",
     "test_mirror.py": "This map.",
+    "methods/test_low_rank_statistics.py": "Every method on inputs that say little.",
     "test_mutants.py": "Mistakes that tests must find: tests/mutants.py.",
     "test_recipes.py": "Recipes that check the library.",
     "test_robust_to_odd_models.py": "Models that share, hook or parametrize their weights.",

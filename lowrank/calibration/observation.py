@@ -51,12 +51,7 @@ def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
     try:
         for site in sites:
             handles += [
-                module.register_forward_pre_hook(
-                    lambda _m, args, kwargs, name=site.name: reads.note(
-                        name, first_tensor((args, kwargs)), layouts.reading(_m)
-                    ),
-                    with_kwargs=True,
-                )
+                module.register_forward_pre_hook(_noted(reads, site), with_kwargs=True)
                 for module in site.modules
                 if site.kind != "embedding"  # ids are not multiplied
             ]
@@ -79,6 +74,26 @@ def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
         ),
         shapes=reads.shapes,
     )
+
+
+def _noted(reads: _Reads, site: Site) -> Callable[..., None]:
+    """A hook that notes what a site reads.
+
+    Raises:
+        LowrankError: numbers of a dtype that the layer cannot multiply; unlike in torch's error,
+            the site is named.
+    """
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        tensor = first_tensor((args, kwargs))
+        if tensor is not None and not layouts.multiplies(module, tensor):
+            raise LowrankError(
+                f"{site.title}: its input is {tensor.dtype}, its weight "
+                f"{layouts.matrix(module).dtype}: convert the data, or run it under autocast"
+            )
+        reads.note(site.name, tensor, layouts.reading(module))
+
+    return hook
 
 
 class _Reads:

@@ -9,10 +9,13 @@ from .evbmf import evbmf_count as evbmf_count
 from .evbmf import evbmf_rank as evbmf_rank
 from .evbmf import evbmf_ranks as evbmf_ranks
 from .gram import DAMP as DAMP
+from .gram import bounded_fit as bounded_fit
 from .gram import cross_sum as cross_sum
 from .gram import gram_sum as gram_sum
 from .gram import output_root as output_root
 from .gram import squared_error as squared_error
+from .gram import steady as steady
+from .gram import unit_of as unit_of
 from .gram import unrooted as unrooted
 from .lowrank_sparse import ColumnParts as ColumnParts
 from .lowrank_sparse import channels as channels

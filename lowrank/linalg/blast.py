@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gram import full_precision, safe_root
+from .gram import bounded_fit, full_precision, safe_root, unit_of
 from .svd import compute_dtype, factor
 
 SWEEPS = 300
@@ -79,23 +79,38 @@ def blast_factors(
     """
     dtype = compute_dtype(min(weight.shape))
     matrix = padded(weight.detach().to(dtype), blocks)
+    matrix = matrix / (unit := unit_of(matrix))
+    metric = None if gram is None else gram.to(matrix)
     with full_precision(matrix):
-        scale = _column_scale(gram, matrix)
-        scaled = matrix * scale
-        size = scaled.square().mean().sqrt()
-        size = size if float(size) > 0 else torch.ones_like(size)
-        cells = _cells(scaled / size, blocks)  # (b, b, p, q)
-        factors = _start(cells, rank, seed)
-        for sweep in range(sweeps):
-            factors = _swept(cells, factors, 1 - sweep / sweeps)
-        right = factors.right / scale.view(blocks, 1, -1)
-        metric = None if gram is None else _padded_gram(gram, matrix)
-        left = _fitted(matrix, factors.mix, right, metric)
-        fitted = BlastFactors(left, factors.mix, right)
-        plain = _low_rank(matrix, blocks, rank, metric, seed)
-        if plain is not None and _error(matrix, plain, metric) <= _error(matrix, fitted, metric):
-            fitted = plain
-        return _even(fitted)
+        factors = bounded_fit(
+            matrix,
+            metric,
+            lambda gram: _best(matrix, blocks, rank, gram, sweeps, seed),
+            lambda factors: [factors.product()],
+        )
+        return _even(factors._replace(left=factors.left * unit))
+
+
+def _best(
+    matrix: Tensor, blocks: int, rank: int, gram: Tensor | None, sweeps: int, seed: int
+) -> BlastFactors:
+    """The better of the fitted factors and plain low rank, of a padded matrix."""
+    scale = _column_scale(gram, matrix)
+    scaled = matrix * scale
+    size = scaled.square().mean().sqrt()
+    size = size if float(size) > 0 else torch.ones_like(size)
+    cells = _cells(scaled / size, blocks)  # (b, b, p, q)
+    factors = _start(cells, rank, seed)
+    for sweep in range(sweeps):
+        factors = _swept(cells, factors, 1 - sweep / sweeps)
+    right = factors.right / scale.view(blocks, 1, -1)
+    metric = None if gram is None else _padded_gram(gram, matrix)
+    left = _fitted(matrix, factors.mix, right, metric)
+    fitted = BlastFactors(left, factors.mix, right)
+    plain = _low_rank(matrix, blocks, rank, metric, seed)
+    if plain is not None and _error(matrix, plain, metric) <= _error(matrix, fitted, metric):
+        return plain
+    return fitted
 
 
 def _swept(cells: Tensor, factors: BlastFactors, step: float) -> BlastFactors:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LowrankError
-from .gram import full_precision
+from .gram import full_precision, shifted_root
 
 RIDGE = 1e-6  # of the mean diagonal of a step's normal equations
 LIMIT = 30.0  # largest √Σ‖component‖² / ‖W‖: cancellation loses digits
@@ -95,22 +95,24 @@ def _start(whole: Tensor, rank: int, generator: torch.Generator) -> list[Tensor]
 def _alternate(
     whole: Tensor, sides: list[Tensor], sweeps: int, least: float, ridge: float
 ) -> float:
-    """ALS in place; returns the squared error."""
+    """ALS in place; returns the squared error.
+
+    No tensor exceeds (I · K, R): W is contracted with the outputs' vectors once a sweep, and all
+    other modes start from that.
+    """
     error = float("inf")
+    flat = whole.flatten(1)  # (O, I·K)
     grams = [side.T @ side for side in sides]
-    eye = torch.eye(len(grams[0]), dtype=whole.dtype, device=whole.device)
     for sweep in range(1, sweeps + 1):
-        for mode in range(len(sides)):
-            gram = torch.stack([g for m, g in enumerate(grams) if m != mode]).prod(0)
-            shift = ridge * gram.diagonal().mean().clamp(min=1e-300)
-            # Proximal: towards the previous step, so that the error falls without shrinkage.
-            target = _against(whole, sides, mode) + shift * sides[mode]
-            sides[mode] = torch.linalg.solve(gram + shift * eye, target.T).T
-            if mode:  # the first factor takes all norms
-                length = torch.linalg.vector_norm(sides[mode], dim=0).clamp(min=1e-300)
-                sides[mode], sides[0] = sides[mode] / length, sides[0] * length
-                grams[0] = sides[0].T @ sides[0]
-            grams[mode] = sides[mode].T @ sides[mode]
+        sides[0] = _solved(sides, grams, 0, flat @ _joint(sides[1:]), ridge)
+        grams[0] = sides[0].T @ sides[0]
+        seen = (flat.T @ sides[0]).view(len(sides[1]), -1, sides[0].shape[1])  # (I, K, R)
+        length = _turn(sides, grams, 1, (seen * _joint(sides[2:])).sum(1), ridge)
+        seen = (seen * sides[1][:, None]).sum(0) * length
+        seen = seen.view(*whole.shape[2:], -1)  # (*kernel, R)
+        for mode in range(2, len(sides)):
+            target = _against(seen, sides[2:], mode - 2)
+            seen = seen * _turn(sides, grams, mode, target, ridge)
         if sweep % EVERY == 0 or sweep == sweeps:
             previous, error = error, float((whole - _product(sides)).square().sum())
             if previous - error < least:
@@ -118,20 +120,50 @@ def _alternate(
     return error
 
 
-def _against(whole: Tensor, sides: Sequence[Tensor], mode: int) -> Tensor:
-    """W contracted with the vectors of all other dimensions, (n, R)."""
-    letters = "abcde"[: whole.ndim]
-    others = [m for m in range(whole.ndim) if m != mode]
-    text = ",".join([letters, *(letters[m] + "r" for m in others)])
-    product: Tensor = torch.einsum(f"{text}->{letters[mode]}r", whole, *(sides[m] for m in others))
+def _turn(
+    sides: list[Tensor], grams: list[Tensor], mode: int, target: Tensor, ridge: float
+) -> Tensor:
+    """Update a mode other than the first, which takes all norms; returns them, (R,)."""
+    side = _solved(sides, grams, mode, target, ridge)
+    length: Tensor = torch.linalg.vector_norm(side, dim=0).clamp(min=1e-300)
+    sides[mode], sides[0] = side / length, sides[0] * length
+    grams[mode], grams[0] = sides[mode].T @ sides[mode], grams[0] * length * length[:, None]
+    return length
+
+
+def _solved(
+    sides: Sequence[Tensor], grams: Sequence[Tensor], mode: int, target: Tensor, ridge: float
+) -> Tensor:
+    """The least-squares factor (n, R) of a mode for W contracted with the others, `target`."""
+    gram = torch.ones_like(grams[mode])
+    for other in (gram for m, gram in enumerate(grams) if m != mode):
+        gram *= other
+    shift = ridge * gram.diagonal().mean(0, keepdim=True).clamp(min=1e-300)
+    root, shift = shifted_root(gram, shift)
+    # Proximal: towards the previous step, so that the error falls without shrinkage.
+    solution: Tensor = torch.cholesky_solve((target + shift * sides[mode]).T, root).T
+    return solution
+
+
+def _against(seen: Tensor, taps: Sequence[Tensor], place: int) -> Tensor:
+    """(*kernel, R) contracted with the vectors of all other dimensions of the kernel, (k, R)."""
+    letters = "abc"[: len(taps)]
+    others = [m for m in range(len(taps)) if m != place]
+    text = ",".join([letters + "r", *(letters[m] + "r" for m in others)])
+    product: Tensor = torch.einsum(f"{text}->{letters[place]}r", seen, *(taps[m] for m in others))
     return product
 
 
+def _joint(sides: Sequence[Tensor]) -> Tensor:
+    """(Π n, R): the outer product of the vectors of each component, flattened."""
+    joint = sides[0]
+    for side in sides[1:]:
+        joint = (joint[:, None] * side).flatten(0, 1)
+    return joint
+
+
 def _product(sides: Sequence[Tensor]) -> Tensor:
-    letters = "abcde"[: len(sides)]
-    text = ",".join(letter + "r" for letter in letters)
-    tensor: Tensor = torch.einsum(f"{text}->{letters}", *sides)
-    return tensor
+    return (sides[0] @ _joint(sides[1:]).T).view([len(side) for side in sides])
 
 
 def _parts(sides: Sequence[Tensor]) -> Parts:

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+from ..errors import LowrankError
+
+T = TypeVar("T")
+ROUNDING = 4 * torch.finfo(torch.float32).eps  # of a Gram matrix (1, 1); grows as √in
+RIDGES = (0.0, 1e-4, 1e-2, 1.0)  # of the mean diagonal, the first for a matrix that is not singular
+GROWTH = 8.0  # most that a fit may exceed the largest entry of the weight by
 
 
 def gram_sum(rows: Tensor) -> Tensor:
@@ -33,9 +44,90 @@ def cross_sum(left: Tensor, right: Tensor) -> Tensor:
 def squared_error(weight: Tensor, approximation: Tensor, gram: Tensor | None = None) -> float:
     """‖(W − Ŵ)H^½‖² in float64; H (in, in) None stands for the identity."""
     difference = weight.detach().double() - approximation.detach().double()
+    size = float(difference.square().sum())
     if gram is None:
-        return float(difference.square().sum())
-    return float(((difference @ gram.to(difference)) * difference).sum().clamp(min=0))
+        return size
+    metric = gram.to(difference)
+    error = float(((difference @ metric) * difference).sum())
+    # Below the rounding of the sum, of either sign, only that bound is known.
+    return max(error, torch.finfo(metric.dtype).eps * size * float(metric.diagonal().sum()))
+
+
+def unit_of(tensor: Tensor) -> float:
+    """The power of two at or below the largest magnitude, 1 if that is zero.
+
+    Division by it is exact, and keeps squares of denormal numbers from underflowing.
+    """
+    most = float(tensor.abs().max()) if tensor.numel() else 0.0
+    return 2.0 ** math.floor(math.log2(most)) if 0 < most < math.inf else 1.0
+
+
+def steady(gram: Tensor, ridge: float = 0.0) -> Tensor:
+    """The metric in which factors are fitted to inputs of Gram matrix H (in, in).
+
+    If H is singular, as of fewer rows than features, or with duplicate or dead ones, its rounding
+    errors would decide where it has no energy, and a fit could grow there without bound: a ridge
+    keeps it near the weight. Any other H is returned as it is, unless a ridge is given.
+    Inputs that are zero leave everything open: the metric is the identity.
+
+    Args:
+        ridge: of the mean diagonal, at least; 0: only as much as a singular H needs.
+    """
+    size = gram.diagonal().mean()
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    if not float(size) > 0:
+        return eye
+    with full_precision(gram):
+        least = ROUNDING * len(gram) ** 0.5
+        if ridge <= least:
+            singular = bool(torch.linalg.cholesky_ex(gram - least * size * eye).info)
+            return gram + least * size * eye if singular else gram
+        return gram + ridge * size * eye
+
+
+def bounded_fit(
+    weight: Tensor,
+    gram: Tensor | None,
+    fit: Callable[[Tensor | None], T],
+    parts: Callable[[T], Iterable[Tensor]],
+) -> T:
+    """A fit in the metric of H, with as small a ridge as keeps all parts of the size of the weight.
+
+    Few rows leave a fit free to trade large weights for a little error on these rows alone.
+
+    Args:
+        gram: H (in, in), or None for the identity.
+        fit: from a metric (in, in) or None.
+        parts: of a fit, in the unit of the weight.
+    """
+    if gram is None:
+        return fit(None)
+    limit = GROWTH * float(weight.abs().max())
+    for ridge in RIDGES:
+        found = fit(steady(gram / unit_of(gram.diagonal().mean()), ridge))
+        if all(float(part.abs().max()) <= limit for part in parts(found) if part.numel()):
+            break
+    return found
+
+
+def shifted_root(matrix: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factors of symmetric (…, k, k) plus shifts (…, 1) > 0 on the diagonals, and the
+    shifts: ten times as large as often as rounding errors require.
+
+    Raises:
+        LowrankError: the matrix holds NaN or Inf.
+    """
+    while True:
+        side = matrix.diagonal(dim1=-2, dim2=-1)
+        root, failed = torch.linalg.cholesky_ex(matrix + torch.diag_embed(shift.expand_as(side)))
+        again = (failed > 0)[..., None]
+        if not bool(again.any()):
+            return root, shift
+        shift = torch.where(again, (shift * 10).clamp(min=torch.finfo(shift.dtype).tiny), shift)
+        if not bool(shift.isfinite().all()):
+            raise LowrankError(
+                "a matrix to be factored holds NaN or Inf: check the weights and the data"
+            )
 
 
 def safe_root(normal: Tensor, shift: Tensor | float = 0.0) -> Tensor:
@@ -47,8 +139,7 @@ def safe_root(normal: Tensor, shift: Tensor | float = 0.0) -> Tensor:
     side = normal.diagonal(dim1=-2, dim2=-1)
     ridge = side.amax(-1, keepdim=True) * (8 * side.shape[-1] * torch.finfo(normal.dtype).eps)
     ridge = ridge.clamp(min=torch.finfo(normal.dtype).tiny ** 0.5) + shift
-    root: Tensor = torch.linalg.cholesky(normal + torch.diag_embed(ridge.expand_as(side)))
-    return root
+    return shifted_root(normal, ridge)[0]
 
 
 def full_precision(tensor: Tensor) -> torch.autocast:
@@ -76,9 +167,7 @@ def output_root(out_gram: Tensor, damp: float = DAMP) -> Tensor:
         exact = out_gram.double()
         size = float(exact.diagonal().mean())
         least = size * len(exact) * FLOOR or TINY
-        eye = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
-        root: Tensor = torch.linalg.cholesky(exact + max(damp * size, least) * eye)
-        return root.T
+        return shifted_root(exact, exact.new_tensor([max(damp * size, least)]))[0].mT
 
 
 def unrooted(root: Tensor, up: Tensor) -> Tensor:

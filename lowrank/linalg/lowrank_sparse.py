@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gram import full_precision, safe_root
+from .gram import bounded_fit, full_precision, safe_root, unit_of
 from .svd import balance, compute_dtype, output_basis
 
 ROUNDS = 5  # alternations of channels and low rank
@@ -61,20 +61,31 @@ def low_rank_sparse(
             the power of two below; 0: the best rank r and the channels of its tail.
         seed: as for `factor`.
     """
-    dtype = compute_dtype(min(weight.shape))
-    matrix = weight.detach().to(dtype)
+    matrix = weight.detach().to(compute_dtype(min(weight.shape)))
+    matrix = matrix / (unit := unit_of(matrix))
     metric = None if gram is None else gram.to(matrix)
     with full_precision(matrix):
-        basis = output_basis(matrix, rank, metric, seed=seed)
-        ranks = {rank, 2 ** (rank.bit_length() - 1)} if rounds else {rank}
-        candidates = [
-            _refined(matrix, basis, start, count, metric, rounds) for start in sorted(ranks)
-        ]
-        _, basis, index = min(candidates, key=lambda candidate: candidate[0])
-        residual = _beyond(matrix, basis)
-        index = index.sort().values
-        up, down = balance(basis, basis.T @ matrix)
-        return ColumnParts(up, down, _columns(residual, index, metric), index)
+        parts = bounded_fit(
+            matrix,
+            metric,
+            lambda metric: _fitted(matrix, rank, count, metric, rounds, seed),
+            lambda parts: [parts.columns, parts.up @ parts.down[:, parts.inputs] + parts.columns],
+        )
+        up, down = balance(parts.up, parts.down * unit)
+        return ColumnParts(up, down, parts.columns * unit, parts.inputs)
+
+
+def _fitted(
+    matrix: Tensor, rank: int, count: int, metric: Tensor | None, rounds: int, seed: int
+) -> ColumnParts:
+    """The parts in a metric (in, in), `up` orthonormal."""
+    basis = output_basis(matrix, rank, metric, seed=seed)
+    ranks = {rank, 2 ** (rank.bit_length() - 1)} if rounds else {rank}
+    candidates = [_refined(matrix, basis, start, count, metric, rounds) for start in sorted(ranks)]
+    _, basis, index = min(candidates, key=lambda candidate: candidate[0])
+    index = index.sort().values
+    columns = _columns(_beyond(matrix, basis), index, metric)
+    return ColumnParts(basis, basis.T @ matrix, columns, index)
 
 
 def channels(rest: Tensor, count: int, gram: Tensor | None = None) -> Tensor:

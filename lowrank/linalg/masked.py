@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .admm import STEPS, alternate, on_support
-from .gram import full_precision
+from .gram import bounded_fit, full_precision, unit_of
 from .svd import balance, compute_dtype, output_basis
 
 ITERATIONS = 80
@@ -62,21 +62,39 @@ def low_rank_masked(
         seed: as for `factor`.
     """
     matrix = weight.detach().to(compute_dtype(min(weight.shape)))
+    matrix = matrix / (unit := unit_of(matrix))
     metric = torch.eye(matrix.shape[1], dtype=torch.float64) if gram is None else gram
-    metric = metric.to(matrix)
+
+    def fit(metric: Tensor | None) -> MaskedParts:
+        assert metric is not None
+        return _fitted(matrix, rank, keep, metric, iterations, seed)
+
     with full_precision(matrix):
-        own = metric.diagonal()
-        scale = own.clamp(min=LEAST * float(own.max())).sqrt()
-        scale = scale.where(scale > 0, 1)
-        target, metric = matrix * scale, metric / scale / scale[:, None]
-        basis = output_basis(target, rank, metric, seed=seed)
-        basis, sparse, mask = _chosen(target, basis, metric, keep, iterations)
-        sparse = on_mask(target - _low(target - sparse, basis), metric, mask, sparse)
-        basis = output_basis(target - sparse, rank, metric, seed=seed)
-        low = _low(target - sparse, basis)
-        sparse = on_mask(target - low, metric, mask, sparse)
-        up, down = balance(basis, basis.T @ low / scale)
-        return MaskedParts(up, down, sparse / scale, mask)
+        parts = bounded_fit(matrix, metric.to(matrix), fit, _whole)
+        up, down = balance(parts.up, parts.down * unit)
+        return MaskedParts(up, down, parts.sparse * unit, parts.mask)
+
+
+def _whole(parts: MaskedParts) -> list[Tensor]:
+    """Both parts and their sum."""
+    low = parts.up @ parts.down
+    return [low, parts.sparse, low + parts.sparse]
+
+
+def _fitted(
+    matrix: Tensor, rank: int, keep: Keep, metric: Tensor, iterations: int, seed: int
+) -> MaskedParts:
+    """The parts in a metric (in, in), `up` orthonormal."""
+    own = metric.diagonal()
+    scale = own.clamp(min=LEAST * float(own.max())).sqrt()
+    target, metric = matrix * scale, metric / scale / scale[:, None]
+    basis = output_basis(target, rank, metric, seed=seed)
+    basis, sparse, mask = _chosen(target, basis, metric, keep, iterations)
+    sparse = on_mask(target - _low(target - sparse, basis), metric, mask, sparse)
+    basis = output_basis(target - sparse, rank, metric, seed=seed)
+    low = _low(target - sparse, basis)
+    sparse = on_mask(target - low, metric, mask, sparse)
+    return MaskedParts(basis, basis.T @ low / scale, sparse / scale, mask)
 
 
 def largest(count: int) -> Keep:

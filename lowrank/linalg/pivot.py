@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gram import full_precision
+from .gram import full_precision, shifted_root
 
 BOUND = 2.0  # the largest |coefficient|: C amplifies rounding errors of the pivots
 
@@ -118,6 +118,6 @@ def _refit(kept: Tensor, stored: Tensor, dtype: torch.dtype) -> Tensor:
     if energy == 0 or torch.equal(kept, stored):
         return one
     floor = max(torch.finfo(dtype).eps ** 2 / rank, rank * torch.finfo(gram.dtype).eps)
-    ridge = floor * energy * one
-    root = torch.linalg.cholesky(gram + ridge)
-    return torch.cholesky_solve((kept @ stored.T + ridge).T, root).T
+    root, ridge = shifted_root(gram, gram.new_tensor([floor * energy]))
+    solved: Tensor = torch.cholesky_solve((kept @ stored.T + ridge * one).T, root)
+    return solved.T

@@ -9,12 +9,10 @@ S W K H'^{-½}: its left vectors are the eigenvectors of T H' Tᵀ with T = S W 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from .gram import full_precision, unrooted
+from .gram import full_precision, shifted_root, unrooted
 from .svd import compute_dtype, factor
 
 RIDGE = 1e-4  # of the mean diagonal of H'
@@ -46,11 +44,8 @@ def regressed(
         return matrix
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     with full_precision(gram):
-        root, failed = torch.linalg.cholesky_ex(gram + shift * eye)
-        while int(failed) and math.isfinite(shift):
-            shift *= 10
-            root, failed = torch.linalg.cholesky_ex(gram + shift * eye)
-        rows = matrix @ (target + shift * eye)
+        root, grown = shifted_root(gram, gram.new_tensor([shift]))
+        rows = matrix @ (target + grown * eye)
         solved: Tensor = torch.cholesky_solve(rows.T, root).T
     return solved
 

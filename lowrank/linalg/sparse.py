@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .admm import alternate, on_support
-from .gram import full_precision, safe_root
+from .gram import bounded_fit, full_precision, safe_root, shifted_root, unit_of
 from .svd import compute_dtype, output_basis
 
 Side = Literal["out", "in"]
@@ -143,20 +143,31 @@ def dense_sparse_code(
         basis; balanced.
     """
     matrix = weight.detach().to(compute_dtype(min(weight.shape)))
-    metric = None if gram is None else gram.to(matrix)
-    with full_precision(matrix):
+    matrix = matrix / (unit := unit_of(matrix))
+
+    def fit(metric: Tensor | None) -> SparseCode:
         problem = _Problem(matrix, None, metric)
         if side == "in":
             problem = _Problem(matrix.T, metric, None)
-        basis = _start(problem, rank, count, seed)
-        candidates = [_thresholded(problem, basis, count)]
-        if count == 1:  # clustering of rows by line, which a bad start cannot recover
-            candidates.append(_thresholded(problem, _far_rows(problem, basis), count))
-        if iterations:
-            candidates.append(_alternated(problem, basis, count, iterations))
-        polished = [_polished(problem, *candidate) for candidate in candidates]
-        _, basis, coefficients, index = min(polished, key=itemgetter(0))
-        return balanced(SparseCode(basis, coefficients.gather(1, index), index))
+        return _best(problem, rank, count, iterations, seed)
+
+    with full_precision(matrix):
+        metric = None if gram is None else gram.to(matrix)
+        code = bounded_fit(matrix, metric, fit, lambda code: [code.coefficients() @ code.basis])
+        return balanced(code._replace(value=code.value * unit))
+
+
+def _best(problem: _Problem, rank: int, count: int, iterations: int, seed: int) -> SparseCode:
+    """The code of least error among those of several starts."""
+    basis = _start(problem, rank, count, seed)
+    candidates = [_thresholded(problem, basis, count)]
+    if count == 1:  # clustering of rows by line, which a bad start cannot recover
+        candidates.append(_thresholded(problem, _far_rows(problem, basis), count))
+    if iterations:
+        candidates.append(_alternated(problem, basis, count, iterations))
+    polished = [_polished(problem, *candidate) for candidate in candidates]
+    _, basis, coefficients, index = min(polished, key=itemgetter(0))
+    return SparseCode(basis, coefficients.gather(1, index), index)
 
 
 def balanced(code: SparseCode) -> SparseCode:
@@ -247,7 +258,6 @@ class _Blocks:
         self.problem, self.basis, self.count = problem, basis, count
         self.whole = problem.of_rows(problem.weighed(problem.target, problem.right))
         self.own = None if problem.left is None else torch.linalg.eigh(problem.left)
-        self.eye = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
 
     def free(self, sparse: Tensor, dual: Tensor, rho: float) -> Tensor:
         """Solve L C G + ρ C = L T R Dᵀ − Y + ρ S, with G = D R Dᵀ, for C.
@@ -257,8 +267,9 @@ class _Blocks:
         pull = self.whole @ self.basis.T - dual + rho * sparse
         gram = self.problem.dot(self.basis, self.basis)
         if self.own is None:
-            root = torch.linalg.cholesky(gram + rho * self.eye)
-            return torch.cholesky_solve(pull.T, root).T
+            root, _ = shifted_root(gram, gram.new_tensor([rho]))
+            solved: Tensor = torch.cholesky_solve(pull.T, root).T
+            return solved
         power, turn = self.own
         bent, axes = torch.linalg.eigh(gram)
         inner = (turn.T @ pull @ axes) / (power.clamp(min=0)[:, None] * bent.clamp(min=0) + rho)

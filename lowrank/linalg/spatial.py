@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import LowrankError
 from .svd import balance, energies, factor
-from .tucker import Parts, alternated, conditioned, first_of, outer
+from .tucker import Parts, alternated, conditioned, first_of, nested_fits, outer
 
 
 def spatial_matrix(weight: Tensor) -> Tensor:
@@ -44,14 +44,12 @@ def spatial_bounds(weight: Tensor, gram: Tensor, ranks: Sequence[int]) -> list[t
     Args:
         weight: (O, I, kh, kw).
         gram: H, as for `spatial_factors`.
-        ranks: each at most min(O · kw, I · kh).
+        ranks: ascending, each at most min(O · kw, I · kh).
     """
     flat = weight.detach().double().flatten(1, 2)  # (O, I·kh, kw)
-    first, errors = first_of(flat, gram), []
-    for rank in ranks:
-        basis = torch.linalg.qr(first[:rank].T).Q.T
-        errors.append((rank, float(conditioned(flat, basis, gram)[2])))
-    return errors
+    basis = torch.linalg.qr(first_of(flat, gram).T).Q.T  # nested: that of a rank leads it
+    fits = nested_fits(flat, basis, gram, ranks)
+    return [(rank, lost) for rank, (_, lost) in zip(ranks, fits, strict=True)]
 
 
 def spatial_factors(

@@ -9,13 +9,13 @@ channels for them follow in closed form, and alternation refines both.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from .gram import full_precision, squared_error
-from .svd import energies, factor, tails
+from .gram import full_precision, shifted_root, squared_error, unit_of
+from .svd import factor, tails
 
 STOP = 1e-5  # of the error
 ROUNDING = 1e-12  # of ‖W‖²: where nothing is lost, gains are of this size
@@ -89,20 +89,49 @@ def conditioned(weight: Tensor, first: Tensor, gram: Tensor) -> tuple[Tensor, Te
     Returns:
         Z (O, r_in · K), its metric F H Fᵀ, and the error of Z.
     """
-    outputs, inputs, taps = weight.shape
-    flat = weight.detach().double().reshape(outputs, inputs * taps)
+    flat = weight.detach().double().flatten(1)
     metric = gram.to(flat)
-    spread = torch.kron(first.contiguous(), torch.eye(taps, dtype=first.dtype, device=first.device))
-    cross = metric @ spread.T  # (I·K, r_in·K)
-    inner = spread @ cross
-    kernel = _solved(flat @ cross, (inner + inner.T) / 2)
+    inner, cross = _spread(first, metric, weight.shape[2])
+    kernel = _solved(flat @ cross.T, inner)
     lost = ((flat @ metric) * flat).sum() - ((kernel @ inner) * kernel).sum()
     return kernel, inner, float(lost.clamp(min=0))
 
 
-def outer_errors(kernel: Tensor, metric: Tensor) -> Tensor:
-    """Error added by truncating the outputs of Z (O, r_in·K), by r_out, (min + 1,) float64."""
-    return tails(energies(kernel, metric))
+def nested_fits(
+    weight: Tensor, first: Tensor, gram: Tensor, ranks: Sequence[int]
+) -> Iterator[tuple[Tensor, float]]:
+    """What `conditioned` fits with the leading r of the given input channels, for every r.
+
+    The metric F H Fᵀ of fewer channels is a leading block of that of more, and so is its Cholesky
+    factor L: with Y = L⁻¹ F H Wᵀ, the outputs of the best Z have the second moment Y_rᵀ Y_r, of the
+    leading r · K rows of Y. One decomposition gives all ranks.
+
+    Args:
+        ranks: ascending, each at most len(first).
+
+    Yields:
+        For each rank Y_rᵀ Y_r (O, O), and the error of Z.
+    """
+    taps = weight.shape[2]
+    flat = weight.detach().double().flatten(1)
+    metric = gram.to(flat)
+    first, moved = first[: max(ranks)], flat @ metric
+    inner, _ = _spread(first, metric, taps)
+    wanted = (first @ moved.T.reshape(weight.shape[1], -1)).view(len(inner), -1)  # F H Wᵀ
+    rows = torch.linalg.solve_triangular(_root(inner), wanted, upper=False)
+    total, kept, start = (moved * flat).sum(), flat.new_zeros(len(flat), len(flat)), 0
+    for rank in ranks:
+        more = rows[start : rank * taps]
+        kept, start = kept + more.T @ more, rank * taps
+        yield kept, float((total - kept.diagonal().sum()).clamp(min=0))
+
+
+def outer_errors(moment: Tensor, most: int) -> Tensor:
+    """Error added by truncating outputs with a second moment (O, O) to r_out ≤ `most`, their rank:
+    (most + 1,) float64."""
+    with full_precision(moment):
+        values: Tensor = torch.linalg.eigvalsh(moment)
+    return tails(values.clamp(min=0).flip(0)[:most])
 
 
 def outer(kernel: Tensor, metric: Tensor, r_out: int, r_in: int) -> tuple[Tensor, Tensor]:
@@ -130,8 +159,10 @@ def alternated(
     """
     with full_precision(weight):
         whole = weight.detach().double()
+        unit = unit_of(whole)  # squares of squares of small numbers would underflow
+        whole, core = whole / unit, parts[1].detach() / unit
         flat, metric = whole.flatten(1), gram.to(whole)
-        parts = (parts[0].detach(), parts[1].detach(), parts[2].detach())
+        parts = (parts[0].detach(), core, parts[2].detach())
         r_out, r_in = parts[1].shape[:2]
         errors = [squared_error(flat, rebuilt(parts).flatten(1), metric)]
         for _ in range(sweeps):
@@ -146,7 +177,7 @@ def alternated(
             errors.append(error)
             if errors[-2] - error < 1e-3 * errors[-2]:
                 break
-    return parts, errors
+    return (parts[0], parts[1] * unit, parts[2]), [error * unit**2 for error in errors]
 
 
 def rebuilt(parts: Parts) -> Tensor:
@@ -174,7 +205,10 @@ def _nearer(whole: Tensor, parts: Parts, metric: Tensor, steps: int) -> Tensor:
         if size <= least:
             break
         image = pulled(torch.einsum("qjk,ji->qik", spread, direction))
-        stride = size / (direction * image).sum()
+        bend = (direction * image).sum()
+        if not bend > 0:
+            break
+        stride = size / bend
         first, residual = first + stride * direction, residual - stride * image
         previous, size = size, residual.square().sum()
         direction = residual + size / previous * direction
@@ -183,16 +217,23 @@ def _nearer(whole: Tensor, parts: Parts, metric: Tensor, steps: int) -> Tensor:
 
 def _solved(rows: Tensor, metric: Tensor) -> Tensor:
     """rows · M⁻¹ for a positive semi-definite M (n, n), with a ridge as large as Cholesky needs."""
-    shift = RIDGE * float(metric.diagonal().mean())
-    if shift <= 0:
+    if not float(metric.diagonal().mean()) > 0:
         return rows * 0
-    eye = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
-    root, failed = torch.linalg.cholesky_ex(metric + shift * eye)
-    while int(failed) and math.isfinite(shift):
-        shift *= 10
-        root, failed = torch.linalg.cholesky_ex(metric + shift * eye)
-    solution: Tensor = torch.cholesky_solve(rows.T, root).T
+    solution: Tensor = torch.cholesky_solve(rows.T, _root(metric)).T
     return solution
+
+
+def _root(metric: Tensor) -> Tensor:
+    """A Cholesky factor, with a ridge as large as it needs."""
+    return shifted_root(metric, RIDGE * metric.diagonal().mean(0, keepdim=True))[0]
+
+
+def _spread(first: Tensor, metric: Tensor, taps: int) -> tuple[Tensor, Tensor]:
+    """F H Fᵀ (r · K, r · K) and F H (r · K, I · K) with F = first ⊗ 1, which is not formed."""
+    rank, inputs = first.shape
+    cross = (first @ metric.reshape(inputs, -1)).view(rank * taps, inputs * taps)
+    inner = (first @ cross.T.reshape(inputs, -1)).view(rank * taps, rank * taps)
+    return (inner + inner.T) / 2, cross
 
 
 def _core(weight: Tensor, out: Tensor, into: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from ..nn import (
     spatial_cost,
     tucker_cost,
 )
-from ..types import Cost, Option, Size
+from ..types import Cost, Factored, Option, Size
 
 STEPS = 16  # input ranks of a Tucker curve
 SPATIAL_STEPS = 32  # ranks of spatial and kernel-last curves in the metric of patches
@@ -47,6 +47,18 @@ class Metric:
 
     gram: Tensor | None = None
     root: Tensor | None = None
+
+    def steadied(self) -> tuple[Metric, float]:
+        """The metric that forms are fitted in at first, and the unit of its errors: a power of two
+        that keeps those of tiny inputs and gradients from underflowing."""
+        gram, root, unit = self.gram, self.root, 1.0
+        if gram is not None:
+            unit = linalg.unit_of(gram.diagonal().mean())
+            gram = linalg.steady(gram / unit)
+        if root is not None:
+            scale = linalg.unit_of(root)
+            root, unit = root / scale, unit * scale**2
+        return Metric(gram, root), unit
 
     def turned(self, weight: Tensor) -> Tensor:
         """S W of a weight (O, …)."""
@@ -98,9 +110,11 @@ class _Tucker:
                 for r_out in range(1, table.shape[0])
             ]
         first, errors = numerics.first_of(whole, metric.gram), Errors()
-        for r_in in steps(len(first), STEPS):
-            kernel, inner, lost = numerics.conditioned(whole, first[:r_in], metric.gram)
-            tails = (numerics.outer_errors(kernel, inner) + lost).tolist()
+        inputs = steps(len(first), STEPS)
+        fits = numerics.nested_fits(whole, first, metric.gram, inputs)
+        for r_in, (moment, lost) in zip(inputs, fits, strict=True):
+            most = min(len(whole), r_in * whole.shape[2])
+            tails = (numerics.outer_errors(moment, most) + lost).tolist()
             errors += [((r_out, r_in), error) for r_out, error in enumerate(tails) if r_out]
         return errors
 
@@ -134,11 +148,10 @@ class _KernelLast:
         if metric.gram is None:
             tails = linalg.tails(linalg.energies(_taps(whole))).tolist()
             return [((rank,), error) for rank, error in enumerate(tails) if rank]
-        first, errors = numerics.first_of(whole, metric.gram), Errors()
-        for rank in steps(len(first), SPATIAL_STEPS):
-            lost = numerics.conditioned(whole, first[:rank], metric.gram)[2]
-            errors.append(((rank,), lost))
-        return errors
+        first = numerics.first_of(whole, metric.gram)
+        ranks = steps(len(first), SPATIAL_STEPS)
+        fits = numerics.nested_fits(whole, first, metric.gram, ranks)
+        return [((rank,), lost) for rank, (_, lost) in zip(ranks, fits, strict=True)]
 
     def build(self, module: nn.Module, weight: Tensor, size: Size, metric: Metric) -> nn.Module:
         whole, rank = metric.turned(weight).flatten(2), size[0]
@@ -176,7 +189,10 @@ class _Spatial:
             tails = linalg.tails(linalg.spatial_energies(whole)).tolist()
             return [((rank,), error) for rank, error in enumerate(tails) if rank]
         outputs, inputs, height, width = whole.shape
+        # Ranks from break-even on are no options, and the smaller ones need less of the metric.
+        even = whole.numel() / (outputs * width + inputs * height)
         ranks = steps(min(outputs * width, inputs * height), SPATIAL_STEPS)
+        ranks = [rank for rank in ranks if rank < even] or ranks[:1]
         bounds = linalg.spatial_bounds(whole, metric.gram, ranks)
         return [((rank,), error) for rank, error in bounds]
 
@@ -202,6 +218,8 @@ class _CP:
         errors = Errors()
         even = -(-weight.numel() // sum(weight.shape))
         for rank in steps(even, CP_STEPS):
+            if rank * sum(weight.shape) >= weight.numel() and rank > 1:
+                break  # no smaller than the weight, and the slowest
             try:
                 parts = self._parts(weight, rank)
             except LowrankError:  # components that diverge: no option of that rank
@@ -228,7 +246,15 @@ def fitted(module: nn.Module, weight: Tensor, size: Size, form: str, metric: Met
     Args:
         weight: (O, I, *kernel): the module's own, or one regressed for a refit.
     """
-    return FORMS[form].build(module, weight, size, metric)
+    root = None if metric.root is None else metric.root / linalg.unit_of(metric.root)
+
+    def build(gram: Tensor | None) -> nn.Module:
+        return FORMS[form].build(module, weight, size, Metric(gram, root))
+
+    def dense(new: nn.Module) -> list[Tensor]:
+        return [cast(Factored, new).dense_weight().detach()]
+
+    return linalg.bounded_fit(weight, metric.gram, build, dense)
 
 
 def _taps(weight: Tensor) -> Tensor:

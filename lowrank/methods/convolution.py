@@ -101,10 +101,11 @@ def joined(plain: Curve, site: Site, method: str, forms: Sequence[str], metric: 
         return plain
     geometry, itemsize = Geometry.of(site.module), layouts.matrix(site.module).dtype.itemsize
     options = [o for o in plain.options if not o.dense]
+    metric, unit = metric.steadied()
     for form in forms:
         for size, error in FORMS[form].errors(whole(site.module), metric):
             cost = FORMS[form].cost(geometry, size, itemsize)
-            options.append(Option(method, size, form, cost, min(error, plain.total)))
+            options.append(Option(method, size, form, cost, min(error * unit, plain.total)))
     return replace(plain, options=pareto_front(site, options), tails=None, exact=False)
 
 

@@ -82,6 +82,7 @@ class LowRankSparse:
 
 def _errors(weight: Tensor, counts: list[int], gram: Tensor, seed: int) -> dict[int, list[float]]:
     """Errors of ranks 1…min(out, in) by the number of channels, which are chosen for the tail."""
+    gram = linalg.steady(gram)
     matrix = weight.detach().to(compute_dtype(min(weight.shape)))
     side = min(matrix.shape)
     basis = linalg.output_basis(matrix, side, gram, seed=seed)

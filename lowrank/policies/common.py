@@ -122,11 +122,11 @@ def nearly_free_alignment(
         aligned[sites] = option
         if option.size is None or len(option.size) != 1 or option.size[0] % multiple == 0:
             continue
-        rounded = option.size[0] // multiple * multiple
-        lower = at_most(by_sites[sites], rounded)
-        if lower is None or lower.size != (rounded,):
-            continue
+        # Another form of this rank may cost more: only the chosen one is rounded.
+        rounded = (option.size[0] // multiple * multiple,)
         budget = option.cost.of(unit)
-        if budget - lower.cost.of(unit) < LOSSLESS * budget:
-            aligned[sites] = lower
+        for lower in by_sites[sites].options:
+            same = (lower.size, lower.storage) == (rounded, option.storage)
+            if same and 0 <= budget - lower.cost.of(unit) < LOSSLESS * budget:
+                aligned[sites] = lower
     return aligned

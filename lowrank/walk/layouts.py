@@ -156,6 +156,15 @@ def fits(module: nn.Module, tensor: Tensor) -> bool:
     return tensor.ndim in (spatial + 1, spatial + 2) and tensor.shape[axis] == module.in_channels
 
 
+def multiplies(module: nn.Module, tensor: Tensor) -> bool:
+    """Whether the layer can multiply this dtype by its weight: torch's own layers do not cast."""
+    if type(module) not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        return True
+    if tensor.is_floating_point() and torch.is_autocast_enabled(tensor.device.type):
+        return True
+    return tensor.dtype == matrix(module).dtype
+
+
 def output_rows(module: nn.Module, output: Tensor) -> Tensor:
     """The output vectors (rows, out), in the order of the input rows."""
     if kind(module) != "conv":

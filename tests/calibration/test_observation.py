@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowrank.calibration.observation import Observation, observe
 from lowrank.calibration.running import SameTensor, first_tensor, forward, quiet, tensors_in
+from lowrank.errors import LowrankError
 from lowrank.walk.sites import find_sites
 from tests.zoo import Custom, example, make, mlp, state_of, unchanged
 
@@ -239,3 +240,23 @@ def test_tensors_in_nested_values() -> None:
     assert [t.numel() for t in tensors_in([output, 5, {"x": (b,)}])] == [1, 2, 3, 2]
     assert first_tensor(((), {"x": [None, b]})) is b
     assert first_tensor(("text", 3, {"x": []})) is None
+
+
+# Numbers that a layer cannot multiply
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+def test_data_of_another_dtype_names_the_layer_and_both_dtypes(dtype: torch.dtype) -> None:
+    model = mlp(6, 5)
+    with pytest.raises(LowrankError, match=rf"0: its input is {dtype}, its weight torch.float32"):
+        look(model, lambda: model(torch.ones(3, 6).to(dtype)))
+
+
+def test_autocast_converts_floats() -> None:
+    model = mlp(6, 5)
+
+    def run() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(torch.ones(3, 6, dtype=torch.bfloat16))
+
+    assert look(model, run).order == ("0",)

@@ -77,7 +77,8 @@ def test_squared_error(gram: str | None) -> None:
 def test_an_indefinite_gram_gives_no_negative_error() -> None:
     """A Gram matrix with rounding in it may have eigenvalues just below zero."""
     metric = torch.diag(torch.tensor([1.0, -1e-9], dtype=torch.float64))
-    assert linalg.squared_error(torch.tensor([[0.0, 5.0]]), torch.zeros(1, 2), metric) == 0
+    error = linalg.squared_error(torch.tensor([[0.0, 5.0]]), torch.zeros(1, 2), metric)
+    assert 0 < error <= 1e-14, "what is lost there is below the rounding, not known to be nothing"
     energy = linalg.energies(torch.eye(2), metric)
     np.testing.assert_allclose(energy.numpy(), [1.0, 0.0], atol=1e-15)
     assert (energy >= 0).all()

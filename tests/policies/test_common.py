@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from lowrank.policies import Uniform
@@ -81,6 +83,15 @@ def test_a_multiple_that_the_curve_lacks_is_not_taken() -> None:
     holed = type(one)(one.sites, tuple(gap), one.total, None, "weight", True)
     chosen = {one.sites: at_most(one, 803)}
     assert nearly_free_alignment([holed], chosen, "params")[one.sites].size == (803,)
+
+
+def test_the_same_rank_in_another_form_is_not_taken() -> None:
+    """Ranks of a convolution's forms differ in cost: the multiple in another one may cost more."""
+    one = curve("a", (2000, 2000))
+    other = replace(at_most(one, 804), size=(800,), storage="spatial")
+    mixed = replace(one, options=(*(o for o in one.options if o.size != (800,)), other))
+    chosen = {one.sites: at_most(one, 803)}
+    assert nearly_free_alignment([mixed], chosen, "params") == chosen
 
 
 def test_the_search_finds_the_first_threshold_that_fits() -> None:
