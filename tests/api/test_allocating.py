@@ -22,7 +22,7 @@ SIZES = (24, 40, 16, 30)
 
 def plan(*args: Any, sizes: tuple[int, ...] = SIZES, **kwargs: Any) -> Plan:
     torch.manual_seed(0)
-    return lowrank.plan(mlp(*sizes), *args, **kwargs)
+    return lowrank.plan(mlp(*sizes), *args, **{"target_modules": "all", **kwargs})
 
 
 def ranks(made: Plan) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def test_above_break_even_a_site_stays_dense_and_says_so() -> None:
 @pytest.mark.parametrize("share", [0.5, 0.8, 0.95])
 def test_a_float_is_the_share_of_energy_that_each_site_keeps(share: float) -> None:
     model = mlp(*SIZES)
-    made = lowrank.plan(model, rank=share)
+    made = lowrank.plan(model, rank=share, target_modules="all")
     for entry in made.entries:
         energy = torch.linalg.svdvals(model[int(entry.name)].weight.double()).square()
         kept = energy.cumsum(0) / energy.sum()

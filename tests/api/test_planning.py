@@ -46,7 +46,7 @@ def _some(model: nn.Module) -> str:
 
 
 def test_planned_errors_are_those_of_numpys_svd() -> None:
-    model = mlp(24, 40, 16)
+    model = mlp(24, 40, 24)
     x = torch.randn(200, 24)
     hidden = model[1](model[0](x)).detach()
     plain = lowrank.plan(model, 0.5)
