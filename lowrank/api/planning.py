@@ -27,7 +27,7 @@ from ..walk.sites import pattern_value
 from .allocating import Curves, allocate, probe_of, why_dense
 from .grouping import Group, groups_of
 from .positions import counted, often, repeat_counts
-from .request import Request
+from .request import HOLD_OUT, Request
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,11 @@ def make_plan(
     resolved = request.resolved(data=calibration is not None)
     _check_data(request, resolved, calibration)
     taken = _workable(sites, resolved, calibration, request)
-    if request.policy is None and request.ratio is not None:
-        request = replace(request, policy=_default_policy(taken, calibration))
     parts = _decomposed(taken, resolved, calibration, request, remember)
+    is_layer = any(site.name == "" for site in parts.sites)  # no model around it to judge
+    bench = None if is_layer else bench
+    if request.policy is None and request.ratio is not None:
+        request = replace(request, policy=_default_policy(parts, bench))
     resolved = resolved.knowing(
         parts.curves[group[0].name]
         for group in parts.groups
@@ -87,8 +89,7 @@ def make_plan(
     targets = [site for site in sites if not site.reason]
     goal = sum(site.cost.of(request.unit) for site in targets)
     groups = {s.names: g for s, g in zip(parts.stacks(), parts.groups, strict=True)}
-    is_layer = any(site.name == "" for site in parts.sites)  # no model around it to judge
-    probe = None if bench is None or is_layer else probe_of(bench, groups, resolved, request)
+    probe = None if bench is None else probe_of(bench, groups, resolved, request)
     chosen, curves, compared = _chosen(request, goal, parts, whole, probe)
     entries = _entries(parts, chosen, curves, request, {site.names for site in targets})
     settings = _settings(request, resolved, calibration)
@@ -146,16 +147,34 @@ def _workable(
     return kept
 
 
-def _default_policy(sites: Sequence[Site], calibration: Calibration | None) -> str:
-    """The default policy: spectrum for mostly convolutional models without data, else uniform.
+def hold_out_of(request: Request, sites: Sequence[Site]) -> float:
+    """Share of the calibration rows held out: also where the default policy will judge.
 
-    The weight errors of convolutions show where compression harms least
-    (recipes/compress_resnet_cifar.py); those of language models do not.
+    Args:
+        sites: all sites considered; those without a reason are the targets.
     """
+    by_default = request.policy is None and request.ratio is not None and _mostly_convs(sites)
+    return HOLD_OUT if by_default else request.hold_out
+
+
+def _default_policy(parts: Decomposed, bench: Workbench | None) -> str:
+    """The default policy: uniform, but for mostly convolutional models lossaware where candidates
+    can be judged, else spectrum.
+
+    Layers of convolutional networks bear very different ranks, and uniform ones can be worse with
+    data than spectrum's without: see docs/policies.md. Errors of language models' layers do not
+    show where compression harms least, and judging each layer takes long on large models.
+    """
+    one_norm = len({curve.norm for curve in parts.curves.values()}) == 1
+    if not (_mostly_convs(parts.sites) and one_norm):  # other errors cannot be added
+        return "uniform"
+    return "spectrum" if bench is None or not bench.judge.can_judge() else "lossaware"
+
+
+def _mostly_convs(sites: Sequence[Site]) -> bool:
     targets = [site for site in sites if not site.reason]
     convs = sum(site.cost.params for site in targets if site.kind == "conv")
-    mostly_convs = 2 * convs > sum(site.cost.params for site in targets)
-    return "spectrum" if calibration is None and mostly_convs else "uniform"
+    return 2 * convs > sum(site.cost.params for site in targets)
 
 
 def _decomposed(

@@ -104,6 +104,13 @@ class Reference:
             self._kept[number] = logits
         return logits
 
+    def can_judge(self) -> bool:
+        """Whether the model's outputs are logits, which can tell one model from another."""
+        try:
+            return bool(self.batches) and self.logits(0).ndim > 0
+        except LowrankError:
+            return False
+
     def kl(self, model: nn.Module, *, progress: bool = False) -> float:
         """Mean KL(reference ‖ model) in nats per position.
 
