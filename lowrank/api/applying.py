@@ -196,7 +196,8 @@ def _notes(
         (forms, f"KL of the forms: {judged}"),
         (on_seen, "no rows were held out: choices were judged on rows that layers were fitted to"),
     )
-    notes = [note for holds, note in candidates if holds] + notes_of(item.new for item in built)
+    notes = [*plan.notes, *(note for holds, note in candidates if holds)]
+    notes += notes_of(item.new for item in built)
     if calibration is None:
         return notes
     return notes + doubts([item.site for item in built if item.new is not None], calibration)

@@ -119,7 +119,8 @@ ARGUMENTS: dict[str, Argument] = {
         metavar="NAME",
     ),
     "on_missing": Argument(
-        'layers that the data did not reach: "dense" (default), "data-free" (plain SVD) or "error".'
+        'layers that the data did not reach: "dense" (default; they are then no targets), '
+        '"data-free" (plain SVD) or "error".'
     ),
     "seed": Argument("random seed (default 0).", flag="--seed", metavar="INT"),
     "judge": Argument(

@@ -71,7 +71,7 @@ def make_plan(
     """
     resolved = request.resolved(data=calibration is not None)
     _check_data(request, resolved, calibration)
-    taken = _workable(sites, resolved, calibration, request)
+    taken, notes = _workable(sites, resolved, calibration, request)
     parts = _decomposed(taken, resolved, calibration, request, remember)
     is_layer = any(site.name == "" for site in parts.sites)  # no model around it to judge
     bench = None if is_layer else bench
@@ -84,9 +84,9 @@ def make_plan(
     )
     if request.unit == "macs":
         parts = _with_repeats(parts, sites, calibration)
-        sites = counted(sites, parts.times)
     whole = model_cost(model, parts.sites)
-    targets = [site for site in sites if not site.reason]
+    # What cannot be factored is no target: the others would pay for it.
+    targets = [site for site in parts.sites if not site.reason]
     goal = sum(site.cost.of(request.unit) for site in targets)
     groups = {s.names: g for s, g in zip(parts.stacks(), parts.groups, strict=True)}
     probe = None if bench is None else probe_of(bench, groups, resolved, request)
@@ -95,6 +95,8 @@ def make_plan(
     settings = _settings(request, resolved, calibration)
     if compared:
         settings["forms"] = compared
+    if notes:
+        settings["notes"] = notes
     return Plan(entries, whole, request.asked(), settings), curves, resolved
 
 
@@ -115,15 +117,18 @@ def _check_data(request: Request, resolved: Resolved, calibration: Calibration |
 
 def _workable(
     sites: Sequence[Site], resolved: Resolved, calibration: Calibration | None, request: Request
-) -> list[Site]:
-    """The sites, with a reason for targets that the method or the data rules out."""
+) -> tuple[list[Site], list[str]]:
+    """The sites, with a reason for targets that the method or the data rules out, and notes about
+    those."""
     kinds = ", ".join(sorted(resolved.method.kinds))
     kept: list[Site] = []
     unseen: list[str] = []
+    ruled_out: dict[str, list[Site]] = {}
     for site in sites:
         reason = site.reason
         if not reason and not resolved.takes(site.kind):
             reason = f"the method takes {kinds}, not {site.kind}"
+            ruled_out.setdefault("are of a kind that the method does not take", []).append(site)
         elif not reason and request.unit == "macs" and not site.cost.macs:
             reason = "a lookup takes no MACs, factors would"
         elif not reason and calibration is not None and not resolved.is_seen(site, calibration):
@@ -132,6 +137,10 @@ def _workable(
                 count = statistics_of(site, calibration).count
                 least = max(calibration.min_tokens, 1)
                 reason = f"the calibration data gave it {count} tokens, fewer than {least}"
+                few = "were not reached by the data"
+                if least > 1:
+                    few = f"were given fewer than {least} tokens by the data"
+                ruled_out.setdefault(few, []).append(site)
         kept.append(replace(site, reason=reason))
     if unseen and request.on_missing == "error":
         raise LowrankError(
@@ -144,7 +153,16 @@ def _workable(
             if unseen
             else f"the method takes {kinds} layers, but no target is one"
         )
-    return kept
+    return kept, [_left(why, left) for why, left in ruled_out.items()]
+
+
+def _left(why: str, sites: Sequence[Site]) -> str:
+    params = sum(site.cost.params for site in sites)
+    names = listed([site.title for site in sites], 3)
+    return (
+        f"{len(sites)} layers with {params:,} parameters {why} and stay dense, not counted among "
+        f"the targets: {names}"
+    )
 
 
 def hold_out_of(request: Request, sites: Sequence[Site]) -> float:
