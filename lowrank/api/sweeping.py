@@ -21,7 +21,7 @@ from ..calibration.fisher import FISHER, with_fisher
 from ..calibration.running import first_tensor
 from ..calibration.statistics import SELF, Calibration
 from ..errors import LowrankError
-from ..measure.eval import Reference
+from ..measure.eval import KL, Reference
 from ..plans.plan import Plan, versions
 from ..plans.report import Report
 from ..recover.chain import Workbench
@@ -268,7 +268,8 @@ def _judge(model: nn.Module, calibration: Calibration | None, asked: Sweeping) -
             model, rows=rows, seed=asked.seed + 2, progress=asked.progress
         )
         return Reference(model, written)
-    return Reference(model, calibration.held_out or calibration.batches)
+    judge = Reference(model, calibration.held_out or calibration.batches)
+    return judge if not judge.can_judge() or judge.measure == KL else None  # values have no KL
 
 
 def _judged_rows(judge: Reference | None, calibration: Calibration | None) -> tuple[int, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -176,6 +177,39 @@ def test_predictions_that_are_no_numbers_are_not_equal(pair: tuple[nn.Module, nn
 def test_a_class_for_a_whole_row_has_no_padding() -> None:
     reference, mask = torch.randn(3, 5), torch.ones(3, 7, dtype=torch.bool)
     assert divergence(reference, torch.randn(3, 5), mask).shape == (3,)
+
+
+def test_one_output_is_judged_by_its_relative_error() -> None:
+    """Every KL over one class is 0, which would prefer any model to any other."""
+    net, near, x = nn.Linear(6, 1), nn.Linear(6, 1), torch.randn(40, 6)
+    judge = Reference(net, [x[:24], x[24:]])
+    assert judge.measure == "relative error"
+    want, got = (m(x).detach().double().numpy() for m in (net, near))
+    parts = [(want[rows], got[rows]) for rows in (slice(24), slice(24, None))]
+    errors = [((a - b) ** 2).sum() / (a**2).mean() for a, b in parts]
+    assert judge.judged(near) == pytest.approx(sum(errors) / 40, rel=1e-5)
+    assert judge.judged(net) == 0
+    with pytest.raises(LowrankError, match="predicts values, not classes") as caught:
+        kl(near, net, [x])
+    said(caught)
+
+
+def test_a_regression_of_several_values_is_known_by_its_config() -> None:
+    net, x = nn.Linear(6, 3), torch.randn(40, 6)
+    assert Reference(net, [x]).measure == "KL"
+    model = Custom(lambda self, x: self.net(x), net=net)
+    model.config = SimpleNamespace(problem_type="regression")
+    shifted = Custom(lambda self, x: self.net(x) + 1, net=net)
+    judge = Reference(model, [x])
+    assert judge.measure == "relative error"
+    assert judge.judged(shifted) > 0.1 > Reference(net, [x]).judged(shifted)  # no KL sees a shift
+
+
+def test_padding_does_not_count_in_relative_errors() -> None:
+    reference, got = torch.ones(2, 3, 1), torch.ones(2, 3, 1)
+    got[0, 2] = 9
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    assert divergence(reference, got, mask, "relative error").tolist() == [0] * 5
 
 
 def test_what_is_judged_by() -> None:
