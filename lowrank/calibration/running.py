@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ..errors import LowrankError
 from .batches import Batch
 
+IGNORED = -100  # a label of torch's cross entropy, and of transformers, for padding
+
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
@@ -97,6 +99,25 @@ def mask_of(batch: Batch) -> Tensor | None:
     if mask is None or not isinstance(mask, Tensor) or bool((mask != 0).all()):
         return None
     return mask != 0
+
+
+def predicted_mask(model: nn.Module, batch: Batch) -> Tensor | None:
+    """The positions (rows, tokens), bool, whose predictions count; None for all.
+
+    Those of the attention mask, but in an encoder–decoder, which predicts at the decoder's
+    positions: there of the decoder's own mask, or without one those that have a label.
+    """
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if not decodes or isinstance(batch, Tensor):
+        return mask_of(batch)
+    own, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    if isinstance(own, Tensor):
+        counts = own != 0
+    elif isinstance(labels, Tensor):
+        counts = labels != IGNORED
+    else:
+        return None
+    return None if bool(counts.all()) else counts
 
 
 class SameTensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
 from ..calibration.batches import LENGTH, ROWS, Batch, Data, materialise, text_rows
-from ..calibration.running import forward, logits_of, mask_of, quiet
+from ..calibration.running import forward, logits_of, predicted_mask, quiet
 from ..calibration.statistics import Calibration
 from ..errors import LowrankError
 
@@ -154,7 +154,8 @@ class Reference:
                         f"the logits have shape {tuple(logits.shape)}, those of the reference "
                         f"{tuple(expected.shape)}"
                     )
-                losses = divergence(expected, logits, mask_of(batch), measure)
+                mask = predicted_mask(self.model, batch)
+                losses = divergence(expected, logits, mask, measure)
                 total += float(losses.double().sum())
                 count += losses.numel()
         if count == 0:

@@ -107,6 +107,30 @@ def test_padding_does_not_count(pair: tuple[nn.Module, nn.Module]) -> None:
     assert got == pytest.approx(each[mask.numpy() == 1].mean(), rel=1e-4)
 
 
+@pytest.mark.parametrize("told", ["nothing", "decoder_attention_mask", "labels", "both"])
+def test_of_an_encoder_decoder_the_decoders_positions_count(told: str) -> None:
+    """Of equal length: the encoder's padding is not the decoder's."""
+    model, other, ids = make("t5"), make("t5"), tokens(2, 6)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    mask, counts = torch.ones(2, 6, dtype=torch.long), torch.ones(2, 6, dtype=torch.bool)
+    mask[0, 2:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": tokens(2, 6, start=3)}
+    if told != "nothing":
+        counts[1, 4:] = False
+    if told in ("labels", "both"):
+        batch["labels"] = batch["labels"].masked_fill(~counts, -100)
+    if told in ("decoder_attention_mask", "both"):
+        batch["decoder_attention_mask"] = counts.long()
+    given = {k: v for k, v in batch.items() if k != "labels"}
+    given["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+    with torch.no_grad():
+        want, got = (m(**given).logits.double().numpy() for m in (model, other))
+    rows = kl_rows(want, got)[counts.numpy()]
+    assert kl(other, model, [batch]) == pytest.approx(rows.mean(), rel=1e-4)
+
+
 def test_a_calibration_is_data_too(pair: tuple[nn.Module, nn.Module]) -> None:
     model, reference = pair
     batches = [tokens(2, 7), tokens(1, 3)]
@@ -117,7 +141,7 @@ def test_texts(pair: tuple[nn.Module, nn.Module]) -> None:
     model, reference = pair
     ids = torch.tensor([Tokenizer()("ab" * 6)["input_ids"]])
     expected = kl(model, reference, [ids[:, :6], ids[:, 6:]])
-    got = kl(model, reference, "ab" * 6, tokenizer=Tokenizer(), length=6)
+    got = kl(model, reference, ["ab" * 6], tokenizer=Tokenizer(), length=6)
     assert got == pytest.approx(expected, rel=1e-6)
 
 
