@@ -379,7 +379,7 @@ def test_checks_come_before_the_model_is_run(model: nn.Module) -> None:
         raise AssertionError("the model was run")
 
     with torch.no_grad():
-        model[2].weight[0, 0] = math.nan
+        model[0].weight[0, 0] = math.nan
     for wrong in ({"ratio": 2}, {"ratio": 0.5, "target_modules": ["x"]}, {"ratio": 0.5}):
         refused(model, **wrong, data=run)
 

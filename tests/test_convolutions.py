@@ -14,6 +14,7 @@ from lowrank import LowrankError, Plan, Recovery
 from lowrank.nn import ChannelConv, LowRankLinear, SpatialConv, TuckerConv
 
 from .nets import Residual, images, small_net
+from .zoo import Custom
 
 FEW = Recovery(block_steps=3, distill_steps=3)
 
@@ -44,9 +45,51 @@ def test_the_default_policy_is_that_which_serves_convolutions() -> None:
     net = small_net()
     plan = lowrank.plan(net, 0.6, data=None, progress=False)
     assert plan.settings["policy"] == "spectrum"
-    assert lowrank.plan(net, 0.6, data=[images(24)], progress=False).settings["policy"] == "uniform"
     linear = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Conv2d(1, 1, 3))
     assert lowrank.plan(linear, 0.6, data=None, progress=False).settings["policy"] == "uniform"
+
+
+def test_with_data_the_default_policy_is_judged() -> None:
+    """By rows held out from the statistics, as if it had been named."""
+    net, data = small_net(), [images(64)]
+    made = lowrank.plan(net, 0.6, data=data, progress=False)
+    assert made.settings["policy"] == "lossaware"
+    named = lowrank.plan(net, 0.6, policy="lossaware", data=data, progress=False)
+    assert made.entries == named.entries
+    (point,) = lowrank.sweep(net, [0.6], data=data, progress=False).points
+    assert point.plan.entries == made.entries
+
+
+def test_where_nothing_can_be_judged_the_default_policy_adds_errors() -> None:
+    net, x = small_net(), images(24)
+    made = lowrank.plan(net, 0.6, data=lambda m: m(x), progress=False)
+    assert made.settings["policy"] == "spectrum"
+    boxes = Custom(lambda self, x: {"boxes": self.net(x)}, net=net)  # no logits
+    assert lowrank.plan(boxes, 0.6, data=[x], progress=False).settings["policy"] == "spectrum"
+    half = Custom(lambda self, x: self.net.stage1(self.net.stem(x)), net=net)
+    made = lowrank.plan(half, 0.6, data=[x], on_missing="data-free", progress=False)
+    assert made.settings["policy"] == "uniform"  # errors of weights and of outputs do not add up
+
+
+@pytest.mark.parametrize("ratio", [0.8, 0.6])
+def test_data_are_never_worse_than_none_by_default(ratio: float) -> None:
+    """One layer needs all of its ranks and the other few: uniform shares break the first."""
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(8, 16, 1, bias=False), nn.Conv2d(16, 64, 3, padding=1, bias=False)
+    with torch.no_grad():
+        low = torch.randn(64, 4) @ torch.randn(4, 144) + 0.02 * torch.randn(64, 144)
+        second.weight.copy_(low.view(64, 16, 3, 3) / 8)
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    net = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), *pool, nn.Linear(64, 10)).eval()
+    data, x = [torch.randn(64, 8, 6, 6)], torch.randn(64, 8, 6, 6)
+    away = {}
+    for name, way in {"none": {"data": None}, "data": {"data": data}}.items():
+        small, _ = lowrank.compress(net, ratio, copy=True, progress=False, **way)
+        away[name] = lowrank.kl(small, net, [x])
+    uniform, _ = lowrank.compress(
+        net, ratio, policy="uniform", data=data, copy=True, progress=False
+    )
+    assert away["data"] <= away["none"] < lowrank.kl(uniform, net, [x])
 
 
 def test_data_make_the_outputs_nearer() -> None:
@@ -80,8 +123,9 @@ def test_every_stage_serves_convolutions(effort) -> None:
 def test_the_refit_helps_on_what_it_did_not_see() -> None:
     net, data, x = small_net(), [images(256)], images(256, seed=9)
     plain, _ = lowrank.compress(
-        net, 0.4, method="whitened", data=data, align=1, copy=True, progress=False
-    )
+        net, 0.4, method="whitened", policy="uniform", data=data, align=1, copy=True,
+        progress=False,
+    )  # fmt: skip
     plan = lowrank.plan(
         net, 0.4, method="whitened", policy="uniform", storage="factors", data=data, align=1,
         effort=Recovery(), progress=False,
@@ -125,7 +169,9 @@ def test_one_budget_over_convolutions_and_linears() -> None:
     net = nn.Sequential(
         nn.Conv2d(6, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(144, 40)
     )
-    lean, report = lowrank.compress(net, 0.5, policy="spectrum", data=None, progress=False)
+    lean, report = lowrank.compress(
+        net, 0.5, policy="spectrum", target_modules="all", data=None, progress=False
+    )
     assert isinstance(lean[0], ChannelConv | nn.Conv2d)
     assert isinstance(lean[4], LowRankLinear)
     assert report.achieved <= 0.5
@@ -207,7 +253,7 @@ def test_looking_at_convolutions() -> None:
     assert site.output is not None
     assert site.factored_ms is not None
     measured = lowrank.sensitivity(net, [images(8, seed=2)], ratios=[0.5], progress=False)
-    assert len(measured.sites) == 10  # without the stem
+    assert len(measured.sites) == 9  # without the stem and the head
     assert (
         "few channels of an image"
         in lowrank.plan(net, 0.5, data=None, progress=False).entries[0].reason

@@ -34,7 +34,7 @@ def rank_two(out_features: int = 24, in_features: int = 16) -> nn.Linear:
 
 
 def test_top_level_children_are_factored() -> None:
-    model = compressed(mlp(24, 40, 16))
+    model = compressed(mlp(24, 40, 24))
     assert [type(model[i]) for i in (0, 2)] == [LowRankLinear, LowRankLinear]
     assert type(compressed(nn.Linear(24, 40))) is LowRankLinear  # and the root itself
 

@@ -190,13 +190,15 @@ def _notes(
     forms = plan.settings.get("forms") or {}
     judged = ", ".join(f"{form} {kl:.4g}" for form, kl in sorted(forms.items(), key=itemgetter(1)))
     on_seen = bench is not None and bench.judged_on_seen and bench.judge.asked > 0
+    measure = bench.judge.measure if forms and bench is not None else "KL"
     candidates = (
         (source, f"calibrated on {source}"),
         (slow, f"left dense because factors are not faster: {slow}; more is kept than planned"),
-        (forms, f"KL of the forms: {judged}"),
+        (forms, f"{measure} of the forms: {judged}"),
         (on_seen, "no rows were held out: choices were judged on rows that layers were fitted to"),
     )
-    notes = [note for holds, note in candidates if holds] + notes_of(item.new for item in built)
+    notes = [*plan.notes, *(note for holds, note in candidates if holds)]
+    notes += notes_of(item.new for item in built)
     if calibration is None:
         return notes
     return notes + doubts([item.site for item in built if item.new is not None], calibration)

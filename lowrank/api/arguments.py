@@ -59,8 +59,8 @@ ARGUMENTS: dict[str, Argument] = {
         "given or self-written, else svd.",
     ),
     "policy": Argument(
-        f"how a ratio is divided among the layers: {', '.join(POLICIES)}. Default: uniform, or "
-        "spectrum for a convolutional net without data.",
+        f"how a ratio is divided among the layers: {', '.join(POLICIES)}. Default: uniform; "
+        "for a convolutional net lossaware with data, spectrum without.",
         "Or a callable `(curves, budget, probe) -> {sites: option}`.",
         flag="--policy",
         metavar="NAME",
@@ -119,7 +119,8 @@ ARGUMENTS: dict[str, Argument] = {
         metavar="NAME",
     ),
     "on_missing": Argument(
-        'layers that the data did not reach: "dense" (default), "data-free" (plain SVD) or "error".'
+        'layers that the data did not reach: "dense" (default; they are then no targets), '
+        '"data-free" (plain SVD) or "error".'
     ),
     "seed": Argument("random seed (default 0).", flag="--seed", metavar="INT"),
     "judge": Argument(

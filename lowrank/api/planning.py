@@ -27,7 +27,7 @@ from ..walk.sites import pattern_value
 from .allocating import Curves, allocate, probe_of, why_dense
 from .grouping import Group, groups_of
 from .positions import counted, often, repeat_counts
-from .request import Request
+from .request import HOLD_OUT, Request
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,12 @@ def make_plan(
     """
     resolved = request.resolved(data=calibration is not None)
     _check_data(request, resolved, calibration)
-    taken = _workable(sites, resolved, calibration, request)
-    if request.policy is None and request.ratio is not None:
-        request = replace(request, policy=_default_policy(taken, calibration))
+    taken, notes = _workable(sites, resolved, calibration, request)
     parts = _decomposed(taken, resolved, calibration, request, remember)
+    is_layer = any(site.name == "" for site in parts.sites)  # no model around it to judge
+    bench = None if is_layer else bench
+    if request.policy is None and request.ratio is not None:
+        request = replace(request, policy=_default_policy(parts, bench))
     resolved = resolved.knowing(
         parts.curves[group[0].name]
         for group in parts.groups
@@ -82,18 +84,19 @@ def make_plan(
     )
     if request.unit == "macs":
         parts = _with_repeats(parts, sites, calibration)
-        sites = counted(sites, parts.times)
     whole = model_cost(model, parts.sites)
-    targets = [site for site in sites if not site.reason]
+    # What cannot be factored is no target: the others would pay for it.
+    targets = [site for site in parts.sites if not site.reason]
     goal = sum(site.cost.of(request.unit) for site in targets)
     groups = {s.names: g for s, g in zip(parts.stacks(), parts.groups, strict=True)}
-    is_layer = any(site.name == "" for site in parts.sites)  # no model around it to judge
-    probe = None if bench is None or is_layer else probe_of(bench, groups, resolved, request)
+    probe = None if bench is None else probe_of(bench, groups, resolved, request)
     chosen, curves, compared = _chosen(request, goal, parts, whole, probe)
     entries = _entries(parts, chosen, curves, request, {site.names for site in targets})
     settings = _settings(request, resolved, calibration)
     if compared:
         settings["forms"] = compared
+    if notes:
+        settings["notes"] = notes
     return Plan(entries, whole, request.asked(), settings), curves, resolved
 
 
@@ -114,15 +117,18 @@ def _check_data(request: Request, resolved: Resolved, calibration: Calibration |
 
 def _workable(
     sites: Sequence[Site], resolved: Resolved, calibration: Calibration | None, request: Request
-) -> list[Site]:
-    """The sites, with a reason for targets that the method or the data rules out."""
+) -> tuple[list[Site], list[str]]:
+    """The sites, with a reason for targets that the method or the data rules out, and notes about
+    those."""
     kinds = ", ".join(sorted(resolved.method.kinds))
     kept: list[Site] = []
     unseen: list[str] = []
+    ruled_out: dict[str, list[Site]] = {}
     for site in sites:
         reason = site.reason
         if not reason and not resolved.takes(site.kind):
             reason = f"the method takes {kinds}, not {site.kind}"
+            ruled_out.setdefault("are of a kind that the method does not take", []).append(site)
         elif not reason and request.unit == "macs" and not site.cost.macs:
             reason = "a lookup takes no MACs, factors would"
         elif not reason and calibration is not None and not resolved.is_seen(site, calibration):
@@ -131,6 +137,10 @@ def _workable(
                 count = statistics_of(site, calibration).count
                 least = max(calibration.min_tokens, 1)
                 reason = f"the calibration data gave it {count} tokens, fewer than {least}"
+                few = "were not reached by the data"
+                if least > 1:
+                    few = f"were given fewer than {least} tokens by the data"
+                ruled_out.setdefault(few, []).append(site)
         kept.append(replace(site, reason=reason))
     if unseen and request.on_missing == "error":
         raise LowrankError(
@@ -143,19 +153,46 @@ def _workable(
             if unseen
             else f"the method takes {kinds} layers, but no target is one"
         )
-    return kept
+    return kept, [_left(why, left) for why, left in ruled_out.items()]
 
 
-def _default_policy(sites: Sequence[Site], calibration: Calibration | None) -> str:
-    """The default policy: spectrum for mostly convolutional models without data, else uniform.
+def _left(why: str, sites: Sequence[Site]) -> str:
+    params = sum(site.cost.params for site in sites)
+    names = listed([site.title for site in sites], 3)
+    return (
+        f"{len(sites)} layers with {params:,} parameters {why} and stay dense, not counted among "
+        f"the targets: {names}"
+    )
 
-    The weight errors of convolutions show where compression harms least
-    (recipes/compress_resnet_cifar.py); those of language models do not.
+
+def hold_out_of(request: Request, sites: Sequence[Site]) -> float:
+    """Share of the calibration rows held out: also where the default policy will judge.
+
+    Args:
+        sites: all sites considered; those without a reason are the targets.
     """
+    by_default = request.policy is None and request.ratio is not None and _mostly_convs(sites)
+    return HOLD_OUT if by_default else request.hold_out
+
+
+def _default_policy(parts: Decomposed, bench: Workbench | None) -> str:
+    """The default policy: uniform, but for mostly convolutional models lossaware where candidates
+    can be judged, else spectrum.
+
+    Layers of convolutional networks bear very different ranks, and uniform ones can be worse with
+    data than spectrum's without: see docs/policies.md. Errors of language models' layers do not
+    show where compression harms least, and judging each layer takes long on large models.
+    """
+    one_norm = len({curve.norm for curve in parts.curves.values()}) == 1
+    if not (_mostly_convs(parts.sites) and one_norm):  # other errors cannot be added
+        return "uniform"
+    return "spectrum" if bench is None or not bench.judge.can_judge() else "lossaware"
+
+
+def _mostly_convs(sites: Sequence[Site]) -> bool:
     targets = [site for site in sites if not site.reason]
     convs = sum(site.cost.params for site in targets if site.kind == "conv")
-    mostly_convs = 2 * convs > sum(site.cost.params for site in targets)
-    return "spectrum" if calibration is None and mostly_convs else "uniform"
+    return 2 * convs > sum(site.cost.params for site in targets)
 
 
 def _decomposed(

@@ -21,7 +21,7 @@ from ..calibration.fisher import FISHER, with_fisher
 from ..calibration.running import first_tensor
 from ..calibration.statistics import SELF, Calibration
 from ..errors import LowrankError
-from ..measure.eval import Reference
+from ..measure.eval import KL, Reference
 from ..plans.plan import Plan, versions
 from ..plans.report import Report
 from ..recover.chain import Workbench
@@ -31,7 +31,7 @@ from ..walk.sites import check_model, find_sites
 from ..walk.surgery import twin
 from .allocating import workbench
 from .applying import carry_out
-from .planning import make_plan
+from .planning import hold_out_of, make_plan
 from .request import Request, Sweeping
 from .verbs import flat, statistics_for, targets_among
 
@@ -154,11 +154,12 @@ def sweep(model: nn.Module, asked: Sweeping) -> Sweep:
     if path is not None:
         check_place(path)
     started = time.perf_counter()
-    stored = _stored(model, path, first)
+    hold_out = hold_out_of(first, wanted)
+    stored = _stored(model, path, first, hold_out)
     calibration = stored or statistics_for(
         model, sites, first.data, first.tokenizer,
         needed=first.method is None or bool(first.needs()), seed=first.seed,
-        hold_out=first.hold_out, progress=first.progress,
+        hold_out=hold_out, progress=first.progress,
     )  # fmt: skip
     if calibration is not None and first.needs() & FISHER:
         calibration = with_fisher(
@@ -217,7 +218,9 @@ def _falling(ratios: Any) -> list[float]:
     return sorted(map(float, given), reverse=True)
 
 
-def _stored(model: nn.Module, path: Path | None, request: Request) -> Calibration | None:
+def _stored(
+    model: nn.Module, path: Path | None, request: Request, hold_out: float
+) -> Calibration | None:
     """The calibration in the cache; None if there is none yet, or `data` is a Calibration.
 
     Raises:
@@ -240,7 +243,7 @@ def _stored(model: nn.Module, path: Path | None, request: Request) -> Calibratio
         same = data_print(rebatched(given, 1)) == data_print(rows)
     if not same:
         raise LowrankError(f"the cache {path} was made from other data: choose another name")
-    if bool(held) != (request.hold_out > 0):
+    if bool(held) != (hold_out > 0):
         raise LowrankError(
             f"the cache {path} was made {'with' if held else 'without'} held-out rows, this sweep "
             f"needs {'none' if held else 'some'}: choose another name"
@@ -265,7 +268,8 @@ def _judge(model: nn.Module, calibration: Calibration | None, asked: Sweeping) -
             model, rows=rows, seed=asked.seed + 2, progress=asked.progress
         )
         return Reference(model, written)
-    return Reference(model, calibration.held_out or calibration.batches)
+    judge = Reference(model, calibration.held_out or calibration.batches)
+    return judge if not judge.can_judge() or judge.measure == KL else None  # values have no KL
 
 
 def _judged_rows(judge: Reference | None, calibration: Calibration | None) -> tuple[int, bool]:

@@ -30,7 +30,7 @@ from ..walk.sites import check_model, check_rank_pattern, find_sites, select_sit
 from .allocating import Curves, workbench
 from .applying import carry_out
 from .arguments import ARGUMENTS
-from .planning import make_plan
+from .planning import hold_out_of, make_plan
 from .request import HOLD_OUT, Compression, Request, Source
 
 P = ParamSpec("P")
@@ -206,7 +206,7 @@ def decide(model: nn.Module, request: Request) -> Decision:
     calibration = statistics_for(
         model, sites, request.data, request.tokenizer,
         needed=request.method is None or bool(request.needs()), seed=request.seed,
-        hold_out=request.hold_out, progress=request.progress,
+        hold_out=hold_out_of(request, wanted), progress=request.progress,
     )  # fmt: skip
     if calibration is not None and request.needs() & FISHER:
         calibration = with_fisher(

@@ -12,6 +12,8 @@ from ..errors import LowrankError
 
 LENGTH = 256  # tokens per row of cut texts
 ROWS = 16  # rows per batch of cut texts
+WORD = 64  # letters without a space that may be a name, but hardly a text
+MOST = 1 << 16  # items of a stream, which need not end
 
 Batch = Tensor | dict[str, Any]
 Forward = Callable[[nn.Module], object]
@@ -26,17 +28,18 @@ def materialise(
     Args:
         data: a callable `forward(model)`, which is called more than once; a text or a list of
             texts (with a tokenizer); a tensor; or an iterable of tensors, dicts (passed as
-            keywords) or tuples (the first item is the input), which is consumed.
+            keywords) or tuples (the first item is the input), which is consumed. A row of a
+            dataset, a dict whose ids have no batch axis, gets one.
         tokenizer: of transformers; texts are cut into rows of at most `length` tokens.
 
     Raises:
-        LowrankError: there is no batch (an exhausted iterator), texts without a tokenizer, or a
-            batch of another form.
+        LowrankError: there is no batch (an exhausted iterator), texts without a tokenizer, a
+            batch of another form, or a stream that goes on after `MOST` items.
     """
     if isinstance(data, Tensor):
         return [data]
     if isinstance(data, str):
-        data = [data]
+        data = [_text(data, tokenizer)]
     if callable(data) and not isinstance(data, Iterable):
         return data
     if not isinstance(data, Iterable):
@@ -45,14 +48,47 @@ def materialise(
         )
     if isinstance(data, Mapping):
         return [_batch(data)]
-    items = list(data)
+    items = _items(data)
     if not items:
         raise LowrankError("the data gave no batch: an empty list, or an exhausted iterator?")
-    if all(isinstance(item, str) for item in items):
+    if isinstance(items[0], str):
         if tokenizer is None:
             raise LowrankError("texts need a tokenizer: pass tokenizer=…")
         return text_batches(items, tokenizer, length)
-    return [_batch(item) for item in items]
+    return items
+
+
+def _items(data: Iterable[Any]) -> list[Any]:
+    """All texts, or all batches; the first item that is neither is refused before more are read."""
+    items: list[Any] = []
+    for item in data:
+        is_text = isinstance(item, str) and (not items or isinstance(items[0], str))
+        if items and isinstance(items[0], str) and not is_text:
+            raise LowrankError(f"the data mixes texts and other items, got {type(item).__name__}")
+        items.append(item if is_text else _batch(item))
+        if len(items) > MOST and not _has_end(data):
+            raise LowrankError(
+                f"the data still goes on after {MOST:,} items: pass a part of it, such as "
+                "list(itertools.islice(data, 256))"
+            )
+    return items
+
+
+def _has_end(data: Iterable[Any]) -> bool:
+    try:
+        return len(data) >= 0  # type: ignore[arg-type]
+    except TypeError:
+        return False
+
+
+def _text(text: str, tokenizer: Any) -> str:
+    """The text; raises LowrankError if it is one word, which is rather a name or a path."""
+    if tokenizer is not None and 0 < len(text) <= WORD and len(text.split()) == 1:
+        raise LowrankError(
+            f"data={text!r} is one word, not a text, and no data set is known by name: pass the "
+            "text itself, a list of texts, or 'self'"
+        )
+    return text
 
 
 def text_rows(text: str, tokenizer: Any, length: int) -> list[Tensor]:
@@ -148,15 +184,37 @@ def _batch(item: Any) -> Batch:
         return item
     if isinstance(item, Mapping):
         if any(isinstance(value, Tensor) for value in item.values()):
-            return dict(item)
+            return _with_rows(dict(item))
         kinds = ", ".join(f"{key}: {type(value).__name__}" for key, value in item.items())
         raise LowrankError(
             f"a batch that is a dict must hold tensors, got {{{kinds}}}: "
             "collate the rows, or tokenise with return_tensors='pt'"
         )
     if isinstance(item, list | tuple) and item and isinstance(item[0], Tensor):
+        if len(item) > 1 and _is_mask(item[1], item[0]):
+            raise LowrankError(
+                "a tuple's first item is the input and the others are dropped, but its second one "
+                "looks like a mask: pass dicts, {'input_ids': …, 'attention_mask': …}"
+            )
         return item[0]
     raise LowrankError(
         f"a batch must be a tensor, a dict of tensors, or a tuple that starts with a tensor, "
         f"got {type(item).__name__}"
     )
+
+
+def _with_rows(batch: dict[str, Any]) -> dict[str, Any]:
+    """A row of a dataset in torch format as a batch of one row."""
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 1:
+        return batch
+    return {name: v[None] if isinstance(v, Tensor) else v for name, v in batch.items()}
+
+
+def _is_mask(second: Any, first: Tensor) -> bool:
+    """Whether a tensor marks the padding of ids: of their shape, of ones and some zeros."""
+    if not isinstance(second, Tensor) or second.shape != first.shape or first.ndim < 2:
+        return False
+    if first.is_floating_point() or second.is_floating_point():
+        return False
+    return bool(((second == 0) | (second == 1)).all()) and bool((second == 0).any())

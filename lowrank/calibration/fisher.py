@@ -24,7 +24,16 @@ from ..types import Site
 from ..walk import layouts
 from ..walk.sites import find_sites, select_sites
 from .batches import Batch, Forward, rebatched
-from .running import SameTensor, first_tensor, forward, logits_of, mask_of, quiet, without_cache
+from .running import (
+    SameTensor,
+    first_tensor,
+    forward,
+    logits_of,
+    mask_of,
+    predicted_mask,
+    quiet,
+    without_cache,
+)
 from .statistics import Calibration
 
 FISHER = frozenset({"out_gram", "row_fisher"})  # the needs that require this pass
@@ -115,7 +124,7 @@ def gradient_moments(
             gather.start(mask_of(batch))
             with torch.enable_grad():
                 logits = _predictions(forward(model, _plain(batch)))
-                loss, sequences = _loss(logits, batch, generator)
+                loss, sequences = _loss(logits, predicted_mask(model, batch), generator)
             gather.sequences = sequences
             if loss is not None and loss.requires_grad:
                 reached = True
@@ -139,7 +148,9 @@ def _predictions(output: object) -> Tensor:
         ) from None
 
 
-def _loss(logits: Tensor, batch: Batch, generator: torch.Generator) -> tuple[Tensor | None, int]:
+def _loss(
+    logits: Tensor, mask: Tensor | None, generator: torch.Generator
+) -> tuple[Tensor | None, int]:
     """Summed cross entropy to sampled labels, None if all is padding; number of sequences."""
     classes = logits.shape[-1] if logits.ndim else 1
     if classes < 2:
@@ -147,7 +158,7 @@ def _loss(logits: Tensor, batch: Batch, generator: torch.Generator) -> tuple[Ten
             f"the Fisher samples labels from the logits; of shape {tuple(logits.shape)} they have "
             "fewer than two classes"
         )
-    mask, flat = mask_of(batch), logits.reshape(-1, classes)
+    flat = logits.reshape(-1, classes)
     if mask is not None and mask.shape == logits.shape[:-1]:
         flat = flat[mask.flatten().to(flat.device)]
     wide = flat if flat.dtype == torch.float64 else flat.float()

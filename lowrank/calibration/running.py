@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import LowrankError
 from .batches import Batch
+
+IGNORED = -100  # a label of torch's cross entropy, and of transformers, for padding
 
 
 @contextmanager
@@ -43,15 +46,34 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 
 
 def forward(model: nn.Module, batch: Batch) -> Any:
-    """The model's output for one batch, on its device; labels only make a decoder's input."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    """The model's output for one batch, on its device and in its precision.
+
+    Labels only make a decoder's input, but where the model makes that itself of them, or demands
+    them.
+    """
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Tensor) or first is None:
+            return value
+        wide = value.dtype == torch.float64  # NumPy's default, seldom meant
+        return value.to(first.device, first.dtype if wide else None)
+
     if isinstance(batch, Tensor):
-        return model(batch.to(device))
-    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return model(moved(batch))
+    inputs = {k: moved(v) for k, v in batch.items()}
     labels = inputs.pop("labels", None)
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if labels is not None and callable(shift) and "decoder_input_ids" not in inputs:
+    if labels is None:
+        return model(**inputs)
+    taken = inspect.signature(model.forward).parameters.get("labels")
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if taken is not None and taken.default is inspect.Parameter.empty:
+        inputs["labels"] = labels
+    elif "decoder_input_ids" not in inputs and callable(shift):
         inputs["decoder_input_ids"] = shift(labels=labels)
+    elif "decoder_input_ids" not in inputs and taken is not None and decodes:
+        inputs["labels"] = labels
     return model(**inputs)
 
 
@@ -77,6 +99,25 @@ def mask_of(batch: Batch) -> Tensor | None:
     if mask is None or not isinstance(mask, Tensor) or bool((mask != 0).all()):
         return None
     return mask != 0
+
+
+def predicted_mask(model: nn.Module, batch: Batch) -> Tensor | None:
+    """The positions (rows, tokens), bool, whose predictions count; None for all.
+
+    Those of the attention mask, but in an encoder–decoder, which predicts at the decoder's
+    positions: there of the decoder's own mask, or without one those that have a label.
+    """
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if not decodes or isinstance(batch, Tensor):
+        return mask_of(batch)
+    own, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    if isinstance(own, Tensor):
+        counts = own != 0
+    elif isinstance(labels, Tensor):
+        counts = labels != IGNORED
+    else:
+        return None
+    return None if bool(counts.all()) else counts
 
 
 class SameTensor:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
 from ..calibration.batches import LENGTH, ROWS, Batch, Data, materialise, text_rows
-from ..calibration.running import forward, logits_of, mask_of, quiet
+from ..calibration.running import forward, logits_of, predicted_mask, quiet
 from ..calibration.statistics import Calibration
 from ..errors import LowrankError
 
 KEPT_BYTES = 1 << 30  # cache of the reference's logits
+KL, ERROR = "KL", "relative error"  # how outputs are compared
 
 
 class NotFinite(LowrankError):
@@ -63,7 +64,8 @@ def kl(
             into rows of `length` tokens. Padding is ignored.
 
     Raises:
-        LowrankError: the data is a callable or all padding, or the logits differ in shape.
+        LowrankError: the data is a callable or all padding, the logits differ in shape, or they
+            are no logits: one output, or a regression by the model's own config.
     """
     if isinstance(data, Calibration):
         batches = data.batches
@@ -104,16 +106,47 @@ class Reference:
             self._kept[number] = logits
         return logits
 
+    def can_judge(self) -> bool:
+        """Whether the model's outputs are logits, which can tell one model from another."""
+        try:
+            return bool(self.batches) and self.logits(0).ndim > 0
+        except LowrankError:
+            return False
+
+    @property
+    def measure(self) -> str:
+        """How outputs are compared: by KL, or, where they are values, by their relative error.
+
+        Over one class every KL is 0, so that it could tell no model from another. A regression of
+        several values is known by the config, as transformers writes it.
+
+        Raises:
+            LowrankError: the outputs hold no logits.
+        """
+        config = getattr(self.model, "config", None)
+        values = getattr(config, "problem_type", None) == "regression"
+        return ERROR if values or self.logits(0).shape[-1] == 1 else KL
+
     def kl(self, model: nn.Module, *, progress: bool = False) -> float:
-        """Mean KL(reference ‖ model) in nats per position.
+        """Mean KL(reference ‖ model) in nats per position; raises LowrankError as `lowrank.kl`."""
+        if self.batches and self.measure != KL:
+            raise LowrankError(
+                "the model predicts values, not classes, and a KL over them says nothing: compare "
+                "the outputs themselves"
+            )
+        return self.away(model, progress=progress)
+
+    def away(self, model: nn.Module, *, progress: bool = False) -> float:
+        """Mean KL(reference ‖ model) in nats per position, or relative squared error: `measure`.
 
         Raises:
             LowrankError: there are no positions to compare, or the logits differ in shape.
         """
         total, count = 0.0, 0
         self.asked += 1
+        measure = self.measure if self.batches else KL
         with quiet(model):
-            for number, batch in enumerate(_progress(list(self.batches), "kl", progress)):
+            for number, batch in enumerate(_progress(list(self.batches), "judge", progress)):
                 expected = self.logits(number)
                 logits = logits_of(forward(model, batch)).to(expected.device)
                 if expected.shape != logits.shape:
@@ -121,7 +154,8 @@ class Reference:
                         f"the logits have shape {tuple(logits.shape)}, those of the reference "
                         f"{tuple(expected.shape)}"
                     )
-                losses = divergence(expected, logits, mask_of(batch))
+                mask = predicted_mask(self.model, batch)
+                losses = divergence(expected, logits, mask, measure)
                 total += float(losses.double().sum())
                 count += losses.numel()
         if count == 0:
@@ -129,13 +163,13 @@ class Reference:
         return total / count
 
     def judged(self, model: nn.Module) -> float:
-        """`kl` for choosing between models: inf where the logits of `model` are not finite.
+        """`away` for choosing between models: inf where the logits of `model` are not finite.
 
         Raises:
             NotFinite: the reference's logits hold NaN or Inf.
             LowrankError: there are no predictions to compare.
         """
-        mean = self.kl(model)
+        mean = self.away(model)
         if math.isfinite(mean):
             return mean
         for number in range(len(self.batches)):
@@ -148,12 +182,22 @@ class Reference:
         return math.inf
 
 
-def divergence(reference: Tensor, logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """KL(reference ‖ model) per position, from logits (…, classes), in float32."""
+def divergence(
+    reference: Tensor, logits: Tensor, mask: Tensor | None = None, measure: str = KL
+) -> Tensor:
+    """KL(reference ‖ model) per position, from logits (…, classes), in float32; or the squared
+    error, relative to the mean square of the reference."""
+    if measure == ERROR:
+        square = reference.float().square().sum(-1).mean().clamp_min(torch.finfo().tiny)
+        return _counted((reference.float() - logits.float()).square().sum(-1) / square, mask)
     p, q = log_softmax(reference.float(), -1), log_softmax(logits.float(), -1)
     # A class with reference probability 0 (logit -inf) contributes 0 to the KL.
     losses = (p.exp() * (p - q)).where(p != -math.inf, 0).sum(-1)  # NaN stays NaN
-    # A classifier of whole rows makes one prediction per row, padded or not.
+    return _counted(losses, mask)
+
+
+def _counted(losses: Tensor, mask: Tensor | None) -> Tensor:
+    """The losses without padding; a classifier of whole rows makes one prediction per row."""
     return losses if mask is None or mask.shape != losses.shape else losses[mask.to(losses.device)]
 
 

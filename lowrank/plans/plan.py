@@ -73,6 +73,11 @@ class Plan:
         """Random seed (default 0)."""
         return int(self.settings.get("seed") or 0)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks about layers that stay dense against the request, one sentence each."""
+        return tuple(self.settings.get("notes") or ())
+
     def kept(self, unit: Unit | None = None) -> float:
         """Planned ratio of the targets."""
         return _share((entry for entry in self.entries if entry.target), unit or self.unit)
@@ -158,10 +163,11 @@ class Plan:
             f"plan: {self.asked_text()} -> keeps {self.kept():.4f} of the targets' {self.unit}, "
             f"{self.kept_of_model():.4f} of the model's"
         )
-        return "\n".join([head, *aligned(self.rows())])
+        return "\n".join([head, *self.notes, *aligned(self.rows())])
 
     def __rich__(self) -> Any:
-        return rich_table(f"plan: {self.asked_text()}", self.rows())
+        head = "\n".join([f"plan: {self.asked_text()}", *self.notes])
+        return rich_table(head, self.rows())
 
 
 def parsed(text: str, what: str) -> dict[str, Any]:
@@ -207,6 +213,10 @@ _SETTINGS: Checks = {
     "storage": (lambda v: v is None or form_of(v) is not None, "a storage of a registered form"),
     "data": (lambda v: v is None or is_text(v), "text"),
     "recovery": (lambda v: v is None or isinstance(v, dict), "an object or null"),
+    "notes": (
+        lambda v: v is None or (isinstance(v, list) and all(map(is_text, v))),
+        "a list of texts",
+    ),
 }
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.batches import Batch
-from ..calibration.running import forward, logits_of, mask_of, quiet, without_cache
+from ..calibration.running import forward, logits_of, predicted_mask, quiet, without_cache
 from ..measure.eval import Reference, divergence
 from .chain import Chain
 from .training import Trained, Training, fit, split
@@ -58,7 +58,8 @@ def distill(
     options: Training,
     fitted: int | None = None,
 ) -> Trained:
-    """Distil the dense model into the compressed one: minimise mean KL(dense ‖ compressed).
+    """Distil the dense model into the compressed one: minimise mean KL(dense ‖ compressed), or
+    the relative error of what is no logits.
 
     The teacher's logits are cached up to a memory limit; on further batches it runs at every step.
     `fitted`: see `split`.
@@ -67,7 +68,8 @@ def distill(
 
     def loss(batch: int) -> Tensor:
         logits = logits_of(forward(student, batches[batch]))
-        return divergence(predicted.logits(batch), logits, mask_of(batches[batch])).mean()
+        mask = predicted_mask(teacher, batches[batch])
+        return divergence(predicted.logits(batch), logits, mask, predicted.measure).mean()
 
     with quiet(teacher), quiet(student), without_cache(teacher), without_cache(student):
         return fit(parameters, loss, *split(len(batches), fitted), options)

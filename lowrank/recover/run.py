@@ -221,8 +221,8 @@ class _Job:
         batches = [*batches[: self.fitted], *written, *held]
         result = distill(self.bench.model, self.student, batches, trained, options, fitted)
         self.notes.append(
-            f"distilled: held-out KL {result.before:.4g} -> {result.after:.4g} "
-            f"(step {result.best_step} of {options.steps})"
+            f"distilled: held-out {self.bench.judge.measure} {result.before:.4g} -> "
+            f"{result.after:.4g} (step {result.best_step} of {options.steps})"
         )
 
     def _written(self) -> list[Batch]:
@@ -257,11 +257,12 @@ class _Job:
             self.notes.append(f"recovery could not be judged: {error}")
             return
         self.broken = before == after == math.inf
-        self.notes.append(f"KL on held-out rows: {before:.4g} -> {after:.4g}")
+        measure = self.bench.judge.measure
+        self.notes.append(f"{measure} on held-out rows: {before:.4g} -> {after:.4g}")
         if before <= ROUNDING:
-            why = f"the KL was already below {ROUNDING:g}"
+            why = f"the {measure} was already below {ROUNDING:g}"
         elif not after <= before:
-            why = "it raised the KL"
+            why = f"it raised the {measure}"
         else:
             return
         self.student, self.vectors = plain, {}

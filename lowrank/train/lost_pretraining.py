@@ -78,7 +78,7 @@ def lost(
     """
     _check(rank, sparsity, gamma, act, channels, tail_rank, values)
     model = copies.deepcopy(model) if copy else model
-    every = select_sites(find_sites(model), model, target_modules, exclude_modules)
+    every = select_sites(find_sites(model), model, target_modules, exclude_modules, adapts=True)
     sizes = {site.name: _sizes(site, rank, sparsity) for site in every}
     reasons = _reasons(every, sizes)
     if is_transformers(model):

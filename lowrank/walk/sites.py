@@ -20,11 +20,12 @@ from ..errors import LowrankError, listed
 from ..nn.lowrank_embedding import table_options
 from ..types import Site
 from . import layouts
+from .heads import FEW, last_heads, named_heads
 from .surgery import modules_of
 
 ALL_LINEAR = "all-linear"
 ALL = "all"
-STEM = 4  # most channels of an image
+HEAD = "the output head: name it in target_modules to compress it"
 Patterns = str | Collection[str]
 
 
@@ -75,8 +76,14 @@ def select_sites(
     model: nn.Module,
     target_modules: Patterns = ALL_LINEAR,
     exclude_modules: Patterns | None = None,
+    *,
+    adapts: bool = False,
 ) -> list[Site]:
     """All sites; those that the patterns do not select get a reason.
+
+    Args:
+        adapts: ranks will adapt in training, which finds by itself what a classifier needs: only
+            heads of a vocabulary are left out.
 
     Raises:
         LowrankError: a pattern matches no site; existing names are listed.
@@ -88,16 +95,18 @@ def select_sites(
         _check_patterns("target_modules", target_modules, sites)
     if exclude_modules:
         _check_patterns("exclude_modules", exclude_modules, sites)
-    heads = _output_heads(model) if everything else set()
+    heads = named_heads(model) if everything else set()
+    if everything and not adapts:
+        heads |= _spared(model, sites, heads)
     selected = []
     for site in sites:
         reason = site.reason
         if everything and site.kind == "embedding":
             reason = reason or "an embedding: name it, or target 'all'"
-        elif everything and site.kind == "conv" and _is_stem(site.module):
+        elif everything and _is_stem(site.module):
             reason = reason or "it reads the few channels of an image: name it to compress it"
         elif any(id(module) in heads for module in site.modules):
-            reason = reason or "the output head: name it in target_modules to compress it"
+            reason = reason or HEAD
         elif named and not any(_matches(target_modules, name) for name in site.names):
             reason = reason or "not in target_modules"
         if exclude_modules and any(_matches(exclude_modules, name) for name in site.names):
@@ -112,9 +121,21 @@ def covers(patterns: Patterns, names: Iterable[str]) -> bool:
     return word in (ALL_LINEAR, ALL) or any(_matches(patterns, name) for name in names)
 
 
-def _is_stem(conv: nn.Module) -> bool:
+def _spared(model: nn.Module, sites: Sequence[Site], named: set[int]) -> set[int]:
+    """Ids of the last layers that are heads; none where nothing else could be compressed."""
+    last = {id(module) for site in last_heads(model, sites) for module in site.modules}
+    others = (
+        site
+        for site in sites
+        if not site.reason and site.kind != "embedding" and not _is_stem(site.module)
+    )
+    left = any((last | named).isdisjoint(map(id, site.modules)) for site in others)
+    return last if left else set()
+
+
+def _is_stem(layer: nn.Module) -> bool:
     """Whether a convolution reads an image: few weights, on which all later layers depend."""
-    return int(getattr(conv, "in_channels", 0)) <= STEM
+    return layouts.kind(layer) == "conv" and int(getattr(layer, "in_channels", 0)) <= FEW
 
 
 def pattern_value(patterns: Iterable[str], names: Iterable[str]) -> str | None:
@@ -149,12 +170,6 @@ def _site(modules: tuple[nn.Module, ...], names: tuple[str, ...], reason: str) -
     shape = (weight.shape[0], weight.shape[-1])
     kind = layouts.kind(modules[0]) or ""
     return Site(names[0], names, kind, modules, shape, layouts.dense_cost(*modules), reason)
-
-
-def _output_heads(model: nn.Module) -> set[int]:
-    """Ids of the output embeddings, as transformers calls them, also of a wrapped model."""
-    accessors = (getattr(module, "get_output_embeddings", None) for module in model.modules())
-    return {id(accessor()) for accessor in accessors if callable(accessor)} - {id(None)}
 
 
 def _compiled(pattern: str, frame: str = "{}") -> re.Pattern[str]:

@@ -22,7 +22,7 @@ SIZES = (24, 40, 16, 30)
 
 def plan(*args: Any, sizes: tuple[int, ...] = SIZES, **kwargs: Any) -> Plan:
     torch.manual_seed(0)
-    return lowrank.plan(mlp(*sizes), *args, **kwargs)
+    return lowrank.plan(mlp(*sizes), *args, **{"target_modules": "all", **kwargs})
 
 
 def ranks(made: Plan) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def test_above_break_even_a_site_stays_dense_and_says_so() -> None:
 @pytest.mark.parametrize("share", [0.5, 0.8, 0.95])
 def test_a_float_is_the_share_of_energy_that_each_site_keeps(share: float) -> None:
     model = mlp(*SIZES)
-    made = lowrank.plan(model, rank=share)
+    made = lowrank.plan(model, rank=share, target_modules="all")
     for entry in made.entries:
         energy = torch.linalg.svdvals(model[int(entry.name)].weight.double()).square()
         kept = energy.cumsum(0) / energy.sum()
@@ -268,6 +268,26 @@ def test_a_policy_may_be_any_callable() -> None:
     made = plan(0.9, policy=halve, align=1)
     assert ranks(made) == {"0": 8, "2": 7, "4": 6}
     assert made.settings["policy"] == "function"
+
+
+@pytest.mark.parametrize("ratio", [0.6, 0.3])
+def test_a_model_of_one_output_is_judged(ratio: float) -> None:
+    """A KL over its one class was 0 for every option, so that the smallest were chosen."""
+    torch.manual_seed(0)
+    model, rows = mlp(32, 64, 64, 1), [torch.randn(64, 32) for _ in range(4)]
+    run: dict[str, Any] = {"data": rows, "align": 1, "copy": True, "progress": False}
+    away = {}
+    for policy in ("uniform", "lossaware"):
+        small, report = lowrank.compress(model, ratio, policy=policy, **run)
+        assert ratio - 0.04 < report.achieved <= ratio
+        away[policy] = float((small(rows[-1]) - model(rows[-1])).detach().square().sum())
+    assert away["lossaware"] < 1.2 * away["uniform"]  # chosen on other rows
+    recovery = lowrank.Recovery(distill_steps=20)
+    _, report = lowrank.compress(model, ratio, method="whitened", effort=recovery, **run)
+    assert any(note.startswith("relative error on held-out rows") for note in report.notes)
+    assert not any("KL" in note or "reverted" in note for note in report.notes)
+    (point,) = lowrank.sweep(model, [ratio], data=rows, progress=False).points
+    assert point.kl is None
 
 
 def test_a_policy_is_told_its_budget() -> None:

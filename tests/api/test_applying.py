@@ -20,7 +20,7 @@ X = torch.randn(50, 24, generator=torch.Generator().manual_seed(0))
 
 def test_the_model_itself_is_changed_and_returned() -> None:
     model = mlp(24, 40, 16)
-    got, _ = lowrank.compress(model, 0.5)
+    got, _ = lowrank.compress(model, 0.5, target_modules="all")
     assert got is model
     assert all(isinstance(model[i], LowRankLinear) for i in (0, 2))
 
@@ -129,7 +129,7 @@ def test_plan_then_apply_is_compress() -> None:
 
 def test_a_plan_edited_in_its_text_applies() -> None:
     model = mlp(24, 40, 16)
-    text = lowrank.plan(model, 0.5).to_json()
+    text = lowrank.plan(model, 0.5, target_modules="all").to_json()
     body = json.loads(text)
     body["entries"][0]["size"] = [3]
     model, report = lowrank.apply(model, Plan.from_json(json.dumps(body)))
@@ -173,7 +173,7 @@ def test_a_plan_that_was_applied_before() -> None:
 
 def test_a_plan_for_a_layer_that_cannot_be_factored_now() -> None:
     model = mlp(24, 40, 16)
-    plan = lowrank.plan(model, 0.5)
+    plan = lowrank.plan(model, 0.5, target_modules="all")
     handle = model[2].register_forward_hook(lambda *_: None)
     with unchanged(model), pytest.raises(LowrankError, match="2 cannot be factored: it has hooks"):
         lowrank.apply(model, plan)

@@ -156,7 +156,7 @@ def test_a_nan_in_a_row_that_is_held_out(how: dict[str, Any]) -> None:
 
 def fragile(last: bool) -> nn.Module:
     """Two layers; what is not exactly the dense first one's output becomes NaN, or the last's."""
-    first, second = nn.Linear(16, 24), nn.Linear(24, 12)
+    first, second = nn.Linear(16, 24), nn.Linear(24, 16)
     kept = [part.weight.detach().clone() for part in (first, second)]
 
     def call(self: Any, x: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ def test_activations_of_the_compressed_model_alone() -> None:
 def test_outputs_of_one_compressed_block_alone() -> None:
     """Nothing inside the block reads what is broken; its own refit meets it first."""
     x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
-    model = nn.Sequential(fragile(last=True), nn.Linear(12, 12))
+    model = nn.Sequential(fragile(last=True), nn.Linear(16, 16))
     how = {**CLOSED, "effort": Recovery(block_steps=2)}
     message = zoo.refused(model, 0.6, data=list(x.split(8)), **how)
     assert message.startswith("0: recovery cannot start: the loss of the compressed model is NaN")

@@ -122,6 +122,7 @@ def test_all_verbs_give_one_result(
 ) -> None:
     asked: dict[str, Any] = {**setting.asked, "data": calibration, "progress": False}
     asked["align"], dense = 1, copy.deepcopy(model)  # what is rounded is rounded after the policy
+    asked["policy"] = "uniform"
     plan = lowrank.plan(model, RATIO, **asked)
     small, report = lowrank.compress(copy.deepcopy(model), RATIO, **asked)
     assert report.plan.entries == plan.entries
@@ -133,7 +134,7 @@ def test_all_verbs_give_one_result(
     held = lowrank.kl(small, dense, list(calibration.held_out))
     assert point.kl == held
     asking = Asking()
-    judged, _ = lowrank.compress(copy.deepcopy(model), RATIO, policy=asking, **asked)
+    judged, _ = lowrank.compress(copy.deepcopy(model), RATIO, **{**asked, "policy": asking})
     assert state(judged) == state(small)
     assert asking.said == [held]
 

@@ -60,7 +60,7 @@ class Half(nn.Module):
 def test_a_method_may_be_any_object() -> None:
     model = mlp(24, 40, 16)
     dense = weights(model)
-    model, report = lowrank.compress(model, 0.5, method=Halves())
+    model, report = lowrank.compress(model, 0.5, target_modules="all", method=Halves())
     assert torch.equal(model[0].weight, dense["0"][:, :12])
     assert report.plan.method == "halves"
     assert report.achieved == 0.5  # counted on tensors that the library knows nothing of
@@ -70,13 +70,15 @@ def test_a_method_may_be_any_object() -> None:
 
 
 def test_an_object_is_used_though_the_registry_knows_its_name() -> None:
-    model, _ = lowrank.compress(mlp(24, 40, 16), 0.5, method=Halves(name="svd"))
+    model, _ = lowrank.compress(
+        mlp(24, 40, 16), 0.5, target_modules="all", method=Halves(name="svd")
+    )
     assert isinstance(model[0], Half)
 
 
 def test_a_plan_of_an_object_needs_the_object() -> None:
     model = mlp(24, 40, 16)
-    plan = Plan.from_json(lowrank.plan(model, 0.5, method=Halves()).to_json())
+    plan = Plan.from_json(lowrank.plan(model, 0.5, target_modules="all", method=Halves()).to_json())
     with unchanged(model), pytest.raises(LowrankError, match=r"'halves' is none of svd.*method=…"):
         lowrank.apply(model, plan)
     lowrank.apply(model, plan, method=Halves(), copy=True)
@@ -86,8 +88,8 @@ def test_a_plan_of_an_object_needs_the_object() -> None:
 
 def test_a_mixed_plan_uses_both() -> None:
     model = mlp(24, 40, 16)
-    plan = lowrank.plan(model, 0.5, method=Halves())
-    svd = lowrank.plan(model, 0.5).entries[1]
+    plan = lowrank.plan(model, 0.5, target_modules="all", method=Halves())
+    svd = lowrank.plan(model, 0.5, target_modules="all").entries[1]
     model, _ = lowrank.apply(model, replace(plan, entries=(plan.entries[0], svd)), method=Halves())
     assert isinstance(model[0], Half)
     assert isinstance(model[2], LowRankLinear)
@@ -97,7 +99,7 @@ def test_a_mixed_plan_uses_both() -> None:
 def test_a_failure_in_the_middle_leaves_the_model_as_it_was(copy_: bool) -> None:
     model = mlp(24, 40, 16).train()
     with unchanged(model), pytest.raises(RuntimeError, match="the disk is full"):
-        lowrank.compress(model, 0.5, method=Halves(fail_at=16), copy=copy_)
+        lowrank.compress(model, 0.5, target_modules="all", method=Halves(fail_at=16), copy=copy_)
 
 
 @pytest.mark.parametrize("stage", ["put", "attach"])
@@ -132,7 +134,7 @@ def test_a_declared_tie_that_was_undone_is_refused_and_undone() -> None:
 def test_a_method_that_gives_no_module(bad: Any) -> None:
     model = mlp(24, 40, 16)
     with unchanged(model), pytest.raises(LowrankError, match=r"0: halves must return an nn.Module"):
-        lowrank.compress(model, 0.5, method=Halves(gives=bad))
+        lowrank.compress(model, 0.5, target_modules="all", method=Halves(gives=bad))
 
 
 def test_one_decomposition_per_site_and_verb() -> None:
@@ -145,5 +147,5 @@ def test_one_decomposition_per_site_and_verb() -> None:
             return super().curve(site, stats)
 
     curves: list[str] = []
-    lowrank.compress(mlp(24, 40, 16), 0.5, method=Counted())
+    lowrank.compress(mlp(24, 40, 16), 0.5, target_modules="all", method=Counted())
     assert curves == ["0", "2"]

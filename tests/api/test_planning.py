@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import lowrank
-from lowrank import Calibration, LowrankError
+from lowrank import Calibration, LowrankError, Plan
 from lowrank.methods import SVD, Whitened
 from lowrank.types import Curve, Option, Site, Statistics
 from lowrank.walk import layouts
@@ -46,7 +47,7 @@ def _some(model: nn.Module) -> str:
 
 
 def test_planned_errors_are_those_of_numpys_svd() -> None:
-    model = mlp(24, 40, 16)
+    model = mlp(24, 40, 24)
     x = torch.randn(200, 24)
     hidden = model[1](model[0](x)).detach()
     plain = lowrank.plan(model, 0.5)
@@ -136,21 +137,64 @@ def branches(left: int, right: int, min_tokens: int = 1) -> tuple[Branches, Cali
     return model, calibration(model, x, min_tokens=min_tokens)
 
 
-def test_an_unseen_site_stays_dense_but_counts_as_a_target() -> None:
+def test_an_unseen_site_stays_dense_and_is_no_target() -> None:
+    """The others do not pay for it, and it is told."""
     model, found = branches(9, 0)
     made = lowrank.plan(model, 0.7, data=found, align=1)
     left, right = made.entries
     assert right.size is None
     assert right.reason == "the calibration data gave it 0 tokens, fewer than 1"
-    assert right.target
-    assert left.size == (3,)  # it makes up for the other: 3 · 32 + 256 ≤ 0.7 · 512
-    assert made.kept() <= 0.7
+    assert not right.target
+    assert left.size == (5,)  # 5 · 32 ≤ 0.7 · 256
+    assert made.kept() == left.cost.params / 256 <= 0.7
+    (note,) = made.notes
+    told = "1 layers with 256 parameters were not reached by the data and stay dense"
+    assert note.startswith(told)
+    assert note.endswith(": right")
+    assert told in str(made)
+    again = Plan.from_json(made.to_json())
+    assert again.notes == made.notes
+    _, report = lowrank.apply(model, again, data=found, progress=False)
+    assert note in report.notes
+    assert report.achieved == made.kept()
+
+
+def test_of_the_model_the_others_pay_for_what_is_unseen() -> None:
+    """The size of the model was asked for; that some of it cannot shrink is told."""
+    model, found = branches(9, 0)
+    made = lowrank.plan(model, 0.75, of="model", data=found, align=1)
+    assert made.entries[0].size == (3,)  # 3 · 32 + 256 + 32 ≤ 0.75 · 544
+    assert made.kept_of_model() <= 0.75
+    assert len(made.notes) == 1
+
+
+def test_a_kind_that_the_method_does_not_take_is_no_target() -> None:
+    class Linears(SVD):
+        kinds = frozenset({"linear"})
+
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 32), nn.Linear(32, 32))
+    made = lowrank.plan(model, 0.5, method=Linears(), align=1)
+    assert [entry.target for entry in made.entries] == [False, True, True]
+    assert [entry.size for entry in made.entries] == [None, (8,), (8,)]
+    assert made.notes[0].startswith(
+        "1 layers with 576 parameters are of a kind that the method does not take and stay dense"
+    )
+
+
+def test_notes_of_a_plan_are_texts() -> None:
+    model, found = branches(9, 0)
+    body = json.loads(lowrank.plan(model, 0.7, data=found).to_json())
+    body["settings"]["notes"] = [3]
+    with pytest.raises(LowrankError, match="notes"):
+        Plan.from_json(json.dumps(body))
+    assert lowrank.plan(mlp(16, 16), 0.5).notes == ()
 
 
 def test_too_few_tokens_are_as_none() -> None:
     model, found = branches(9, 4, min_tokens=5)
-    right = lowrank.plan(model, 0.7, data=found).entries[1]
-    assert right.reason == "the calibration data gave it 4 tokens, fewer than 5"
+    made = lowrank.plan(model, 0.7, data=found)
+    assert made.entries[1].reason == "the calibration data gave it 4 tokens, fewer than 5"
+    assert "were given fewer than 5 tokens by the data" in made.notes[0]
     model, found = branches(9, 4, min_tokens=4)
     assert lowrank.plan(model, 0.7, data=found).entries[1].size is not None
 

@@ -28,7 +28,7 @@ def test_a_layer_that_is_not_faster_stays_dense(monkeypatch: pytest.MonkeyPatch)
         return 0.5 if example.shape[-1] == 40 else 0.99
 
     monkeypatch.setattr(applying, "paired_ratio", ratio)
-    model = mlp(24, 40, 16)
+    model = mlp(24, 40, 24)
     dense = model[0]
     state = torch.get_rng_state()
     model, report = lowrank.compress(model, 0.5, data=X, prefer="speed", progress=False)
@@ -42,19 +42,19 @@ def test_a_layer_that_is_not_faster_stays_dense(monkeypatch: pytest.MonkeyPatch)
     assert second["reason"] == ""
     assert "1 of 2 layers factored" in str(report)
     assert "left dense because factors are not faster: 1; more is kept than planned" in str(report)
-    stored = 24 * 40 + model[2].rank * (40 + 16)
-    assert report.achieved == stored / (24 * 40 + 40 * 16) > report.plan.kept()
-    assert report.params_before - report.params_after == 40 * 16 - model[2].rank * 56
+    stored = 24 * 40 + model[2].rank * (40 + 24)
+    assert report.achieved == stored / (24 * 40 + 40 * 24) > report.plan.kept()
+    assert report.params_before - report.params_after == 40 * 24 - model[2].rank * 64
 
 
 def test_speed_needs_data() -> None:
-    model = mlp(24, 40, 16)
+    model = mlp(24, 40, 24)
     with unchanged(model), pytest.raises(LowrankError, match="prefer='speed' times the layers"):
         lowrank.compress(model, 0.5, prefer="speed")
 
 
 def test_a_layer_that_the_data_does_not_run_cannot_be_timed() -> None:
-    model = mlp(24, 40, 16)
+    model = mlp(24, 40, 24)
     found = calibration(model, lambda m: m[0](X))
     model, report = lowrank.compress(
         model, 0.5, method="svd", data=found, prefer="speed", target_modules=["2"]

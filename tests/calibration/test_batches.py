@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import UserDict, namedtuple
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lowrank import LowrankError
+from lowrank.calibration import batches as batches_room
 from lowrank.calibration.batches import materialise, parted, rebatched, text_batches, text_rows
 from lowrank.calibration.running import forward, logits_of, mask_of
 from tests.zoo import Custom, Tokenizer, make, said, tokens
@@ -69,7 +72,7 @@ def test_texts_are_cut_into_rows_and_nothing_is_lost_or_padded() -> None:
     got = sorted(tuple(row.tolist()) for batch in batches for row in batch)
     rows = ["abcde", "fgh", "ij", "klmno", "pqrst"]
     assert got == sorted(tuple(Tokenizer()(row)["input_ids"]) for row in rows)
-    (one,) = materialise("abcdefgh", Tokenizer(), length=8)
+    (one,) = materialise("abc efgh", Tokenizer(), length=8)
     assert one.dtype == torch.long
 
 
@@ -107,6 +110,63 @@ def test_what_is_no_data_is_told(data: Any, words: str) -> None:
     assert words in said(caught)
 
 
+def test_a_single_word_is_no_text() -> None:
+    """data="wikitext" was calibrated on, as eight tokens."""
+    with pytest.raises(LowrankError, match="data='wikitext' is one word, not a text") as caught:
+        materialise("wikitext", Tokenizer())
+    said(caught)
+    with pytest.raises(LowrankError, match="one word"):
+        materialise("data/text.txt", Tokenizer())
+    assert len(materialise(["wikitext"], Tokenizer())) == 1  # a list of texts means what it says
+    assert len(materialise("漢" * 65, Tokenizer())) == 1  # not all languages part their words
+
+
+def test_a_stream_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches_room, "MOST", 10)
+    read = itertools.count()
+
+    def endless() -> Iterator[Any]:
+        while True:
+            next(read)
+            yield X
+
+    with pytest.raises(LowrankError, match="still goes on after 10 items: pass a part") as caught:
+        materialise(endless())
+    said(caught)
+    assert next(read) == 11
+    assert len(materialise([X] * 12)) == 12  # a list has an end
+
+
+def test_a_wrong_item_is_refused_before_more_are_read() -> None:
+    def items() -> Iterator[Any]:
+        yield 5
+        raise AssertionError("it was read on")
+
+    with pytest.raises(LowrankError, match="got int"):
+        materialise(items())
+    with pytest.raises(LowrankError, match="mixes texts and other items, got Tensor"):
+        materialise(["text", X], Tokenizer())
+
+
+def test_a_row_of_a_dataset_gets_a_batch_axis() -> None:
+    """Rows of a dataset in torch format, uncollated."""
+    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "n": 1} for row in tokens()]
+    for got, row in zip(materialise(rows), tokens(), strict=True):
+        assert torch.equal(got["input_ids"], row[None])
+        assert got["attention_mask"].shape == (1, 7)
+        assert got["n"] == 1
+
+
+def test_a_mask_in_a_tuple_is_not_dropped_untold() -> None:
+    ids, mask = tokens(), torch.ones(2, 7, dtype=torch.long)
+    assert torch.equal(materialise([(ids, mask)])[0], ids)  # it leaves out nothing
+    assert torch.equal(materialise([(ids, ids)])[0], ids)  # labels
+    mask[0, 4:] = 0
+    with pytest.raises(LowrankError, match="looks like a mask: pass dicts") as caught:
+        materialise([(ids, mask, ids)])
+    said(caught)
+
+
 def test_texts_without_a_token_are_told() -> None:
     with pytest.raises(LowrankError, match="contain no tokens"):
         materialise(["", ""], Tokenizer())
@@ -120,6 +180,47 @@ def test_an_exhausted_generator_is_told() -> None:
 
 
 # What the model is given
+
+
+def test_inputs_come_in_the_models_precision() -> None:
+    """NumPy's numbers are float64, the model's are not."""
+    x = torch.randn(5, 6, dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        model = nn.Linear(6, 3).to(dtype)
+        assert forward(model, x).dtype == dtype
+    named = Custom(lambda self, x: self.net(x), net=nn.Linear(6, 3))
+    assert forward(named, {"x": x}).dtype == torch.float32
+
+
+def test_labels_that_the_model_demands_are_given() -> None:
+    class Demands(nn.Linear):
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            return super().forward(x) + labels
+
+    class Ignores(nn.Linear):
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+            assert labels is None
+            return super().forward(x)
+
+    batch = {"x": X, "labels": torch.ones(1)}
+    for kind in (Demands, Ignores):
+        assert forward(kind(X.shape[1], 3), batch).shape == (len(X), 3)
+
+
+def test_a_decoder_that_shifts_its_labels_itself_gets_them() -> None:
+    """Whisper has no method for it."""
+    tf = pytest.importorskip("transformers")
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    feed = {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "num_mel_bins": 8}
+    words = {"vocab_size": 60, "max_source_positions": 10, "max_target_positions": 12}
+    ends = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 2}
+    config = tf.WhisperConfig(
+        **sizes, **heads, **feed, **words, **ends, suppress_tokens=None, begin_suppress_tokens=None
+    )
+    model = tf.WhisperForConditionalGeneration(config).eval()
+    batch = {"input_features": torch.randn(2, 8, 20), "labels": tokens(2, 5) % 58}
+    assert forward(model, batch).logits.shape == (2, 5, 60)
 
 
 def test_tensors_go_in_by_position_and_dicts_by_name() -> None:

@@ -89,7 +89,7 @@ def test_what_cannot_be_read_carries_its_reason() -> None:
     assert (good.reason, good.weight is None) == ("", False)
     assert ("parametrized" in parametrized.reason, parametrized.weight) == (True, None)
     assert (broken.reason, broken.weight) == ("the weight holds NaN or Inf", None)
-    parted = mlp(24, 8, 4)
+    parted = mlp(24, 8, 24)
     partly = lowrank.inspect(parted, lambda net: net[0](X), progress=False)["2"]
     assert (partly.reason, partly.output) == ("the data did not reach it", None)
     assert partly.weight is not None

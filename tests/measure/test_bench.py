@@ -41,7 +41,9 @@ def test_macs_of_an_mlp_are_exact() -> None:
 
 def test_macs_of_a_factored_model_are_its_ranks() -> None:
     dense = mlp()
-    model, report = lowrank.compress(dense, 0.5, copy=True, align=1, progress=False)
+    model, report = lowrank.compress(
+        dense, 0.5, target_modules="all", copy=True, align=1, progress=False
+    )
     found = benchmark(model, torch.randn(7, 24), dense, repeats=1)
     ranks = [entry.size[0] for entry in report.plan.entries if entry.size]
     assert found.macs == 7 * (ranks[0] * (24 + 32) + ranks[1] * (32 + 16))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,30 @@ def test_padding_does_not_count(pair: tuple[nn.Module, nn.Module]) -> None:
     assert got == pytest.approx(each[mask.numpy() == 1].mean(), rel=1e-4)
 
 
+@pytest.mark.parametrize("told", ["nothing", "decoder_attention_mask", "labels", "both"])
+def test_of_an_encoder_decoder_the_decoders_positions_count(told: str) -> None:
+    """Of equal length: the encoder's padding is not the decoder's."""
+    model, other, ids = make("t5"), make("t5"), tokens(2, 6)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    mask, counts = torch.ones(2, 6, dtype=torch.long), torch.ones(2, 6, dtype=torch.bool)
+    mask[0, 2:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": tokens(2, 6, start=3)}
+    if told != "nothing":
+        counts[1, 4:] = False
+    if told in ("labels", "both"):
+        batch["labels"] = batch["labels"].masked_fill(~counts, -100)
+    if told in ("decoder_attention_mask", "both"):
+        batch["decoder_attention_mask"] = counts.long()
+    given = {k: v for k, v in batch.items() if k != "labels"}
+    given["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+    with torch.no_grad():
+        want, got = (m(**given).logits.double().numpy() for m in (model, other))
+    rows = kl_rows(want, got)[counts.numpy()]
+    assert kl(other, model, [batch]) == pytest.approx(rows.mean(), rel=1e-4)
+
+
 def test_a_calibration_is_data_too(pair: tuple[nn.Module, nn.Module]) -> None:
     model, reference = pair
     batches = [tokens(2, 7), tokens(1, 3)]
@@ -116,7 +141,7 @@ def test_texts(pair: tuple[nn.Module, nn.Module]) -> None:
     model, reference = pair
     ids = torch.tensor([Tokenizer()("ab" * 6)["input_ids"]])
     expected = kl(model, reference, [ids[:, :6], ids[:, 6:]])
-    got = kl(model, reference, "ab" * 6, tokenizer=Tokenizer(), length=6)
+    got = kl(model, reference, ["ab" * 6], tokenizer=Tokenizer(), length=6)
     assert got == pytest.approx(expected, rel=1e-6)
 
 
@@ -176,6 +201,39 @@ def test_predictions_that_are_no_numbers_are_not_equal(pair: tuple[nn.Module, nn
 def test_a_class_for_a_whole_row_has_no_padding() -> None:
     reference, mask = torch.randn(3, 5), torch.ones(3, 7, dtype=torch.bool)
     assert divergence(reference, torch.randn(3, 5), mask).shape == (3,)
+
+
+def test_one_output_is_judged_by_its_relative_error() -> None:
+    """Every KL over one class is 0, which would prefer any model to any other."""
+    net, near, x = nn.Linear(6, 1), nn.Linear(6, 1), torch.randn(40, 6)
+    judge = Reference(net, [x[:24], x[24:]])
+    assert judge.measure == "relative error"
+    want, got = (m(x).detach().double().numpy() for m in (net, near))
+    parts = [(want[rows], got[rows]) for rows in (slice(24), slice(24, None))]
+    errors = [((a - b) ** 2).sum() / (a**2).mean() for a, b in parts]
+    assert judge.judged(near) == pytest.approx(sum(errors) / 40, rel=1e-5)
+    assert judge.judged(net) == 0
+    with pytest.raises(LowrankError, match="predicts values, not classes") as caught:
+        kl(near, net, [x])
+    said(caught)
+
+
+def test_a_regression_of_several_values_is_known_by_its_config() -> None:
+    net, x = nn.Linear(6, 3), torch.randn(40, 6)
+    assert Reference(net, [x]).measure == "KL"
+    model = Custom(lambda self, x: self.net(x), net=net)
+    model.config = SimpleNamespace(problem_type="regression")
+    shifted = Custom(lambda self, x: self.net(x) + 1, net=net)
+    judge = Reference(model, [x])
+    assert judge.measure == "relative error"
+    assert judge.judged(shifted) > 0.1 > Reference(net, [x]).judged(shifted)  # no KL sees a shift
+
+
+def test_padding_does_not_count_in_relative_errors() -> None:
+    reference, got = torch.ones(2, 3, 1), torch.ones(2, 3, 1)
+    got[0, 2] = 9
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    assert divergence(reference, got, mask, "relative error").tolist() == [0] * 5
 
 
 def test_what_is_judged_by() -> None:

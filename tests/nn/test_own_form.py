@@ -136,7 +136,7 @@ ROWS = torch.randn(64, 24, generator=torch.Generator().manual_seed(1))
 def test_from_the_plan_to_the_file_and_back(tmp_path: Path) -> None:
     model, x = net(), ROWS[:5]
     weights = [model[0].weight.detach().clone(), model[2].weight.detach().clone()]
-    plan = lowrank.plan(model, 0.6, method=TwoBlocks())
+    plan = lowrank.plan(model, 0.6, method=TwoBlocks(), target_modules="all")
     again = Plan.from_json(plan.to_json())
     assert again == plan
     assert {entry.storage for entry in plan.entries} == {"two-block"}
@@ -177,7 +177,7 @@ def test_recovery_refits_it_for_the_stream_that_it_reads() -> None:
     for effort in (None, "fast"):
         small, _ = lowrank.compress(
             net(), 0.6, method=TwoBlocks(), policy="uniform", data=ROWS, effort=effort,
-            progress=False,
+            target_modules="all", progress=False,
         )  # fmt: skip
         assert isinstance(small[2], TwoBlock)
         away[effort] = float((small(ROWS) - dense(ROWS)).square().mean())

@@ -48,7 +48,7 @@ def test_measured_errors_are_those_of_the_outputs() -> None:
 
 
 def test_without_data_errors_are_those_of_the_weights() -> None:
-    model = mlp(24, 40, 16)
+    model = mlp(24, 40, 24)
     dense = weights(model)
     _, report = lowrank.compress(model, 0.5)
     for site in report.sites:
@@ -61,7 +61,7 @@ def test_without_data_errors_are_those_of_the_weights() -> None:
 
 
 def test_rounding_is_measured_too() -> None:
-    model = mlp(24, 40, 16).bfloat16()
+    model = mlp(24, 40, 24).bfloat16()
     with torch.no_grad():
         model[0].weight.copy_(torch.randn(40, 2) @ torch.randn(2, 24))
     _, report = lowrank.compress(model, rank=5)
@@ -70,7 +70,7 @@ def test_rounding_is_measured_too() -> None:
 
 
 def test_on_other_data_planned_and_predicted_differ() -> None:
-    model = mlp(24, 40, 16)
+    model = mlp(24, 40, 24)
     plan = lowrank.plan(model, 0.5, data=X, progress=False)
     _, report = lowrank.apply(model, plan, data=X * torch.linspace(0.1, 3, 24), progress=False)
     for site, entry in zip(report.sites, plan.entries, strict=True):
@@ -95,7 +95,7 @@ def test_an_edited_plan_has_no_planned_error_but_the_others() -> None:
 
 
 def test_a_planned_error_in_another_norm_is_not_compared() -> None:
-    model = mlp(24, 40, 16)
+    model = mlp(24, 40, 24)
     plan = lowrank.plan(model, 0.5, data=X, progress=False)
     other = replace(plan, entries=tuple(replace(e, method="svd") for e in plan.entries))
     _, report = lowrank.apply(model, other)

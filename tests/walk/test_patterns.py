@@ -175,7 +175,7 @@ def test_no_match_in_a_root_layer_is_told() -> None:
 
 @pytest.mark.parametrize("nothing", [None, [], ""])
 def test_nothing_excluded(nothing: Any) -> None:
-    assert chosen(mlp(3, 4, 5), "all-linear", nothing) == ["0", "2"]
+    assert chosen(mlp(3, 8, 8, 5), "all-linear", nothing) == ["0", "2"]
 
 
 @pytest.mark.parametrize(

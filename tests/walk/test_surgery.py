@@ -185,7 +185,7 @@ def test_layers_that_are_wrapped_one_by_one(wrapper: str) -> None:
 
 
 def test_a_plan_of_the_model_fits_its_wrapper() -> None:
-    model, x = mlp(16, 16, 8), torch.randn(3, 16)
+    model, x = mlp(16, 16, 16), torch.randn(3, 16)
     plan = lowrank.plan(model, 0.5)
     want, _ = lowrank.apply(model, plan, copy=True)
     wrapped, report = lowrank.apply(nn.DataParallel(model), plan)

@@ -75,7 +75,9 @@ class Attachment:
                 "processes: call accelerate.prepare or DistributedDataParallel first"
             )
         _refuse_claimed(self.root, who, target_modules, kinds)
-        every = select_sites(find(self.root), self.root, target_modules, exclude_modules)
+        every = select_sites(
+            find(self.root), self.root, target_modules, exclude_modules, adapts=True
+        )
         reasons = {site.title: self._reason(site, kinds) for site in every}
         self.sites = [site for site in every if not reasons[site.title]]
         if not self.sites:
