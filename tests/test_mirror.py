@@ -78,6 +78,7 @@ ELSEWHERE = {
     "train/parts/factors.py": ("train/test_maestro.py", "Maestro"),
     "train/parts/product_decay.py": ("train/test_frobenius.py", "FrobeniusDecay"),
     "train/parts/latent.py": ("train/test_stf.py", "LatentWeight"),
+    "walk/adapters.py": ("seams/test_peft.py", "adapted_layers"),
 }
 
 # Test file below tests/ -> why it is a topic of its own.
@@ -125,6 +126,7 @@ TOPICS = {
     "train/test_own_controller.py": "A controller that is written outside.",
     "train/test_plugs.py": "Every controller in every kind of loop.",
     "train/test_resume.py": "Every controller stopped and resumed.",
+    "seams/test_peft.py": "Adapters on what is factored; models with adapters.",
     "walk/test_patches.py": "Rows that layers read, convolutions above all.",
     "walk/test_patterns.py": "target_modules, with peft as the oracle.",
 }

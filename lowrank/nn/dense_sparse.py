@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..errors import LowrankError
 from ..types import Cost, Size
+from .children import linear_weight
 from .form import LinearForm
 from .lowrank_linear import own
 
@@ -198,7 +199,7 @@ class DenseSparseLinear(Coded):
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.value.dtype
-        return self.coefficients(dtype) @ self.basis.weight.to(dtype)
+        return self.coefficients(dtype) @ linear_weight(self.basis).to(dtype)
 
     @classmethod
     def size_cost(cls, shape: Sequence[int], size: Size, *, itemsize: int, heads: int = 0) -> Cost:
@@ -286,7 +287,7 @@ class SparseDenseLinear(Coded):
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.value.dtype
-        return self.basis.weight.to(dtype) @ self.coefficients(dtype).T
+        return linear_weight(self.basis).to(dtype) @ self.coefficients(dtype).T
 
     @classmethod
     def size_cost(cls, shape: Sequence[int], size: Size, *, itemsize: int, heads: int = 0) -> Cost:

@@ -110,9 +110,15 @@ class LinearForm(Form):
     @property
     def weight(self) -> Tensor:
         """The dense weight (out, in), computed when used, for code that reads `.weight`."""
-        sizes, like = self.spec(), next(p for p in self.parameters() if p.is_floating_point())
+        sizes = self.spec()
         shape = (sizes["out_features"], sizes["in_features"])
-        return LazyProduct.of(shape, like, self.dense_weight)
+        return LazyProduct.of(shape, floating(self), self.dense_weight)
+
+
+def floating(module: nn.Module) -> Tensor:
+    """A tensor with the dtype and device that a form computes in: its first floating parameter."""
+    found = (p for p in module.parameters() if p.is_floating_point())
+    return next(found, torch.empty(0))
 
 
 FACTORED: dict[str, type[Form]] = {}  # filled in __init__.py
