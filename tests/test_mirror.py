@@ -126,6 +126,7 @@ TOPICS = {
     "train/test_own_controller.py": "A controller that is written outside.",
     "train/test_plugs.py": "Every controller in every kind of loop.",
     "train/test_resume.py": "Every controller stopped and resumed.",
+    "seams/test_accelerate.py": "Factored models on devices and disks.",
     "seams/test_peft.py": "Adapters on what is factored; models with adapters.",
     "walk/test_patches.py": "Rows that layers read, convolutions above all.",
     "walk/test_patterns.py": "target_modules, with peft as the oracle.",
