@@ -21,11 +21,11 @@ from ..errors import LowrankError, listed
 from ..nn import form_of
 from ..tables import aligned, rich_table
 from ..types import UNITS, Cost, Site, Size, Unit
-from ..walk import layouts
+from ..walk import coverage, layouts
 from ..walk.surgery import factored
 from . import shared_basis
 from .entry import Entry
-from .schema import COST, Checks, is_cost, is_integer, is_number, is_text, require_fields
+from .schema import COST, Checks, is_cost, is_counts, is_integer, is_number, is_text, require_fields
 
 FORMAT = 1
 Work = list[tuple[Site, Entry]]
@@ -153,15 +153,23 @@ class Plan:
         """The request, in a few words."""
         return ", ".join(f"{k} {v}" for k, v in self.asked.items() if v is not None) or "a plan"
 
+    def scope(self) -> list[str]:
+        """What the plan is about, and what it leaves out, in a line or two."""
+        targets = sum(entry.dense.params for entry in self.entries if entry.target)
+        outside = coverage.told(self.settings.get("uncovered") or {})
+        lines = [f"targets: {targets:,} of {self.model.params:,} parameters"]
+        return [*lines, outside] if outside else lines
+
     def __str__(self) -> str:
         head = (
             f"plan: {self.asked_text()} -> keeps {self.kept():.4f} of the targets' {self.unit}, "
             f"{self.kept_of_model():.4f} of the model's"
         )
-        return "\n".join([head, *aligned(self.rows())])
+        return "\n".join([*self.scope(), head, *aligned(self.rows())])
 
     def __rich__(self) -> Any:
-        return rich_table(f"plan: {self.asked_text()}", self.rows())
+        head = [*self.scope(), f"plan: {self.asked_text()}"]
+        return rich_table("\n".join(head), self.rows())
 
 
 def parsed(text: str, what: str) -> dict[str, Any]:
@@ -207,6 +215,7 @@ _SETTINGS: Checks = {
     "storage": (lambda v: v is None or form_of(v) is not None, "a storage of a registered form"),
     "data": (lambda v: v is None or is_text(v), "text"),
     "recovery": (lambda v: v is None or isinstance(v, dict), "an object or null"),
+    "uncovered": (is_counts, "an object of counts"),
 }
 
 
