@@ -22,7 +22,7 @@ from ..errors import LowrankError, listed
 from ..walk.surgery import factored, modules_of, swap
 from .card import REMOTE_FILE
 from .merging import densify
-from .specs import Spec, check_specs, prepare, specs_of, untie
+from .specs import Spec, check_specs, check_values, prepare, specs_of, untie
 
 VERSION = 1
 SOURCE = "config.json: quantization_config"
@@ -107,6 +107,7 @@ class LowRankHfQuantizer(HfQuantizer):
         untie(model, factored(model))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        check_values(model, "the weights")
         # The weights are ordinary floating-point: half(), float() and Trainer work as usual.
         # transformers' models also branch on this config entry, and would otherwise compute in
         # another order than before saving.

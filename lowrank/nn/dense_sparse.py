@@ -109,6 +109,12 @@ class Coded(LinearForm):
         value = self.value.to(dtype or self.value.dtype)
         return value.new_zeros(len(value), self.rank).scatter(1, self.index.long(), value)
 
+    def fault(self) -> str:
+        rows = self.index.long().sort(1).values
+        if bool((rows >= 0).all() & (rows < self.rank).all() & (rows.diff(dim=1) > 0).all()):
+            return ""
+        return f"index must hold distinct atoms in [0, {self.rank - 1}] in every row"
+
     def spec(self) -> dict[str, Any]:
         return {
             "in_features": self.in_features,

@@ -90,6 +90,13 @@ class Form(nn.Module):
         """Why the layer has no dense weight; "" if it has one."""
         return ""
 
+    def fault(self) -> str:
+        """What is wrong with the integers it stores, such as an index out of range; "" if nothing.
+
+        Files may be damaged: it is asked after loading, when there are values.
+        """
+        return ""
+
     @property
     def owner(self) -> nn.Module | None:
         """The module whose tensors this one reads without storing them; None for most."""

@@ -59,9 +59,13 @@ class Masked(nn.Module):
         spread = self.dense(low.dtype)
         return torch.addmm(rows[1], rows[0].to(low.dtype), spread.T).view(low.shape)
 
+    def kept(self) -> Tensor:
+        """The mask (out, in), bool."""
+        return unpack(self.mask, self.in_features)
+
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """S (out, in) as a dense matrix."""
-        mask = unpack(self.mask, self.in_features)
+        mask = self.kept()
         weight = self.weight.to(dtype or self.weight.dtype)
         return weight.new_zeros(mask.shape).masked_scatter(mask, weight)
 
@@ -161,6 +165,12 @@ class LowRankMaskedLinear(DownUp):
         up, down = linear_weight(self.up), linear_weight(self.down)
         dtype = dtype or up.dtype
         return up.to(dtype) @ down.to(dtype) + self.sparse.dense(dtype)
+
+    def fault(self) -> str:
+        kept, bits = int(self.sparse.kept().sum()), 8 * self.sparse.mask.shape[1]
+        if kept != self.count or bool(unpack(self.sparse.mask, bits)[:, self.in_features :].any()):
+            return f"sparse.mask must keep {self.count} entries, all within its rows, got {kept}"
+        return ""
 
     def spec(self) -> dict[str, Any]:
         return {

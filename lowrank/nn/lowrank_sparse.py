@@ -192,6 +192,9 @@ class LowRankSparseLinear(DownUp):
         """Why the layer has no dense weight; "" if it has one."""
         return "" if self.act is None else CURVED
 
+    def fault(self) -> str:
+        return index_fault(self.sparse.index, self.in_features, "sparse.index")
+
     def _joins(self, inner: Tensor, x: Tensor) -> bool:
         """Whether both parts are computed as one product of concatenated tensors: on a CPU, with
         enough tokens to pay for it, without a graph, and if both parts are plain."""
@@ -234,6 +237,14 @@ class LowRankSparseLinear(DownUp):
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         mixed = "".join(f", {key}={value}" for key, value in self._mixed().items())
         return f"{sizes}, rank={self.rank}, count={self.count}{mixed}"
+
+
+def index_fault(index: Tensor, limit: int, name: str) -> str:
+    """Why an index is not ascending numbers in [0, limit); "" if it is."""
+    ids = index.long()
+    if bool((ids < 0).any()) or bool((ids >= limit).any()) or bool((ids.diff() <= 0).any()):
+        return f"{name} must hold ascending numbers in [0, {limit - 1}], got {ids.tolist()!r:.60}"
+    return ""
 
 
 def low_rank_sparse_cost(

@@ -141,6 +141,12 @@ class PivotedLinear(LinearForm):
             return torch.cat((kept, mix @ kept)).index_select(0, self.order)
         return torch.cat((kept, kept @ mix), 1).index_select(1, self.order.argsort())
 
+    def fault(self) -> str:
+        places = torch.arange(len(self.order), device=self.order.device)
+        if torch.equal(self.order.long().sort().values, places):
+            return ""
+        return f"order must hold every number in [0, {len(places) - 1}] once"
+
     def spec(self) -> dict[str, Any]:
         return {
             "in_features": self.in_features,

@@ -143,7 +143,11 @@ class Plan:
         """Read a saved plan; raises LowrankError as `from_json` does, or if there is no file."""
         if not Path(path).is_file():
             raise LowrankError(f"no plan at {path}")
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise LowrankError(f"{path} is not JSON, which is UTF-8 text: {error}") from error
+        return cls.from_json(text)
 
     def rows(self) -> list[dict[str, str]]:
         """One row per site, as text: for tables in a terminal, a page or a model card."""
