@@ -72,6 +72,7 @@ def _write(model: nn.Module, target: Path) -> None:
     }
     target.mkdir(parents=True, exist_ok=True)
     tensors.write(stored, target / WEIGHTS)
+    index["sha256"] = tensors.sha256(target / WEIGHTS)  # compared by `lowrank verify`
     (target / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
@@ -102,7 +103,7 @@ def load(
         raise LowrankError(f"there is no folder {source}")
     if not (source / INDEX).exists():
         return _load_pretrained(source, skeleton, device, dtype)
-    specs, index = _index(source / INDEX)
+    specs, index = index_of(source / INDEX)
     if skeleton is None:
         raise LowrankError(
             f"{source} holds weights but no architecture: pass skeleton=, the dense model or a "
@@ -160,7 +161,7 @@ def _load_pretrained(
     return model.to(device=device)
 
 
-def _index(path: Path) -> tuple[dict[str, Spec], dict[str, Any]]:
+def index_of(path: Path) -> tuple[dict[str, Spec], dict[str, Any]]:
     """Specs by module name, and the whole of a validated `lowrank.json`, with its aliases."""
     try:
         index = json.loads(path.read_text(encoding="utf-8"))

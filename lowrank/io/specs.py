@@ -60,14 +60,14 @@ def check_values(model: nn.Module, source: str) -> None:
     if bad:
         raise LowrankError(f"{source}: weights are not floating-point: {listed(bad)}: damaged file")
     for name, module in factored(model).items():
-        fault = _mixed(module, name)
+        fault = mixed(module, name)
         if not fault and not any(t.is_meta for t in module.state_dict().values()):
             fault = module.fault()
         if fault:
             raise LowrankError(f"{source}: {name or '(root)'}: {fault}: damaged file")
 
 
-def _mixed(module: Form, name: str) -> str:
+def mixed(module: Form, name: str) -> str:
     """Which tensors of a factored module have a dtype that does not fit the others; "" if none."""
     held = module.state_dict()
     wanted = build(describe(module), name).state_dict()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ NAMES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
     torch.bool: "BOOL",
 }  # fmt: skip
+BLOCK = 2**20  # bytes hashed at a time
 WIDE = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -110,6 +112,28 @@ def read(path: Path, device: torch.device | str, dtype: torch.dtype | None) -> d
     if dtype is None:
         return tensors
     return {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def each(path: Path, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file one after another, or those of these names; none is kept."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if names is None or name in names:
+                    yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise LowrankError(f"{path} could not be read: {error}") from error
 
 
 def expected(model: nn.Module, new: Mapping[str, nn.Module]) -> dict[str, TensorEntry]:
