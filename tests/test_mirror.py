@@ -81,6 +81,7 @@ ELSEWHERE = {
     "train/parts/factors.py": ("train/test_maestro.py", "Maestro"),
     "train/parts/product_decay.py": ("train/test_frobenius.py", "FrobeniusDecay"),
     "train/parts/latent.py": ("train/test_stf.py", "LatentWeight"),
+    "walk/adapters.py": ("seams/test_peft.py", "adapted_layers"),
 }
 
 # Test file below tests/ -> why it is a topic of its own.
@@ -101,6 +102,7 @@ TOPICS = {
     "cli/test_self_calibration.py": "Commands without data.",
     "cli/test_sweep.py": "One command, whose output, picture and cache are its own.",
     "io/test_checkpoint_errors.py": "Files that are damaged, one test each.",
+    "io/test_damaged_numbers.py": "Dtypes and indices that cannot be what was saved.",
     "io/test_ecosystem.py": "Trainer, generate and peft with a model that was reloaded.",
     "io/test_pivoted.py": "One storage through every kind of file.",
     "methods/test_own_forms.py": "What the methods share whose sizes are several numbers.",
@@ -113,6 +115,7 @@ TOPICS = {
     "test_bad_input.py": "Models and data that every verb refuses.",
     "test_convolutions.py": "Networks of convolutions through every verb.",
     "test_docs.py": "README and docs: their code runs and prints what they say.",
+    "test_fuzz.py": "Files damaged at random: tests/fuzz.py.",
     "test_house.py": "Loose modules, circles, names, lengths and contracts of the library.",
     "test_layers.py": "The order of imports in the whole library.",
     "test_mirror.py": "This map.",
@@ -129,6 +132,8 @@ TOPICS = {
     "train/test_own_controller.py": "A controller that is written outside.",
     "train/test_plugs.py": "Every controller in every kind of loop.",
     "train/test_resume.py": "Every controller stopped and resumed.",
+    "seams/test_accelerate.py": "Factored models on devices and disks.",
+    "seams/test_peft.py": "Adapters on what is factored; models with adapters.",
     "walk/test_patches.py": "Rows that layers read, convolutions above all.",
     "walk/test_patterns.py": "target_modules, with peft as the oracle.",
     "seams/test_diffusers.py": "Stock diffusers saves and loads factored models.",

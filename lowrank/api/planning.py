@@ -23,6 +23,7 @@ from ..plans.plan import Plan, versions
 from ..recover.chain import Workbench
 from ..types import Allocation, Cost, Curve, Probe, SeveralForms, Site
 from ..walk import layouts
+from ..walk.coverage import uncovered
 from ..walk.sites import pattern_value
 from .allocating import Curves, allocate, probe_of, why_dense
 from .grouping import Group, groups_of
@@ -93,6 +94,9 @@ def make_plan(
     chosen, curves, compared = _chosen(request, goal, parts, whole, probe)
     entries = _entries(parts, chosen, curves, request, {site.names for site in targets})
     settings = _settings(request, resolved, calibration)
+    outside = uncovered(model, sites)
+    if outside:
+        settings["uncovered"] = outside
     if compared:
         settings["forms"] = compared
     if notes:

@@ -26,6 +26,7 @@ a UTF-8 text file.
   lowrank report plan.json -o plan.html       draw a plan as an HTML page
   lowrank compress PATH --ratio 0.8 --data TEXT --out out
   lowrank eval out --text TEXT --reference PATH
+  lowrank verify out                          check the files of a saved model
   lowrank merge out --out dense               convert back to dense layers
 
 Run lowrank COMMAND --help for details, or lowrank demo to try it on a small built-in model.

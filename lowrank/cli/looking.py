@@ -1,4 +1,4 @@
-"""inspect, eval, bench, sweep, methods and demo, which change no model."""
+"""inspect, eval, verify, bench, sweep, methods and demo, which change no model."""
 
 from __future__ import annotations
 
@@ -227,9 +227,25 @@ def sweep_command(
         say(f"wrote {json}")
 
 
+def verify_command(
+    folder: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder of a saved model.", show_default=False)
+    ],
+) -> None:
+    """Check a saved model's files: sizes, dtypes, ranges, finite numbers, checksum.
+
+    \b
+      lowrank verify out
+    """
+    from ..io import verify
+
+    say(f"{folder}: {verify(folder)}")
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "inspect": inspect_command,
     "eval": eval_command,
+    "verify": verify_command,
     "bench": bench_command,
     "sweep": sweep_command,
     "methods": methods_command,

@@ -8,3 +8,5 @@ from .export_formats import export as export
 from .export_formats import to_dense as to_dense
 from .pretrained import from_pretrained as from_pretrained
 from .registration import install as install
+from .verifying import Verified as Verified
+from .verifying import verify as verify

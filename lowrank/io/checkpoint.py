@@ -15,7 +15,7 @@ from ..plans.plan import version
 from ..walk.surgery import modules_of, plain_name, swap, unchanged_on_error, unwrapped
 from . import pretrained, tensors
 from .declaration import is_transformers
-from .specs import Spec, check_specs, prepare, specs_of
+from .specs import Spec, check_specs, check_values, prepare, specs_of
 
 FORMAT = "lowrank"
 VERSION = 1
@@ -68,9 +68,11 @@ def _write(model: nn.Module, target: Path) -> None:
         "lowrank_version": version(),
         "modules": specs_of(model),
         "aliases": aliases,
+        **tensors.dtypes_of(stored),
     }
     target.mkdir(parents=True, exist_ok=True)
     tensors.write(stored, target / WEIGHTS)
+    index["sha256"] = tensors.sha256(target / WEIGHTS)  # compared by `lowrank verify`
     (target / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
@@ -101,7 +103,7 @@ def load(
         raise LowrankError(f"there is no folder {source}")
     if not (source / INDEX).exists():
         return _load_pretrained(source, skeleton, device, dtype)
-    specs, aliases = _index(source / INDEX)
+    specs, index = index_of(source / INDEX)
     if skeleton is None:
         raise LowrankError(
             f"{source} holds weights but no architecture: pass skeleton=, the dense model or a "
@@ -110,23 +112,24 @@ def load(
     model = skeleton if isinstance(skeleton, nn.Module) else skeleton()
     if not isinstance(model, nn.Module):
         raise LowrankError(f"skeleton must be or return an nn.Module, got {type(model).__name__}")
-    return _filled(model, source / WEIGHTS, specs, aliases, device, dtype)
+    return _filled(model, source / WEIGHTS, specs, index, device, dtype)
 
 
 def _filled(
     model: nn.Module,
     path: Path,
     specs: dict[str, Spec],
-    aliases: dict[str, str],
+    index: dict[str, Any],
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> nn.Module:
     """Swap layers and load tensors from `path`; the model is unchanged on an error."""
-    stored = tensors.header(path)
+    stored, aliases = tensors.header(path), index["aliases"]
     new = prepare(model, specs, INDEX)
     named = {name: new[id(module)] for name, module in modules_of(model) if id(module) in new}
     wanted = tensors.expected(model, named)
     tensors.check_match(wanted, stored, aliases, path)
+    tensors.check_dtypes(stored, index, path)
     _check_unsaved_buffers(model)
     values = tensors.read(path, device or "cpu", dtype)
     with unchanged_on_error(model):
@@ -135,6 +138,7 @@ def _filled(
         filled.load_state_dict(
             {key: state[plain_name(key)] for key in filled.state_dict()}, assign=True
         )
+        check_values(filled, str(path))
     # Also moves what the file does not hold (unsaved buffers).
     return filled.to(device=device, dtype=dtype)
 
@@ -157,11 +161,11 @@ def _load_pretrained(
     return model.to(device=device)
 
 
-def _index(path: Path) -> tuple[dict[str, Spec], dict[str, str]]:
-    """Specs by module name, and tensor aliases, from a validated `lowrank.json`."""
+def index_of(path: Path) -> tuple[dict[str, Spec], dict[str, Any]]:
+    """Specs by module name, and the whole of a validated `lowrank.json`, with its aliases."""
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise LowrankError(f"{path} is not valid JSON ({error}): save the model again") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise LowrankError(f"{path}: expected an object with format {FORMAT!r}")
@@ -173,7 +177,7 @@ def _index(path: Path) -> tuple[dict[str, Spec], dict[str, str]]:
     aliases = index.get("aliases", {})
     if not isinstance(aliases, dict) or not all(isinstance(v, str) for v in aliases.values()):
         raise LowrankError(f"{path}: 'aliases' must map names to names, got {aliases!r:.80}")
-    return check_specs(index.get("modules"), INDEX), aliases
+    return check_specs(index.get("modules"), INDEX), {**index, "aliases": aliases}
 
 
 def _check_unsaved_buffers(model: nn.Module) -> None:

@@ -27,7 +27,17 @@ from .card import REMOTE_FILE
 from .configs import method_of, sub_configs
 from .import_hooks import install
 from .merging import densify
-from .specs import VERSION, Spec, check_specs, check_version, guards, prepare, specs_of, untie
+from .specs import (
+    VERSION,
+    Spec,
+    check_specs,
+    check_values,
+    check_version,
+    guards,
+    prepare,
+    specs_of,
+    untie,
+)
 
 SOURCE = "config.json: quantization_config"
 
@@ -114,6 +124,7 @@ class LowRankHfQuantizer(HfQuantizer):
         _ignore_guards(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        check_values(model, "the weights")
         # The weights are ordinary floating-point: half(), float() and Trainer work as usual.
         # transformers' models also branch on this config entry, and would otherwise compute in
         # another order than before saving.

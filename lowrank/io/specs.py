@@ -16,6 +16,7 @@ from ..walk.surgery import adopt, factored, modules_of
 
 Spec = dict[str, Any]
 VERSION = 1  # of the declaration in a config.json
+Names = Mapping[str, Form]
 
 
 def specs_of(model: nn.Module) -> dict[str, Spec]:
@@ -79,7 +80,42 @@ def check_specs(specs: object, source: str) -> dict[str, Spec]:
             raise LowrankError(f"{source}: {name!r} is not a module name such as 'encoder.0.fc'")
         if not isinstance(spec, dict):
             raise LowrankError(f"{source}: {name}: expected a spec with a 'type', got {spec!r:.80}")
+        if not isinstance(spec.get("shared", ""), str | None):
+            raise LowrankError(
+                f"{source}: {name}: 'shared' must be a module's name, got {spec['shared']!r:.80}"
+            )
     return dict(specs)
+
+
+def check_values(model: nn.Module, source: str) -> None:
+    """Check what no header says, once the tensors of a model are loaded.
+
+    Raises:
+        LowrankError: a parameter is not floating-point, the tensors of a factored module do not go
+            together, or an index is out of range.
+    """
+    bad = [f"{n} {p.dtype}" for n, p in model.named_parameters() if not p.is_floating_point()]
+    if bad:
+        raise LowrankError(f"{source}: weights are not floating-point: {listed(bad)}: damaged file")
+    for name, module in factored(model).items():
+        fault = mixed(module, name)
+        if not fault and not any(t.is_meta for t in module.state_dict().values()):
+            fault = module.fault()
+        if fault:
+            raise LowrankError(f"{source}: {name or '(root)'}: {fault}: damaged file")
+
+
+def mixed(module: Form, name: str) -> str:
+    """Which tensors of a factored module have a dtype that does not fit the others; "" if none."""
+    held = module.state_dict()
+    wanted = build(describe(module), name).state_dict()
+    first = next((t.dtype for t in held.values() if t.is_floating_point()), None)
+    wrong = [
+        f"{key} {held[key].dtype}"
+        for key, empty in wanted.items()
+        if key in held and held[key].dtype != (first if empty.is_floating_point() else empty.dtype)
+    ]
+    return f"of another dtype than expected: {listed(wrong)}" if wrong else ""
 
 
 def prepare(model: nn.Module, specs: Mapping[str, Spec], source: str) -> dict[int, Form]:
@@ -178,9 +214,6 @@ def _check_options(dense: nn.Module, spec: Spec, where: str) -> None:
             f"{where}: stored with options {stored}, but {type(dense).__name__} has "
             f"{table_options(dense)}"
         )
-
-
-Names = Mapping[str, Form]
 
 
 class _OtherTies(dict[str, str]):

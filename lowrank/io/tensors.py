@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LowrankError, listed
 from ..walk.surgery import plain_name
+
+NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+BLOCK = 2**20  # bytes hashed at a time
+WIDE = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 @dataclass(frozen=True)
@@ -24,6 +36,7 @@ class TensorEntry:
 
     shape: tuple[int, ...]
     floating: bool
+    dtype: str  # as safetensors calls it
     parameter: bool = False
     identity: int = 0
 
@@ -78,7 +91,7 @@ def header(path: Path) -> dict[str, TensorEntry]:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {
-                name: TensorEntry(tuple(part.get_shape()), part.get_dtype().startswith(("F", "BF")))
+                name: _stored(tuple(part.get_shape()), str(part.get_dtype()))
                 for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
@@ -99,6 +112,28 @@ def read(path: Path, device: torch.device | str, dtype: torch.dtype | None) -> d
     if dtype is None:
         return tensors
     return {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def each(path: Path, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file one after another, or those of these names; none is kept."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if names is None or name in names:
+                    yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise LowrankError(f"{path} could not be read: {error}") from error
 
 
 def expected(model: nn.Module, new: Mapping[str, nn.Module]) -> dict[str, TensorEntry]:
@@ -171,11 +206,50 @@ def as_state(
 
 def _entry(tensor: Tensor) -> TensorEntry:
     parameter = isinstance(tensor, nn.Parameter)
-    return TensorEntry(tuple(tensor.shape), tensor.is_floating_point(), parameter, id(tensor))
+    kind = dtype_name(tensor.dtype)
+    shape, floating = tuple(tensor.shape), tensor.is_floating_point()
+    return TensorEntry(shape, floating, kind, parameter, id(tensor))
+
+
+def _stored(shape: tuple[int, ...], dtype: str) -> TensorEntry:
+    return TensorEntry(shape, dtype.startswith(("F", "BF")), dtype)
 
 
 def _text(entry: TensorEntry) -> str:
-    return f"{list(entry.shape)} {'floating' if entry.floating else 'integer'}"
+    """Shape and kind; floating-point numbers of 16 to 64 bits are one kind, since a model may be
+    cast."""
+    return f"{list(entry.shape)} {'floating' if entry.dtype in WIDE else entry.dtype}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype in safetensors' files; torch's own for one that they cannot hold."""
+    return NAMES.get(dtype, str(dtype))
+
+
+def dtypes_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a file's index says of floating-point tensors: the usual dtype, and those of others."""
+    every = {n: dtype_name(t.dtype) for n, t in tensors.items() if t.is_floating_point()}
+    usual = Counter(every.values()).most_common(1)
+    if not usual:
+        return {}
+    others = {name: dtype for name, dtype in every.items() if dtype != usual[0][0]}
+    return {"dtype": usual[0][0], **({"dtypes": others} if others else {})}
+
+
+def check_dtypes(stored: Mapping[str, TensorEntry], index: Mapping[str, Any], path: Path) -> None:
+    """Raises LowrankError unless floating-point tensors have the dtypes that the index names."""
+    usual, others = index.get("dtype"), index.get("dtypes", {})
+    if usual is None:
+        return  # written before there was one
+    if not isinstance(usual, str) or not isinstance(others, dict):
+        raise LowrankError(f"{path}: 'dtype' must be a name and 'dtypes' map tensors to names")
+    wrong = [
+        f"{name} {entry.dtype} instead of {others.get(name, usual)!r:.40}"
+        for name, entry in stored.items()
+        if entry.floating and entry.dtype != others.get(name, usual)
+    ]
+    if wrong:
+        raise LowrankError(f"{path} is damaged or was edited; of another dtype: {listed(wrong)}")
 
 
 def _place(tensor: Tensor) -> object:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..errors import LowrankError
 from ..types import Cost, Size
+from .children import linear_weight
 from .form import LinearForm
 from .lowrank_linear import own
 
@@ -108,6 +109,12 @@ class Coded(LinearForm):
         value = self.value.to(dtype or self.value.dtype)
         return value.new_zeros(len(value), self.rank).scatter(1, self.index.long(), value)
 
+    def fault(self) -> str:
+        rows = self.index.long().sort(1).values
+        if bool((rows >= 0).all() & (rows < self.rank).all() & (rows.diff(dim=1) > 0).all()):
+            return ""
+        return f"index must hold distinct atoms in [0, {self.rank - 1}] in every row"
+
     def spec(self) -> dict[str, Any]:
         return {
             "in_features": self.in_features,
@@ -198,7 +205,7 @@ class DenseSparseLinear(Coded):
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.value.dtype
-        return self.coefficients(dtype) @ self.basis.weight.to(dtype)
+        return self.coefficients(dtype) @ linear_weight(self.basis).to(dtype)
 
     @classmethod
     def size_cost(cls, shape: Sequence[int], size: Size, *, itemsize: int, heads: int = 0) -> Cost:
@@ -286,7 +293,7 @@ class SparseDenseLinear(Coded):
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.value.dtype
-        return self.basis.weight.to(dtype) @ self.coefficients(dtype).T
+        return linear_weight(self.basis).to(dtype) @ self.coefficients(dtype).T
 
     @classmethod
     def size_cost(cls, shape: Sequence[int], size: Size, *, itemsize: int, heads: int = 0) -> Cost:

@@ -90,6 +90,13 @@ class Form(nn.Module):
         """Why the layer has no dense weight; "" if it has one."""
         return ""
 
+    def fault(self) -> str:
+        """What is wrong with the integers it stores, such as an index out of range; "" if nothing.
+
+        Files may be damaged: it is asked after loading, when there are values.
+        """
+        return ""
+
     @property
     def owner(self) -> nn.Module | None:
         """The module whose tensors this one reads without storing them; None for most."""
@@ -110,9 +117,15 @@ class LinearForm(Form):
     @property
     def weight(self) -> Tensor:
         """The dense weight (out, in), computed when used, for code that reads `.weight`."""
-        sizes, like = self.spec(), next(p for p in self.parameters() if p.is_floating_point())
+        sizes = self.spec()
         shape = (sizes["out_features"], sizes["in_features"])
-        return LazyProduct.of(shape, like, self.dense_weight)
+        return LazyProduct.of(shape, floating(self), self.dense_weight)
+
+
+def floating(module: nn.Module) -> Tensor:
+    """A tensor with the dtype and device that a form computes in: its first floating parameter."""
+    found = (p for p in module.parameters() if p.is_floating_point())
+    return next(found, torch.empty(0))
 
 
 FACTORED: dict[str, type[Form]] = {}  # filled in __init__.py

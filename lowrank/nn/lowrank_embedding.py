@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from ..errors import LowrankError
 from ..types import Cost, Size
-from .form import Form
+from .children import linear_weight, table_weight
+from .form import Form, floating
+from .lazy import LazyProduct
 from .lowrank_linear import own
 
 BAGS = ("sum", "mean")  # "max" is not linear: it does not commute with the product
@@ -44,6 +46,7 @@ class LowRankEmbedding(Form):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         if mode is not None and mode not in BAGS:
             raise LowrankError(f"mode of a bag must be one of {', '.join(BAGS)}, got {mode!r}")
         place: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -83,14 +86,6 @@ class LowRankEmbedding(Form):
         return lookup_cost(*shape, *size, itemsize=itemsize, heads=heads)
 
     @property
-    def num_embeddings(self) -> int:
-        return self.rows.num_embeddings
-
-    @property
-    def embedding_dim(self) -> int:
-        return self.up.out_features
-
-    @property
     def padding_idx(self) -> int | None:
         return self.rows.padding_idx
 
@@ -100,8 +95,9 @@ class LowRankEmbedding(Form):
 
     @property
     def weight(self) -> Tensor:
-        """The dense table (V, D), computed on each access, for code that reads `.weight`."""
-        return self.dense_weight()
+        """The dense table (V, D), computed when used, for code that reads `.weight`."""
+        shape = (self.num_embeddings, self.embedding_dim)
+        return LazyProduct.of(shape, floating(self), self.dense_weight)
 
     def forward(
         self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
@@ -115,8 +111,9 @@ class LowRankEmbedding(Form):
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense table (V, D), computed in `dtype` (None: that of the factors)."""
-        dtype = dtype or self.up.weight.dtype
-        return self.rows.weight.to(dtype) @ self.up.weight.to(dtype).T
+        up = linear_weight(self.up)
+        dtype = dtype or up.dtype
+        return table_weight(self.rows, self.num_embeddings).to(dtype) @ up.to(dtype).T
 
     def dense(self, weight: nn.Parameter) -> Table:
         """The replaced layer, with all its options and this weight (V, D)."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..types import Cost, Size
+from .children import linear_weight
 from .form import LinearForm
 from .last_product import LastProduct
 
@@ -88,7 +89,7 @@ class LowRankLinear(DownUp):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         inner = self.down(x)
-        if self._last is not None and not torch.compiler.is_compiling():
+        if self._last is not None and self._keeps():
             self._last.keep(x, self.down.weight, inner)
         return self.up(inner)
 
@@ -100,10 +101,14 @@ class LowRankLinear(DownUp):
 
     def shared_product(self, x: Tensor) -> Tensor:
         """down(x) (..., rank), from the cache if this layer last computed it for the same x."""
-        if self._last is None or torch.compiler.is_compiling():
+        if self._last is None or not self._keeps():
             return self.down(x)
         product = self._last.take(x, self.down.weight)
         return self.down(x) if product is None else product
+
+    def _keeps(self) -> bool:
+        """Whether a product may be kept: an adapter in place of `down` may change meanwhile."""
+        return type(self.down) is nn.Linear and not torch.compiler.is_compiling()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if self._last is not None:
@@ -112,8 +117,9 @@ class LowRankLinear(DownUp):
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight (out, in), computed in `dtype` (None: that of the factors)."""
-        dtype = dtype or self.up.weight.dtype
-        return self.up.weight.to(dtype) @ self.down.weight.to(dtype)
+        up, down = linear_weight(self.up), linear_weight(self.down)
+        dtype = dtype or up.dtype
+        return up.to(dtype) @ down.to(dtype)
 
     def spec(self) -> dict[str, Any]:
         return {

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..errors import LowrankError
 from ..types import Cost, Size
+from .children import linear_weight
 from .lowrank_linear import DownUp, own
 
 BITS = 8
@@ -50,9 +51,21 @@ class Masked(nn.Module):
             packed = pack(first.view(out_features, in_features))
         self.register_buffer("mask", packed)
 
+    def forward(self, x: Tensor, low: Tensor) -> Tensor:
+        """x (..., in), low (..., out) -> low + S x; a call, so that offloaded parts are loaded."""
+        if self.packed is not None:
+            return low + F.linear(x.to(low.dtype), self.packed)
+        rows = x.reshape(-1, self.in_features), low.reshape(-1, low.shape[-1])
+        spread = self.dense(low.dtype)
+        return torch.addmm(rows[1], rows[0].to(low.dtype), spread.T).view(low.shape)
+
+    def kept(self) -> Tensor:
+        """The mask (out, in), bool."""
+        return unpack(self.mask, self.in_features)
+
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """S (out, in) as a dense matrix."""
-        mask = unpack(self.mask, self.in_features)
+        mask = self.kept()
         weight = self.weight.to(dtype or self.weight.dtype)
         return weight.new_zeros(mask.shape).masked_scatter(mask, weight)
 
@@ -144,17 +157,20 @@ class LowRankMaskedLinear(DownUp):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        low = self.up(self.down(x))
-        if self.sparse.packed is not None:
-            return low + F.linear(x.to(low.dtype), self.sparse.packed)
-        rows = x.reshape(-1, self.in_features), low.reshape(-1, self.out_features)
-        spread = self.sparse.dense(low.dtype)
-        return torch.addmm(rows[1], rows[0].to(low.dtype), spread.T).view(low.shape)
+        y: Tensor = self.sparse(x, self.up(self.down(x)))
+        return y
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight (out, in), computed in `dtype` (None: that of the factors)."""
-        dtype = dtype or self.up.weight.dtype
-        return self.up.weight.to(dtype) @ self.down.weight.to(dtype) + self.sparse.dense(dtype)
+        up, down = linear_weight(self.up), linear_weight(self.down)
+        dtype = dtype or up.dtype
+        return up.to(dtype) @ down.to(dtype) + self.sparse.dense(dtype)
+
+    def fault(self) -> str:
+        kept, bits = int(self.sparse.kept().sum()), 8 * self.sparse.mask.shape[1]
+        if kept != self.count or bool(unpack(self.sparse.mask, bits)[:, self.in_features :].any()):
+            return f"sparse.mask must keep {self.count} entries, all within its rows, got {kept}"
+        return ""
 
     def spec(self) -> dict[str, Any]:
         return {

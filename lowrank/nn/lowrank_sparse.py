@@ -18,6 +18,7 @@ from torch.nn.functional import linear, silu
 
 from ..errors import LowrankError, unknown
 from ..types import Cost, Size
+from .children import is_bare, is_plain, linear_weight
 from .lowrank_linear import DownUp, own
 
 Act = Literal["silu"]
@@ -42,6 +43,14 @@ class Columns(nn.Module):
         self.weight = nn.Parameter(torch.zeros(out_features, count, device=device, dtype=dtype))
         first = torch.arange(count, dtype=torch.int32, device=device)
         self.register_buffer("index", first)
+
+    def forward(self, x: Tensor, low: Tensor, share: float = 1.0) -> Tensor:
+        """x (..., in), low (..., out) -> low + share · columns · x[index]; a call, so that
+        offloaded columns are loaded."""
+        chosen = x.index_select(-1, self.index)
+        rows = chosen.reshape(-1, len(self.index)), low.reshape(-1, low.shape[-1])
+        # A fused add to the low-rank part: a separate sum would read all of it again.
+        return torch.addmm(rows[1], rows[0], self.weight.T, alpha=share).view(low.shape)
 
 
 class LowRankSparseLinear(DownUp):
@@ -156,15 +165,13 @@ class LowRankSparseLinear(DownUp):
         inner = self.down(x)
         inner = inner if self.act is None else silu(inner)
         inner = inner if share == 1 else share * inner
+        if not self._joins(inner, x):
+            y: Tensor = self.sparse(x, self.up(inner), rest)
+            return y
         chosen = x.index_select(-1, self.sparse.index)
-        if self._joins(inner, chosen):
-            both = torch.cat([inner, chosen if rest == 1 else rest * chosen], -1)
-            weight = torch.cat([self.up.weight, self.sparse.weight], 1)
-            return linear(both, weight, self.up.bias)
-        low = self.up(inner)
-        rows = chosen.reshape(-1, self.count), low.reshape(-1, self.out_features)
-        # A fused add to the low-rank part: a separate sum would read all of it again.
-        return torch.addmm(rows[1], rows[0], self.sparse.weight.T, alpha=rest).view(low.shape)
+        both = torch.cat([inner, chosen if rest == 1 else rest * chosen], -1)
+        weight = torch.cat([self.up.weight, self.sparse.weight], 1)
+        return linear(both, weight, self.up.bias)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight (out, in), computed in `dtype` (None: that of the factors).
@@ -174,9 +181,10 @@ class LowRankSparseLinear(DownUp):
         """
         if self.not_linear:
             raise LowrankError(f"this layer has no dense weight: {self.not_linear}")
-        dtype = dtype or self.up.weight.dtype
+        up, down = linear_weight(self.up), linear_weight(self.down)
+        dtype = dtype or up.dtype
         share, rest = self._shares()
-        low = share * self.up.weight.to(dtype) @ self.down.weight.to(dtype)
+        low = share * up.to(dtype) @ down.to(dtype)
         return low.index_add(1, self.sparse.index, self.sparse.weight.to(dtype), alpha=rest)
 
     @property
@@ -184,16 +192,21 @@ class LowRankSparseLinear(DownUp):
         """Why the layer has no dense weight; "" if it has one."""
         return "" if self.act is None else CURVED
 
-    def _joins(self, inner: Tensor, chosen: Tensor) -> bool:
+    def fault(self) -> str:
+        return index_fault(self.sparse.index, self.in_features, "sparse.index")
+
+    def _joins(self, inner: Tensor, x: Tensor) -> bool:
         """Whether both parts are computed as one product of concatenated tensors: on a CPU, with
-        enough tokens to pay for it, and without a graph."""
+        enough tokens to pay for it, without a graph, and if both parts are plain."""
         many = inner.numel() >= JOINED * self.rank
+        if not many or not is_plain(self.up) or not is_bare(self.sparse):
+            return False
         plain = type(inner) is Tensor and inner.device.type == "cpu"
-        alike = inner.dtype == chosen.dtype == self.up.weight.dtype
+        alike = inner.dtype == x.dtype == self.up.weight.dtype
         weights = self.up.weight, self.sparse.weight
         graph = torch.is_grad_enabled() and any(t.requires_grad for t in (inner, *weights))
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        return many and plain and alike and not graph and not traced
+        return plain and alike and not graph and not traced
 
     def _shares(self) -> tuple[float, float]:
         return (1.0, 1.0) if self.gamma is None else (self.gamma, 1.0 - self.gamma)
@@ -224,6 +237,14 @@ class LowRankSparseLinear(DownUp):
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         mixed = "".join(f", {key}={value}" for key, value in self._mixed().items())
         return f"{sizes}, rank={self.rank}, count={self.count}{mixed}"
+
+
+def index_fault(index: Tensor, limit: int, name: str) -> str:
+    """Why an index is not ascending numbers in [0, limit); "" if it is."""
+    ids = index.long()
+    if bool((ids < 0).any()) or bool((ids >= limit).any()) or bool((ids.diff() <= 0).any()):
+        return f"{name} must hold ascending numbers in [0, {limit - 1}], got {ids.tolist()!r:.60}"
+    return ""
 
 
 def low_rank_sparse_cost(

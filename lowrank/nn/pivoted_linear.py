@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import linalg
 from ..errors import LowrankError, unknown
 from ..types import Cost, Size
+from .children import linear_weight
 from .form import LinearForm
 from .lowrank_linear import LowRankLinear
 
@@ -120,7 +121,7 @@ class PivotedLinear(LinearForm):
 
     @property
     def _kept(self) -> Tensor:
-        return self.down.weight if self.side == "out" else self.up.weight
+        return linear_weight(self.down if self.side == "out" else self.up)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
@@ -135,10 +136,16 @@ class PivotedLinear(LinearForm):
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight (out, in), computed in `dtype` (None: that of the factors)."""
         kept = self._kept.to(dtype or self._kept.dtype)
-        mix = self.mix.weight.to(kept.dtype)
+        mix = linear_weight(self.mix).to(kept.dtype)
         if self.side == "out":
             return torch.cat((kept, mix @ kept)).index_select(0, self.order)
         return torch.cat((kept, kept @ mix), 1).index_select(1, self.order.argsort())
+
+    def fault(self) -> str:
+        places = torch.arange(len(self.order), device=self.order.device)
+        if torch.equal(self.order.long().sort().values, places):
+            return ""
+        return f"order must hold every number in [0, {len(places) - 1}] once"
 
     def spec(self) -> dict[str, Any]:
         return {

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import LowrankError
 from ..types import Cost
+from .children import linear_weight
 from .form import LinearForm
 from .lowrank_linear import LowRankLinear, own
 
@@ -115,8 +116,9 @@ class SharedLowRankLinear(LinearForm):
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight (out, in), computed in `dtype` (None: that of the factors)."""
-        dtype = dtype or self.up.weight.dtype
-        return self.up.weight.to(dtype) @ self.down.weight.to(dtype)
+        up, down = linear_weight(self.up), linear_weight(self.down)
+        dtype = dtype or up.dtype
+        return up.to(dtype) @ down.to(dtype)
 
     def spec(self) -> dict[str, Any]:
         sizes = {"in_features": self.in_features, "out_features": self.out_features}

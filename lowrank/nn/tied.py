@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from ..errors import LowrankError
 from ..types import Cost
+from .children import linear_weight, table_weight
 from .form import Form
 from .lowrank_embedding import LowRankEmbedding
 
@@ -60,8 +61,8 @@ class _Reader(Form):
 
     @property
     def weight(self) -> Tensor:
-        """The dense table (V, D), computed on each access."""
-        return self.dense_weight()
+        """The dense table (V, D), computed when used."""
+        return self.owner.weight
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense table (V, D), computed in `dtype` (None: that of the factors)."""
@@ -133,8 +134,9 @@ class TiedHead(_Reader):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., V)."""
-        inner = linear(x, self.owner.up.weight.T)  # (..., rank)
-        return linear(inner, self.owner.rows.weight, self.bias)
+        rows, up = self.owner.rows, self.owner.up
+        inner = linear(x, linear_weight(up, x).T)  # (..., rank)
+        return linear(inner, table_weight(rows, self.num_embeddings, inner), self.bias)
 
     def spec(self) -> dict[str, Any]:
         sizes = {"num_embeddings": self.num_embeddings, "embedding_dim": self.embedding_dim}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..types import Cost
+from .children import linear_weight
 from .lowrank_linear import DownUp
 
 
@@ -88,9 +89,9 @@ class USVLinear(DownUp):
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight (out, in), computed in `dtype` (None: that of the factors)."""
-        dtype = dtype or self.up.weight.dtype
-        left = self.up.weight.to(dtype) @ self.core.weight.to(dtype)
-        return left @ self.down.weight.to(dtype)
+        up, core, down = map(linear_weight, (self.up, self.core, self.down))
+        dtype = dtype or up.dtype
+        return up.to(dtype) @ core.to(dtype) @ down.to(dtype)
 
     def spec(self) -> dict[str, Any]:
         return {

@@ -21,11 +21,11 @@ from ..errors import LowrankError, listed
 from ..nn import form_of
 from ..tables import aligned, rich_table
 from ..types import UNITS, Cost, Site, Size, Unit
-from ..walk import layouts
+from ..walk import coverage, layouts
 from ..walk.surgery import factored
 from . import shared_basis
 from .entry import Entry
-from .schema import COST, Checks, is_cost, is_integer, is_number, is_text, require_fields
+from .schema import COST, Checks, is_cost, is_counts, is_integer, is_number, is_text, require_fields
 
 FORMAT = 1
 Work = list[tuple[Site, Entry]]
@@ -148,7 +148,11 @@ class Plan:
         """Read a saved plan; raises LowrankError as `from_json` does, or if there is no file."""
         if not Path(path).is_file():
             raise LowrankError(f"no plan at {path}")
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise LowrankError(f"{path} is not JSON, which is UTF-8 text: {error}") from error
+        return cls.from_json(text)
 
     def rows(self) -> list[dict[str, str]]:
         """One row per site, as text: for tables in a terminal, a page or a model card."""
@@ -158,16 +162,23 @@ class Plan:
         """The request, in a few words."""
         return ", ".join(f"{k} {v}" for k, v in self.asked.items() if v is not None) or "a plan"
 
+    def scope(self) -> list[str]:
+        """What the plan is about, and what it leaves out, in a line or two."""
+        targets = sum(entry.dense.params for entry in self.entries if entry.target)
+        outside = coverage.told(self.settings.get("uncovered") or {})
+        lines = [f"targets: {targets:,} of {self.model.params:,} parameters"]
+        return [*lines, outside] if outside else lines
+
     def __str__(self) -> str:
         head = (
             f"plan: {self.asked_text()} -> keeps {self.kept():.4f} of the targets' {self.unit}, "
             f"{self.kept_of_model():.4f} of the model's"
         )
-        return "\n".join([head, *self.notes, *aligned(self.rows())])
+        return "\n".join([*self.scope(), head, *self.notes, *aligned(self.rows())])
 
     def __rich__(self) -> Any:
-        head = "\n".join([f"plan: {self.asked_text()}", *self.notes])
-        return rich_table(head, self.rows())
+        head = [*self.scope(), f"plan: {self.asked_text()}", *self.notes]
+        return rich_table("\n".join(head), self.rows())
 
 
 def parsed(text: str, what: str) -> dict[str, Any]:
@@ -217,6 +228,7 @@ _SETTINGS: Checks = {
         lambda v: v is None or (isinstance(v, list) and all(map(is_text, v))),
         "a list of texts",
     ),
+    "uncovered": (is_counts, "an object of counts"),
 }
 
 

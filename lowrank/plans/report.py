@@ -107,6 +107,7 @@ class Report:
         of = self.plan.asked.get("of")
         asked = "" if self.asked is None else f"asked {self.asked:g} of the {of}, "
         lines = [
+            *self.plan.scope(),
             f"{asked}achieved {self.achieved:.4f} of the targets' {self.plan.unit}, "
             f"{self.achieved_of_model:.4f} of the model's",
             f"parameters {self.params_before:,} -> {self.params_after:,}, "

@@ -49,3 +49,8 @@ def is_number(value: Any) -> bool:
 def is_cost(value: Any) -> bool:
     names = {field.name for field in fields(Cost)}
     return isinstance(value, dict) and set(value) == names and are_integers(list(value.values()))
+
+
+def is_counts(value: Any) -> bool:
+    """An object of integers >= 0, or None."""
+    return value is None or (isinstance(value, dict) and are_integers(list(value.values())))

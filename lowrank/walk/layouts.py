@@ -1,6 +1,6 @@
 """The weight of a layer as a matrix, and why some layers cannot be factored.
 
-A layer is accepted only if its exact class is known: a subclass may compute something else, and a
+A layer of a subclass is accepted only if it computes what its base does, which is tried out; a
 parametrised or hooked layer computes its weight elsewhere.
 """
 
@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from torch.nn.utils import parametrize
 
 from ..types import Cost
+from .probing import difference
 
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -80,9 +81,6 @@ def obstacle(module: nn.Module) -> str:
         return "its weight is not a plain parameter (weight norm, pruning or the like)"
     if isinstance(module, TRANSPOSED):
         return "transposed convolutions are not supported"
-    if type(module) not in (nn.Linear, *TABLES, *CONVS) and not _is_conv1d(type(module)):
-        name = type(module).__name__
-        return f"{name} is a subclass of {_base(module)} and may compute something else"
     hooks = (module._forward_hooks, module._forward_pre_hooks)
     if any((*hooks, module._backward_hooks, module._backward_pre_hooks)):
         return "it has hooks that a new layer would lose"
@@ -103,7 +101,8 @@ def obstacle(module: nn.Module) -> str:
         return f"its weight is stored as {weight.dtype}"
     if weight.ndim != 2 or 0 in weight.shape:
         return f"its weight has shape {tuple(weight.shape)}"
-    return ""
+    base = _base(module)
+    return "" if type(module) is base else difference(module, base)
 
 
 def is_finite(module: nn.Module) -> bool:
@@ -116,11 +115,10 @@ def keeps_moments(module: nn.Module) -> bool:
     return isinstance(module, NORMS) and module.running_mean is not None
 
 
-def _base(module: nn.Module) -> str:
-    if layout(module) == "conv1d":
-        return "Conv1D"
+def _base(module: nn.Module) -> type[nn.Module]:
+    """The class of torch, or transformers' Conv1D, that a layer is or is derived from."""
     known = (nn.Linear, *TABLES, *CONVS)
-    return next(f"nn.{c.__name__}" for c in known if isinstance(module, c))
+    return next(c for c in type(module).__mro__ if c in known or _is_conv1d(c))
 
 
 def _is_conv1d(cls: type) -> bool:

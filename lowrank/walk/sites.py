@@ -20,6 +20,7 @@ from ..errors import LowrankError, listed
 from ..nn.lowrank_embedding import table_options
 from ..types import Site
 from . import layouts
+from .adapters import check_no_adapters
 from .heads import FEW, last_heads, named_heads
 from .surgery import modules_of
 
@@ -86,8 +87,10 @@ def select_sites(
             heads of a vocabulary are left out.
 
     Raises:
-        LowrankError: a pattern matches no site; existing names are listed.
+        LowrankError: a pattern matches no site (existing names are listed), or the model holds
+            adapters.
     """
+    check_no_adapters(model)
     word = target_modules.lower() if isinstance(target_modules, str) else ""
     everything = word == ALL_LINEAR
     named = word not in (ALL_LINEAR, ALL)
@@ -276,9 +279,11 @@ def _first(names: Mapping[int, list[str]], module: nn.Module) -> str:
 
 
 def check_model(model: Any) -> None:
-    """Raises LowrankError unless it is a module with materialised, unquantized weights."""
+    """Raises LowrankError unless it is a module with materialised, unquantized weights, and
+    without adapters."""
     if not isinstance(model, nn.Module):
         raise LowrankError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    check_no_adapters(model)
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise LowrankError(

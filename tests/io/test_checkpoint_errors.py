@@ -113,7 +113,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "tensor of another kind": (
         set_tensor("conv.bias", torch.ones(12, dtype=torch.int64)),
-        r"conv.bias \[12\] integer instead of \[12\] floating",
+        r"conv.bias \[12\] I64 instead of \[12\] floating",
     ),
     "shared module as two": (
         lambda f: (

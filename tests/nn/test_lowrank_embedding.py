@@ -109,11 +109,20 @@ def test_a_zero_padding_row_stays_exactly_zero(method: str, rows: int) -> None:
     assert torch.equal(kept.rows.weight[1], torch.zeros(2))
 
 
+def doubled(*sizes: int) -> nn.Module:
+    def forward(self: nn.Embedding, input: torch.Tensor) -> torch.Tensor:
+        return nn.Embedding.forward(self, input) * self.scale
+
+    own = type("Own", (nn.Embedding,), {"forward": forward})(*sizes)
+    own.register_buffer("scale", torch.tensor(2.0))
+    return own
+
+
 def test_what_cannot_be_a_product_is_refused_with_the_reason() -> None:
     for dense, words in (
         (table(max_norm=1.0), "max_norm=1.0 rescales rows when read"),
         (nn.EmbeddingBag(11, 7, mode="max"), "a bag of mode 'max' is not linear"),
-        (type("Own", (nn.Embedding,), {})(11, 7), "Own is a subclass of nn.Embedding"),
+        (doubled(11, 7), "Own multiplies what it reads by 2"),
     ):
         model = nn.ModuleDict({"emb": dense, "fc": nn.Linear(8, 8)})
         before = [id(module) for module in model.modules()]

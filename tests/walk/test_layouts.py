@@ -53,7 +53,9 @@ def odd() -> nn.Linear:
 
 def subclass_of_conv1d() -> nn.Module:
     layer = conv1d()
-    layer.__class__ = type("Scaled", (type(layer),), {})
+    forward = type(layer).forward
+    twice = {"forward": lambda self, x: 2 * forward(self, x)}
+    layer.__class__ = type("Scaled", (type(layer),), twice)
     return layer
 
 
@@ -61,8 +63,7 @@ OBSTACLES = {
     "parametrized": (lambda: parametrizations.orthogonal(nn.Linear(4, 6)), "parametrized"),
     "spectral": (lambda: parametrizations.spectral_norm(nn.Linear(4, 6)), "parametrized"),
     "pruned": (lambda: prune.random_unstructured(nn.Linear(4, 6), "weight", 0.5), "pruning"),
-    "subclass": (lambda: NonDynamicallyQuantizableLinear(4, 6), "NonDynamicallyQuantizableLinear"),
-    "Conv1D subclass": (subclass_of_conv1d, "Scaled is a subclass of Conv1D"),
+    "Conv1D subclass": (subclass_of_conv1d, "Scaled does not compute what its base nn.Conv1D"),
     "forward hook": (lambda: hooked("forward_hook"), "hooks"),
     "pre-hook": (lambda: hooked("forward_pre_hook"), "hooks"),
     "backward hook": (lambda: hooked("full_backward_hook"), "hooks"),

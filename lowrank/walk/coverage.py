@@ -1,0 +1,41 @@
+"""What no site covers: matrices that a module holds itself, outside any layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from ..errors import listed
+from ..nn import is_factored
+from ..types import Site
+from .surgery import modules_of
+
+
+def uncovered(model: nn.Module, sites: Sequence[Site]) -> dict[str, int]:
+    """Parameters per kind, such as "LSTM.weight_ih_l0", of matrices that belong to no site.
+
+    Fused experts, the projections inside nn.MultiheadAttention and recurrent layers are such.
+    Vectors are left out, and so are layers that are factored already.
+    """
+    known = {id(layer._parameters.get("weight")) for site in sites for layer in site.modules}
+    found: dict[str, int] = {}
+    for _, module in modules_of(model):
+        if is_factored(module):
+            continue
+        for key, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in known:
+                continue
+            known.add(id(parameter))
+            if sum(side > 1 for side in parameter.shape) > 1:
+                name = f"{type(module).__name__}.{key}"
+                found[name] = found.get(name, 0) + parameter.numel()
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def told(counts: Mapping[str, int]) -> str:
+    """A sentence about them; "" if there are none."""
+    if not counts:
+        return ""
+    parts = listed((f"{name} ({count:,})" for name, count in counts.items()), 4)
+    return f"in no layer that can be factored: {sum(counts.values()):,} parameters, {parts}"

@@ -1,0 +1,177 @@
+"""peft: adapters on what is factored merge to equal outputs; a model with adapters is refused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lowrank
+from lowrank import LowrankError
+from lowrank.nn import SharedLowRankLinear, TiedHead
+from lowrank.walk.adapters import adapted_layers
+from tests.zoo import llama, make, mlp, tokens, unchanged
+
+peft = pytest.importorskip("peft")
+IDS = tokens(2, 6)
+
+
+def adapted(model: nn.Module, targets: list[str], **options: Any) -> Any:
+    """The model with adapters that compute something, drawn with one seed."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False, **options)
+    return peft.get_peft_model(model, config).eval()
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def tied() -> Any:
+    torch.manual_seed(0)
+    return llama(tie_word_embeddings=True).eval()
+
+
+def factored(model: Any, **options: Any) -> Any:
+    given = {"data": [tokens(16, 32)], "progress": False, **options}
+    return lowrank.compress(model, 0.6, **given)[0]
+
+
+CASES = {
+    "rows of a tied table": (tied, {"target_modules": "all"}, ["embed_tokens.rows"]),
+    "up of a tied table": (tied, {"target_modules": "all"}, ["embed_tokens.up"]),
+    "both of a tied table": (tied, {"target_modules": "all"}, ["embed_tokens.rows", "up"]),
+    "a shared basis": (lambda: make("llama"), {"method": "basis-sharing"}, ["down"]),
+    "plain factors": (lambda: make("gpt2"), {}, ["down", "up"]),
+    "pivots": (lambda: make("llama"), {"storage": "pivoted"}, ["down", "mix"]),
+    "low rank and columns": (lambda: make("llama"), {"method": "lowrank-sparse"}, ["up"]),
+    "low rank and entries": (lambda: make("llama"), {"method": "lowrank-masked"}, ["up"]),
+    "a basis": (lambda: make("llama"), {"method": "dense-sparse"}, ["basis"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merging_into_factors_changes_nothing(case: str) -> None:
+    build, options, targets = CASES[case]
+    model = factored(build(), **options)
+    before = logits(model)
+    live = adapted(model, targets)
+    with_adapters = logits(live)
+    assert not torch.allclose(with_adapters, before, atol=1e-3)
+    merged = live.merge_and_unload()
+    near = {"rtol": 1e-4, "atol": 1e-5 * float(with_adapters.abs().max())}
+    torch.testing.assert_close(logits(merged), with_adapters, **near)
+    assert merged.config.tie_word_embeddings == build().config.tie_word_embeddings
+    torch.testing.assert_close(logits(lowrank.to_dense(merged)), with_adapters, **near)
+
+
+def test_the_cases_hold_what_they_say() -> None:
+    assert isinstance(factored(tied(), target_modules="all").lm_head, TiedHead)
+    shared = factored(make("llama"), method="basis-sharing")
+    assert any(isinstance(module, SharedLowRankLinear) for module in shared.modules())
+
+
+def test_the_weight_of_a_layer_with_adapters_is_what_it_computes() -> None:
+    model = factored(tied(), target_modules="all")
+    head, live = model.lm_head, adapted(model, ["embed_tokens.rows", "embed_tokens.up", "down"])
+    x = torch.randn(3, head.in_features)
+    with torch.no_grad():
+        torch.testing.assert_close(head(x), x @ head.weight.T)
+    layer = live.get_base_model().model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), x @ layer.weight.T)
+
+
+def test_columns_use_the_adapters_with_many_tokens_too() -> None:
+    layer, _ = lowrank.compress(
+        nn.Sequential(nn.Linear(8, 12)), 0.7, method="lowrank-sparse", data=[torch.randn(64, 8)]
+    )
+    live = adapted(layer, ["up"])
+    x = torch.randn(600, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(live(x)[:5], live(x[:5]))
+
+
+def test_a_changed_adapter_is_not_answered_from_the_last_product() -> None:
+    model = factored(make("llama"), method="basis-sharing")
+    live = adapted(model, ["down"])
+    layers = [m for m in live.modules() if isinstance(m, SharedLowRankLinear)]
+    reader = layers[0]
+    x = torch.randn(2, reader.in_features)
+    with torch.no_grad():
+        reader.owner(x)
+        reader.owner.down.lora_B["default"].weight.mul_(3)
+        torch.testing.assert_close(reader(x), x @ reader.weight.T + (reader.bias or 0))
+
+
+@pytest.mark.parametrize("verb", ["compress", "plan", "inspect", "calibrate", "apply", "DLRT"])
+def test_a_model_with_adapters_is_refused(verb: str) -> None:
+    model = adapted(make("llama"), ["q_proj", "v_proj"])
+    calls = {
+        "compress": lambda: lowrank.compress(model, 0.6),
+        "plan": lambda: lowrank.plan(model, 0.6),
+        "inspect": lambda: lowrank.inspect(model),
+        "calibrate": lambda: lowrank.calibrate(model, [IDS], progress=False),
+        "apply": lambda: lowrank.apply(model, lowrank.plan(make("llama"), 0.6)),
+        "DLRT": lambda: lowrank.train.DLRT(model, torch.optim.SGD(model.parameters(), 0.1)),
+    }
+    with unchanged(model), pytest.raises(LowrankError, match=r"4 layers hold .*: merge first"):
+        calls[verb]()
+
+
+@pytest.mark.parametrize("state", ["merged", "disabled"])
+def test_adapters_at_rest_are_refused_too(state: str) -> None:
+    model = adapted(make("llama"), ["q_proj"])
+    model.merge_adapter() if state == "merged" else model.base_model.disable_adapter_layers()
+    with pytest.raises(LowrankError, match="merge first"):
+        lowrank.compress(model, 0.6)
+
+
+@pytest.mark.parametrize("kind", ["IA3", "LoHa", "OFT"])
+def test_other_adapters_are_found(kind: str) -> None:
+    options: dict[str, Any] = {"target_modules": ["q_proj"]}
+    options |= {"feedforward_modules": []} if kind == "IA3" else {}
+    options |= {"oft_block_size": 4} if kind == "OFT" else {}
+    model = peft.get_peft_model(make("llama"), getattr(peft, f"{kind}Config")(**options))
+    assert len(adapted_layers(model)) == 2
+
+
+def test_modules_to_save_are_found() -> None:
+    model = adapted(make("llama"), ["q_proj"], modules_to_save=["lm_head"])
+    assert "base_model.model.lm_head" in adapted_layers(model)
+
+
+def test_adapters_of_the_users_own() -> None:
+    class Adapted(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 8)
+            self.lora_a, self.lora_b = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.lora_b(self.lora_a(x))
+
+    model = nn.Sequential(nn.Linear(8, 8), Adapted())
+    with pytest.raises(LowrankError, match=r"1 layers hold adapters \(1\): merge first"):
+        lowrank.compress(model, 0.5)
+
+
+def test_without_adapters_nothing_is_refused() -> None:
+    model = adapted(make("llama"), ["q_proj"])
+    assert adapted_layers(model.merge_and_unload()) == []
+    live = adapted(make("llama"), ["q_proj"])
+    live.delete_adapter("default")
+    assert adapted_layers(live) == []
+    assert adapted_layers(mlp(4, 5)) == []
+
+
+def test_merging_what_was_compressed_afterwards_is_an_error_not_a_loss() -> None:
+    live = adapted(make("llama"), ["q_proj"])
+    layer = live.get_base_model().model.layers[0].self_attn.q_proj
+    small = factored(make("llama"), data=None).model.layers[0].self_attn.q_proj
+    layer.base_layer = copy.deepcopy(small)
+    with pytest.raises(LowrankError, match=r"add_ would be lost\. Change the factors instead"):
+        layer.merge()
