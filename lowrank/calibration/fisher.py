@@ -28,9 +28,9 @@ from .running import (
     SameTensor,
     first_tensor,
     forward,
-    logits_of,
     mask_of,
     predicted_mask,
+    predictions_of,
     quiet,
     without_cache,
 )
@@ -123,8 +123,8 @@ def gradient_moments(
         for batch in bar:
             gather.start(mask_of(batch))
             with torch.enable_grad():
-                logits = _predictions(forward(model, _plain(batch)))
-                loss, sequences = _loss(logits, predicted_mask(model, batch), generator)
+                outputs, classes = _predictions(model, forward(model, _plain(batch)))
+                loss, sequences = _loss(outputs, classes, predicted_mask(model, batch), generator)
             gather.sequences = sequences
             if loss is not None and loss.requires_grad:
                 reached = True
@@ -138,9 +138,9 @@ def gradient_moments(
         return gather.result()
 
 
-def _predictions(output: object) -> Tensor:
+def _predictions(model: nn.Module, output: object) -> tuple[Tensor, bool]:
     try:
-        return logits_of(output)
+        return predictions_of(model, output)
     except LowrankError as error:
         raise LowrankError(
             f"the Fisher needs the model's predictions: {error}; method='whitened' with "
@@ -149,30 +149,37 @@ def _predictions(output: object) -> Tensor:
 
 
 def _loss(
-    logits: Tensor, mask: Tensor | None, generator: torch.Generator
+    outputs: Tensor, classes: bool, mask: Tensor | None, generator: torch.Generator
 ) -> tuple[Tensor | None, int]:
-    """Summed cross entropy to sampled labels, None if all is padding; number of sequences."""
-    classes = logits.shape[-1] if logits.ndim else 1
-    if classes < 2:
-        raise LowrankError(
-            f"the Fisher samples labels from the logits; of shape {tuple(logits.shape)} they have "
-            "fewer than two classes"
-        )
-    flat = logits.reshape(-1, classes)
-    if mask is not None and mask.shape == logits.shape[:-1]:
+    """A loss whose gradients are sampled, None if all is padding; number of sequences.
+
+    Of logits the summed cross entropy to sampled labels. Of other outputs y the sum of s · y with
+    random signs s: E[g gᵀ] is then JᵀJ, the Gauss–Newton matrix of ½‖Δy‖².
+    """
+    features = outputs.shape[-1] if outputs.ndim else 1
+    flat = outputs.reshape(-1, features)
+    if mask is not None and mask.shape == outputs.shape[:-1]:
         flat = flat[mask.flatten().to(flat.device)]
     wide = flat if flat.dtype == torch.float64 else flat.float()
-    sequences = len(logits) if logits.ndim > 1 else 1
+    sequences = len(outputs) if outputs.ndim > 1 else 1
     if not len(wide):
         return None, sequences
     with full_precision(wide):
-        loss = cross_entropy(wide, _drawn(wide.detach(), generator), reduction="sum")
+        if classes:
+            loss = cross_entropy(wide, _drawn(wide.detach(), generator), reduction="sum")
+        else:
+            loss = (wide * _signs(wide.shape, generator).to(wide)).sum()
     if not bool(torch.isfinite(loss.detach())):
         raise LowrankError(
-            "the model's logits hold NaN or Inf: check its last layers and the data; float16 "
+            "the model's outputs hold NaN or Inf: check its last layers and the data; float16 "
             "overflows where float32 and bfloat16 do not"
         )
     return loss, sequences
+
+
+def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Random signs, drawn on the CPU, so that they are the same on every device."""
+    return 2 * torch.randint(2, tuple(shape), generator=generator) - 1
 
 
 def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -62,6 +62,8 @@ def forward(model: nn.Module, batch: Batch) -> Any:
     if isinstance(batch, Tensor):
         return model(moved(batch))
     inputs = {k: moved(v) for k, v in batch.items()}
+    if _takes_one_dict(model, inputs):
+        return model(inputs)
     labels = inputs.pop("labels", None)
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if labels is None:
@@ -75,6 +77,15 @@ def forward(model: nn.Module, batch: Batch) -> Any:
     elif "decoder_input_ids" not in inputs and taken is not None and decodes:
         inputs["labels"] = labels
     return model(**inputs)
+
+
+def _takes_one_dict(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether `forward` takes its inputs as one dict, like that of SentenceTransformer."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    places = [p for p in parameters if p.kind in kinds]
+    demanded = [p for p in places if p.default is inspect.Parameter.empty]
+    return len(demanded) == 1 and not any(p.name in inputs for p in places)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -91,6 +102,40 @@ def logits_of(output: Any) -> Tensor:
     if not isinstance(logits, Tensor):
         raise LowrankError(f"expected logits, the model returned {type(output).__name__}")
     return logits
+
+
+# By these names models give back embeddings and hidden states, the most telling first.
+VALUES = ("sentence_embedding", "last_hidden_state")
+
+
+def predictions_of(model: nn.Module, output: Any) -> tuple[Tensor, bool]:
+    """What a model is judged by, (…, features), and whether they are logits of classes.
+
+    Logits are, unless there is one class or the config says that they are a regression. A model
+    without logits is judged by its outputs: the pooled embedding, the last hidden state, or the
+    first output of a tuple, a dict or a dataclass.
+
+    Raises:
+        LowrankError: the output holds no tensor of floating-point numbers.
+    """
+    try:
+        logits = logits_of(output)
+    except LowrankError:
+        return _values(output), False
+    config = getattr(model, "config", None)
+    regression = getattr(config, "problem_type", None) == "regression"
+    return logits, not regression and logits.ndim > 0 and logits.shape[-1] > 1
+
+
+def _values(output: Any) -> Tensor:
+    """The outputs of a model that gives no logits."""
+    named = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+    first = (named[name] for name in VALUES if isinstance(named.get(name), Tensor))
+    others = (t for t in tensors_in(output) if t.is_floating_point() and t.ndim)
+    values = next(first, next(others, None))
+    if values is None:
+        raise LowrankError(f"expected logits or other outputs, got {type(output).__name__}")
+    return values
 
 
 def mask_of(batch: Batch) -> Tensor | None:

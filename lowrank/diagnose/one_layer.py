@@ -86,4 +86,4 @@ def _option(curve: Curve, ratio: float) -> Option | None:
 
 def _positions(dense: Reference, number: int, batch: Batch) -> int:
     mask = predicted_mask(dense.model, batch)
-    return dense.logits(number)[..., 0].numel() if mask is None else int(mask.sum())
+    return dense.outputs(number)[..., 0].numel() if mask is None else int(mask.sum())

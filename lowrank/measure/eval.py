@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
 from ..calibration.batches import LENGTH, ROWS, Batch, Data, materialise, text_rows
-from ..calibration.running import forward, logits_of, predicted_mask, quiet
+from ..calibration.running import forward, logits_of, predicted_mask, predictions_of, quiet
 from ..calibration.statistics import Calibration
 from ..errors import LowrankError
 
@@ -94,22 +94,24 @@ class Reference:
         self.asked = 0
         self._left = most
         self._kept: dict[int, Tensor] = {}
+        self._classes = True
 
-    def logits(self, number: int) -> Tensor:
-        """The reference's logits (…, classes) on the batch of this index."""
+    def outputs(self, number: int) -> Tensor:
+        """The reference's logits or other outputs (…, features) on the batch of this index."""
         if number in self._kept:
             return self._kept[number]
         with quiet(self.model):
-            logits = logits_of(forward(self.model, self.batches[number]))
-        if logits.nbytes <= self._left:
-            self._left -= logits.nbytes
-            self._kept[number] = logits
-        return logits
+            output = forward(self.model, self.batches[number])
+            predicted, self._classes = predictions_of(self.model, output)
+        if predicted.nbytes <= self._left:
+            self._left -= predicted.nbytes
+            self._kept[number] = predicted
+        return predicted
 
     def can_judge(self) -> bool:
-        """Whether the model's outputs are logits, which can tell one model from another."""
+        """Whether the model gives outputs, which can tell one model from another."""
         try:
-            return bool(self.batches) and self.logits(0).ndim > 0
+            return bool(self.batches) and self.outputs(0).ndim > 0
         except LowrankError:
             return False
 
@@ -117,15 +119,13 @@ class Reference:
     def measure(self) -> str:
         """How outputs are compared: by KL, or, where they are values, by their relative error.
 
-        Over one class every KL is 0, so that it could tell no model from another. A regression of
-        several values is known by the config, as transformers writes it.
+        Over one class every KL is 0, so that it could tell no model from another.
 
         Raises:
-            LowrankError: the outputs hold no logits.
+            LowrankError: the model has no outputs.
         """
-        config = getattr(self.model, "config", None)
-        values = getattr(config, "problem_type", None) == "regression"
-        return ERROR if values or self.logits(0).shape[-1] == 1 else KL
+        self.outputs(0)
+        return KL if self._classes else ERROR
 
     def kl(self, model: nn.Module, *, progress: bool = False) -> float:
         """Mean KL(reference ‖ model) in nats per position; raises LowrankError as `lowrank.kl`."""
@@ -147,11 +147,11 @@ class Reference:
         measure = self.measure if self.batches else KL
         with quiet(model):
             for number, batch in enumerate(_progress(list(self.batches), "judge", progress)):
-                expected = self.logits(number)
-                logits = logits_of(forward(model, batch)).to(expected.device)
+                expected = self.outputs(number)
+                logits = predictions_of(model, forward(model, batch))[0].to(expected.device)
                 if expected.shape != logits.shape:
                     raise LowrankError(
-                        f"the logits have shape {tuple(logits.shape)}, those of the reference "
+                        f"the outputs have shape {tuple(logits.shape)}, those of the reference "
                         f"{tuple(expected.shape)}"
                     )
                 mask = predicted_mask(self.model, batch)
@@ -173,7 +173,7 @@ class Reference:
         if math.isfinite(mean):
             return mean
         for number in range(len(self.batches)):
-            logits = self.logits(number)
+            logits = self.outputs(number)
             if bool((logits.isnan() | logits.isposinf()).any()):
                 raise NotFinite(
                     "the dense model's predictions on held-out rows hold NaN or Inf: check the "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.batches import Batch
-from ..calibration.running import forward, logits_of, predicted_mask, quiet, without_cache
+from ..calibration.running import forward, predicted_mask, predictions_of, quiet, without_cache
 from ..measure.eval import Reference, divergence
 from .chain import Chain
 from .training import Trained, Training, fit, split
@@ -67,9 +67,9 @@ def distill(
     predicted = Reference(teacher, batches)
 
     def loss(batch: int) -> Tensor:
-        logits = logits_of(forward(student, batches[batch]))
+        outputs, _ = predictions_of(student, forward(student, batches[batch]))
         mask = predicted_mask(teacher, batches[batch])
-        return divergence(predicted.logits(batch), logits, mask, predicted.measure).mean()
+        return divergence(predicted.outputs(batch), outputs, mask, predicted.measure).mean()
 
     with quiet(teacher), quiet(student), without_cache(teacher), without_cache(student):
         return fit(parameters, loss, *split(len(batches), fitted), options)
