@@ -32,7 +32,6 @@ from torch.nn.functional import pad, relu
 import lowrank
 from lowrank import Recovery
 from lowrank.measure.timing import paired_ratio
-from lowrank.methods import Channels, Whitened
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from machine import keep as keep_result
@@ -45,7 +44,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "tucker, uniform": {"method": "tucker", **UNIFORM},
     "spatial, uniform": {"method": "spatial", **UNIFORM},
     "spatial, spectrum": {"method": "spatial", "policy": "spectrum"},
-    "whitened channels, uniform": {"method": Channels(Whitened()), **UNIFORM},
+    "whitened channels, uniform": {"method": "whitened-channel", **UNIFORM},
     "whitened, uniform": {"method": "whitened", **UNIFORM},
     "whitened, spectrum": {"method": "whitened", "policy": "spectrum"},
     "two-sided, spectrum": {"method": "two-sided", "policy": "spectrum"},

@@ -118,7 +118,9 @@ def halved(model: nn.Module) -> nn.Module:
 
 def cut(dense: nn.Module, sizes: dict[str, int]) -> nn.Module:
     """The dense net with the best approximations of these ranks."""
-    done: Any = lowrank.compress(dense, rank_pattern=sizes, data=None, copy=True, progress=False)
+    done: Any = lowrank.compress(
+        dense, rank_pattern=sizes, target_modules="all", data=None, copy=True, progress=False
+    )
     return done[0]  # type: ignore[no-any-return]
 
 

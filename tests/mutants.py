@@ -33,6 +33,20 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "an error below its own rounding called nothing",
+        "lowrank/linalg/gram.py",
+        "return max(error, torch.finfo(metric.dtype).eps * size",
+        "return max(error, 0.0 * size",
+        ("tests/linalg/test_gram.py::test_an_indefinite_gram_gives_no_negative_error",),
+    ),
+    Mutant(
+        "a singular metric left as it is",
+        "lowrank/linalg/gram.py",
+        "return gram + least * size * eye if singular else gram",
+        "return gram",
+        ("tests/linalg/test_gram.py::test_only_a_singular_metric_gets_a_ridge",),
+    ),
+    Mutant(
         "Vᵀ of the core's SVD taken for V, as in the authors' code of DLRT",
         "lowrank/linalg/retract.py",
         "q_h.mH * signs",

@@ -26,6 +26,7 @@ from ..recover.chain import Workbench
 from ..recover.recovery import Recovery
 from ..types import JointMethod, Method, Site
 from ..walk import layouts
+from ..walk.modes import ordinary_tensors
 from ..walk.sites import check_model, check_rank_pattern, find_sites, select_sites
 from .allocating import Curves, workbench
 from .applying import carry_out
@@ -79,7 +80,8 @@ def flat(request: Callable[P, R]) -> Callable[[Verb[R, T]], Callable[Concatenate
                 given = signature.bind(*args, **kwargs).arguments
             except TypeError as error:
                 raise TypeError(f"{verb.__name__}() {error}") from None
-            return verb(given.pop("model"), cast(Any, request)(**given))
+            with ordinary_tensors():
+                return verb(given.pop("model"), cast(Any, request)(**given))
 
         call.__signature__ = signature  # type: ignore[attr-defined]
         call.__doc__ = _documented(verb.__doc__ or "", [parameter.name for parameter in own])
@@ -107,6 +109,7 @@ def plan(model: nn.Module, request: Request) -> Plan:
     return decide(model, request).plan
 
 
+@ordinary_tensors()
 def apply(
     model: nn.Module,
     plan: Plan,

@@ -13,6 +13,7 @@ from ..errors import LowrankError, listed
 from ..linalg import gram_sum
 from ..types import Curve, Site, Statistics
 from ..walk import layouts
+from ..walk.modes import ordinary_tensors
 from ..walk.sites import check_model, find_sites, tied_heads
 from . import self_written
 from .batches import LENGTH, Batch, Data, Forward, materialise, parted, rebatched
@@ -49,6 +50,7 @@ class Calibration:
     spectra: dict[str, tuple[Statistics, Curve]] = field(default_factory=dict)
 
 
+@ordinary_tensors()
 def calibrate(
     model: nn.Module,
     data: Data | Calibration,

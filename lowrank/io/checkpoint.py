@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import LowrankError, listed
 from ..plans.plan import version
+from ..walk.modes import check_module
 from ..walk.surgery import modules_of, plain_name, swap, unchanged_on_error, unwrapped
 from . import pretrained, tensors
 from .declaration import is_transformers
@@ -44,6 +45,7 @@ def save(
             cannot be stored. Nothing is then written.
     """
     target = Path(folder)
+    check_module(model)
     model = unwrapped(model)
     if target.exists() and not target.is_dir():
         raise LowrankError(f"{target} is a file, expected a folder")

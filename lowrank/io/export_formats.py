@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..calibration.batches import Batch
 from ..errors import LowrankError
+from ..walk.modes import check_module, ordinary_tensors
 from . import tensors
 from .declaration import detach, is_transformers
 from .merging import densify
@@ -18,6 +19,7 @@ from .merging import densify
 FORMATS = ("dense", "torch.export", "onnx")
 
 
+@ordinary_tensors()
 def to_dense(model: nn.Module, *, copy: bool = False) -> nn.Module:
     """Merge every factored module back into a dense layer of the kind that it replaced.
 
@@ -36,6 +38,7 @@ def to_dense(model: nn.Module, *, copy: bool = False) -> nn.Module:
         LowrankError: factors are on the meta device, carry adapters or are not a linear map; the
             model is then unchanged.
     """
+    check_module(model)
     target = copying.deepcopy(model) if copy else model
     dense = densify(target)
     detach(dense)

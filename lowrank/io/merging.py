@@ -109,12 +109,27 @@ def _conv1d(weight: Tensor, bias: Tensor | None) -> nn.Module:
 
 def _check_plain(module: Form, where: str) -> None:
     """Raises LowrankError if merging would silently drop what peft or others added."""
-    extra = set(module.state_dict()) - set(build(describe(module), where).state_dict())
+    held, plain = module.state_dict(), build(describe(module), where).state_dict()
+    extra = set(held) - set(plain)
     if extra:
         raise LowrankError(
             f"{where} holds more than its factors: {listed(sorted(extra))}; merge or remove "
-            f"adapters first (peft: model.merge_and_unload())"
+            f"adapters first (peft: model.merge_and_unload()); what is quantized has to be merged "
+            f"before it is quantized"
         )
+    codes = [
+        f"{key} {held[key].dtype}"
+        for key, empty in plain.items()
+        if key in held and empty.is_floating_point() and not _is_number(held[key])
+    ]
+    if codes:
+        raise LowrankError(
+            f"{where} holds codes instead of numbers: {listed(codes)}; merge it before quantizing"
+        )
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1
 
 
 def _is_meta(module: nn.Module) -> bool:

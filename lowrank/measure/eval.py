@@ -14,6 +14,7 @@ from ..calibration.batches import LENGTH, ROWS, Batch, Data, materialise, text_r
 from ..calibration.running import forward, logits_of, predicted_mask, predictions_of, quiet
 from ..calibration.statistics import Calibration
 from ..errors import LowrankError
+from ..walk.modes import check_module
 
 KEPT_BYTES = 1 << 30  # cache of the reference's logits
 KL, ERROR = "KL", "relative error"  # how outputs are compared
@@ -32,8 +33,14 @@ def perplexity(
     each row every token but the first is predicted. Sums are in float64.
 
     Raises:
-        LowrankError: the text has fewer than two tokens.
+        LowrankError: the text has fewer than two tokens, or is none.
     """
+    check_module(model)
+    if not isinstance(text, str) or not callable(tokenizer):
+        raise LowrankError(
+            f"perplexity takes a tokenizer and one text, got {type(tokenizer).__name__} and "
+            f"{type(text).__name__}: join several texts; kl takes batches"
+        )
     rows = [row for row in text_rows(text, tokenizer, length + 1) if len(row) > 1]
     if not rows:
         raise LowrankError("the text has fewer than two tokens, so there is none to predict")

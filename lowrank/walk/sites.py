@@ -22,6 +22,7 @@ from ..types import Site
 from . import layouts
 from .adapters import check_no_adapters
 from .heads import FEW, last_heads, named_heads
+from .modes import check_module
 from .surgery import modules_of
 
 ALL_LINEAR = "all-linear"
@@ -281,8 +282,7 @@ def _first(names: Mapping[int, list[str]], module: nn.Module) -> str:
 def check_model(model: Any) -> None:
     """Raises LowrankError unless it is a module with materialised, unquantized weights, and
     without adapters."""
-    if not isinstance(model, nn.Module):
-        raise LowrankError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     check_no_adapters(model)
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
@@ -295,6 +295,12 @@ def check_model(model: Any) -> None:
         raise LowrankError(
             f"{len(meta)} parameters are on the meta device ({listed(meta, 3)}): "
             "load the weights first, without offloading"
+        )
+    frozen = [name for name, parameter in model.named_parameters() if parameter.is_inference()]
+    if frozen:
+        raise LowrankError(
+            f"{len(frozen)} parameters were made in torch.inference_mode, where nothing can be "
+            f"trained ({listed(frozen, 3)}): load the model outside of it"
         )
     stored = getattr(getattr(model, "config", None), "quantization_config", None)
     kind = _kind(stored)

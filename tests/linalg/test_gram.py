@@ -82,3 +82,36 @@ def test_an_indefinite_gram_gives_no_negative_error() -> None:
     energy = linalg.energies(torch.eye(2), metric)
     np.testing.assert_allclose(energy.numpy(), [1.0, 0.0], atol=1e-15)
     assert (energy >= 0).all()
+
+
+def test_only_a_singular_metric_gets_a_ridge() -> None:
+    x = rows(40, 12).double()
+    full, few = x.T @ x / 40, linalg.gram_sum(rows(3, 12)) / 3
+    assert torch.equal(linalg.steady(full), full)
+    ridge = linalg.steady(few) - few
+    assert 0 < float(ridge.diagonal().min()) <= 1e-5 * float(few.diagonal().mean())
+    assert float(torch.linalg.eigvalsh(linalg.steady(few)).min()) > 0
+    assert torch.equal(linalg.steady(0 * full), torch.eye(12, dtype=torch.float64))
+
+
+def test_the_ridge_grows_until_a_fit_is_of_the_size_of_the_weight() -> None:
+    x = rows(40, 12).double()
+    tried: list[float] = []
+
+    def fit(metric: torch.Tensor | None) -> torch.Tensor:
+        assert metric is not None
+        tried.append(float(torch.linalg.eigvalsh(metric).min()))
+        return torch.full((2, 12), 100.0 if len(tried) < 3 else 1.0)
+
+    found = linalg.bounded_fit(torch.ones(2, 12), x.T @ x / 40, fit, lambda found: [found])
+    assert float(found.max()) == 1
+    assert len(tried) == 3
+    assert tried == sorted(tried)
+    assert tried[2] > tried[0]
+
+
+def test_units_are_powers_of_two_and_hold_for_denormal_numbers() -> None:
+    assert linalg.unit_of(torch.tensor([-5.0, 1.0])) == 4
+    assert linalg.unit_of(torch.zeros(3)) == 1
+    tiny = torch.tensor([3e-45, 1e-44])
+    assert 1 <= float(tiny.double().max()) / linalg.unit_of(tiny) < 2
