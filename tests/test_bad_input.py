@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations
 
 import lowrank
 from lowrank import LowrankError
-from lowrank.walk.sites import check_model
+from lowrank.walk.checks import check_model
 from tests.zoo import (
     Custom,
     Tokenizer,

@@ -34,7 +34,6 @@ ELSEWHERE = {
     "diagnose/sensitivity_table.py": ("diagnose/test_sensitivities.py", "Sensitivity"),
     "diagnose/spectrum.py": ("diagnose/test_inspection.py", "inspect"),
     "io/card.py": ("io/test_pretrained.py", "from_pretrained"),
-    "io/configs.py": ("io/test_declaration.py", "attach"),
     "io/diffusers_format.py": ("seams/test_diffusers.py", "DiffusersConfig"),
     "io/import_hooks.py": ("io/test_registration.py", "install"),
     "io/merging.py": ("io/test_hf.py", "densify"),
@@ -81,7 +80,6 @@ ELSEWHERE = {
     "train/parts/factors.py": ("train/test_maestro.py", "Maestro"),
     "train/parts/product_decay.py": ("train/test_frobenius.py", "FrobeniusDecay"),
     "train/parts/latent.py": ("train/test_stf.py", "LatentWeight"),
-    "walk/adapters.py": ("seams/test_peft.py", "adapted_layers"),
 }
 
 # Test file below tests/ -> why it is a topic of its own.

@@ -27,7 +27,8 @@ from ..plans.report import Report
 from ..recover.chain import Workbench
 from ..tables import aligned
 from ..types import Site
-from ..walk.sites import check_model, find_sites
+from ..walk.checks import check_model
+from ..walk.sites import find_sites
 from ..walk.surgery import twin
 from .allocating import workbench
 from .applying import carry_out

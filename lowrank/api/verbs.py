@@ -26,8 +26,8 @@ from ..recover.chain import Workbench
 from ..recover.recovery import Recovery
 from ..types import JointMethod, Method, Site
 from ..walk import layouts
-from ..walk.modes import ordinary_tensors
-from ..walk.sites import check_model, check_rank_pattern, find_sites, select_sites
+from ..walk.checks import check_model, ordinary_tensors
+from ..walk.sites import check_rank_pattern, find_sites, select_sites
 from .allocating import Curves, workbench
 from .applying import carry_out
 from .arguments import ARGUMENTS

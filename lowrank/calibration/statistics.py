@@ -13,8 +13,8 @@ from ..errors import LowrankError, listed
 from ..linalg import gram_sum
 from ..types import Curve, Site, Statistics
 from ..walk import layouts
-from ..walk.modes import ordinary_tensors
-from ..walk.sites import check_model, find_sites, tied_heads
+from ..walk.checks import check_model, ordinary_tensors
+from ..walk.sites import find_sites, tied_heads
 from . import self_written
 from .batches import LENGTH, Batch, Data, Forward, materialise, parted, rebatched
 from .observation import Frequencies, Observation, observe

@@ -20,7 +20,8 @@ from ..plans.plan import versions
 from ..tables import aligned
 from ..types import Option, Site
 from ..walk import layouts
-from ..walk.sites import ALL_LINEAR, Patterns, check_model, find_sites, select_sites
+from ..walk.checks import check_model
+from ..walk.sites import ALL_LINEAR, Patterns, find_sites, select_sites
 from ..walk.surgery import factored
 from .spectrum import EMPTY, LayerSpectrum
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import LowrankError, listed
 from ..plans.plan import version
-from ..walk.modes import check_module
+from ..walk.checks import check_module
 from ..walk.surgery import modules_of, plain_name, swap, unchanged_on_error, unwrapped
 from . import pretrained, tensors
 from .declaration import is_transformers

@@ -16,9 +16,16 @@ from ..nn import is_factored
 from ..plans.plan import version
 from ..walk.surgery import factored
 from . import card as cards
-from .configs import declaration_in, method_of, sub_configs
-from .import_hooks import install
-from .specs import VERSION, other_ties, retie, specs_of, untie
+from .specs import (
+    VERSION,
+    declaration_in,
+    method_of,
+    other_ties,
+    retie,
+    specs_of,
+    sub_configs,
+    untie,
+)
 
 
 def attach(model: nn.Module, provenance: dict[str, Any] | None = None) -> bool:
@@ -38,7 +45,6 @@ def attach(model: nn.Module, provenance: dict[str, Any] | None = None) -> bool:
         LowrankError: the model is quantized by another library, a factored module has tied
             weights, or `provenance` is not JSON-serialisable. Nothing is then changed.
     """
-    install()  # whatever holds this model is declared when it is saved
     if not is_transformers(model):
         return False
     check_attachable(model)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..calibration.batches import Batch
 from ..errors import LowrankError
-from ..walk.modes import check_module, ordinary_tensors
+from ..walk.checks import check_module, ordinary_tensors
 from . import tensors
 from .declaration import detach, is_transformers
 from .merging import densify

@@ -24,7 +24,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import LowrankError, listed
 from ..walk.surgery import factored, modules_of, swap
 from .card import REMOTE_FILE
-from .configs import method_of, sub_configs
 from .import_hooks import install
 from .merging import densify
 from .specs import (
@@ -34,8 +33,10 @@ from .specs import (
     check_values,
     check_version,
     guards,
+    method_of,
     prepare,
     specs_of,
+    sub_configs,
     untie,
 )
 

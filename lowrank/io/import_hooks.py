@@ -20,7 +20,7 @@ def install() -> None:
     """Register now, or as soon as the libraries are imported; idempotent."""
     for name, step in STEPS.items():
         module = sys.modules.get(name)
-        # One that is still running has nothing to register with; `attach` installs again.
+        # One that is still running has nothing to register with.
         if module is not None and not getattr(module.__spec__, "_initializing", False):
             step(module)
     _remove_finders()  # here, for a step may have installed, too

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -329,3 +330,30 @@ def _recompute(model: nn.Module) -> None:
         if "all_tied_weights_keys" in vars(part):
             keys = part.get_expanded_tied_weights_keys(all_submodels=True)  # type: ignore[operator]
             part.all_tied_weights_keys = keys
+
+
+# What configs of transformers say of quantization, without importing transformers.
+
+
+def sub_configs(config: Any) -> list[Any]:
+    """The configs inside a transformers config, such as those of text and vision."""
+    parts = [part for part in vars(config).values() if isinstance(part, _config_class())]
+    return [one for part in parts for one in (part, *sub_configs(part))]
+
+
+def _config_class() -> Any:
+    return sys.modules["transformers.configuration_utils"].PreTrainedConfig
+
+
+def declaration_in(config: object) -> Any:
+    """The quantization_config, an object or a dict; None without one."""
+    return getattr(config, "quantization_config", None)
+
+
+def method_of(config: object) -> str | None:
+    """Name of the quantization method of a config; None without one, "?" for one without a name."""
+    given = declaration_in(config)
+    if given is None:
+        return None
+    method = given.get("quant_method") if isinstance(given, dict) else given.quant_method
+    return str(getattr(method, "value", method)) if method is not None else "?"

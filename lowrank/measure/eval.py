@@ -14,7 +14,7 @@ from ..calibration.batches import LENGTH, ROWS, Batch, Data, materialise, text_r
 from ..calibration.running import forward, logits_of, predicted_mask, predictions_of, quiet
 from ..calibration.statistics import Calibration
 from ..errors import LowrankError
-from ..walk.modes import check_module
+from ..walk.checks import check_module
 
 KEPT_BYTES = 1 << 30  # cache of the reference's logits
 KL, ERROR = "KL", "relative error"  # how outputs are compared

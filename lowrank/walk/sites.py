@@ -11,18 +11,15 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from ..errors import LowrankError, listed
 from ..nn.lowrank_embedding import table_options
 from ..types import Site
 from . import layouts
-from .adapters import check_no_adapters
+from .checks import check_no_adapters
 from .heads import FEW, last_heads, named_heads
-from .modes import check_module
 from .surgery import modules_of
 
 ALL_LINEAR = "all-linear"
@@ -277,43 +274,3 @@ def _options(table: nn.Module) -> tuple[object, ...]:
 
 def _first(names: Mapping[int, list[str]], module: nn.Module) -> str:
     return names.get(id(module), ["a factored layer"])[0] or "(root)"
-
-
-def check_model(model: Any) -> None:
-    """Raises LowrankError unless it is a module with materialised, unquantized weights, and
-    without adapters."""
-    check_module(model)
-    check_no_adapters(model)
-    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
-    if lazy:
-        raise LowrankError(
-            f"{len(lazy)} parameters have no shape yet ({listed(lazy, 3)}): "
-            "run the model once on an example"
-        )
-    meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if meta:
-        raise LowrankError(
-            f"{len(meta)} parameters are on the meta device ({listed(meta, 3)}): "
-            "load the weights first, without offloading"
-        )
-    frozen = [name for name, parameter in model.named_parameters() if parameter.is_inference()]
-    if frozen:
-        raise LowrankError(
-            f"{len(frozen)} parameters were made in torch.inference_mode, where nothing can be "
-            f"trained ({listed(frozen, 3)}): load the model outside of it"
-        )
-    stored = getattr(getattr(model, "config", None), "quantization_config", None)
-    kind = _kind(stored)
-    if kind not in (None, "lowrank"):
-        raise LowrankError(
-            f"the model is quantized ({kind}): compress the model first and quantize the result"
-        )
-
-
-def _kind(stored: Any) -> str | None:
-    """The quant_method in a quantization_config of transformers; "unknown" if it names none."""
-    if stored is None:
-        return None
-    values = stored if isinstance(stored, dict) else vars(stored)
-    method = values.get("quant_method")
-    return str(getattr(method, "value", method) or "unknown")

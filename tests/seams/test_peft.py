@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lowrank
 from lowrank import LowrankError
 from lowrank.nn import SharedLowRankLinear, TiedHead
-from lowrank.walk.adapters import adapted_layers
+from lowrank.walk.checks import adapted_layers
 from tests.zoo import llama, make, mlp, tokens, unchanged
 
 peft = pytest.importorskip("peft")
