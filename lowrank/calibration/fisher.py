@@ -171,8 +171,8 @@ def _loss(
             loss = (wide * _signs(wide.shape, generator).to(wide)).sum()
     if not bool(torch.isfinite(loss.detach())):
         raise LowrankError(
-            "the model's outputs hold NaN or Inf: check its last layers and the data; float16 "
-            "overflows where float32 and bfloat16 do not"
+            f"the model's {'logits' if classes else 'outputs'} hold NaN or Inf: check its last "
+            "layers and the data; float16 overflows where float32 and bfloat16 do not"
         )
     return loss, sequences
 

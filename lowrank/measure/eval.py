@@ -157,8 +157,9 @@ class Reference:
                 expected = self.outputs(number)
                 logits = predictions_of(model, forward(model, batch))[0].to(expected.device)
                 if expected.shape != logits.shape:
+                    what = "logits" if self._classes else "outputs"
                     raise LowrankError(
-                        f"the outputs have shape {tuple(logits.shape)}, those of the reference "
+                        f"the {what} have shape {tuple(logits.shape)}, those of the reference "
                         f"{tuple(expected.shape)}"
                     )
                 mask = predicted_mask(self.model, batch)

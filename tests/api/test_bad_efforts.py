@@ -220,7 +220,8 @@ def test_a_model_without_blocks(word: str) -> None:
 @every_word
 def test_a_model_without_predictions(word: str) -> None:
     """The Fisher has nothing to draw from; what does without it works, and says what it lacked."""
-    model = zoo.make("classifier").bert
+    bert = zoo.make("classifier").bert
+    model = zoo.Custom(lambda self, x: {"states": self.bert(x)[0].tolist()}, bert=bert)
     data = zoo.tokens(10, 12)
     message = zoo.refused(model, 0.6, data=data, effort=quick(word))
     assert message.startswith("the Fisher needs the model's predictions: expected logits")
@@ -233,6 +234,18 @@ def test_a_model_without_predictions(word: str) -> None:
     )
     assert any("of 2 blocks improved" in note for note in report.notes)
     assert any(note.startswith("recovery could not be judged") for note in report.notes)
+
+
+@every_word
+def test_an_encoder_without_a_head_is_judged_by_its_hidden_states(word: str) -> None:
+    model, data = zoo.make("classifier").bert, zoo.tokens(24, 12)
+    lean, notes = compressed(model, data, word)
+    assert any("held-out" in note and "relative error" in note for note in notes)
+    plain, _ = lowrank.compress(model, 0.6, data=data, policy="uniform", copy=True, progress=False)
+    fresh = zoo.tokens(8, 12, start=5)
+    with torch.no_grad():
+        dense, near, far = (m.eval()(fresh).last_hidden_state for m in (model, lean, plain))
+    assert (near - dense).norm() < (far - dense).norm()
 
 
 @pytest.mark.parametrize("form", ["vectors", "padded"])

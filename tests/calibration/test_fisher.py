@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -399,8 +400,24 @@ def test_what_cannot_be_run_backwards_is_refused() -> None:
     assert "need batches, not a callable" in refused(small(), lambda model: model(x))
     blind = zoo.Custom(lambda self, x: torch.no_grad()(self.a)(x), a=layer)
     assert refused(blind, x).startswith("no gradient flows from the predictions to any of 1 layers")
-    assert "have fewer than two classes" in refused(nn.Linear(6, 1), x)
-    assert "expected logits" in refused(zoo.Custom(lambda self, x: {"y": self.a(x)}, a=layer), x)
+    words = zoo.Custom(lambda self, x: {"y": f"{self.a(x)}"}, a=layer)
+    assert "expected logits or other outputs, got dict" in refused(words, x)
+
+
+@pytest.mark.parametrize("outputs", [1, 5])
+def test_values_give_the_metric_of_their_squared_error(outputs: int) -> None:
+    """E[g gᵀ] = JᵀJ: for y = B a it is BᵀB at a, whatever the data."""
+    generator = torch.Generator().manual_seed(0)
+    b = nn.Linear(4, outputs, bias=False)
+    model = zoo.Custom(
+        lambda self, x: SimpleNamespace(last_hidden_state=self.b(self.a(x))), a=nn.Linear(6, 4), b=b
+    )
+    data = [torch.randn(500, 6, generator=generator) for _ in range(8)]
+    seen = zoo.calibration(model, data)
+    site = zoo.by_name(find_sites(model))["a"]
+    gram, _ = fisher_of.gradient_moments(model, seen.batches, [site])["a"]
+    want = (b.weight.T @ b.weight).double()
+    torch.testing.assert_close(gram, want.detach(), rtol=0.1, atol=0.05)
 
 
 def test_numbers_that_are_not_finite_are_refused() -> None:
