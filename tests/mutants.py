@@ -485,7 +485,7 @@ MUTANTS = (
     Mutant(
         "a sweep that judges on rows that its statistics saw, where compress does not",
         "lowrank/api/sweeping.py",
-        "hold_out=first.hold_out, progress=first.progress,",
+        "hold_out=hold_out, progress=first.progress,",
         "hold_out=0.0, progress=first.progress,",
         ("tests/api/test_sweeping.py::test_each_point_is_what_compress_gives_byte_for_byte",),
     ),

@@ -16,7 +16,7 @@ from tests.zoo import mlp, unchanged
 
 @pytest.mark.parametrize("init", ["spectral", "random"])
 def test_every_layer_keeps_the_share_and_its_bias(init: str) -> None:
-    model = mlp(48, 64, 32)
+    model = mlp(48, 64, 32, 7)  # the last is its head
     biases = [model[i].bias.detach().clone() for i in (0, 2)]
     small, report = factorize_by_design(model, 0.5, init)  # type: ignore[arg-type]
     assert small is model

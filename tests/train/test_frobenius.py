@@ -25,7 +25,7 @@ def test_decay_is_that_of_the_product(factored: bool) -> None:
     """T14: autograd of λ/2 · ‖UV‖², of a dense weight λ/2 · ‖W‖²."""
     model = Net()
     if factored:
-        model, _ = lowrank.factorize_by_design(model, 0.5)
+        model, _ = lowrank.factorize_by_design(model, 0.5, target_modules=["first", "second"])
         controller: Any = FrobeniusDecay(model, sgd(model), strength=0.3)
     else:
         controller = Cuttlefish(model, sgd(model), frobenius_decay=0.3)
