@@ -24,7 +24,7 @@ a UTF-8 text file.
   lowrank plan PATH --ratio 0.8               preview the compression; changes nothing
   lowrank sweep PATH --data TEXT              size against loss for several ratios
   lowrank report plan.json -o plan.html       draw a plan as an HTML page
-  lowrank compress PATH --ratio 0.8 --data TEXT --out out
+  lowrank compress PATH --ratio 0.8 --effort fast --data TEXT --out out
   lowrank eval out --text TEXT --reference PATH
   lowrank verify out                          check the files of a saved model
   lowrank merge out --out dense               convert back to dense layers

@@ -79,8 +79,8 @@ def compress_command(
     """Factor the layers of a model, and save it.
 
     \b
-      lowrank compress PATH --ratio 0.8 --out out
-      lowrank compress PATH --ratio 0.8 --data TEXT --out out
+      lowrank compress PATH --ratio 0.8 --effort fast --data TEXT --out out
+      lowrank compress PATH --ratio 0.8 --effort fast --out out
       lowrank compress PATH --rank 32 --target q_proj --target k_proj --out out
       lowrank compress PATH --plan plan.json --out out
     """
