@@ -64,7 +64,7 @@ def test_where_nothing_can_be_judged_the_default_policy_adds_errors() -> None:
     net, x = small_net(), images(24)
     made = lowrank.plan(net, 0.6, data=lambda m: m(x), progress=False)
     assert made.settings["policy"] == "spectrum"
-    boxes = Custom(lambda self, x: {"boxes": self.net(x)}, net=net)  # no logits
+    boxes = Custom(lambda self, x: {"boxes": self.net(x).tolist()}, net=net)  # no tensors
     assert lowrank.plan(boxes, 0.6, data=[x], progress=False).settings["policy"] == "spectrum"
     half = Custom(lambda self, x: self.net.stage1(self.net.stem(x)), net=net)
     made = lowrank.plan(half, 0.6, data=[x], on_missing="data-free", progress=False)
