@@ -36,6 +36,7 @@ ELSEWHERE = {
     "io/card.py": ("io/test_pretrained.py", "from_pretrained"),
     "io/diffusers_format.py": ("seams/test_diffusers.py", "DiffusersConfig"),
     "io/import_hooks.py": ("io/test_registration.py", "install"),
+    "io/ties.py": ("io/test_declaration.py", "attach"),
     "io/merging.py": ("io/test_hf.py", "densify"),
     "io/tensors.py": ("io/test_checkpoint.py", "save"),
     "linalg/tokens.py": ("api/test_own_forms.py", "compress"),

@@ -14,18 +14,11 @@ from torch import nn
 from ..errors import LowrankError
 from ..nn import is_factored
 from ..plans.plan import version
+from ..walk.checks import declaration_in, method_of, sub_configs
 from ..walk.surgery import factored
 from . import card as cards
-from .specs import (
-    VERSION,
-    declaration_in,
-    method_of,
-    other_ties,
-    retie,
-    specs_of,
-    sub_configs,
-    untie,
-)
+from .specs import VERSION, specs_of
+from .ties import other_ties, retie, untie
 
 
 def attach(model: nn.Module, provenance: dict[str, Any] | None = None) -> bool:

@@ -11,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from types import SimpleNamespace
 from typing import Any
 
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
+from ..errors import LowrankError
+from ..walk.checks import method_of
 from ..walk.surgery import swap
 from .specs import Spec, check_specs, check_version, guards, prepare, specs_of
 
@@ -85,11 +88,24 @@ class DiffusersLowRank(DiffusersQuantizer):
 
 @contextmanager
 def declared_to_diffusers(model: Any, version: int) -> Iterator[None]:
-    """While diffusers saves it, the model's config names its factored modules."""
-    before, quantizer = model._internal_dict, vars(model).pop("hf_quantizer", None)
+    """While diffusers saves it, the model's config names its factored modules.
+
+    Raises:
+        LowrankError: it holds factored modules and is quantized by another library.
+    """
+    before, quantizer = model._internal_dict, vars(model).get("hf_quantizer")
+    specs, method = specs_of(model), method_of(SimpleNamespace(**before))
+    if method not in ("lowrank", None):
+        if specs:
+            raise LowrankError(
+                f"the model is quantized by {method!r}: dequantize it, compress, then quantize "
+                "again"
+            )
+        yield  # not ours
+        return
     kept = {key: value for key, value in before.items() if key != "quantization_config"}
-    specs = specs_of(model)
     try:
+        vars(model).pop("hf_quantizer", None)
         if specs:
             ours = DiffusersLowRank(DiffusersConfig(specs, version), pre_quantized=True)
             ours.saved = model

@@ -22,6 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import LowrankError, listed
+from ..walk.checks import method_of, sub_configs
 from ..walk.surgery import factored, modules_of, swap
 from .card import REMOTE_FILE
 from .import_hooks import install
@@ -33,12 +34,10 @@ from .specs import (
     check_values,
     check_version,
     guards,
-    method_of,
     prepare,
     specs_of,
-    sub_configs,
-    untie,
 )
+from .ties import untie
 
 SOURCE = "config.json: quantization_config"
 

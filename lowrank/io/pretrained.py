@@ -87,16 +87,17 @@ def _loader(transformers: Any, where: str, auto_class: str | None, kwargs: dict[
 def _check_factors(where: str, model: nn.Module, info: dict[str, Any]) -> None:
     """Raises LowrankError if the files hold factors of a layer that was built dense.
 
-    They would be left over, and the layer random, whatever else the caller permits.
+    They would be left over, and the layer random, whatever else the caller permits. Tensors beside
+    a weight that was found, such as another tool's scales, are none of ours.
     """
     prefix = getattr(model, "base_model_prefix", "")
-    plain = {name for name, module in model.named_modules() if name and layouts.kind(module)}
+    random = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
+    layers = {name for name, module in model.named_modules() if layouts.kind(module)}
+    without = {name for name in layers if f"{name}.weight" in random}
     lost = set()
     for key in info["unexpected_keys"]:
         for name in {key, key.removeprefix(f"{prefix}."), f"{prefix}.{key}"}:
-            parents = (name[:i] for i, letter in enumerate(name) if letter == ".")
-            lost |= plain & {*parents}
-    lost |= {key[0] for key in info["mismatched_keys"] if tuple(key[1]) == (1,) != tuple(key[2])}
+            lost |= without & {name[:i] for i, letter in enumerate(name) if letter == "."}
     if lost:
         raise LowrankError(
             f"{where} holds factors of {listed(sorted(lost), 3)}, but its config.json does not say "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -217,10 +216,6 @@ def _check_options(dense: nn.Module, spec: Spec, where: str) -> None:
         )
 
 
-class _OtherTies(dict[str, str]):
-    """`_tied_weights_keys` without factored pairs; the type marks what `retie` must undo."""
-
-
 def name_owner(name: str, module: Form, modules: Names) -> dict[str, str]:
     """The "shared" entry in the spec of a module that shares a table; {} for other modules.
 
@@ -258,102 +253,3 @@ def bind(built: Names, specs: Mapping[str, Mapping[str, Any]], source: str) -> N
             reader.bind(built.get(str(owner), reader))
         except LowrankError as error:
             raise LowrankError(f"{source}: {name}: {error}") from error
-
-
-def is_pair(modules: Names, target: str, source: str) -> bool:
-    """Whether two tied weights are one factored table; a head's bias is its own."""
-    if not (target.endswith("weight") and source.endswith("weight")):
-        return False
-    ends = [modules.get(key.rpartition(".")[0]) for key in (target, source)]
-    if None in ends:
-        return False
-    owners = [end.owner or end for end in ends if end is not None]
-    return owners[0] is owners[1]
-
-
-def untie(model: nn.Module, modules: Names) -> None:
-    """Stop transformers from tying factored pairs in `model`; undone by `retie`."""
-    _restore(model)  # pairs may have been merged since
-    for part, kept in _without_pairs(model, modules):
-        vars(part)["_tied_weights_keys"] = kept
-    _recompute(model)
-
-
-def other_ties(model: nn.Module, modules: Names) -> dict[str, str]:
-    """The weights that transformers ties in `model` (target -> source), without factored pairs."""
-    expand = getattr(model, "get_expanded_tied_weights_keys", None)
-    if expand is None:
-        return {}
-    before = [(part, dict(vars(part))) for part, _ in _without_pairs(model, modules)]
-    try:
-        for part, kept in _without_pairs(model, modules):
-            vars(part)["_tied_weights_keys"] = kept
-        return dict(expand(all_submodels=True))
-    finally:
-        for part, held in before:
-            vars(part).pop("_tied_weights_keys", None)
-            vars(part).update(held)
-
-
-def _without_pairs(model: nn.Module, modules: Names) -> list[tuple[nn.Module, _OtherTies]]:
-    """Submodules that tie a factored pair, each with the keys that remain."""
-    parts = []
-    for prefix, part in model.named_modules(remove_duplicate=False):
-        keys = getattr(part, "_tied_weights_keys", None)
-        if not isinstance(keys, dict):
-            continue
-        start = f"{prefix}." if prefix else ""
-        inner = {n.removeprefix(start): m for n, m in modules.items() if n.startswith(start)}
-        kept = _OtherTies({t: s for t, s in keys.items() if not is_pair(inner, t, s)})
-        if len(kept) < len(keys):
-            parts.append((part, kept))
-    return parts
-
-
-def retie(model: nn.Module) -> None:
-    """Undo `untie`: let transformers tie the pairs again, now that they are dense."""
-    if _restore(model):
-        _recompute(model)
-
-
-def _restore(model: nn.Module) -> bool:
-    """Remove what `untie` wrote; returns whether there was anything."""
-    ours = [m for m in model.modules() if isinstance(vars(m).get("_tied_weights_keys"), _OtherTies)]
-    for part in ours:
-        del vars(part)["_tied_weights_keys"]
-    return bool(ours)
-
-
-def _recompute(model: nn.Module) -> None:
-    """Update `all_tied_weights_keys`, which transformers caches."""
-    for part in model.modules():
-        if "all_tied_weights_keys" in vars(part):
-            keys = part.get_expanded_tied_weights_keys(all_submodels=True)  # type: ignore[operator]
-            part.all_tied_weights_keys = keys
-
-
-# What configs of transformers say of quantization, without importing transformers.
-
-
-def sub_configs(config: Any) -> list[Any]:
-    """The configs inside a transformers config, such as those of text and vision."""
-    parts = [part for part in vars(config).values() if isinstance(part, _config_class())]
-    return [one for part in parts for one in (part, *sub_configs(part))]
-
-
-def _config_class() -> Any:
-    return sys.modules["transformers.configuration_utils"].PreTrainedConfig
-
-
-def declaration_in(config: object) -> Any:
-    """The quantization_config, an object or a dict; None without one."""
-    return getattr(config, "quantization_config", None)
-
-
-def method_of(config: object) -> str | None:
-    """Name of the quantization method of a config; None without one, "?" for one without a name."""
-    given = declaration_in(config)
-    if given is None:
-        return None
-    method = given.get("quant_method") if isinstance(given, dict) else given.quant_method
-    return str(getattr(method, "value", method)) if method is not None else "?"

@@ -17,7 +17,7 @@ from ..errors import LowrankError
 from ..walk.checks import check_module
 
 KEPT_BYTES = 1 << 30  # cache of the reference's logits
-KL, ERROR = "KL", "relative error"  # how outputs are compared
+KL, ERROR = "KL", "relative squared error"  # how outputs are compared
 
 
 class NotFinite(LowrankError):
@@ -124,7 +124,7 @@ class Reference:
 
     @property
     def measure(self) -> str:
-        """How outputs are compared: by KL, or, where they are values, by their relative error.
+        """How outputs are compared: by KL, or, if they are values, by their relative squared error.
 
         Over one class every KL is 0, so that it could tell no model from another.
 
@@ -196,8 +196,9 @@ def divergence(
     """KL(reference ‖ model) per position, from logits (…, classes), in float32; or the squared
     error, relative to the mean square of the reference."""
     if measure == ERROR:
-        square = reference.float().square().sum(-1).mean().clamp_min(torch.finfo().tiny)
-        return _counted((reference.float() - logits.float()).square().sum(-1) / square, mask)
+        squares = _counted(reference.float().square().sum(-1), mask)
+        errors = _counted((reference.float() - logits.float()).square().sum(-1), mask)
+        return errors / squares.mean().clamp_min(torch.finfo().tiny)
     p, q = log_softmax(reference.float(), -1), log_softmax(logits.float(), -1)
     # A class with reference probability 0 (logit -inf) contributes 0 to the KL.
     losses = (p.exp() * (p - q)).where(p != -math.inf, 0).sum(-1)  # NaN stays NaN

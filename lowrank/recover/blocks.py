@@ -59,7 +59,7 @@ def distill(
     fitted: int | None = None,
 ) -> Trained:
     """Distil the dense model into the compressed one: minimise mean KL(dense ‖ compressed), or
-    the relative error of what is no logits.
+    the relative squared error of what is no logits.
 
     The teacher's logits are cached up to a memory limit; on further batches it runs at every step.
     `fitted`: see `split`.

@@ -1,11 +1,13 @@
 """Whether a model can be compressed, and how it is entered: asked before anything looks inside.
 
-Adapters of other libraries (LoRA and its kin) are found by how they are built.
+Adapters of other libraries (LoRA and its kin) are found by how they are built, quantized models by
+what their configs say; transformers is not imported for that.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
@@ -67,21 +69,39 @@ def check_model(model: Any) -> None:
             f"{len(frozen)} parameters were made in torch.inference_mode, where nothing can be "
             f"trained ({listed(frozen, 3)}): load the model outside of it"
         )
-    stored = getattr(getattr(model, "config", None), "quantization_config", None)
-    kind = _kind(stored)
+    kind = method_of(getattr(model, "config", None))
     if kind not in (None, "lowrank"):
         raise LowrankError(
             f"the model is quantized ({kind}): compress the model first and quantize the result"
         )
 
 
-def _kind(stored: Any) -> str | None:
-    """The quant_method in a quantization_config of transformers; "unknown" if it names none."""
-    if stored is None:
+def sub_configs(config: Any) -> list[Any]:
+    """The configs inside a transformers config, such as those of text and vision."""
+    parts = [part for part in vars(config).values() if isinstance(part, _configs())]
+    return [one for part in parts for one in (part, *sub_configs(part))]
+
+
+def _configs() -> Any:
+    return sys.modules["transformers.configuration_utils"].PreTrainedConfig
+
+
+def declaration_in(config: object) -> Any:
+    """The quantization_config, an object or a dict; None without one."""
+    return getattr(config, "quantization_config", None)
+
+
+def method_of(config: object) -> str | None:
+    """The quantization method that a config names; None without one, "unknown" without a name."""
+    given = declaration_in(config)
+    if given is None:
         return None
-    values = stored if isinstance(stored, dict) else vars(stored)
-    method = values.get("quant_method")
-    return str(getattr(method, "value", method) or "unknown")
+    method = (
+        given.get("quant_method")
+        if isinstance(given, dict)
+        else getattr(given, "quant_method", None)
+    )
+    return str(getattr(method, "value", method)) if method is not None else "unknown"
 
 
 def adapted_layers(model: nn.Module) -> list[str]:

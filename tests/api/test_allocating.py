@@ -284,7 +284,7 @@ def test_a_model_of_one_output_is_judged(ratio: float) -> None:
     assert away["lossaware"] < 1.2 * away["uniform"]  # chosen on other rows
     recovery = lowrank.Recovery(distill_steps=20)
     _, report = lowrank.compress(model, ratio, method="whitened", effort=recovery, **run)
-    assert any(note.startswith("relative error on held-out rows") for note in report.notes)
+    assert any(note.startswith("relative squared error on held-out rows") for note in report.notes)
     assert not any("KL" in note or "reverted" in note for note in report.notes)
     (point,) = lowrank.sweep(model, [ratio], data=rows, progress=False).points
     assert point.kl is None

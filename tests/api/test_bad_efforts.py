@@ -240,7 +240,7 @@ def test_a_model_without_predictions(word: str) -> None:
 def test_an_encoder_without_a_head_is_judged_by_its_hidden_states(word: str) -> None:
     model, data = zoo.make("classifier").bert, zoo.tokens(24, 12)
     lean, notes = compressed(model, data, word)
-    assert any("held-out" in note and "relative error" in note for note in notes)
+    assert any("held-out" in note and "relative squared error" in note for note in notes)
     plain, _ = lowrank.compress(model, 0.6, data=data, policy="uniform", copy=True, progress=False)
     fresh = zoo.tokens(8, 12, start=5)
     with torch.no_grad():

@@ -207,7 +207,7 @@ def test_one_output_is_judged_by_its_relative_error() -> None:
     """Every KL over one class is 0, which would prefer any model to any other."""
     net, near, x = nn.Linear(6, 1), nn.Linear(6, 1), torch.randn(40, 6)
     judge = Reference(net, [x[:24], x[24:]])
-    assert judge.measure == "relative error"
+    assert judge.measure == "relative squared error"
     want, got = (m(x).detach().double().numpy() for m in (net, near))
     parts = [(want[rows], got[rows]) for rows in (slice(24), slice(24, None))]
     errors = [((a - b) ** 2).sum() / (a**2).mean() for a, b in parts]
@@ -225,7 +225,7 @@ def test_a_regression_of_several_values_is_known_by_its_config() -> None:
     model.config = SimpleNamespace(problem_type="regression")
     shifted = Custom(lambda self, x: self.net(x) + 1, net=net)
     judge = Reference(model, [x])
-    assert judge.measure == "relative error"
+    assert judge.measure == "relative squared error"
     assert judge.judged(shifted) > 0.1 > Reference(net, [x]).judged(shifted)  # no KL sees a shift
 
 
@@ -233,7 +233,11 @@ def test_padding_does_not_count_in_relative_errors() -> None:
     reference, got = torch.ones(2, 3, 1), torch.ones(2, 3, 1)
     got[0, 2] = 9
     mask = torch.tensor([[True, True, False], [True, True, True]])
-    assert divergence(reference, got, mask, "relative error").tolist() == [0] * 5
+    assert divergence(reference, got, mask, "relative squared error").tolist() == [0] * 5
+    padded = reference.clone()
+    padded[0, 2] = 100  # nor does it make the others' errors small
+    got[1, 0] = 3
+    assert divergence(padded, got, mask, "relative squared error").tolist() == [0, 0, 4, 0, 0]
 
 
 def test_what_is_judged_by() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from diffusers import UNet2DModel
 
 import lowrank
 from lowrank.errors import LowrankError
+from lowrank.io.declaration import declared
 from lowrank.io.diffusers_format import DiffusersConfig
 from lowrank.nn import is_factored
 
@@ -66,6 +68,21 @@ def test_an_undeclared_folder_is_refused(lean: Any, tmp_path: Path) -> None:
     path.write_text(json.dumps(config))
     with pytest.raises((RuntimeError, ValueError), match=r"(?s)size mismatch|shape"):
         UNet2DModel.from_pretrained(tmp_path)
+
+
+def test_what_another_library_quantized_is_left_to_it(lean: Any, tmp_path: Path) -> None:
+    """Its quantizer saves it, as if lowrank were not there; factors beside it are refused."""
+    other, quantizer = {"quant_method": "other"}, object()
+    dense = lowrank.to_dense(copy.deepcopy(lean))
+    dense.register_to_config(quantization_config=other)
+    dense.hf_quantizer = quantizer
+    with declared(dense, tmp_path):
+        assert dense.hf_quantizer is quantizer
+        assert dense.config["quantization_config"] == other
+    both = copy.deepcopy(lean)
+    both.register_to_config(quantization_config=other)
+    with pytest.raises(LowrankError, match="quantized by 'other'"), declared(both, tmp_path):
+        pass
 
 
 def test_an_unknown_version_is_refused(lean: Any, tmp_path: Path) -> None:

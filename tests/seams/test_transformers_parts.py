@@ -239,6 +239,19 @@ def test_factors_without_guards_are_noticed_too(undeclared: Path) -> None:
         lowrank.from_pretrained(undeclared)
 
 
+def test_tensors_of_other_tools_beside_a_weight_are_none_of_ours(tmp_path: Path) -> None:
+    """Scales, say: transformers warns of them, and the weights are all there."""
+    from safetensors.torch import load_file, save_file
+
+    model = zoo.llama()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    scale = {"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)}
+    save_file({**load_file(path), **scale}, path, {"format": "pt"})
+    again = lowrank.from_pretrained(tmp_path)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
 def test_guards_are_passed_over_in_silence(tmp_path: Path) -> None:
     model, _ = lowrank.compress(zoo.llama(), 0.5, **RUN)
     model.save_pretrained(tmp_path)
