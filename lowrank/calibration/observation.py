@@ -6,7 +6,7 @@ container that take the previous member's output form a chain of blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,17 +63,39 @@ def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
     finally:
         for handle in handles:
             handle.remove()
-    linked = [name for name, chain in chains.items() if chain.linked()]
-    outer = [n for n in linked if not any(n != o and _inside(n, o) for o in linked)]
+    members = {
+        name: tuple(f"{name}.{index}".lstrip(".") for index in containers[name]._modules)
+        for name, chain in chains.items()
+        if chain.linked()
+    }
     return Observation(
         order=tuple(reads.shapes),
         groups=reads.groups(),
-        chains=tuple(
-            tuple(f"{name}.{index}".lstrip(".") for index in containers[name]._modules)
-            for name in outer
-        ),
+        chains=_outermost(members, [site.name for site in sites]),
         shapes=reads.shapes,
     )
+
+
+def _outermost(
+    chains: Mapping[str, tuple[str, ...]], layers: Sequence[str]
+) -> tuple[tuple[str, ...], ...]:
+    """The chains that lie in no other; but a chain that has three quarters of its layers in one
+    member, which holds a chain itself (an encoder and its pooling, a backbone and its head), is no chain.
+
+    Args:
+        chains: names of the members, by the name of the container, outer ones first.
+        layers: names of all sites.
+    """
+    chosen: list[str] = []
+    for name, members in chains.items():
+        if any(_inside(name, outer) for outer in chosen):
+            continue
+        held = {m: sum(_inside(layer, m) for layer in layers) for m in members}
+        largest = max(members, key=held.__getitem__)
+        divided = any(_inside(inner, largest) for inner in chains)
+        if not (divided and 4 * held[largest] >= 3 * sum(held.values())):
+            chosen.append(name)
+    return tuple(chains[name] for name in chosen)
 
 
 def _noted(reads: _Reads, site: Site) -> Callable[..., None]:
@@ -157,7 +179,7 @@ class _Chain:
 
 
 def _inside(name: str, outer: str) -> bool:
-    return outer == "" or name.startswith(f"{outer}.")
+    return outer in ("", name) or name.startswith(f"{outer}.")
 
 
 class Frequencies:

@@ -260,3 +260,21 @@ def test_autocast_converts_floats() -> None:
             model(torch.ones(3, 6, dtype=torch.bfloat16))
 
     assert look(model, run).order == ("0",)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_an_encoder_and_what_pools_it_are_no_chain_of_two(deep: bool) -> None:
+    """Run as one block, all of the encoder would run for each of its layers."""
+    blocks = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3)))
+    encoder = nn.ModuleDict({"blocks": blocks})
+    encoder.forward = lambda x: blocks(x)
+    model = nn.Sequential(encoder if deep else blocks, nn.Tanh(), nn.Linear(4, 2))
+    inner = "0.blocks" if deep else "0"
+    seen = look(model, lambda: model(torch.ones(1, 4)))
+    assert seen.chains == (tuple(f"{inner}.{i}" for i in range(3)),)
+
+
+def test_stages_of_like_size_are_a_chain() -> None:
+    stages = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(3))
+    model = nn.Sequential(*stages)
+    assert look(model, lambda: model(torch.ones(1, 4))).chains == (("0", "1", "2"),)
