@@ -79,8 +79,10 @@ def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
 def _outermost(
     chains: Mapping[str, tuple[str, ...]], layers: Sequence[str]
 ) -> tuple[tuple[str, ...], ...]:
-    """The chains that lie in no other; but a chain that has three quarters of its layers in one
-    member, which holds a chain itself (an encoder and its pooling, a backbone and its head), is no chain.
+    """The chains that lie in no other.
+
+    One that has three quarters of its layers in a single member, which holds a chain itself, is
+    passed over: an encoder and its pooling, or a backbone and its head.
 
     Args:
         chains: names of the members, by the name of the container, outer ones first.
