@@ -439,7 +439,7 @@ MUTANTS = (
     ),
     Mutant(
         "the dense stream recorded anew for every candidate",
-        "lowrank/recover/chain.py",
+        "lowrank/recover/workbench.py",
         "if number not in recording.calls:",
         "if number >= 0:",
         ("tests/test_trace.py::test_one_call_of_compress_enters_few_rooms_and_works_once",),

@@ -20,8 +20,8 @@ ROOT = Path(lowrank.__file__).parent
 WATCHED = {
     ("walk/sites.py", "find_sites"): "walks over the model",
     ("recover/run.py", "recover_layers"): "recoveries",
-    ("recover/chain.py", "Recording.record"): "batches recorded for chains of blocks",
-    ("recover/chain.py", "Chain.__init__"): "chains that run on what was recorded",
+    ("calibration/chain.py", "Recording.record"): "batches recorded for chains of blocks",
+    ("calibration/chain.py", "Chain.__init__"): "chains that run on what was recorded",
 }
 
 

@@ -10,15 +10,17 @@ from fractions import Fraction
 from torch import nn
 
 from ..calibration.batches import ROWS
+from ..calibration.chain import Recordings
 from ..calibration.statistics import Calibration, statistics_of
 from ..errors import LowrankError, listed
+from ..linalg.mapped import settled
 from ..measure.eval import NotFinite
 from ..methods.resolved import Resolved, own_form
 from ..plans.entry import Entry, break_even, check_rank
 from ..policies import Energy, policy_of
 from ..policies.common import Choice, at_most, nearly_free_alignment, only_aligned, smallest
-from ..recover.chain import Workbench
 from ..recover.run import recover_layers
+from ..recover.workbench import Workbench
 from ..types import Allocation, Budget, Cost, Curve, Option, Probe, Site
 from ..walk.sites import pattern_value
 from ..walk.surgery import put, twin
@@ -94,14 +96,18 @@ def why_dense(option: Option, site: Site, curve: Curve, request: Request) -> str
     return "not in rank_pattern" if request.ratio is None else "the policy keeps it dense"
 
 
-def workbench(
-    model: nn.Module, calibration: Calibration | None, request: Request
+def bench_of(
+    model: nn.Module,
+    calibration: Calibration | None,
+    request: Request,
+    recordings: Recordings | None = None,
 ) -> Workbench | None:
     """The workbench to fit and judge candidates on; None without rows to run."""
     if calibration is None or callable(calibration.batches):
         return None
     recovery = request.recovery
-    return Workbench(model, calibration, ROWS if recovery is None else recovery.rows)
+    rows = ROWS if recovery is None else recovery.rows
+    return Workbench(model, calibration, rows, recordings)
 
 
 def probe_of(
@@ -127,7 +133,7 @@ def probe_of(
             option = allocation[names]
             if not option.dense:
                 stats = statistics_of(group[0], bench.calibration)
-                new = resolved.factor(group, option, stats)
+                new = [settled(module) for module in resolved.factor(group, option, stats)]
                 work += [
                     (site, Entry.of(site, option), module)
                     for site, module in zip(group, new, strict=True)

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from .. import io
 from ..calibration.statistics import Calibration, doubts, statistics_of
 from ..errors import LowrankError, listed
+from ..linalg.mapped import settled
 from ..measure.size import model_cost
 from ..measure.timing import paired_ratio
 from ..methods.resolved import Resolved
@@ -23,10 +24,10 @@ from ..nn.form import notes_of
 from ..plans.entry import Entry
 from ..plans.plan import Plan, Work, matched, versions
 from ..plans.report import Measured, Report
-from ..recover.chain import Workbench
 from ..recover.copies import hand_over
 from ..recover.recovery import Recovery
 from ..recover.run import Recovered, recover_layers
+from ..recover.workbench import Workbench
 from ..types import Cost, Curve, Factored, Option, Site, Statistics
 from ..walk import layouts
 from ..walk.surgery import put, unchanged_on_error
@@ -118,7 +119,7 @@ def factor_group(
     sites, entry = [site for site, _ in work], work[0][1]
     stats = _statistics(sites, calibration)
     option = replace(entry.option(), cost=sum((e.cost for _, e in work), Cost(0, 0, 0)))
-    modules = resolved.factor(sites, option, stats)
+    modules = [settled(new) for new in resolved.factor(sites, option, stats)]
     _check_table(sites[0], entry, modules[0])
     # A plan made on other statistics, or edited, has no curve yet.
     curve = (curves or {}).get(sites[0].name)

@@ -122,6 +122,11 @@ ARGUMENTS: dict[str, Argument] = {
         'layers that the data did not reach: "dense" (default; they are then no targets), '
         '"data-free" (plain SVD) or "error".'
     ),
+    "out": Argument(
+        "folder to write the result to, where `model` is a folder or a name on the hub. Weights "
+        "and statistics then stay in files: a model larger than memory can be compressed. An older "
+        "result is replaced once the new one is whole."
+    ),
     "seed": Argument("random seed (default 0).", flag="--seed", metavar="INT"),
     "judge": Argument(
         "texts or batches to compare predictions on, as for `kl`. Default: the held-out "

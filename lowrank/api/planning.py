@@ -20,7 +20,7 @@ from ..methods.resolved import Resolved, own_form
 from ..plans import shared_basis
 from ..plans.entry import Entry
 from ..plans.plan import Plan, versions
-from ..recover.chain import Workbench
+from ..recover.workbench import Workbench
 from ..types import Allocation, Cost, Curve, Probe, SeveralForms, Site
 from ..walk import layouts
 from ..walk.coverage import uncovered

@@ -207,6 +207,7 @@ class Compression(_Ranks):
 
     ratio: float | Plan | None = None
     copy: bool = field(default=False, kw_only=True)
+    out: str | Path | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """No checks here: `request` and `check_beside_plan` make them."""
@@ -216,7 +217,7 @@ class Compression(_Ranks):
 
     def check_beside_plan(self) -> None:
         """Raises LowrankError for arguments that a finished plan would ignore."""
-        taken = {"ratio", "data", "tokenizer", "copy", "progress"}
+        taken = {"ratio", "data", "tokenizer", "copy", "out", "progress"}
         if not isinstance(self.method, str):
             taken.add("method")  # an object can carry out the plan
         given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]

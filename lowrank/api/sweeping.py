@@ -24,13 +24,13 @@ from ..errors import LowrankError
 from ..measure.eval import KL, Reference
 from ..plans.plan import Plan, versions
 from ..plans.report import Report
-from ..recover.chain import Workbench
+from ..recover.workbench import Workbench
 from ..tables import aligned
 from ..types import Site
 from ..walk.checks import check_model
 from ..walk.sites import find_sites
 from ..walk.surgery import twin
-from .allocating import workbench
+from .allocating import bench_of
 from .applying import carry_out
 from .planning import hold_out_of, make_plan
 from .request import Request, Sweeping
@@ -167,7 +167,7 @@ def sweep(model: nn.Module, asked: Sweeping) -> Sweep:
             model, calibration, wanted, seed=first.seed, progress=first.progress
         )
     judge = _judge(model, calibration, asked)
-    bench = workbench(model, calibration, first)
+    bench = bench_of(model, calibration, first)
     seconds = time.perf_counter() - started
     known = 0 if calibration is None else len(calibration.spectra)
     swept = _Swept(model, sites, wanted, calibration, bench, judge)

@@ -6,6 +6,7 @@ import copy as copying
 import dataclasses
 import functools
 import inspect
+import os
 import textwrap
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 from torch import nn
 
+from .. import io
+from ..calibration.chain import Recordings
 from ..calibration.fisher import FISHER, with_fisher
 from ..calibration.self_written import described, writes
 from ..calibration.statistics import SELF, Calibration, calibrate
@@ -22,15 +25,16 @@ from ..methods.resolved import Given, Resolved, resolve
 from ..nn import is_factored
 from ..plans.plan import Plan, matched
 from ..plans.report import Report
-from ..recover.chain import Workbench
 from ..recover.recovery import Recovery
+from ..recover.workbench import Workbench
 from ..types import JointMethod, Method, Site
 from ..walk import layouts
 from ..walk.checks import check_model, ordinary_tensors
 from ..walk.sites import check_rank_pattern, find_sites, select_sites
-from .allocating import Curves, workbench
+from .allocating import Curves, bench_of
 from .applying import carry_out
 from .arguments import ARGUMENTS
+from .from_disk import check_apart, working_in, write
 from .planning import hold_out_of, make_plan
 from .request import HOLD_OUT, Compression, Request, Source
 
@@ -174,16 +178,23 @@ def compress(model: nn.Module, asked: Compression) -> tuple[nn.Module, Report]:
     is accepted, together with data, tokenizer, copy, progress and a method object only.
 
     Args:
-        model: changed in place and returned; if it is itself a layer, a new one is returned.
+        model: changed in place and returned; if it is itself a layer, a new one is returned. Or the
+            folder of a transformers model, or its name on the hub: see `out`.
         …
 
     Returns:
-        The model and a Report to print.
+        The model and a Report to print; of a folder the Report alone.
 
     Raises:
         LowrankError: an argument, the data or the model is invalid; the model is then unchanged.
     """
     started = time.perf_counter()
+    if isinstance(model, str | os.PathLike):
+        return cast(Any, _from_folder(model, asked))
+    if asked.out is not None:
+        raise LowrankError(
+            "out is for a model that is given as a folder: save this one by lowrank.save"
+        )
     if isinstance(asked.ratio, Plan):
         asked.check_beside_plan()
         method = cast(Any, None if isinstance(asked.method, str) else asked.method)
@@ -201,6 +212,24 @@ def compress(model: nn.Module, asked: Compression) -> tuple[nn.Module, Report]:
     )  # fmt: skip
 
 
+def _from_folder(source: str | os.PathLike[str], asked: Compression) -> Report:
+    """Compress the model of a folder into another one; see from_disk.py."""
+    if asked.out is None:
+        raise LowrankError(f"{source} is a folder: say with out=… where to write the result")
+    source = str(source)
+    out = check_apart(source, asked.out)
+    if not isinstance(asked.ratio, Plan):
+        asked.request()  # a typo must not cost loading
+    model = io.from_pretrained(source).eval()
+    tokenizer = asked.tokenizer or io.tokenizer_of(source)
+    with working_in(out):
+        request = dataclasses.replace(asked, out=None, copy=False, tokenizer=tokenizer)
+        given = {f.name: getattr(request, f.name) for f in dataclasses.fields(request)}
+        model, report = compress(model, **given)
+        write(model, report, source, out, tokenizer=tokenizer)
+    return report
+
+
 def decide(model: nn.Module, request: Request) -> Decision:
     """Make a plan, cheap checks first: a typo must not cost a calibration."""
     check_model(model)
@@ -211,11 +240,13 @@ def decide(model: nn.Module, request: Request) -> Decision:
         needed=request.method is None or bool(request.needs()), seed=request.seed,
         hold_out=hold_out_of(request, wanted), progress=request.progress,
     )  # fmt: skip
+    recordings: Recordings = {}
     if calibration is not None and request.needs() & FISHER:
         calibration = with_fisher(
-            model, calibration, wanted, seed=request.seed, progress=request.progress
-        )
-    bench = workbench(model, calibration, request)
+            model, calibration, wanted,
+            seed=request.seed, progress=request.progress, recordings=recordings,
+        )  # fmt: skip
+    bench = bench_of(model, calibration, request, recordings)
     remember = isinstance(request.data, Calibration)
     planned = make_plan(model, request, wanted, calibration, bench, remember=remember)
     return Decision(*planned, sites, calibration, bench)

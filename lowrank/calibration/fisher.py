@@ -9,7 +9,7 @@ per token, and for FWSVD (arXiv 2207.00112) the squared weight gradients of a se
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -20,12 +20,16 @@ from torch.nn.functional import cross_entropy
 from ..errors import LowrankError
 from ..linalg import gram_sum
 from ..linalg.gram import full_precision
+from ..linalg.mapped import kept, zeros
 from ..types import Site
 from ..walk import layouts
 from ..walk.sites import find_sites, select_sites
 from .batches import Batch, Forward, rebatched
+from .chain import Chain, Recording, Recordings, bypassed
+from .observation import Observation
 from .running import (
     SameTensor,
+    few_rows,
     first_tensor,
     forward,
     mask_of,
@@ -38,7 +42,7 @@ from .statistics import Calibration
 
 FISHER = frozenset({"out_gram", "row_fisher"})  # the needs that require this pass
 ROWS = 16  # rows per backward pass
-POSITIONS = 1024  # positions whose labels are sampled at once
+ENTRIES = 2**22  # of the probabilities that labels are sampled from at once
 
 
 def with_fisher(
@@ -48,6 +52,7 @@ def with_fisher(
     *,
     seed: int = 0,
     progress: bool = False,
+    recordings: Recordings | None = None,
 ) -> Calibration:
     """The calibration with `out_gram` and `row_fisher` of the linear and conv sites that it saw.
 
@@ -58,9 +63,10 @@ def with_fisher(
         sites: None: every linear layer but the output head, whose `out_gram` would be vocabulary ×
             vocabulary; `compress` passes its targets.
         seed: of the labels, sampled on the CPU.
+        recordings: to be filled with those of the model's chain, whose batches have `ROWS` rows.
 
     Raises:
-        LowrankError: as `fisher`.
+        LowrankError: as `gradient_moments`.
     """
     chosen = select_sites(find_sites(model), model) if sites is None else sites
     known = calibration.statistics
@@ -72,7 +78,10 @@ def with_fisher(
     ]
     if not wanted:
         return calibration
-    fishers = gradient_moments(model, calibration.batches, wanted, seed=seed, progress=progress)
+    fishers = gradient_moments(
+        model, calibration.batches, wanted, calibration.observation,
+        seed=seed, progress=progress, recordings=recordings,
+    )  # fmt: skip
     added = {
         name: replace(known[name], out_gram=gram, row_fisher=rows)
         for name, (gram, rows) in fishers.items()
@@ -84,9 +93,11 @@ def gradient_moments(
     model: nn.Module,
     batches: list[Batch] | Forward,
     sites: Sequence[Site],
+    observation: Observation | None = None,
     *,
     seed: int = 0,
     progress: bool = False,
+    recordings: Recordings | None = None,
 ) -> Moments:
     """G = E[g gᵀ] (out, out) and the rows' Fisher (out,), both float64, by names of sites.
 
@@ -103,6 +114,8 @@ def gradient_moments(
 
     Args:
         batches: from `materialise`; at most `ROWS` rows are run at a time.
+        observation: of the model, if known. Where the sites lie in one chain of blocks, or after
+            it, gradients flow back block by block, in the memory of one block; they are the same.
         seed: of the labels, sampled on the CPU.
 
     Raises:
@@ -113,14 +126,51 @@ def gradient_moments(
         raise LowrankError(
             "output gradients need batches, not a callable: pass tensors, dicts or a loader"
         )
+    rows = rebatched(batches, ROWS)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.inference_mode(False), quiet(model), without_cache(model), _frozen(model):
+        names = () if observation is None else _one_chain(sites, observation)
+        if names:
+            with suppress(NotByBlock):
+                recording = Recording(tuple(names))
+                found = _by_block(model, rows, sites, recording, generator, progress)
+                if recordings is not None:
+                    recordings[recording.names] = recording
+                return found
+            generator.manual_seed(seed)
+        return _whole(model, rows, sites, generator, progress)
+
+
+def _one_chain(sites: Sequence[Site], observation: Observation) -> Sequence[str]:
+    """The chain of blocks that holds all linear sites but those called after it; () if none."""
+    order = {name: position for position, name in enumerate(observation.order)}
+    for chain in observation.chains:
+        inside = [order[name] for name in order if _block_of(name, chain)]
+        others = [site for site in sites if not _block_of(site.name, chain)]
+        later = all(order.get(site.name, -1) > max(inside, default=0) for site in others)
+        if later and inside and all(s.kind == "linear" and len(s.names) == 1 for s in sites):
+            return chain
+    return ()
+
+
+def _block_of(name: str, chain: Sequence[str]) -> str:
+    return next((block for block in chain if f"{name}.".startswith(f"{block}.")), "")
+
+
+def _whole(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    sites: Sequence[Site],
+    generator: torch.Generator,
+    progress: bool,
+) -> Moments:
+    """One backward pass through the whole model per batch."""
     from tqdm.auto import tqdm
 
     gather = Gradients(sites)
-    generator = torch.Generator().manual_seed(seed)
-    bar = tqdm(rebatched(batches, ROWS), "fisher", delay=2, disable=not progress, leave=False)
     reached = not sites
-    with torch.inference_mode(False), quiet(model), without_cache(model), _frozen(model), gather:
-        for batch in bar:
+    with gather:
+        for batch in tqdm(batches, "fisher", delay=2, disable=not progress, leave=False):
             gather.start(mask_of(batch))
             with torch.enable_grad():
                 outputs, classes = _predictions(model, forward(model, _plain(batch)))
@@ -136,6 +186,126 @@ def gradient_moments(
                 "model run under no_grad, or did the data not reach them?"
             )
         return gather.result()
+
+
+class NotByBlock(LowrankError):
+    """Gradients cannot flow back block by block."""
+
+
+def _by_block(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    sites: Sequence[Site],
+    recording: Recording,
+    generator: torch.Generator,
+    progress: bool,
+) -> Moments:
+    """The same, block by block from the last to the first, each run again on its stored input.
+
+    Raises:
+        NotByBlock: what comes after the chain cannot be run alone, or no gradient flows back.
+    """
+    from tqdm.auto import tqdm
+
+    names = recording.names
+    inputs: list[list[Tensor]] = []  # by block and batch
+    gradients: list[Tensor] = []
+    sequences: list[int] = []
+    with torch.no_grad():
+        try:
+            for number, batch in enumerate(batches):
+                recording.record(model, number, batch)
+            chain = Chain(model, recording, range(len(batches)))
+            for index in range(len(names)):
+                inputs.append([kept(hidden) for hidden in chain.hidden])
+                chain.hidden = chain.outputs(index)
+        except LowrankError as error:
+            raise NotByBlock(str(error)) from None
+    _check_bypass(model, recording, batches[0], chain.hidden[0])
+    later = Gradients([site for site in sites if not _block_of(site.name, names)])
+    with later:
+        for number, batch in enumerate(batches):
+            hidden = chain.hidden[number]
+            tail = _tail_gradient(model, recording, number, batch, hidden, generator, later)
+            gradients.append(tail[0])
+            sequences.append(tail[1])
+    found = later.result()
+    masks = [mask_of(batch) for batch in batches]
+    bar = tqdm(total=len(names), desc="fisher", delay=2, disable=not progress, leave=False)
+    with bar:
+        for index in reversed(range(len(names))):
+            gather = Gradients([s for s in sites if _block_of(s.name, names) == names[index]])
+            with gather, torch.enable_grad():
+                for number, hidden in enumerate(inputs.pop()):
+                    gather.start(masks[number])
+                    gather.sequences = sequences[number]
+                    leaf = hidden.clone().requires_grad_()
+                    output = chain.run(index, number, leaf.clone())
+                    if not output.requires_grad:
+                        raise NotByBlock(f"{names[index]} cuts the gradient")
+                    output.backward(gradients[number])
+                    gather.finish()
+                    own = leaf.grad
+                    gradients[number] = torch.zeros_like(leaf) if own is None else own
+            found.update(gather.result())
+            bar.update()
+    return found
+
+
+def _check_bypass(model: nn.Module, recording: Recording, batch: Batch, hidden: Tensor) -> None:
+    """Raises NotByBlock unless what comes after the chain gives the same outputs when run alone."""
+    part, piece = _parts(model, recording, 0, batch, hidden)[0]
+    with torch.no_grad():
+        expected, _ = _predictions(model, forward(model, _plain(part)))
+        with bypassed(model, recording, 0, piece):
+            found, _ = _predictions(model, forward(model, _plain(part)))
+    if found.shape != expected.shape or not torch.allclose(found, expected, 1e-3, 1e-4):
+        raise NotByBlock("the predictions depend on more than the last block's output")
+
+
+def _parts(
+    model: nn.Module, recording: Recording, number: int, batch: Batch, hidden: Tensor
+) -> list[tuple[Batch, Tensor]]:
+    """A few rows at a time, with their hidden states: the logits of a large vocabulary are the
+    largest tensor of all."""
+    rows = few_rows(model, batch)
+    parts = rebatched([batch], rows)
+    if sum(map(_length, parts)) != len(hidden) or not recording.is_plain(number):
+        return [(batch, hidden)]
+    return list(zip(parts, hidden.split(rows), strict=True))
+
+
+def _tail_gradient(
+    model: nn.Module,
+    recording: Recording,
+    number: int,
+    batch: Batch,
+    hidden: Tensor,
+    generator: torch.Generator,
+    later: Gradients,
+) -> tuple[Tensor, int]:
+    """The gradient at the last block's output, and the number of sequences."""
+    gradients, total = [], 0
+    for part, piece in _parts(model, recording, number, batch, hidden):
+        leaf = piece.detach().clone().requires_grad_()
+        later.start(mask_of(part))
+        with torch.enable_grad(), bypassed(model, recording, number, leaf.clone()):
+            outputs, classes = _predictions(model, forward(model, _plain(part)))
+            loss, sequences = _loss(outputs, classes, predicted_mask(model, part), generator)
+        total += sequences
+        later.sequences = sequences
+        if loss is not None and not loss.requires_grad:
+            raise NotByBlock("no gradient flows from the predictions to the last block")
+        if loss is not None:
+            loss.backward()
+        later.finish()
+        gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+    return torch.cat(gradients), total
+
+
+def _length(batch: Batch) -> int:
+    tensor = first_tensor(batch)
+    return 0 if tensor is None or not tensor.ndim else len(tensor)
 
 
 def _predictions(model: nn.Module, output: object) -> tuple[Tensor, bool]:
@@ -188,7 +358,7 @@ def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
     By inverse transform sampling, so that every device samples the same labels.
     """
     labels = []
-    for rows in logits.split(POSITIONS):
+    for rows in logits.split(max(ENTRIES // logits.shape[-1], 1)):
         reached = rows.double().softmax(-1).cumsum(-1)
         chance = torch.rand(len(rows), 1, generator=generator, dtype=torch.float64)
         drawn = torch.searchsorted(reached, chance.to(rows.device) * reached[:, -1:], right=True)
@@ -216,7 +386,7 @@ def _plain(batch: Batch) -> Batch:
     return {name: _plain(v) if isinstance(v, Tensor) else v for name, v in batch.items()}
 
 
-ENTRIES = 2**24  # of the weight gradients held at once
+WEIGHTS = 2**24  # entries of the weight gradients held at once
 
 Moments = dict[str, tuple[Tensor, Tensor]]  # by site: E[g gᵀ] (out, out), the rows' Fisher (out,)
 
@@ -302,7 +472,8 @@ class _Sums:
         self._calls += 1
         if self._gram is None:
             out_features = self.site.shape[0]
-            self._gram = output.new_zeros((out_features, out_features), dtype=torch.float64)
+            sides = (out_features, out_features)
+            self._gram = zeros(*sides, dtype=torch.float64, device=output.device)
             self._rows = self._gram.new_zeros(out_features)
 
     def add(self, inputs: Tensor, gradient: Tensor, keep: Tensor | None, sequences: int) -> None:
@@ -336,7 +507,7 @@ class _Sums:
         x = torch.cat([x.reshape(*cut, x.shape[-1]) for x, _ in waiting], joined)
         g = torch.cat([g.reshape(*cut, g.shape[-1]) for _, g in waiting], joined)
         wide = torch.float64 if g.dtype == torch.float64 else torch.float32
-        step = max(1, ENTRIES // (x.shape[-1] * g.shape[-1]))
+        step = max(1, WEIGHTS // (x.shape[-1] * g.shape[-1]))
         assert self._rows is not None
         with full_precision(g):
             for some_x, some_g in zip(x.split(step), g.split(step), strict=True):
@@ -369,4 +540,4 @@ class _Sums:
         assert self._gram is not None
         assert self._rows is not None
         count = tokens if self.site.kind == "conv" else self.count
-        return self._gram / max(count, 1), self._rows / max(sequences, 1)
+        return self._gram.div_(max(count, 1)), self._rows / max(sequences, 1)

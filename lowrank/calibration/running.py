@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowrankError
-from .batches import Batch
+from .batches import ROWS, Batch
 
+LOGITS = 1 << 27  # bytes of logits that are held at once
 IGNORED = -100  # a label of torch's cross entropy, and of transformers, for padding
 
 
@@ -86,6 +87,21 @@ def _takes_one_dict(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     places = [p for p in parameters if p.kind in kinds]
     demanded = [p for p in places if p.default is inspect.Parameter.empty]
     return len(demanded) == 1 and not any(p.name in inputs for p in places)
+
+
+def few_rows(model: nn.Module, batch: Batch) -> int:
+    """How many rows of a batch to run at once, so that logits over a large vocabulary stay below
+    LOGITS bytes; at least one.
+
+    The vocabulary is taken for the longest side of any weight.
+    """
+    tensors = [batch] if isinstance(batch, Tensor) else [*tensors_in(batch)]
+    ids = [t for t in tensors if t.ndim > 1 and not t.is_floating_point()]
+    if not ids:
+        return ROWS
+    widest = max((max(p.shape) for p in model.parameters() if p.ndim == 2), default=1)
+    tokens = max(t[0].numel() for t in ids)
+    return max(min(LOGITS // max(4 * widest * tokens, 1), ROWS), 1)
 
 
 def logits_of(output: Any) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import LowrankError, listed
 from ..linalg import gram_sum
+from ..linalg.mapped import kept
 from ..types import Curve, Site, Statistics
 from ..walk import layouts
 from ..walk.checks import check_model, ordinary_tensors
@@ -18,7 +19,7 @@ from ..walk.sites import find_sites, tied_heads
 from . import self_written
 from .batches import LENGTH, Batch, Data, Forward, materialise, parted, rebatched
 from .observation import Frequencies, Observation, observe
-from .running import SameTensor, first_tensor, forward, mask_of, quiet
+from .running import SameTensor, few_rows, first_tensor, forward, mask_of, quiet
 
 Groups = tuple[tuple[str, ...], ...]
 SELF = "self"  # as `data`: the model writes it
@@ -92,7 +93,7 @@ def calibrate(
     tables = [site for site in free if site.kind == "embedding"]
     heads = tied_heads(model, tables)
     readers = [site for site in free if site.kind in ("linear", "conv")] + list(heads.values())
-    first = batches if callable(batches) else batches[:1]
+    first = batches if callable(batches) else _fewer(model, batches)[:1]
     with Frequencies(tables):  # for its error about bad ids, in the first pass too
         observation = observe(model, readers, lambda: _run(model, first, (), progress=False))
     statistics, groups, lookups = _gathered(model, batches, observation, readers, tables, progress)
@@ -280,14 +281,14 @@ class _Sums:
                 "check the data and the layers before it; float16 overflows where float32 and "
                 "bfloat16 do not"
             )
-        self.gram = gram if self.gram is None else self.gram.add_(gram)
+        self.gram = kept(gram) if self.gram is None else self.gram.add_(gram)
         self.sum = total if self.sum is None else self.sum.add_(total)
         self.count += len(rows)
 
     def finish(self) -> Statistics:
         if self.count == 0 or self.gram is None or self.sum is None:
             return Statistics()
-        return Statistics(self.count, self.gram / self.count, self.sum / self.count)
+        return Statistics(self.count, self.gram.div_(self.count), self.sum / self.count)
 
 
 def counted_rows(module: nn.Module, tensor: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
@@ -313,10 +314,17 @@ def _run(
         return
     from tqdm.auto import tqdm
 
-    for batch in tqdm(batches, "calibrate", delay=2, disable=not progress, leave=False):
+    for batch in tqdm(
+        _fewer(model, batches), "calibrate", delay=2, disable=not progress, leave=False
+    ):
         for mask in masks:
             mask(mask_of(batch))
         forward(model, batch)
+
+
+def _fewer(model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
+    """The batches in smaller ones, where their logits would take much memory."""
+    return [part for b in batches for part in rebatched([b], few_rows(model, b))]
 
 
 def _split(groups: Groups, parted: set[str]) -> Groups:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..api.from_disk import room_for, working_in, write
 from ..api.request import Compression, Request
 from ..calibration.self_written import writes
 from ..calibration.statistics import SELF, calibrate
 from ..errors import LowrankError
 from ..plans.report import Report
-from ..tables import markdown
 from . import inputs, options
 from .console import hushed, on_terminal, say, say_reasons, show
 from .inputs import Force, Length, Out, Source
@@ -74,6 +75,15 @@ def compress_command(
         ),
     ] = None,
     force: Force = False,
+    from_disk: Annotated[
+        bool | None,
+        typer.Option(
+            "--from-disk/--in-memory",
+            show_default=False,
+            help="Keep weights, factors and statistics in files, or in memory. Default: in files "
+            "where they would take more than half of the memory.",
+        ),
+    ] = None,
     **chosen: Any,
 ) -> None:
     """Factor the layers of a model, and save it.
@@ -95,12 +105,19 @@ def compress_command(
     seed = chosen["seed"] or 0
     if plan is not None:
         methods, seed = options.used_by(plan), plan.seed
-    batches = _calibration(model, path, text, chosen["data"], length, methods, seed)
-    if plan is not None:
-        model, report = apply(model, plan, data=batches, progress=on_terminal())
-    else:
-        model, report = compress(model, **keywords, data=batches, progress=on_terminal())
-    _write(model, report, path, out)
+    room = room_for(model)
+    in_memory = room.in_memory if from_disk is None else not from_disk
+    if not in_memory:
+        say(str(room))
+    with nullcontext() if in_memory else working_in(out):
+        batches = _calibration(model, path, text, chosen["data"], length, methods, seed)
+        if plan is not None:
+            model, report = apply(model, plan, data=batches, progress=on_terminal())
+        else:
+            model, report = compress(model, **keywords, data=batches, progress=on_terminal())
+        _write(model, report, path, out)
+    if in_memory:
+        say(f"ran {room}")
 
 
 def merge_command(
@@ -161,14 +178,9 @@ def _calibration(
 
 def _write(model: Any, report: Report, path: str, out: Path) -> None:
     """Save checkpoint, model card and report.json, and print the summary and next steps."""
-    from ..io import save
-
-    card = ["## Compression", f"Compressed from `{Path(path).name}`.", *report.summary()]
-    body = "\n\n".join([*card, markdown(report.rows())])
     tokenizer = inputs.load_tokenizer(path)
     with hushed():
-        save(model, out, tokenizer=tokenizer, card=body)
-    (out / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
+        write(model, report, path, out, tokenizer=tokenizer)
     for line in report.summary():
         say(line)
     say_reasons("left dense", ((row["site"], row["reason"]) for row in report.rows()))

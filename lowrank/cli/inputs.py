@@ -65,21 +65,13 @@ def load_tokenizer(path: str, why: str = "") -> Any:
     Raises:
         LowrankError: there is none, and `why` says what needs it.
     """
-    from transformers import AutoTokenizer
+    from ..io import tokenizer_of
 
-    where = _located(path)
-    try:
-        with hushed():
-            tokenizer = AutoTokenizer.from_pretrained(where)
-        # Without files, transformers returns one with special tokens only.
-        if len(tokenizer) > len(tokenizer.all_special_tokens) + 1:
-            return tokenizer
-    except Exception as error:  # many libraries may raise here
-        if why:
-            raise LowrankError(f"{why} needs a tokenizer, but {path} has none") from error
-    if why:
+    with hushed():
+        tokenizer = tokenizer_of(_located(path))
+    if tokenizer is None and why:
         raise LowrankError(f"{why} needs a tokenizer, but {path} has none")
-    return None
+    return tokenizer
 
 
 def read_data(data: str | None) -> str | None:

@@ -27,7 +27,12 @@ Folder = str | Path
 
 
 def save(
-    model: nn.Module, folder: Folder, *, tokenizer: Any = None, card: str | None = None
+    model: nn.Module,
+    folder: Folder,
+    *,
+    tokenizer: Any = None,
+    card: str | None = None,
+    max_shard_size: str | None = None,
 ) -> None:
     """Save a model so that `load` restores it bit for bit.
 
@@ -39,6 +44,7 @@ def save(
         folder: created if missing.
         tokenizer: saved too (transformers models only).
         card: markdown for the model card, such as a table of ranks (transformers models only).
+        max_shard_size: of the files, such as "1GB" (transformers models only).
 
     Raises:
         LowrankError: `folder` is a file or holds a checkpoint of the other kind, or the model
@@ -53,11 +59,12 @@ def save(
     if (target / other).exists():
         raise LowrankError(f"{target} holds another checkpoint ({other}): choose another folder")
     if is_transformers(model):
-        pretrained.save(model, target, tokenizer=tokenizer, card=card)
+        pretrained.save(model, target, tokenizer, card, max_shard_size)
         return
-    if tokenizer is not None or card is not None:
+    if tokenizer is not None or card is not None or max_shard_size is not None:
         raise LowrankError(
-            f"tokenizer and card are for transformers models, got {type(model).__name__}"
+            "tokenizer, card and max_shard_size are for transformers models, got "
+            f"{type(model).__name__}"
         )
     _write(model, target)
 

@@ -14,11 +14,14 @@ from .declaration import attach, check_attachable, is_compressed
 from .registration import install
 
 
-def save(model: nn.Module, folder: Path, *, tokenizer: Any = None, card: str | None = None) -> None:
+def save(
+    model: nn.Module, folder: Path, tokenizer: Any, card: str | None, max_shard_size: str | None
+) -> None:
     """`save_pretrained`, plus a model card and the code for trust_remote_code."""
     check_attachable(model)
     attach(model)
-    model.save_pretrained(folder)  # type: ignore[operator]
+    sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    model.save_pretrained(folder, **sizes)  # type: ignore[operator]
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if card is not None and is_compressed(model):
@@ -121,3 +124,15 @@ def _check_loaded(where: str, info: dict[str, Any], *, complete: bool, sizes: bo
     parts = [f"{what}: {listed(sorted(names))}" for what, names in problems.items() if names]
     if parts:
         raise LowrankError(f"{where}: the weights do not fit config.json; {'; '.join(parts)}")
+
+
+def tokenizer_of(path: str) -> Any:
+    """The tokenizer of a folder or hub name; None if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception:  # many libraries may raise here
+        return None
+    # Without files, transformers returns one with special tokens only.
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) + 1 else None

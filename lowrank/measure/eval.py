@@ -16,6 +16,7 @@ from ..calibration.statistics import Calibration
 from ..errors import LowrankError
 from ..walk.checks import check_module
 
+ENTRIES = 1 << 22  # of the probabilities that are compared at once
 KEPT_BYTES = 1 << 30  # cache of the reference's logits
 KL, ERROR = "KL", "relative squared error"  # how outputs are compared
 
@@ -199,10 +200,21 @@ def divergence(
         squares = _counted(reference.float().square().sum(-1), mask)
         errors = _counted((reference.float() - logits.float()).square().sum(-1), mask)
         return errors / squares.mean().clamp_min(torch.finfo().tiny)
+    rows = max(ENTRIES // max(logits.shape[-1], 1), 1)
+    both = zip(_rows(reference).split(rows), _rows(logits).split(rows), strict=True)
+    losses = torch.cat([_divergence(p, q) for p, q in both]).view(logits.shape[:-1])
+    return _counted(losses, mask)
+
+
+def _rows(logits: Tensor) -> Tensor:
+    return logits.reshape(-1, logits.shape[-1])
+
+
+def _divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    """KL per row of logits (rows, classes)."""
     p, q = log_softmax(reference.float(), -1), log_softmax(logits.float(), -1)
     # A class with reference probability 0 (logit -inf) contributes 0 to the KL.
-    losses = (p.exp() * (p - q)).where(p != -math.inf, 0).sum(-1)  # NaN stays NaN
-    return _counted(losses, mask)
+    return (p.exp() * (p - q)).where(p != -math.inf, 0).sum(-1)  # NaN stays NaN
 
 
 def _counted(losses: Tensor, mask: Tensor | None) -> Tensor:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.batches import Batch
+from ..calibration.chain import Chain
 from ..calibration.running import forward, predicted_mask, predictions_of, quiet, without_cache
 from ..measure.eval import Reference, divergence
-from .chain import Chain
 from .training import Trained, Training, fit, split
 
 

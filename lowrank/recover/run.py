@@ -18,7 +18,9 @@ from tqdm.auto import tqdm
 
 from ..calibration import self_written
 from ..calibration.batches import Batch
+from ..calibration.chain import Chain
 from ..errors import LowrankError
+from ..linalg.mapped import settled
 from ..measure.eval import NotFinite
 from ..methods.resolved import Resolved
 from ..nn import Form, LowRankLinear, pivot_layer
@@ -29,11 +31,11 @@ from ..walk.layouts import keeps_moments
 from ..walk.surgery import module_at, put, twin
 from .batchnorm import bn_recalibrate
 from .blocks import distill, refit_block
-from .chain import Chain, Workbench
 from .copies import Pairs, factors_in, own_buffers, own_vectors
 from .recovery import Recovery
 from .sequential import Moments, SequentialPass
 from .training import Trained, Training
+from .workbench import Workbench
 
 ROUNDING = 1e-6  # a KL that fp32 logits cannot tell from zero
 NOISE = 1e-6  # rounding error of fp32 sums, relative to the mean square
@@ -190,7 +192,7 @@ class _Job:
     def _store(self, site: Site) -> None:
         new = module_at(self.student, site.name)
         if self.entries[site.name].storage == "pivoted" and isinstance(new, LowRankLinear):
-            put(self.student, site, pivot_layer(new))
+            put(self.student, site, settled(pivot_layer(new)))
 
     def _batchnorm(self) -> None:
         norms = [part for part in self.student.modules() if keeps_moments(part)]

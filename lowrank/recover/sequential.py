@@ -13,13 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..calibration.chain import Chain
 from ..calibration.running import first_tensor, forward, quiet, without_cache
 from ..calibration.statistics import counted_rows
 from ..errors import LowrankError
 from ..linalg import cross_sum, gram_sum
+from ..linalg.mapped import settled
 from ..types import Site
 from ..walk.surgery import module_at, put
-from .chain import Chain, Workbench
+from .workbench import Workbench
 
 Run = Callable[[], object]
 
@@ -119,7 +121,7 @@ class SequentialPass:
     def _replace(self, group: Sequence[Site], moments: Moments | None) -> None:
         if moments is not None:
             for site in group:
-                put(self.student, site, self.fit(site, moments))
+                put(self.student, site, settled(self.fit(site, moments)))
 
     def _moments(self, site: Site, dense: Sequence[Run], lean: Sequence[Run]) -> Moments | None:
         """Moments of a site's input in both streams, batch by batch; None if it saw no token."""

@@ -308,9 +308,9 @@ def test_methods_get_what_they_need_of_their_targets_alone() -> None:
     with pytest.MonkeyPatch.context() as patch:
         plain = fisher_of.gradient_moments
 
-        def watched(model: nn.Module, batches: Any, sites: Any, **kwargs: Any) -> Any:
+        def watched(model: nn.Module, batches: Any, sites: Any, *rest: Any, **kwargs: Any) -> Any:
             asked.append([site.name for site in sites])
-            return plain(model, batches, sites, **kwargs)
+            return plain(model, batches, sites, *rest, **kwargs)
 
         patch.setattr(fisher_of, "gradient_moments", watched)
         one, report = lowrank.compress(model, 0.5, data=seen, target_modules=["up_proj"], **options)

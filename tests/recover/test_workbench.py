@@ -11,7 +11,7 @@ import lowrank
 from lowrank import LowrankError
 from lowrank.calibration.running import forward, without_cache
 from lowrank.nn import LowRankLinear
-from lowrank.recover.chain import Workbench
+from lowrank.recover.workbench import Workbench
 from lowrank.walk.sites import find_sites
 from lowrank.walk.surgery import put, twin
 from tests import zoo

@@ -8,22 +8,22 @@ block returned.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..calibration.batches import ROWS, Batch, rebatched
-from ..calibration.running import SameTensor, first_tensor, forward, mask_of, quiet, without_cache
-from ..calibration.statistics import Calibration
 from ..errors import LowrankError
-from ..measure.eval import Reference
-from ..walk.surgery import factored, module_at
+from ..walk.surgery import module_at
+from .batches import Batch
+from .running import SameTensor, first_tensor, forward, quiet
 
-HELD_OUT = 8  # without held-out rows, one batch in this many serves to judge
-KEPT_BYTES = 1 << 28  # cache of the dense model's logits on those rows
 Path = tuple[Any, ...]
+
+
+class _Done(Exception):
+    """Ends a forward pass after the last block."""
 
 
 @dataclass
@@ -43,21 +43,24 @@ class Recording:
         hidden: input of the first block.
         calls: the other arguments of each block.
         out: where the hidden state is in a block's output.
+        ends: the last block's output, but for the hidden state.
     """
 
     names: tuple[str, ...]
     hidden: dict[int, Tensor] = field(default_factory=dict)
     calls: dict[int, list[_Call]] = field(default_factory=dict)
     out: Path | None = None
+    ends: dict[int, Any] = field(default_factory=dict)
 
     def record(self, model: nn.Module, number: int, batch: Batch) -> None:
-        """Run the model on one batch, and record its blocks' inputs.
+        """Run the model on one batch up to the end of the chain, and record its blocks' inputs.
 
         Raises:
             LowrankError: the blocks are not each called once, in the order of the chain.
         """
         calls: list[_Call] = []
         last: list[tuple[Path, Tensor, SameTensor]] = []
+        end: list[Any] = []
 
         def before(index: int) -> Any:
             def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -69,6 +72,9 @@ class Recording:
 
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
             last[:] = [(path, tensor, SameTensor(tensor)) for path, tensor in _leaves(output)]
+            if len(calls) == len(self.names):
+                end.append(output)
+                raise _Done  # what follows is of no use, and logits take much memory
 
         with ExitStack() as stack:
             for index, name in enumerate(self.names):
@@ -79,8 +85,14 @@ class Recording:
                 )
                 for handle in handles:
                     stack.callback(handle.remove)
-            forward(model, batch)
+            with suppress(_Done):
+                forward(model, batch)
         self._keep(number, calls)
+        self.ends[number] = _put(end[0], self.out or (), None)
+
+    def is_plain(self, number: int) -> bool:
+        """Whether the last block's output holds no tensor but the hidden state."""
+        return not list(_leaves(self.ends[number]))
 
     def _keep(self, number: int, calls: list[_Call]) -> None:
         if len(calls) != len(self.names):
@@ -103,6 +115,9 @@ class Recording:
         if last:
             raise LowrankError("a block of a chain does not read its predecessor's output")
         return ()
+
+
+Recordings = dict[tuple[str, ...], Recording]  # by the names of the blocks
 
 
 class Chain:
@@ -149,65 +164,22 @@ class Chain:
             return [self.run(index, batch, hidden) for batch, hidden in enumerate(self.hidden)]
 
 
-class Workbench:
-    """The dense model with the batches that compression is fitted to and judged on.
-
-    What does not depend on the compression (block inputs, the dense model's predictions) is
-    computed once and shared by all candidates.
-
-    Attributes:
-        batches: those for fitting, followed by the held-out ones.
-        fitted: number of batches for fitting.
-        judge: the dense model's predictions on the rows that choices are judged on.
-        judged_on_seen: no rows were held out, so the last fitting rows are judged on.
-    """
-
-    def __init__(self, model: nn.Module, calibration: Calibration, rows: int = ROWS) -> None:
-        """
-        Args:
-            rows: batch size.
-
-        Raises:
-            LowrankError: the data is a callable, which holds no rows.
-        """
-        if callable(calibration.batches):
-            raise LowrankError("recovery runs the model on batches: pass them as data=…")
-        self.model, self.calibration = model, calibration
-        batches = rebatched(calibration.batches, rows)
-        self.fitted = len(batches)
-        self.batches = batches + rebatched(calibration.held_out, rows)
-        self.masks = [mask_of(batch) for batch in self.batches]
-        few = max(self.fitted // HELD_OUT, 1)
-        self.judged_on_seen = not calibration.held_out
-        self.judge = Reference(model, calibration.held_out or batches[-few:], most=KEPT_BYTES)
-        self._recordings: dict[tuple[str, ...], Recording] = {}
-
-    def numbers(self, most: int | None = None) -> tuple[list[int], int]:
-        """Indices of the batches to run, and how many of them, the first ones, are for fitting: at
-        most `most`, None for all."""
-        fitted = self.fitted if most is None else min(most, self.fitted)
-        return [*range(fitted), *range(self.fitted, len(self.batches))], fitted
-
-    def dense_chain(self, names: Sequence[str], numbers: Sequence[int]) -> Chain:
-        """The chain of these blocks in the dense model."""
-        recording = self._recordings.setdefault(tuple(names), Recording(tuple(names)))
-        self._record(self.model, recording, numbers)
-        return Chain(self.model, recording, numbers)
-
-    def chain(self, student: nn.Module, names: Sequence[str], numbers: Sequence[int]) -> Chain:
-        """The same chain in a twin; call `dense_chain` first. While the twin is still dense, it
-        reuses the dense model's recording."""
-        if not factored(student):
-            return Chain(student, self._recordings[tuple(names)], numbers)
-        recording = Recording(tuple(names))
-        self._record(student, recording, numbers)
-        return Chain(student, recording, numbers)
-
-    def _record(self, model: nn.Module, recording: Recording, numbers: Sequence[int]) -> None:
-        with quiet(model), without_cache(model):
-            for number in numbers:
-                if number not in recording.calls:
-                    recording.record(model, number, self.batches[number])
+@contextmanager
+def bypassed(model: nn.Module, recording: Recording, number: int, hidden: Tensor) -> Iterator[None]:
+    """A context in which the chain's blocks are not run: each returns what the last one did on this
+    batch, with `hidden` as the hidden state. What comes after the chain then runs alone."""
+    output = _put(recording.ends[number], recording.out or (), hidden)
+    blocks = [module_at(model, name) for name in recording.names]
+    before = [vars(block).get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            vars(block)["forward"] = lambda *_, **__: output
+        yield
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            vars(block).pop("forward")
+            if own is not None:
+                vars(block)["forward"] = own
 
 
 def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:

@@ -1,0 +1,151 @@
+"""From folder to folder: a model's weights stay in its files, and what is made of them in others.
+
+transformers maps the weights of a safetensors file into memory, so that the operating system reads
+a block when it is used and drops it when memory is short. Statistics, factors and candidates go to
+unnamed files beside the output (linalg/mapped.py). What must be held is one block with its
+statistics. The steps are those of every compression.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from .. import io
+from ..errors import LowrankError
+from ..linalg.mapped import in_files
+from ..plans.report import Report
+from ..tables import markdown
+from ..types import Site
+from ..walk.sites import find_sites
+
+GIB = 1 << 30
+SHARD = "250MB"  # a shard is copied when it is written
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where tensors live, and why.
+
+    Attributes:
+        in_memory: whether everything fits comfortably.
+        needed, available: bytes.
+    """
+
+    in_memory: bool
+    needed: int
+    available: int
+    places: ClassVar[tuple[str, str]] = ("from disk", "in memory")
+
+    def __str__(self) -> str:
+        return (
+            f"{self.places[self.in_memory]}: weights, factors and statistics take {self.needed / GIB:.1f} GiB, "
+            f"{self.available / GIB:.1f} GiB of memory are available"
+        )
+
+
+def room_for(model: nn.Module, sites: Sequence[Site] | None = None) -> Room:
+    """Whether a model, its factors and all statistics take less than half of the memory."""
+    layers = find_sites(model) if sites is None else sites
+    weights = sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values())
+    matrices = [site.shape for site in layers if not site.reason and site.kind == "linear"]
+    statistics = 8 * sum(outputs**2 + inputs**2 for outputs, inputs in matrices)
+    needed, available = 2 * weights + statistics, available_memory()
+    return Room(2 * needed < available, needed, available)
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take, at most what its control group allows."""
+    least = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        least = min(least, int(lines.get("MemAvailable", f"{least // 1024} kB").split()[0]) * 1024)
+    group = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if all(path.is_file() for path in group):
+        most = group[0].read_text().strip()
+        if most.isdigit():
+            least = min(least, int(most) - int(group[1].read_text()))
+    return max(least, 0)
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """A new folder beside `out`, which takes its place once the block has succeeded.
+
+    An older result is whole until then, and stays if anything fails; files of others stay too.
+
+    Raises:
+        LowrankError: the place cannot be written.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise LowrankError(f"{out} cannot be written: {error.strerror}") from error
+    try:
+        yield fresh
+        fresh.chmod(0o755)
+        old = None
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+            out.replace(old)
+        fresh.replace(out)
+        if old is not None:
+            _keep_others(old, out)
+            shutil.rmtree(old)
+    except OSError as error:
+        raise LowrankError(f"{out} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Move what is no part of the older result, such as a user's notes."""
+    for path in old.iterdir():
+        if not (new / path.name).exists() and not path.match("model*.safetensors*"):
+            path.replace(new / path.name)
+
+
+def check_apart(source: str | Path, out: str | Path) -> Path:
+    """The output folder; raises LowrankError if it is the model's own or a file."""
+    target = Path(out)
+    if Path(source).exists() and target.resolve() == Path(source).resolve():
+        raise LowrankError(f"{out} is the model's own folder: choose another")
+    if target.exists() and not target.is_dir():
+        raise LowrankError(f"{out} is a file, expected a folder")
+    return target
+
+
+@contextmanager
+def working_in(out: Path) -> Iterator[None]:
+    """A context in which large tensors live in unnamed files beside `out`.
+
+    Raises:
+        LowrankError: the place cannot be written, or the disk is full.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with in_files(out.parent):
+            yield
+    except OSError as error:
+        raise LowrankError(f"{out.parent}: {error.strerror or error}") from error
+
+
+def write(
+    model: nn.Module, report: Report, source: str | Path, out: Path, *, tokenizer: Any = None
+) -> None:
+    """Save a compressed model with its card and `report.json`, all or nothing."""
+    card = ["## Compression", f"Compressed from `{Path(source).name}`.", *report.summary()]
+    body = "\n\n".join([*card, markdown(report.rows())])
+    with replacing(out) as fresh:
+        io.save(model, fresh, tokenizer=tokenizer, card=body, max_shard_size=SHARD)
+        (fresh / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")

@@ -1,0 +1,74 @@
+"""Large tensors in files, which the operating system pages in and out.
+
+A statistic of every layer, or a copy of every weight, need not fit into memory: written once and
+read once in the order of the layers, it may lie on the disk. Where, is said for a whole call;
+outside of `in_files` everything stays in memory.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+SMALL = 1 << 16  # bytes; a smaller tensor stays in memory, for a file takes whole pages
+_FOLDER: ContextVar[Path | None] = ContextVar("folder", default=None)
+
+
+@contextmanager
+def in_files(folder: str | Path | None) -> Iterator[None]:
+    """A context in which `zeros` and `kept` give tensors in files of this folder; None: in memory.
+
+    The files have no names: the space is free again once their tensors are.
+    """
+    token = _FOLDER.set(None if folder is None else Path(folder))
+    try:
+        yield
+    finally:
+        _FOLDER.reset(token)
+
+
+def zeros(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """Zeros, in a file if they are large and on the CPU.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    folder, size = _FOLDER.get(), math.prod(shape)
+    if folder is None or size * dtype.itemsize < SMALL or torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="lowrank-") as file:
+        # Allocated now: a full disk would else kill the process at the first write.
+        _allocate(file.fileno(), size * dtype.itemsize)
+        flat = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
+    return flat.view(shape)
+
+
+def kept(tensor: Tensor) -> Tensor:
+    """A copy in a file; outside of `in_files`, or of a small one, the tensor itself."""
+    folder, dense = _FOLDER.get(), tensor.layout == torch.strided
+    if folder is None or not dense or tensor.nbytes < SMALL or tensor.device.type != "cpu":
+        return tensor
+    return zeros(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
+
+
+def settled(module: nn.Module) -> nn.Module:
+    """The module, its large tensors now in files."""
+    if _FOLDER.get() is not None:
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.data = kept(tensor.detach())
+    return module
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.truncate(descriptor, size)

@@ -1,0 +1,88 @@
+"""The workbench: a dense model with the batches that its compression is fitted to and judged on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..calibration.batches import ROWS, rebatched
+from ..calibration.chain import Chain, Recording, Recordings
+from ..calibration.running import few_rows, mask_of, quiet, without_cache
+from ..calibration.statistics import Calibration
+from ..errors import LowrankError
+from ..measure.eval import Reference
+from ..walk.surgery import factored
+
+HELD_OUT = 8  # without held-out rows, one batch in this many serves to judge
+KEPT_BYTES = 1 << 28  # cache of the dense model's logits on those rows
+
+
+class Workbench:
+    """The dense model with the batches that compression is fitted to and judged on.
+
+    What does not depend on the compression (block inputs, the dense model's predictions) is
+    computed once and shared by all candidates.
+
+    Attributes:
+        batches: those for fitting, followed by the held-out ones.
+        fitted: number of batches for fitting.
+        judge: the dense model's predictions on the rows that choices are judged on.
+        judged_on_seen: no rows were held out, so the last fitting rows are judged on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calibration: Calibration,
+        rows: int = ROWS,
+        recordings: Recordings | None = None,
+    ) -> None:
+        """
+        Args:
+            rows: batch size.
+            recordings: of the fitting batches, `ROWS` rows each, if they were made already.
+
+        Raises:
+            LowrankError: the data is a callable, which holds no rows.
+        """
+        if callable(calibration.batches):
+            raise LowrankError("recovery runs the model on batches: pass them as data=…")
+        self.model, self.calibration = model, calibration
+        batches = rebatched(calibration.batches, rows)
+        self.fitted = len(batches)
+        self.batches = batches + rebatched(calibration.held_out, rows)
+        self.masks = [mask_of(batch) for batch in self.batches]
+        few = max(self.fitted // HELD_OUT, 1)
+        self.judged_on_seen = not calibration.held_out
+        held = calibration.held_out or batches[-few:]
+        held = [part for b in held for part in rebatched([b], few_rows(model, b))]
+        self.judge = Reference(model, held, most=KEPT_BYTES)
+        self._recordings = dict(recordings or {}) if rows == ROWS else {}
+
+    def numbers(self, most: int | None = None) -> tuple[list[int], int]:
+        """Indices of the batches to run, and how many of them, the first ones, are for fitting: at
+        most `most`, None for all."""
+        fitted = self.fitted if most is None else min(most, self.fitted)
+        return [*range(fitted), *range(self.fitted, len(self.batches))], fitted
+
+    def dense_chain(self, names: Sequence[str], numbers: Sequence[int]) -> Chain:
+        """The chain of these blocks in the dense model."""
+        recording = self._recordings.setdefault(tuple(names), Recording(tuple(names)))
+        self._record(self.model, recording, numbers)
+        return Chain(self.model, recording, numbers)
+
+    def chain(self, student: nn.Module, names: Sequence[str], numbers: Sequence[int]) -> Chain:
+        """The same chain in a twin; call `dense_chain` first. While the twin is still dense, it
+        reuses the dense model's recording."""
+        if not factored(student):
+            return Chain(student, self._recordings[tuple(names)], numbers)
+        recording = Recording(tuple(names))
+        self._record(student, recording, numbers)
+        return Chain(student, recording, numbers)
+
+    def _record(self, model: nn.Module, recording: Recording, numbers: Sequence[int]) -> None:
+        with quiet(model), without_cache(model):
+            for number in numbers:
+                if number not in recording.calls:
+                    recording.record(model, number, self.batches[number])
