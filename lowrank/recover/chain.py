@@ -2,7 +2,7 @@
 
 The other inputs of a block (masks, positions, an encoder's output) are recorded in a forward pass
 of the whole model. No architecture is assumed: the hidden state is the tensor that the previous
-block returned.
+block returned. A chain of one block reads what the whole model gives it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ from ..walk.surgery import factored, module_at
 HELD_OUT = 8  # without held-out rows, one batch in this many serves to judge
 KEPT_BYTES = 1 << 28  # cache of the dense model's logits on those rows
 Path = tuple[Any, ...]
+FAILED = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)  # of a model's code
+
+
+class NotInBlocks(LowrankError):
+    """A chain cannot be run block by block: its layers are refitted in whole passes instead."""
 
 
 @dataclass
@@ -54,7 +59,7 @@ class Recording:
         """Run the model on one batch, and record its blocks' inputs.
 
         Raises:
-            LowrankError: the blocks are not each called once, in the order of the chain.
+            NotInBlocks: the blocks are not each called once, in the order of the chain.
         """
         calls: list[_Call] = []
         last: list[tuple[Path, Tensor, SameTensor]] = []
@@ -62,7 +67,7 @@ class Recording:
         def before(index: int) -> Any:
             def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
                 if len(calls) != index:
-                    raise LowrankError(f"{self.names[index]} is called out of chain order")
+                    raise NotInBlocks(f"{self.names[index]} is called out of chain order")
                 calls.append(_Call((args, kwargs), self._link(last, (args, kwargs))))
 
             return hook
@@ -84,11 +89,11 @@ class Recording:
 
     def _keep(self, number: int, calls: list[_Call]) -> None:
         if len(calls) != len(self.names):
-            raise LowrankError(f"{len(calls)} of {len(self.names)} blocks of a chain were called")
-        calls[0].path = calls[1].path
+            raise NotInBlocks(f"{len(calls)} of {len(self.names)} blocks of a chain were called")
+        calls[0].path = calls[1].path if len(calls) > 1 else _first_numbers(calls[0].given)
         first = _get(calls[0].given, calls[0].path)
         if not isinstance(first, Tensor):
-            raise LowrankError(f"{self.names[0]} is not called like the next block")
+            raise NotInBlocks(f"{self.names[0]} is not called like the next block")
         for call in calls:  # hidden states are carried, not kept
             call.given = _put(call.given, call.path, None)
         self.hidden[number], self.calls[number] = first, calls
@@ -101,7 +106,7 @@ class Recording:
                     self.out = out if self.out is None else self.out
                     return path
         if last:
-            raise LowrankError("a block of a chain does not read its predecessor's output")
+            raise NotInBlocks("a block of a chain does not read its predecessor's output")
         return ()
 
 
@@ -133,13 +138,23 @@ class Chain:
         return self._blocks[index]
 
     def run(self, index: int, batch: int, hidden: Tensor) -> Tensor:
-        """Output hidden state of block `index` on `hidden`, differentiable."""
+        """Output hidden state of block `index` on `hidden`, differentiable.
+
+        Raises:
+            NotInBlocks: the block fails outside of the whole model, or returns no hidden state.
+        """
         call = self._calls[batch][index]
         args, kwargs = _put(call.given, call.path, hidden)
-        output = self._blocks[index](*args, **kwargs)
+        try:
+            output = self._blocks[index](*args, **kwargs)
+        except LowrankError:
+            raise
+        except FAILED as error:
+            why = " ".join(str(error).split())[:120]
+            raise NotInBlocks(f"{self.names[index]} fails by itself: {why}") from error
         result = _get(output, self._out) if self._out is not None else first_tensor(output)
         if not isinstance(result, Tensor):
-            raise LowrankError(f"{self.names[index]}: its output holds no hidden state")
+            raise NotInBlocks(f"{self.names[index]}: its output holds no hidden state")
         return result
 
     def outputs(self, index: int) -> list[Tensor]:
@@ -190,6 +205,10 @@ class Workbench:
 
     def dense_chain(self, names: Sequence[str], numbers: Sequence[int]) -> Chain:
         """The chain of these blocks in the dense model."""
+        if len(names) == 1:  # each holds hidden states of its own: keep one such recording
+            self._recordings = {
+                k: r for k, r in self._recordings.items() if len(k) > 1 or k == names
+            }
         recording = self._recordings.setdefault(tuple(names), Recording(tuple(names)))
         self._record(self.model, recording, numbers)
         return Chain(self.model, recording, numbers)
@@ -219,6 +238,11 @@ def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             yield from _leaves(item, (*path, index))
+
+
+def _first_numbers(given: Any) -> Path:
+    """Where the first tensor of floating-point numbers is; nowhere if there is none."""
+    return next((path for path, tensor in _leaves(given) if tensor.is_floating_point()), ())
 
 
 def _get(value: Any, path: Path) -> Any:
