@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import LowrankError
 from ..types import Site, Statistics
@@ -31,12 +32,14 @@ class Observation:
         groups: sites that read the same tensor at every call, in call order; singles included.
         chains: per chain of blocks, the names of its members in order; chains in order of calls.
         shapes: shape of each site's input at its first call.
+        bypassed: sites that are never called, while their weights are read.
     """
 
     order: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...]
     chains: tuple[tuple[str, ...], ...]
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    bypassed: tuple[str, ...] = ()
 
 
 def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
@@ -69,6 +72,7 @@ def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
         for name, container in containers.items()
     }
     layers = [site.name for site in sites]
+    unseen = [site for site in sites if site.name not in reads.shapes]
     linked = _outermost({n: members[n] for n, chain in chains.items() if chain.linked()}, layers)
     single = [members[name][index] for name, chain in chains.items() for index in chain.once()]
     return Observation(
@@ -76,7 +80,36 @@ def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
         groups=reads.groups(),
         chains=_in_order(_with_singles(linked, single, layers), tuple(reads.shapes)),
         shapes=reads.shapes,
+        bypassed=_bypassed(model, unseen, run) if unseen else (),
     )
+
+
+def _bypassed(model: nn.Module, sites: Sequence[Site], run: Run) -> tuple[str, ...]:
+    """The sites whose weights are read in a further run; they are not called."""
+    with quiet(model), _Operands() as operands:
+        run()
+    read = {id(weight) for weight in operands.parameters}
+    return tuple(
+        site.name
+        for site in sites
+        if any(id(w) in read for module in site.modules for w in module.parameters(recurse=False))
+    )
+
+
+class _Operands(TorchFunctionMode):
+    """A context that notes the parameters which torch's functions are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parameters: list[nn.Parameter] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__name__", "") != "__get__":  # .dtype and .device read no number
+            given = tensors_in((args, kwargs or {}))
+            self.parameters += (t for t in given if isinstance(t, nn.Parameter))
+        return func(*args, **(kwargs or {}))
 
 
 def _outermost(

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ..errors import LowrankError
 from .batches import Batch
 
+# What a model's own code raises.
+FAILED = (TypeError, ValueError, RuntimeError, LookupError, AttributeError)
 IGNORED = -100  # a label of torch's cross entropy, and of transformers, for padding
 
 

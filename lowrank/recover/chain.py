@@ -15,7 +15,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..calibration.batches import ROWS, Batch, rebatched
-from ..calibration.running import SameTensor, first_tensor, forward, mask_of, quiet, without_cache
+from ..calibration.running import (
+    FAILED,
+    SameTensor,
+    first_tensor,
+    forward,
+    mask_of,
+    quiet,
+    without_cache,
+)
 from ..calibration.statistics import Calibration
 from ..errors import LowrankError
 from ..measure.eval import Reference
@@ -24,7 +32,6 @@ from ..walk.surgery import factored, module_at
 HELD_OUT = 8  # without held-out rows, one batch in this many serves to judge
 KEPT_BYTES = 1 << 28  # cache of the dense model's logits on those rows
 Path = tuple[Any, ...]
-FAILED = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)  # of a model's code
 
 
 class NotInBlocks(LowrankError):
