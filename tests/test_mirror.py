@@ -64,7 +64,6 @@ ELSEWHERE = {
     "recover/blocks.py": ("recover/test_run.py", "compress"),
     "recover/copies.py": ("recover/test_run.py", "compress"),
     "recover/recovery.py": ("recover/test_run.py", "Recovery"),
-    "recover/sequential.py": ("recover/test_run.py", "compress"),
     "testing/cases.py": ("testing/test_suite.py", "linear_case"),
     "testing/crossing.py": ("testing/test_suite.py", "check_laws"),
     "testing/error_laws.py": ("testing/test_suite.py", "laws"),

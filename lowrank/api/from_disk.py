@@ -47,8 +47,8 @@ class Room:
 
     def __str__(self) -> str:
         return (
-            f"{self.places[self.in_memory]}: weights, factors and statistics take {self.needed / GIB:.1f} GiB, "
-            f"{self.available / GIB:.1f} GiB of memory are available"
+            f"{self.places[self.in_memory]}: weights, factors and statistics take "
+            f"{self.needed / GIB:.1f} GiB, {self.available / GIB:.1f} GiB of memory are available"
         )
 
 

@@ -144,6 +144,9 @@ def _workable(
                 few = "were not reached by the data"
                 if least > 1:
                     few = f"were given fewer than {least} tokens by the data"
+                if site.name in calibration.observation.bypassed:
+                    reason = "its weight is read without calling the layer: no data reaches it"
+                    few = "are never called, only their weights are read,"
                 ruled_out.setdefault(few, []).append(site)
         kept.append(replace(site, reason=reason))
     if unseen and request.on_missing == "error":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy as copying
 import json
 import time
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from ..tables import aligned
 from ..types import Site
 from ..walk.checks import check_model
 from ..walk.sites import find_sites
-from ..walk.surgery import twin
+from ..walk.surgery import copied, twin
 from .allocating import bench_of
 from .applying import carry_out
 from .planning import hold_out_of, make_plan
@@ -198,7 +197,7 @@ class _Swept:
         )
         # Recovery writes trained norms and biases into the student, so it needs its own copy.
         recovers = request.recovery is not None
-        student = copying.deepcopy(self.model) if recovers else twin(self.model)
+        student = copied(self.model) if recovers else twin(self.model)
         student, report = carry_out(
             student, plan, self.sites, resolved, self.calibration,
             bench=self.bench, curves=curves, started=started, progress=request.progress,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy as copying
 import dataclasses
 import functools
 import inspect
@@ -31,6 +30,7 @@ from ..types import JointMethod, Method, Site
 from ..walk import layouts
 from ..walk.checks import check_model, ordinary_tensors
 from ..walk.sites import check_rank_pattern, find_sites, select_sites
+from ..walk.surgery import copied
 from .allocating import Curves, bench_of
 from .applying import carry_out
 from .arguments import ARGUMENTS
@@ -144,7 +144,7 @@ def apply(
     if not isinstance(plan, Plan):
         raise LowrankError(f"apply carries out a Plan, got {plan!r:.80}; compress takes a ratio")
     check_model(model)
-    model = copying.deepcopy(model) if copy else model
+    model = copied(model) if copy else model
     sites = find_sites(model)
     work = matched(sites, plan, model)
     resolved = _resolved_for(plan, method)
@@ -204,7 +204,7 @@ def compress(model: nn.Module, asked: Compression) -> tuple[nn.Module, Report]:
         )  # fmt: skip
     request = asked.request()
     check_model(model)
-    model = copying.deepcopy(model) if asked.copy else model
+    model = copied(model) if asked.copy else model
     decision = decide(model, request)
     return carry_out(
         model, decision.plan, decision.sites, decision.resolved, decision.calibration,

@@ -2,7 +2,7 @@
 
 The other inputs of a block (masks, positions, an encoder's output) are recorded in a forward pass
 of the whole model. No architecture is assumed: the hidden state is the tensor that the previous
-block returned.
+block returned. A chain of one block reads what the whole model gives it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ from torch import Tensor, nn
 
 from ..errors import LowrankError
 from ..walk.surgery import module_at
-from .batches import Batch
-from .running import SameTensor, first_tensor, forward, quiet
+from .batches import ROWS, Batch, rebatched
+from .running import FAILED, SameTensor, few_rows, first_tensor, forward, quiet
 
 Path = tuple[Any, ...]
+
+
+class NotInBlocks(LowrankError):
+    """A chain cannot be run block by block: its layers are seen to in whole passes instead."""
 
 
 class _Done(Exception):
@@ -53,11 +57,26 @@ class Recording:
     ends: dict[int, Any] = field(default_factory=dict)
 
     def record(self, model: nn.Module, number: int, batch: Batch) -> None:
-        """Run the model on one batch up to the end of the chain, and record its blocks' inputs.
+        """Run the model on one batch, and record its blocks' inputs.
+
+        Once it was seen that no block is called again later, the pass ends with the chain: what
+        follows is of no use, and logits over a large vocabulary are the largest tensor of all.
 
         Raises:
-            LowrankError: the blocks are not each called once, in the order of the chain.
+            NotInBlocks: the blocks are not each called once, in the order of the chain.
         """
+        few = few_rows(model, batch)
+        first = rebatched([batch], few)[0] if not self.calls and few < ROWS else None
+        if first is not None:
+            self._run(model, first, to_the_end=True)
+        calls, end = self._run(model, batch, to_the_end=not self.calls and first is None)
+        self._keep(number, calls)
+        self.ends[number] = _put(end, self.out or (), None)
+
+    def _run(
+        self, model: nn.Module, batch: Batch, *, to_the_end: bool
+    ) -> tuple[list[_Call], Any]:
+        """The calls of the blocks, and the output of the last one."""
         calls: list[_Call] = []
         last: list[tuple[Path, Tensor, SameTensor]] = []
         end: list[Any] = []
@@ -65,16 +84,16 @@ class Recording:
         def before(index: int) -> Any:
             def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
                 if len(calls) != index:
-                    raise LowrankError(f"{self.names[index]} is called out of chain order")
+                    raise NotInBlocks(f"{self.names[index]} is called out of chain order")
                 calls.append(_Call((args, kwargs), self._link(last, (args, kwargs))))
 
             return hook
 
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
             last[:] = [(path, tensor, SameTensor(tensor)) for path, tensor in _leaves(output)]
-            if len(calls) == len(self.names):
-                end.append(output)
-                raise _Done  # what follows is of no use, and logits take much memory
+            end[:] = [output]
+            if len(calls) == len(self.names) and not to_the_end:
+                raise _Done
 
         with ExitStack() as stack:
             for index, name in enumerate(self.names):
@@ -87,20 +106,19 @@ class Recording:
                     stack.callback(handle.remove)
             with suppress(_Done):
                 forward(model, batch)
-        self._keep(number, calls)
-        self.ends[number] = _put(end[0], self.out or (), None)
+        if len(calls) != len(self.names):
+            raise NotInBlocks(f"{len(calls)} of {len(self.names)} blocks of a chain were called")
+        return calls, end[0]
 
     def is_plain(self, number: int) -> bool:
         """Whether the last block's output holds no tensor but the hidden state."""
         return not list(_leaves(self.ends[number]))
 
     def _keep(self, number: int, calls: list[_Call]) -> None:
-        if len(calls) != len(self.names):
-            raise LowrankError(f"{len(calls)} of {len(self.names)} blocks of a chain were called")
-        calls[0].path = calls[1].path
+        calls[0].path = calls[1].path if len(calls) > 1 else _first_numbers(calls[0].given)
         first = _get(calls[0].given, calls[0].path)
         if not isinstance(first, Tensor):
-            raise LowrankError(f"{self.names[0]} is not called like the next block")
+            raise NotInBlocks(f"{self.names[0]} is not called like the next block")
         for call in calls:  # hidden states are carried, not kept
             call.given = _put(call.given, call.path, None)
         self.hidden[number], self.calls[number] = first, calls
@@ -113,7 +131,7 @@ class Recording:
                     self.out = out if self.out is None else self.out
                     return path
         if last:
-            raise LowrankError("a block of a chain does not read its predecessor's output")
+            raise NotInBlocks("a block of a chain does not read its predecessor's output")
         return ()
 
 
@@ -148,13 +166,23 @@ class Chain:
         return self._blocks[index]
 
     def run(self, index: int, batch: int, hidden: Tensor) -> Tensor:
-        """Output hidden state of block `index` on `hidden`, differentiable."""
+        """Output hidden state of block `index` on `hidden`, differentiable.
+
+        Raises:
+            NotInBlocks: the block fails outside of the whole model, or returns no hidden state.
+        """
         call = self._calls[batch][index]
         args, kwargs = _put(call.given, call.path, hidden)
-        output = self._blocks[index](*args, **kwargs)
+        try:
+            output = self._blocks[index](*args, **kwargs)
+        except LowrankError:
+            raise
+        except FAILED as error:
+            why = " ".join(str(error).split())[:120]
+            raise NotInBlocks(f"{self.names[index]} fails by itself: {why}") from error
         result = _get(output, self._out) if self._out is not None else first_tensor(output)
         if not isinstance(result, Tensor):
-            raise LowrankError(f"{self.names[index]}: its output holds no hidden state")
+            raise NotInBlocks(f"{self.names[index]}: its output holds no hidden state")
         return result
 
     def outputs(self, index: int) -> list[Tensor]:
@@ -191,6 +219,11 @@ def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             yield from _leaves(item, (*path, index))
+
+
+def _first_numbers(given: Any) -> Path:
+    """Where the first tensor of floating-point numbers is; nowhere if there is none."""
+    return next((path for path, tensor in _leaves(given) if tensor.is_floating_point()), ())
 
 
 def _get(value: Any, path: Path) -> Any:

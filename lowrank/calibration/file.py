@@ -50,6 +50,7 @@ def save_calibration(calibration: Calibration, path: str | Path, model: nn.Modul
         "statistics": parts,
         "sites": {name: own[id(stats)] for name, stats in calibration.statistics.items()},
         "order": observation.order, "groups": observation.groups, "chains": observation.chains,
+        "bypassed": observation.bypassed,
         "shapes": {name: list(shape) for name, shape in observation.shapes.items()},
         "batches": [_batch(batch, store) for batch in calibration.batches],
         "held_out": [_batch(batch, store) for batch in calibration.held_out],
@@ -163,8 +164,9 @@ def _restored(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibra
     ]
     shapes = {name: tuple(shape) for name, shape in body["shapes"].items()}
     observed = Observation(
-        tuple(body["order"]), _names(body["groups"]), _names(body["chains"]), shapes
-    )
+        tuple(body["order"]), _names(body["groups"]), _names(body["chains"]), shapes,
+        tuple(body["bypassed"]),
+    )  # fmt: skip
     return Calibration(
         statistics={name: parts[number] for name, number in body["sites"].items()},
         observation=observed,

@@ -25,7 +25,7 @@ from ..types import Site
 from ..walk import layouts
 from ..walk.sites import find_sites, select_sites
 from .batches import Batch, Forward, rebatched
-from .chain import Chain, Recording, Recordings, bypassed
+from .chain import Chain, NotInBlocks, Recording, Recordings, bypassed
 from .observation import Observation
 from .running import (
     SameTensor,
@@ -131,7 +131,7 @@ def gradient_moments(
     with torch.inference_mode(False), quiet(model), without_cache(model), _frozen(model):
         names = () if observation is None else _one_chain(sites, observation)
         if names:
-            with suppress(NotByBlock):
+            with suppress(NotInBlocks):
                 recording = Recording(tuple(names))
                 found = _by_block(model, rows, sites, recording, generator, progress)
                 if recordings is not None:
@@ -147,6 +147,8 @@ def _one_chain(sites: Sequence[Site], observation: Observation) -> Sequence[str]
     for chain in observation.chains:
         inside = [order[name] for name in order if _block_of(name, chain)]
         others = [site for site in sites if not _block_of(site.name, chain)]
+        if len(chain) == 1:
+            continue
         later = all(order.get(site.name, -1) > max(inside, default=0) for site in others)
         if later and inside and all(s.kind == "linear" and len(s.names) == 1 for s in sites):
             return chain
@@ -188,10 +190,6 @@ def _whole(
         return gather.result()
 
 
-class NotByBlock(LowrankError):
-    """Gradients cannot flow back block by block."""
-
-
 def _by_block(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -203,7 +201,7 @@ def _by_block(
     """The same, block by block from the last to the first, each run again on its stored input.
 
     Raises:
-        NotByBlock: what comes after the chain cannot be run alone, or no gradient flows back.
+        NotInBlocks: what comes after the chain cannot be run alone, or no gradient flows back.
     """
     from tqdm.auto import tqdm
 
@@ -220,7 +218,7 @@ def _by_block(
                 inputs.append([kept(hidden) for hidden in chain.hidden])
                 chain.hidden = chain.outputs(index)
         except LowrankError as error:
-            raise NotByBlock(str(error)) from None
+            raise NotInBlocks(str(error)) from None
     _check_bypass(model, recording, batches[0], chain.hidden[0])
     later = Gradients([site for site in sites if not _block_of(site.name, names)])
     with later:
@@ -242,7 +240,7 @@ def _by_block(
                     leaf = hidden.clone().requires_grad_()
                     output = chain.run(index, number, leaf.clone())
                     if not output.requires_grad:
-                        raise NotByBlock(f"{names[index]} cuts the gradient")
+                        raise NotInBlocks(f"{names[index]} cuts the gradient")
                     output.backward(gradients[number])
                     gather.finish()
                     own = leaf.grad
@@ -253,14 +251,14 @@ def _by_block(
 
 
 def _check_bypass(model: nn.Module, recording: Recording, batch: Batch, hidden: Tensor) -> None:
-    """Raises NotByBlock unless what comes after the chain gives the same outputs when run alone."""
+    """Raises NotInBlocks unless what comes after the chain gives the same when it runs alone."""
     part, piece = _parts(model, recording, 0, batch, hidden)[0]
     with torch.no_grad():
         expected, _ = _predictions(model, forward(model, _plain(part)))
         with bypassed(model, recording, 0, piece):
             found, _ = _predictions(model, forward(model, _plain(part)))
     if found.shape != expected.shape or not torch.allclose(found, expected, 1e-3, 1e-4):
-        raise NotByBlock("the predictions depend on more than the last block's output")
+        raise NotInBlocks("the predictions depend on more than the last block's output")
 
 
 def _parts(
@@ -295,7 +293,7 @@ def _tail_gradient(
         total += sequences
         later.sequences = sequences
         if loss is not None and not loss.requires_grad:
-            raise NotByBlock("no gradient flows from the predictions to the last block")
+            raise NotInBlocks("no gradient flows from the predictions to the last block")
         if loss is not None:
             loss.backward()
         later.finish()

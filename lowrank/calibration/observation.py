@@ -1,7 +1,8 @@
 """What one forward pass shows: which layers read one tensor, and which modules form a chain.
 
 No architecture is assumed. Layers that receive the same tensor form a group; members of an ordered
-container that take the previous member's output form a chain of blocks.
+container that take the previous member's output form a chain of blocks. Where something comes in
+between, such as a residual sum, each member is a chain of one block.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import LowrankError
 from ..types import Site, Statistics
@@ -28,14 +30,16 @@ class Observation:
     Attributes:
         order: names of the sites in the order of their first call; those never called are absent.
         groups: sites that read the same tensor at every call, in call order; singles included.
-        chains: per chain of blocks, the names of its members in order.
+        chains: per chain of blocks, the names of its members in order; chains in order of calls.
         shapes: shape of each site's input at its first call.
+        bypassed: sites that are never called, while their weights are read.
     """
 
     order: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...]
     chains: tuple[tuple[str, ...], ...]
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    bypassed: tuple[str, ...] = ()
 
 
 def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
@@ -44,7 +48,7 @@ def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
     containers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1
+        if isinstance(module, nn.ModuleList | nn.Sequential)
     }
     chains = {name: _Chain(len(module)) for name, module in containers.items()}
     handles = []
@@ -64,16 +68,48 @@ def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
         for handle in handles:
             handle.remove()
     members = {
-        name: tuple(f"{name}.{index}".lstrip(".") for index in containers[name]._modules)
-        for name, chain in chains.items()
-        if chain.linked()
+        name: tuple(f"{name}.{index}".lstrip(".") for index in container._modules)
+        for name, container in containers.items()
     }
+    layers = [site.name for site in sites]
+    unseen = [site for site in sites if site.name not in reads.shapes]
+    linked = _outermost({n: members[n] for n, chain in chains.items() if chain.linked()}, layers)
+    single = [members[name][index] for name, chain in chains.items() for index in chain.once()]
     return Observation(
         order=tuple(reads.shapes),
         groups=reads.groups(),
-        chains=_outermost(members, [site.name for site in sites]),
+        chains=_in_order(_with_singles(linked, single, layers), tuple(reads.shapes)),
         shapes=reads.shapes,
+        bypassed=_bypassed(model, unseen, run) if unseen else (),
     )
+
+
+def _bypassed(model: nn.Module, sites: Sequence[Site], run: Run) -> tuple[str, ...]:
+    """The sites whose weights are read in a further run; they are not called."""
+    with quiet(model), _Operands() as operands:
+        run()
+    read = {id(weight) for weight in operands.parameters}
+    return tuple(
+        site.name
+        for site in sites
+        if any(id(w) in read for module in site.modules for w in module.parameters(recurse=False))
+    )
+
+
+class _Operands(TorchFunctionMode):
+    """A context that notes the parameters which torch's functions are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parameters: list[nn.Parameter] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__name__", "") != "__get__":  # .dtype and .device read no number
+            given = tensors_in((args, kwargs or {}))
+            self.parameters += (t for t in given if isinstance(t, nn.Parameter))
+        return func(*args, **(kwargs or {}))
 
 
 def _outermost(
@@ -98,6 +134,47 @@ def _outermost(
         if not (divided and 4 * held[largest] >= 3 * sum(held.values())):
             chosen.append(name)
     return tuple(chains[name] for name in chosen)
+
+
+def _with_singles(
+    chains: Sequence[tuple[str, ...]], members: Sequence[str], layers: Sequence[str]
+) -> list[tuple[str, ...]]:
+    """The chains, and every outermost member of the other containers as a chain of one block.
+
+    Such a member holds several layers, but no chain of blocks with several, and less than three
+    quarters of all layers, since all of it is run for each of its layers. Chains of single layers
+    inside of it are dropped.
+
+    Args:
+        members: names of those that are called once, outer ones first.
+        layers: names of all sites.
+    """
+
+    def held(name: str) -> int:
+        return sum(_inside(layer, name) for layer in layers)
+
+    thick = [chain for chain in chains if max(map(held, chain)) > 1]
+    blocks = {block for chain in thick for block in chain}
+    single: list[str] = []
+    for name in members:
+        taken = any(_inside(name, outer) for outer in (*blocks, *single))
+        divided = any(_inside(block, name) for block in blocks)
+        if not taken and not divided and held(name) > 1 and 4 * held(name) < 3 * len(layers):
+            single.append(name)
+    kept = [c for c in chains if c in thick or not any(_inside(c[0], name) for name in single)]
+    return [*kept, *((name,) for name in single)]
+
+
+def _in_order(
+    chains: Sequence[tuple[str, ...]], order: Sequence[str]
+) -> tuple[tuple[str, ...], ...]:
+    """The chains by their first call of a layer."""
+
+    def first(chain: tuple[str, ...]) -> int:
+        calls = (i for i, name in enumerate(order) for b in chain if _inside(name, b))
+        return next(calls, len(order))
+
+    return tuple(sorted(chains, key=first))
 
 
 def _noted(reads: _Reads, site: Site) -> Callable[..., None]:
@@ -151,17 +228,19 @@ class _Reads:
 
 
 class _Chain:
-    """Whether each member of a container received the previous member's output."""
+    """Whether each member of a container received the previous member's output, and its calls."""
 
     def __init__(self, length: int) -> None:
         self._outputs: list[list[SameTensor]] = [[] for _ in range(length)]
         self._links = [False] * length
-        self._called = [False] * length
+        self._calls = [0] * length
+        self._maps = [False] * length  # numbers to numbers
 
     def hooks(self, index: int, member: nn.Module) -> list[Any]:
         def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._called[index] = True
+            self._calls[index] += 1
             given = list(tensors_in((args, kwargs)))
+            self._maps[index] = any(t.is_floating_point() for t in given)
             # A member that occurs several times is called several times: one link is enough.
             if index > 0 and not self._links[index]:
                 self._links[index] = any(
@@ -170,6 +249,8 @@ class _Chain:
 
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
             self._outputs[index] = [SameTensor(tensor) for tensor in tensors_in(output)]
+            first = first_tensor(output)
+            self._maps[index] &= first is not None and first.is_floating_point()
 
         return [
             member.register_forward_pre_hook(before, with_kwargs=True),
@@ -177,7 +258,11 @@ class _Chain:
         ]
 
     def linked(self) -> bool:
-        return all(self._called) and all(self._links[1:])
+        return len(self._calls) > 1 and all(self._calls) and all(self._links[1:])
+
+    def once(self) -> list[int]:
+        """The members that are called once, with numbers, and return numbers."""
+        return [i for i, calls in enumerate(self._calls) if calls == 1 and self._maps[i]]
 
 
 def _inside(name: str, outer: str) -> bool:

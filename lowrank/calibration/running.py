@@ -15,19 +15,28 @@ from ..errors import LowrankError
 from .batches import ROWS, Batch
 
 LOGITS = 1 << 27  # bytes of logits that are held at once
+# What a model's own code raises.
+FAILED = (TypeError, ValueError, RuntimeError, LookupError, AttributeError)
 IGNORED = -100  # a label of torch's cross entropy, and of transformers, for padding
 
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """A context of evaluation mode without gradients; flags and random states are restored."""
+    """A context of evaluation mode without gradients; flags and random states are restored.
+
+    Torch's fast path of attention is off: it makes nested tensors of padded ones, and reads weights
+    without calling their layers.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
     training = [module for module in model.modules() if module.training]
     cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
     model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=cuda):
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module in training:
             module.training = True
 

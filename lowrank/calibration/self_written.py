@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from ..errors import LowrankError
 from .batches import LENGTH, ROWS, Batch
-from .running import forward, logits_of, quiet
+from .running import FAILED, forward, logits_of, quiet
 
 COUNT = 192  # rows to write
 TOGETHER = 64  # rows written at a time
 FROM_START = 0.25  # share of rows from the start token; benchmarks/self_calibration.py
 # What models give back to be called with next: keys and values, or the state of a recurrence.
+# Settings that limit the positions; -1 stands for no limit.
+LIMITS = ("max_position_embeddings", "max_seq_len")
 CACHES = ("past_key_values", "cache_params", "state")
 
 
@@ -98,7 +100,7 @@ def write(
                 _write_on(model, written[part], chances[part], cached, bar)
     except LowrankError:
         raise
-    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+    except FAILED as error:
         raise LowrankError(
             f"{type(model).__name__} failed to write its calibration data "
             f"({' '.join(str(error).split())[:200]}): pass data=…, or data=None to work without"
@@ -173,7 +175,9 @@ def _remembers(model: nn.Module) -> bool:
             last, past = _next(model, token, past, True)
             if past is None:
                 return False
-    except TypeError:  # its forward takes no cache
+    except LowrankError:
+        raise
+    except FAILED:  # its forward takes no cache, or has one of an earlier call in the way
         return False
     return _alike(whole, last)
 
@@ -215,8 +219,8 @@ def _start(model: Any) -> int | None:
 
 def _fitting(model: Any, length: int) -> int:
     """`length`, limited by the model's positions."""
-    most = getattr(_config(model), "max_position_embeddings", None)
-    return min(length, most) if most else length
+    limits = (getattr(_config(model), name, None) for name in LIMITS)
+    return min(length, *(most for most in limits if most and most > 0), length)
 
 
 def _bar(total: int, progress: bool) -> Any:

@@ -163,6 +163,8 @@ def check_attachable(model: nn.Module) -> None:
             )
     names = factored(model)
     for target, source in other_ties(model, names).items():
+        if _is_one_module(names, target, source):
+            continue
         for key in (target, source):
             # The bias of a factored head stays tied.
             if key.rpartition(".")[0] in names and not _is_own_bias(names, key):
@@ -170,6 +172,16 @@ def check_attachable(model: nn.Module) -> None:
                     f"{key.rpartition('.')[0]} is factored, but the config ties {target} to "
                     f"{source}: leave it dense, or set tie_word_embeddings=False in the config"
                 )
+
+
+def _is_one_module(names: Mapping[str, nn.Module], target: str, source: str) -> bool:
+    """Whether a tie is between a factored module's tensor and itself, under two names."""
+    ends = [
+        (names.get(name), tensor)
+        for name, _, tensor in (k.rpartition(".") for k in (target, source))
+    ]
+    (module, tensor), other = ends
+    return module is not None and ends[0] == other and hasattr(module, tensor)
 
 
 def _is_own_bias(names: Mapping[str, nn.Module], key: str) -> bool:

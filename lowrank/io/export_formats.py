@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy as copying
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from ..calibration.batches import Batch
 from ..errors import LowrankError
 from ..walk.checks import check_module, ordinary_tensors
+from ..walk.surgery import copied, twin
 from . import tensors
 from .declaration import detach, is_transformers
 from .merging import densify
@@ -39,7 +39,7 @@ def to_dense(model: nn.Module, *, copy: bool = False) -> nn.Module:
             model is then unchanged.
     """
     check_module(model)
-    target = copying.deepcopy(model) if copy else model
+    target = copied(model) if copy else model
     dense = densify(target)
     detach(dense)
     return dense
@@ -77,8 +77,7 @@ def export(
     if tokenizer is not None and not is_transformers(model):
         raise LowrankError(f"tokenizer is for transformers models, got {type(model).__name__}")
     # Copies the modules but not the tensors: only merged layers take new memory.
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    dense = to_dense(copying.deepcopy(model, shared))
+    dense = to_dense(twin(model))
     if is_transformers(dense):
         dense.save_pretrained(target)  # type: ignore[operator]
         if tokenizer is not None:

@@ -37,7 +37,7 @@ from .specs import (
     prepare,
     specs_of,
 )
-from .ties import untie
+from .ties import share_buffers, untie
 
 SOURCE = "config.json: quantization_config"
 
@@ -124,6 +124,7 @@ class LowRankHfQuantizer(HfQuantizer):
         _ignore_guards(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        share_buffers(model)
         check_values(model, "the weights")
         # The weights are ordinary floating-point: half(), float() and Trainer work as usual.
         # transformers' models also branch on this config entry, and would otherwise compute in

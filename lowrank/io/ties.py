@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from .specs import Names
@@ -61,6 +63,17 @@ def _without_pairs(model: nn.Module, modules: Names) -> list[tuple[nn.Module, _O
     return parts
 
 
+def share_buffers(model: nn.Module) -> None:
+    """Share the buffers of factored modules in parts that are tied whole: transformers ties only
+    parameters, and stores both under the source's name."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for target, source in other_ties(model, {}).items():
+        (at, _, name), (origin, _, other) = target.rpartition("."), source.rpartition(".")
+        here, there = modules[at]._buffers, modules[origin]._buffers
+        if name in here and other in there:
+            here[name] = there[other]
+
+
 def retie(model: nn.Module) -> None:
     """Undo `untie`: let transformers tie the pairs again, now that they are dense."""
     if _restore(model):
@@ -80,4 +93,7 @@ def _recompute(model: nn.Module) -> None:
     for part in model.modules():
         if "all_tied_weights_keys" in vars(part):
             keys = part.get_expanded_tied_weights_keys(all_submodels=True)  # type: ignore[operator]
-            part.all_tied_weights_keys = keys
+            # transformers takes every tied tensor for a parameter
+            own = dict(part.named_parameters(remove_duplicate=False))
+            ties: Any = {t: s for t, s in keys.items() if t in own and s in own}
+            part.all_tied_weights_keys = ties

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..calibration import self_written
 from ..calibration.batches import Batch
-from ..calibration.chain import Chain
+from ..calibration.chain import Chain, NotInBlocks
 from ..errors import LowrankError
 from ..linalg.mapped import settled
 from ..measure.eval import NotFinite
@@ -77,9 +77,6 @@ def recover_layers(
         work: sites, their entries, and the layers factored from the dense model's statistics.
         resolved: the method, which refits layers.
         most: number of batches to fit layers to; None for all.
-
-    Raises:
-        LowrankError: a chain cannot be run block by block.
     """
     if any(site.name == "" for site, _, _ in work):
         return Recovered({s.name: m for s, _, m in work}, notes=(ROOT,))
@@ -134,7 +131,7 @@ class _Job:
             self.notes.append("the model has no chain of blocks: block refit was skipped")
         options = {"delay": 2, "disable": not self.progress, "leave": False}
         with tqdm(total=len(blocks), desc="refit", **options) as bar:
-            SequentialPass(
+            sequential = SequentialPass(
                 self.bench,
                 self.student,
                 self.numbers,
@@ -142,15 +139,17 @@ class _Job:
                 self._fit,
                 after_block=self._refit_block if steps else None,
                 on_block=lambda name: bar.update(bool(name)),
-            ).run(sites)
+            )
+            sequential.run(sites)
         if self.recovery.refit:
             self.notes.append(f"refitted in closed form, layer by layer: {len(sites)}")
-        if steps and blocks:
+        self.notes += sequential.notes()
+        if self.refitted:
             kept = sum(result.kept for result in self.refitted)
             self.notes.append(f"block refit: {kept} of {len(self.refitted)} blocks improved")
 
-    def _fit(self, site: Site, moments: Moments) -> nn.Module:
-        if not self.recovery.refit:
+    def _fit(self, site: Site, moments: Moments | None) -> nn.Module:
+        if not self.recovery.refit or moments is None:
             return copy.deepcopy(self.built[site.name])
         share, bias = self.recovery.dense, layouts.bias(site.module)
         gram, cross = moments.gram, moments.cross
@@ -185,6 +184,8 @@ class _Job:
         masks = [self.bench.masks[number] for number in self.numbers]
         try:
             result = refit_block(lean, index, targets, trained, masks, options, self.fitted)
+        except NotInBlocks:
+            raise
         except LowrankError as error:
             raise LowrankError(f"{lean.names[index]}: {error}") from None
         self.refitted.append(result)

@@ -2,21 +2,22 @@
 
 Two streams run through the model block by block, the dense one and the compressed one. Layers that
 read the same tensor are refitted together in closed form (linalg/refit.py), in call order, so that
-each corrects the error of those before it.
+each corrects the error of those before it. Layers outside of all chains, and those of a chain that
+cannot be run block by block, are refitted in forward passes of the whole model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ..calibration.chain import Chain
+from ..calibration.chain import Chain, NotInBlocks
 from ..calibration.running import first_tensor, forward, quiet, without_cache
 from ..calibration.statistics import counted_rows
-from ..errors import LowrankError
+from ..errors import LowrankError, listed
 from ..linalg import cross_sum, gram_sum
 from ..linalg.mapped import settled
 from ..types import Site
@@ -52,7 +53,8 @@ class SequentialPass:
         student: the twin, in which layers are replaced.
         numbers: indices of the batches to run.
         fitted: number of those, from the first, that the moments are taken from.
-        fit: returns the new layer of a site, given the moments of its input.
+        fit: returns the new layer of a site, given the moments of its input, None if it saw no
+            token.
         after_block: called once all sites of a block are replaced, with the student's chain, the
             block's index and the dense outputs; may train the block.
         on_block: called with the name of each block before its turn; "" outside of blocks.
@@ -62,9 +64,27 @@ class SequentialPass:
     student: nn.Module
     numbers: Sequence[int]
     fitted: int
-    fit: Callable[[Site, Moments], nn.Module]
+    fit: Callable[[Site, Moments | None], nn.Module]
     after_block: Callable[[Chain, int, list[Tensor]], None] | None = None
     on_block: Callable[[str], None] = lambda _: None
+    _whole_chains: dict[str, list[str]] = field(default_factory=dict)  # why -> names
+    _unpaired: list[str] = field(default_factory=list)
+
+    def notes(self) -> list[str]:
+        """Sentences about what could not be done as planned, for the report."""
+        skipped = "" if self.after_block is None else "; block refit was skipped there"
+        notes = [
+            f"refitted in passes of the whole model, not block by block: {listed(names, 3)} "
+            f"({why}){skipped}"
+            for why, names in self._whole_chains.items()
+        ]
+        if self._unpaired:
+            notes.append(
+                f"refitted to the compressed model's inputs alone, since other tokens reach them "
+                f"than in the dense model: {len(self._unpaired)} layers: "
+                f"{listed(self._unpaired, 3)}"
+            )
+        return notes
 
     def run(self, sites: Sequence[Site]) -> None:
         """Replace the sites, block by block.
@@ -74,9 +94,6 @@ class SequentialPass:
 
         Args:
             sites: of the dense model; those that were never called are left to the caller.
-
-        Raises:
-            LowrankError: a chain cannot be run block by block.
         """
         observed = self.bench.calibration.observation
         wanted = {site.name: site for site in sites}
@@ -104,14 +121,30 @@ class SequentialPass:
             self._replace(group, self._moments(group[0], dense, lean))
 
     def _chain(self, names: Sequence[str], groups: Sequence[list[Site]]) -> None:
+        """Refit the layers of a chain block by block, or those left in whole passes if it cannot
+        be run so."""
+        waiting = list(groups)
+        try:
+            self._blockwise(names, waiting)
+        except NotInBlocks as error:
+            ends = f"{names[0]} to {names[-1]}" if len(names) > 1 else names[0]
+            self._whole_chains.setdefault(str(error), []).append(ends)
+            self._whole(waiting)
+
+    def _blockwise(self, names: Sequence[str], waiting: list[list[Site]]) -> None:
+        """Refit block by block; groups that are done are taken out of `waiting`.
+
+        Raises:
+            NotInBlocks: the chain cannot be run so.
+        """
         dense = self.bench.dense_chain(names, self.numbers)
         lean = self.bench.chain(self.student, names, self.numbers)
         for index, name in enumerate(names):
             self.on_block(name)
-            for group in groups:
-                if _within(group[0].name, [name]):
-                    runs = [_block_runs(chain, index)[: self.fitted] for chain in (dense, lean)]
-                    self._replace(group, self._moments(group[0], *runs))
+            for group in [each for each in waiting if _within(each[0].name, [name])]:
+                runs = [_block_runs(chain, index)[: self.fitted] for chain in (dense, lean)]
+                self._replace(group, self._moments(group[0], *runs))
+                waiting.remove(group)
             lean.refresh(self.student)
             after = dense.outputs(index)
             if self.after_block is not None:
@@ -119,13 +152,16 @@ class SequentialPass:
             dense.hidden, lean.hidden = after, lean.outputs(index)
 
     def _replace(self, group: Sequence[Site], moments: Moments | None) -> None:
-        if moments is not None:
-            for site in group:
-                put(self.student, site, settled(self.fit(site, moments)))
+        for site in group:
+            put(self.student, site, settled(self.fit(site, moments)))
 
     def _moments(self, site: Site, dense: Sequence[Run], lean: Sequence[Run]) -> Moments | None:
-        """Moments of a site's input in both streams, batch by batch; None if it saw no token."""
-        count, sums = 0, [torch.zeros(()) for _ in range(4)]
+        """Moments of a site's input in both streams, batch by batch; None if it saw no token.
+
+        Where other tokens reach it in the compressed model, as experts of a mixture, its rows have
+        no partners: then both streams are the compressed one.
+        """
+        count, sums, paired = 0, [torch.zeros(()) for _ in range(4)], True
         model, student = self.bench.model, self.student
         dense_layer, lean_layer = module_at(model, site.name), module_at(student, site.name)
         masks = [self.bench.masks[number] for number in self.numbers[: self.fitted]]
@@ -133,14 +169,19 @@ class SequentialPass:
             for run_dense, run_lean, mask in zip(dense, lean, masks, strict=True):
                 x, y = _inputs(dense_layer, run_dense), _inputs(lean_layer, run_lean)
                 if [t.shape for t in x] != [t.shape for t in y]:
-                    raise LowrankError(
-                        f"{site.title}: its input has another shape than in the dense model"
-                    )
+                    x, paired = y, False
                 for dense_rows, rows in _pairs(site.module, x, y, mask):
                     new = _sums(site, dense_rows, rows)
                     sums = [n if not count else s + n for s, n in zip(sums, new, strict=True)]
                     count += len(rows)
-        return Moments(count, *(total / count for total in sums)) if count else None
+        if not paired:
+            self._unpaired.append(site.title)
+        if not count:
+            return None
+        gram, cross, mean, dense_mean = (total / count for total in sums)
+        if not paired:
+            cross, dense_mean = gram, mean
+        return Moments(count, gram, cross, mean, dense_mean)
 
 
 def _block_runs(chain: Chain, index: int) -> list[Run]:

@@ -68,6 +68,9 @@ class Workbench:
 
     def dense_chain(self, names: Sequence[str], numbers: Sequence[int]) -> Chain:
         """The chain of these blocks in the dense model."""
+        if len(names) == 1:  # each holds hidden states of its own: keep one such recording
+            held = self._recordings.items()
+            self._recordings = {k: r for k, r in held if len(k) > 1 or k == names}
         recording = self._recordings.setdefault(tuple(names), Recording(tuple(names)))
         self._record(self.model, recording, numbers)
         return Chain(self.model, recording, numbers)

@@ -12,7 +12,6 @@ is taken once; channels are chosen by the whole tail unless `tail_rank` is given
 
 from __future__ import annotations
 
-import copy as copies
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -28,7 +27,7 @@ from ..nn.lowrank_sparse import Act
 from ..types import Site
 from ..walk import layouts
 from ..walk.sites import ALL_LINEAR, Patterns, find_sites, select_sites
-from ..walk.surgery import put
+from ..walk.surgery import copied, put
 
 Channels = Literal["tail", "random", "norm"]
 Values = Literal["weight", "residual"]
@@ -77,7 +76,7 @@ def lost(
             unchanged then.
     """
     _check(rank, sparsity, gamma, act, channels, tail_rank, values)
-    model = copies.deepcopy(model) if copy else model
+    model = copied(model) if copy else model
     every = select_sites(find_sites(model), model, target_modules, exclude_modules, adapts=True)
     sizes = {site.name: _sizes(site, rank, sparsity) for site in every}
     reasons = _reasons(every, sizes)

@@ -11,9 +11,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 
 from ..errors import LowrankError
 from ..nn import Form, LowRankEmbedding, TiedEmbedding, TiedHead, is_factored, remember_layout
@@ -131,7 +133,32 @@ def twin(model: nn.Module) -> nn.Module:
     Replacing modules in one of the two does not affect the other.
     """
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    return copy.deepcopy(model, dict(shared))
+    return copied(model, dict(shared))
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy. Activations that modules keep as attributes lose their graph, with which torch
+    refuses to copy them.
+
+    Args:
+        memo: as for `copy.deepcopy`; objects to share, by their ids.
+    """
+    with _WithoutGraph():
+        return copy.deepcopy(model, memo)
+
+
+class _WithoutGraph(TorchFunctionMode):
+    """A context in which tensors are copied without their graph, wherever they are held."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is not Tensor.__deepcopy__ or args[0].is_leaf:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        if id(tensor) not in memo:
+            memo[id(tensor)] = tensor.detach().clone()
+        return memo[id(tensor)]
 
 
 @contextmanager

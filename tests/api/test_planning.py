@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lowrank
 from lowrank import Calibration, LowrankError, Plan
 from lowrank.methods import SVD, Whitened
 from lowrank.types import Curve, Option, Site, Statistics
 from lowrank.walk import layouts
-from tests.zoo import calibration, example, make, mlp, said, tokens, unchanged
+from tests.zoo import Custom, calibration, example, make, mlp, said, tokens, unchanged
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5", "opt", "vit", "mixtral"])
@@ -195,6 +195,24 @@ def test_too_few_tokens_are_as_none() -> None:
     made = lowrank.plan(model, 0.7, data=found)
     assert made.entries[1].reason == "the calibration data gave it 4 tokens, fewer than 5"
     assert "were given fewer than 5 tokens by the data" in made.notes[0]
+
+
+def test_a_layer_whose_weight_alone_is_read_is_told_from_one_that_no_data_reaches() -> None:
+    """Some models multiply by the weight of a layer that they never call."""
+    layers = {name: nn.Linear(16, 16) for name in ("called", "read", "unused")}
+
+    def call(self: Any, x: Tensor) -> Tensor:
+        dtype = self.unused.weight.dtype  # which is no use of it
+        return nn.functional.linear(torch.relu(self.called(x)), self.read.weight).to(dtype)
+
+    model = Custom(call, **layers)
+    made = lowrank.plan(model, 0.6, data=[torch.randn(64, 16)], method="whitened", progress=False)
+    reasons = {entry.name: entry.reason for entry in made.entries}
+    assert reasons["read"] == "its weight is read without calling the layer: no data reaches it"
+    assert reasons["unused"] == "the calibration data gave it 0 tokens, fewer than 1"
+    (said,) = (note for note in made.notes if "only their weights are read" in note)
+    assert said.startswith("1 layers with 256 parameters are never called")
+    assert said.endswith(": read")
     model, found = branches(9, 4, min_tokens=4)
     assert lowrank.plan(model, 0.7, data=found).entries[1].size is not None
 

@@ -222,3 +222,53 @@ def test_calibrating_on_it_is_calibrating_on_its_rows() -> None:
         for one, other in ((mine.gram, found.gram), (mine.freq, found.freq)):
             assert (one is None) == (other is None)
             assert one is None or torch.equal(one, other)
+
+
+# Models of other settings
+
+
+def test_every_setting_that_limits_positions_counts() -> None:
+    from transformers import MptConfig, MptForCausalLM
+
+    sizes = {"vocab_size": VOCABULARY, "d_model": 16, "n_heads": 4, "n_layers": 1}
+    model = MptForCausalLM(MptConfig(**sizes, max_seq_len=8, expansion_ratio=2))
+    assert write(model, rows=2, length=12).shape == (2, 8)
+
+
+def test_no_limit_is_none_and_a_model_that_looks_ahead_is_refused_for_that() -> None:
+    from transformers import XLNetConfig, XLNetLMHeadModel
+
+    sizes = {"vocab_size": VOCABULARY, "d_model": 16, "n_layer": 1, "n_head": 4, "d_inner": 32}
+    model = XLNetLMHeadModel(XLNetConfig(**sizes))
+    assert model.config.max_position_embeddings == -1
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10)
+    with pytest.raises(LowrankError, match="attends to later tokens too") as caught:
+        write(model, rows=2, length=12)
+    assert said(caught)
+
+
+@pytest.mark.parametrize("stale", [[[5]], [[5], [7]]])
+def test_positions_that_an_earlier_call_left_behind_do_no_harm(stale: list[list[int]]) -> None:
+    """Some models keep an offset of the last images, for as many rows as there were."""
+
+    class Offset(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.config = llama(), None
+            self.config, self.generation_config = self.model.config, None
+            self.main_input_name, self.can_generate = "input_ids", lambda: True
+            self.left: Tensor | None = None
+
+        def forward(self, input_ids: Tensor, past_key_values: Any = None, **more: Any) -> Any:
+            if past_key_values is not None and self.left is not None:
+                shift = self.left.repeat_interleave(len(input_ids) // len(self.left), 0)
+                start = past_key_values.get_seq_length()
+                more["position_ids"] = start + shift + torch.zeros_like(input_ids)
+            return self.model(input_ids, past_key_values=past_key_values, **more)
+
+    model = Offset().eval()
+    clean = write(model, rows=3, length=9)
+    model.left = torch.tensor(stale)
+    assert torch.equal(write(model, rows=3, length=9), clean)

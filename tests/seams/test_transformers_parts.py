@@ -257,3 +257,32 @@ def test_guards_are_passed_over_in_silence(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     _, info = tf.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+def test_a_part_that_is_tied_whole_keeps_its_factors_in_both_places(
+    storage: str, tmp_path: Path
+) -> None:
+    """Two blocks with one transformer; transformers ties all of its tensors by a pattern."""
+    from transformers import Zamba2Config, Zamba2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Zamba2Config(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
+        num_attention_heads=4, n_mamba_heads=4, mamba_d_state=4, mamba_headdim=8, mamba_ngroups=1,
+        chunk_size=4, num_mem_blocks=1, adapter_rank=4, use_mamba_kernels=False,
+        hybrid_layer_ids=[0, 2], layers_block_type=["hybrid", "mamba", "hybrid"],
+    )  # fmt: skip
+    model = Zamba2ForCausalLM(config).eval()
+    lean, report = lowrank.compress(
+        model, 0.6, data=None, method="svd", storage=storage, progress=False
+    )
+    assert report.achieved <= 0.6
+    lean.save_pretrained(tmp_path)
+    again = Zamba2ForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.arange(2, 18).reshape(2, 8)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, lean(ids).logits)
+    first, second = (again.model.layers[i].shared_transformer.feed_forward for i in (0, 2))
+    tensors = first.state_dict()
+    assert all(torch.equal(t, tensors[name]) for name, t in second.state_dict().items())

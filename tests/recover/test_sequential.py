@@ -1,0 +1,244 @@
+"""What cannot be run block by block, or pairs no tokens, is refitted all the same, with a note."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lowrank
+from lowrank import Recovery
+from lowrank.nn import is_factored
+from tests import zoo
+
+ROWS = 96
+
+
+class Block(nn.Module):
+    """A residual block of two layers, which may keep its activation."""
+
+    def __init__(self, keeps: bool = False) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.keeps = keeps
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.up(self.norm(x)))
+        if self.keeps:
+            self.last = hidden
+        return x + self.down(hidden)
+
+
+def model_of(call: Callable[..., Any], count: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    return zoo.Custom(call, blocks=nn.Sequential(*(Block() for _ in range(count))))
+
+
+def rows() -> list[Any]:
+    x = torch.randn(ROWS, 16, generator=torch.Generator().manual_seed(0))
+    return [{"x": part} for part in x.split(8)]
+
+
+def refitted(
+    model: nn.Module, data: Any = None, steps: int = 2, method: str = "whitened", ratio: float = 0.4
+) -> tuple[nn.Module, str]:
+    """The compressed model, and the notes of its report."""
+    lean, report = lowrank.compress(
+        model, ratio, data=data or rows(), method=method, policy="uniform",
+        effort=Recovery(block_steps=steps), copy=True, progress=False,
+    )  # fmt: skip
+    assert report.achieved <= ratio
+    assert all(bool(p.isfinite().all()) for p in lean.parameters())
+    return lean, "; ".join(report.notes)
+
+
+def siamese(self: Any, x: Tensor) -> Tensor:
+    return self.blocks(x) * self.blocks(x.flip(0))
+
+
+def looped(self: Any, x: Tensor) -> Tensor:
+    return self.blocks(self.blocks(x))
+
+
+def skipping(self: Any, x: Tensor) -> Tensor:
+    for index, block in enumerate(self.blocks):
+        x = block(x) if index != 1 or x[0, 0] < 0.5 else x
+    return x
+
+
+@pytest.mark.parametrize("call", [siamese, looped, skipping])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_chain_that_cannot_be_run_by_blocks_is_run_whole(call: Any, steps: int) -> None:
+    lean, notes = refitted(model_of(call), steps=steps)
+    assert "refitted in passes of the whole model, not block by block: blocks.0 to " in notes
+    assert "is called out of chain order)" in notes
+    assert ("block refit was skipped there" in notes) == (steps > 0)
+    assert "refitted in closed form, layer by layer: 6" in notes
+    assert sum(is_factored(part) for part in lean.modules()) == 6
+
+
+def test_whole_passes_refit_as_well_as_blocks_do() -> None:
+    """The same model, once with a chain and once with a second call that adds nothing."""
+
+    def again(self: Any, x: Tensor) -> Tensor:
+        return self.blocks(x) + 0 * self.blocks(x)
+
+    found = []
+    for call in (lambda self, x: self.blocks(x), again):
+        lean, notes = refitted(model_of(call), steps=0)
+        assert ("not block by block" in notes) == (call is again)
+        found.append(lean.blocks[2].down.dense_weight())
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+class Alone(Block):
+    """A block that runs only inside of its model."""
+
+    inside = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not Alone.inside:
+            raise RuntimeError("no\nstate")
+        return super().forward(x)
+
+
+def test_a_block_that_fails_by_itself_is_run_in_the_model() -> None:
+    def call(self: Any, x: Tensor) -> Tensor:
+        Alone.inside = True
+        try:
+            return self.blocks(x)
+        finally:
+            Alone.inside = False
+
+    model = zoo.Custom(call, blocks=nn.Sequential(Block(), Alone(), Block()))
+    _, notes = refitted(model)
+    assert "blocks.0 to blocks.2 (blocks.1 fails by itself: no state)" in notes
+    assert "block refit: " in notes  # of the first block
+    assert "of 1 blocks improved" in notes
+
+
+class Mixture(nn.Module):
+    """Experts that are sent the rows which a router chooses for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(16, 3)
+        self.experts = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        choice, y = self.router(x).argmax(-1), torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            chosen = choice == index
+            if bool(chosen.any()):
+                y[chosen] = expert(x[chosen])
+        return x + y
+
+
+def test_experts_that_other_tokens_reach_are_fitted_to_those() -> None:
+    torch.manual_seed(0)
+    model = zoo.Custom(
+        lambda self, x: self.blocks(x), blocks=nn.Sequential(Block(), Mixture(), Mixture())
+    )
+    lean, notes = refitted(model)
+    assert "refitted to the compressed model's inputs alone, since other tokens reach" in notes
+    assert "blocks.2.experts." in notes
+    experts = lean.blocks[2].experts
+    assert all(is_factored(part) for expert in experts for part in (expert.up, expert.down))
+
+
+def test_a_layer_that_no_token_reaches_in_the_compressed_model_keeps_its_factors() -> None:
+    """What the router sends elsewhere is not left dense."""
+
+    def call(self: Any, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return x if is_factored(self.first.up) else self.second(x)
+
+    torch.manual_seed(0)
+    lean, notes = refitted(zoo.Custom(call, first=Block(), second=Block()))
+    assert is_factored(lean.second.up)
+    assert "inputs alone" in notes
+
+
+# Blocks that are no chain
+
+
+def outside(self: Any, x: Tensor) -> Tensor:
+    for block in self.blocks:
+        x = 0.5 * x + block(x)
+    return x
+
+
+@pytest.mark.parametrize("method", ["whitened", "two-sided"])
+def test_blocks_with_the_residual_outside_are_refitted_one_by_one(method: str) -> None:
+    _, notes = refitted(model_of(outside), method=method)
+    assert "of 3 blocks improved" in notes
+    assert "whole model" not in notes
+
+
+def test_a_feed_forward_with_the_residual_outside_is_one_block() -> None:
+    """Not one for each of its two layers."""
+    torch.manual_seed(0)
+    parts = [nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(3)]
+    model = zoo.Custom(outside, blocks=nn.ModuleList(parts))
+    _, notes = refitted(model)
+    assert "of 3 blocks improved" in notes
+
+
+def test_a_single_block_is_trained_to_what_the_dense_one_returns() -> None:
+    """An oracle by hand: its error on the compressed stream's inputs falls."""
+    model, data = model_of(outside), torch.cat([batch["x"] for batch in rows()])
+    apart = []
+    for steps in (0, 40):
+        lean, _ = refitted(model, steps=steps)
+        with torch.no_grad():
+            apart.append(float((lean.eval()(data) - model.eval()(data)).square().mean()))
+    assert apart[1] < 0.9 * apart[0]
+
+
+# Activations kept as attributes; padding in torch's own encoder
+
+
+@pytest.mark.parametrize("where", ["attribute", "list", "object"])
+def test_activations_kept_as_attributes(where: str) -> None:
+    """Of a pass with gradients, in which torch refuses to copy them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(keeps=True), Block(keeps=True), nn.Linear(16, 5))
+    last = model(torch.ones(1, 16))
+    if where == "list":
+        model.kept = [{"state": last}]
+    elif where == "object":
+        model.kept = type("State", (), {})()
+        model.kept.state = last
+    lean, report = lowrank.compress(
+        model, 0.5, data=[b["x"] for b in rows()], method="two-sided", policy="uniform",
+        effort=Recovery(block_steps=2), copy=True, progress=False,
+    )  # fmt: skip
+    assert report.achieved <= 0.5
+    assert not lean[0].last.requires_grad
+    assert lowrank.to_dense(lean, copy=True)(torch.ones(2, 16)).shape == (2, 5)
+
+
+def test_torchs_encoder_with_a_padding_mask() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model = zoo.Custom(
+        lambda self, x, pad: self.encoder(x, src_key_padding_mask=pad),
+        encoder=nn.TransformerEncoder(layer, 2),
+    ).eval()
+    pad = torch.zeros(8, 6, dtype=torch.bool)
+    pad[::2, 4:] = True
+    data = [{"x": torch.randn(8, 6, 16), "pad": pad} for _ in range(6)]
+    lean, notes = refitted(model, data, method="two-sided")
+    assert "of 2 blocks improved" in notes
+    assert torch.backends.mha.get_fastpath_enabled()
+    with torch.no_grad():
+        fast = lean.eval()(**data[0])
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            slow = lean(**data[0])
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+    torch.testing.assert_close(fast[~pad], slow[~pad], rtol=1e-4, atol=1e-5)
