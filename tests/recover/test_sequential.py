@@ -242,3 +242,85 @@ def test_torchs_encoder_with_a_padding_mask() -> None:
         finally:
             torch.backends.mha.set_fastpath_enabled(True)
     torch.testing.assert_close(fast[~pad], slow[~pad], rtol=1e-4, atol=1e-5)
+
+
+# The same in models of transformers
+
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4}
+IDS = {"input_ids": zoo.tokens(24, 12)}
+PIXELS = {"pixel_values": torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(2))}
+WAVES = {"input_values": torch.randn(16, 200, generator=torch.Generator().manual_seed(2))}
+# Class, config, batch, what the notes say.
+FAMILIES: dict[str, tuple[str, dict[str, Any], Any, str]] = {
+    "SwitchTransformers": (
+        "ForConditionalGeneration",
+        {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 2,
+         "num_heads": 4, "num_experts": 4, "num_sparse_encoder_layers": 1,
+         "num_sparse_decoder_layers": 1, "decoder_start_token_id": 0},
+        {**IDS, "decoder_input_ids": zoo.tokens(24, 6)},
+        "refitted to the compressed model's inputs alone",
+    ),
+    "RecurrentGemma": (
+        "ForCausalLM",
+        {**SIZES, "num_hidden_layers": 3, "num_key_value_heads": 1, "lru_width": 16, "head_dim": 4,
+         "attention_window_size": 8, "pad_token_id": 0},
+        IDS, "of 3 blocks improved",
+    ),
+    "DebertaV2": (
+        "ForSequenceClassification",
+        {**SIZES, "num_hidden_layers": 3, "relative_attention": True,
+         "pos_att_type": ["p2c", "c2p"], "max_position_embeddings": 32},
+        IDS, "of 3 blocks improved",
+    ),
+    "Yolos": (
+        "ForObjectDetection",
+        {**SIZES, "num_hidden_layers": 3, "image_size": [32, 32], "patch_size": 16,
+         "num_detection_tokens": 4},
+        PIXELS, "of 3 blocks improved",
+    ),
+    "Pvt": (
+        "ForImageClassification",
+        {"image_size": 32, "hidden_sizes": [8, 16, 16, 16], "depths": [1] * 4,
+         "num_attention_heads": [1, 2, 2, 2], "mlp_ratios": [2] * 4,
+         "sequence_reduction_ratios": [2, 1, 1, 1]},
+        PIXELS, "of 4 blocks improved",
+    ),
+    "Funnel": (
+        "ForTokenClassification",
+        {"block_sizes": [1, 1], "num_decoder_layers": 1, "d_model": 16, "n_head": 4, "d_head": 4,
+         "d_inner": 32},
+        IDS, "of 3 blocks improved",
+    ),
+    "Albert": (
+        "ForSequenceClassification", {**SIZES, "embedding_size": 8, "num_hidden_layers": 3},
+        IDS, "the model has no chain of blocks: block refit was skipped",
+    ),
+    "Mamba": (
+        "ForCausalLM", {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2},
+        IDS, "are never called, only their weights are read,",
+    ),
+    "WavLM": (
+        "ForSequenceClassification",
+        {**SIZES, "num_hidden_layers": 2, "conv_dim": (8, 8), "conv_stride": (4, 2),
+         "conv_kernel": (8, 4), "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4,
+         "num_conv_pos_embedding_groups": 2, "num_buckets": 16, "classifier_proj_size": 8},
+        WAVES, "8 layers with 2,048 parameters are never called, only their weights are read,",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_that_are_built_in_other_ways(family: str) -> None:
+    import transformers
+
+    head, sizes, data, told = FAMILIES[family]
+    torch.manual_seed(0)
+    words = {} if data is PIXELS or data is WAVES else {"vocab_size": zoo.VOCABULARY}
+    config = getattr(transformers, f"{family}Config")(**words, **sizes)
+    model = getattr(transformers, f"{family}{head}")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:  # random models of this size hardly use their layers
+                parameter.mul_(0.2 / parameter.std().clamp(min=1e-3))
+    _, notes = refitted(model, [data], method="two-sided", ratio=0.6)
+    assert told in notes
