@@ -73,9 +73,7 @@ class Recording:
         self._keep(number, calls)
         self.ends[number] = _put(end, self.out or (), None)
 
-    def _run(
-        self, model: nn.Module, batch: Batch, *, to_the_end: bool
-    ) -> tuple[list[_Call], Any]:
+    def _run(self, model: nn.Module, batch: Batch, *, to_the_end: bool) -> tuple[list[_Call], Any]:
         """The calls of the blocks, and the output of the last one."""
         calls: list[_Call] = []
         last: list[tuple[Path, Tensor, SameTensor]] = []
