@@ -9,7 +9,7 @@ per token, and for FWSVD (arXiv 2207.00112) the squared weight gradients of a se
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -24,17 +24,17 @@ from ..types import Site
 from ..walk import layouts
 from ..walk.sites import find_sites, select_sites
 from .batches import Batch, Forward, rebatched
+from .padding import Padding
 from .running import (
     SameTensor,
+    Unpadded,
     first_tensor,
     forward,
-    mask_of,
-    predicted_mask,
     predictions_of,
     quiet,
     without_cache,
 )
-from .statistics import Calibration
+from .statistics import Calibration, followed
 
 FISHER = frozenset({"out_gram", "row_fisher"})  # the needs that require this pass
 ROWS = 16  # rows per backward pass
@@ -115,16 +115,20 @@ def gradient_moments(
         )
     from tqdm.auto import tqdm
 
-    gather = Gradients(sites)
+    padding, batches = followed(model, rebatched(batches, ROWS))
+    gather = Gradients(sites, padding)
     generator = torch.Generator().manual_seed(seed)
-    bar = tqdm(rebatched(batches, ROWS), "fisher", delay=2, disable=not progress, leave=False)
+    bar = tqdm(batches, "fisher", delay=2, disable=not progress, leave=False)
     reached = not sites
-    with torch.inference_mode(False), quiet(model), without_cache(model), _frozen(model), gather:
+    modes = torch.inference_mode(False), quiet(model), without_cache(model), _frozen(model)
+    with ExitStack() as stack:
+        for mode in (*modes, padding, gather):
+            stack.enter_context(mode)
         for batch in bar:
-            gather.start(mask_of(batch))
+            padding.start(batch)
             with torch.enable_grad():
                 outputs, classes = _predictions(model, forward(model, _plain(batch)))
-                loss, sequences = _loss(outputs, classes, predicted_mask(model, batch), generator)
+                loss, sequences = _loss(outputs, classes, padding.predicted(outputs), generator)
             gather.sequences = sequences
             if loss is not None and loss.requires_grad:
                 reached = True
@@ -224,16 +228,13 @@ Moments = dict[str, tuple[Tensor, Tensor]]  # by site: E[g gᵀ] (out, out), the
 class Gradients:
     """Hooks on the outputs of the sites. The graph starts at the first site that is called."""
 
-    def __init__(self, sites: Sequence[Site]) -> None:
+    def __init__(self, sites: Sequence[Site], padding: Padding | Unpadded) -> None:
         self._sums = {site.name: _Sums(site) for site in sites}
-        self._mask: Tensor | None = None
+        self._padding = padding
         self._read: tuple[SameTensor, Tensor] | None = None
         self._handles: list[Any] = []
         self._all_sequences = 0
         self.sequences = 0  # of this batch; to be set before the backward pass
-
-    def start(self, mask: Tensor | None) -> None:
-        self._mask = mask
 
     def finish(self) -> None:
         self._all_sequences += self.sequences
@@ -259,14 +260,14 @@ class Gradients:
             handle.remove()
 
     def _hook(self, sums: _Sums) -> Callable[..., Tensor | None]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
             given = first_tensor((args, kwargs))
             if given is None or not isinstance(output, Tensor):
                 return None
-            mask, leaf = self._mask, None
-            fits = mask is not None and output.shape[:-1] in (mask.shape, (mask.numel(),))
-            fits = fits and sums.site.kind == "linear"
-            keep = mask.flatten().to(output.device) if mask is not None and fits else None
+            leaf, keep = None, None
+            if sums.site.kind == "linear":
+                real = self._padding.real(sums.site.name, module, given)
+                keep = None if real is None else real.flatten().to(output.device)
             sums.called(output, keep)
             if not torch.is_grad_enabled():
                 return None  # the model's own no_grad: no gradient flows here
