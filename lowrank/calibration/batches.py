@@ -13,6 +13,7 @@ from ..errors import LowrankError
 LENGTH = 256  # tokens per row of cut texts
 ROWS = 16  # rows per batch of cut texts
 WORD = 64  # letters without a space that may be a name, but hardly a text
+IGNORED = -100  # a label of torch's cross entropy, and of transformers, for padding
 MOST = 1 << 16  # items of a stream, which need not end
 
 Batch = Tensor | dict[str, Any]
@@ -127,6 +128,25 @@ def rebatched(batches: Sequence[Batch], rows: int = ROWS) -> list[Batch]:
             batched.append(cut[""] if isinstance(batch, Tensor) else cut)
         batched += [] if plain else [batch]
     return batched
+
+
+def is_padded(batch: Batch) -> bool:
+    """Whether a mask or the labels of a batch mark padding."""
+    if isinstance(batch, Tensor):
+        return False
+    marks = (("attention_mask", 0), ("decoder_attention_mask", 0), ("labels", IGNORED))
+    return any(isinstance(batch.get(k), Tensor) and bool((batch[k] == v).any()) for k, v in marks)
+
+
+def cut(batch: Batch, rows: slice) -> Batch | None:
+    """Some rows of a batch; what is no tensor, or has no axis, goes with all. None: it has tensors
+    of several lengths, or of one axis alone."""
+    parts = {"": batch} if isinstance(batch, Tensor) else batch
+    tensors = {k: v for k, v in parts.items() if isinstance(v, Tensor) and v.ndim}
+    if len({len(v) for v in tensors.values()}) != 1 or all(v.ndim < 2 for v in tensors.values()):
+        return None
+    some = {**parts, **{name: value[rows] for name, value in tensors.items()}}
+    return some[""] if isinstance(batch, Tensor) else some
 
 
 def parted(

@@ -55,7 +55,7 @@ def save_calibration(calibration: Calibration, path: str | Path, model: nn.Modul
         "batches": [_batch(batch, store) for batch in calibration.batches],
         "held_out": [_batch(batch, store) for batch in calibration.held_out],
         "tokens": calibration.tokens, "min_tokens": calibration.min_tokens,
-        "source": calibration.source,
+        "source": calibration.source, "padded": calibration.padded,
         "spectra": {
             key: [own[id(stats)], _curve(curve, store)]
             for key, (stats, curve) in calibration.spectra.items()
@@ -175,6 +175,7 @@ def _restored(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibra
         min_tokens=body["min_tokens"],
         source=body["source"],
         held_out=tuple(_batch_back(batch, tensors) for batch in body["held_out"]),
+        padded=tuple(body.get("padded", ())),
         spectra={
             key: (parts[number], _curve_back(curve, tensors))
             for key, (number, curve) in body["spectra"].items()

@@ -24,21 +24,21 @@ from ..linalg.mapped import kept, zeros
 from ..types import Site
 from ..walk import layouts
 from ..walk.sites import find_sites, select_sites
-from .batches import Batch, Forward, rebatched
+from .batches import Batch, Forward, is_padded, rebatched
 from .chain import Chain, NotInBlocks, Recording, Recordings, bypassed
 from .observation import Observation
+from .padding import Padding
 from .running import (
     SameTensor,
+    Unpadded,
     few_rows,
     first_tensor,
     forward,
-    mask_of,
-    predicted_mask,
     predictions_of,
     quiet,
     without_cache,
 )
-from .statistics import Calibration
+from .statistics import Calibration, followed
 
 FISHER = frozenset({"out_gram", "row_fisher"})  # the needs that require this pass
 ROWS = 16  # rows per backward pass
@@ -169,14 +169,15 @@ def _whole(
     """One backward pass through the whole model per batch."""
     from tqdm.auto import tqdm
 
-    gather = Gradients(sites)
+    padding, batches = followed(model, batches)
+    gather = Gradients(sites, padding)
     reached = not sites
-    with gather:
+    with padding, gather:
         for batch in tqdm(batches, "fisher", delay=2, disable=not progress, leave=False):
-            gather.start(mask_of(batch))
+            padding.start(batch)
             with torch.enable_grad():
                 outputs, classes = _predictions(model, forward(model, _plain(batch)))
-                loss, sequences = _loss(outputs, classes, predicted_mask(model, batch), generator)
+                loss, sequences = _loss(outputs, classes, padding.predicted(outputs), generator)
             gather.sequences = sequences
             if loss is not None and loss.requires_grad:
                 reached = True
@@ -205,6 +206,8 @@ def _by_block(
     """
     from tqdm.auto import tqdm
 
+    if any(is_padded(batch) for batch in batches):
+        raise NotInBlocks("padding is followed through the whole model")
     names = recording.names
     inputs: list[list[Tensor]] = []  # by block and batch
     gradients: list[Tensor] = []
@@ -220,7 +223,7 @@ def _by_block(
         except LowrankError as error:
             raise NotInBlocks(str(error)) from None
     _check_bypass(model, recording, batches[0], chain.hidden[0])
-    later = Gradients([site for site in sites if not _block_of(site.name, names)])
+    later = Gradients([s for s in sites if not _block_of(s.name, names)], Unpadded())
     with later:
         for number, batch in enumerate(batches):
             hidden = chain.hidden[number]
@@ -228,14 +231,13 @@ def _by_block(
             gradients.append(tail[0])
             sequences.append(tail[1])
     found = later.result()
-    masks = [mask_of(batch) for batch in batches]
     bar = tqdm(total=len(names), desc="fisher", delay=2, disable=not progress, leave=False)
     with bar:
         for index in reversed(range(len(names))):
-            gather = Gradients([s for s in sites if _block_of(s.name, names) == names[index]])
+            own = [site for site in sites if _block_of(site.name, names) == names[index]]
+            gather = Gradients(own, Unpadded())
             with gather, torch.enable_grad():
                 for number, hidden in enumerate(inputs.pop()):
-                    gather.start(masks[number])
                     gather.sequences = sequences[number]
                     leaf = hidden.clone().requires_grad_()
                     output = chain.run(index, number, leaf.clone())
@@ -243,8 +245,8 @@ def _by_block(
                         raise NotInBlocks(f"{names[index]} cuts the gradient")
                     output.backward(gradients[number])
                     gather.finish()
-                    own = leaf.grad
-                    gradients[number] = torch.zeros_like(leaf) if own is None else own
+                    slope = leaf.grad
+                    gradients[number] = torch.zeros_like(leaf) if slope is None else slope
             found.update(gather.result())
             bar.update()
     return found
@@ -286,10 +288,9 @@ def _tail_gradient(
     gradients, total = [], 0
     for part, piece in _parts(model, recording, number, batch, hidden):
         leaf = piece.detach().clone().requires_grad_()
-        later.start(mask_of(part))
         with torch.enable_grad(), bypassed(model, recording, number, leaf.clone()):
             outputs, classes = _predictions(model, forward(model, _plain(part)))
-            loss, sequences = _loss(outputs, classes, predicted_mask(model, part), generator)
+            loss, sequences = _loss(outputs, classes, None, generator)
         total += sequences
         later.sequences = sequences
         if loss is not None and not loss.requires_grad:
@@ -392,16 +393,13 @@ Moments = dict[str, tuple[Tensor, Tensor]]  # by site: E[g gᵀ] (out, out), the
 class Gradients:
     """Hooks on the outputs of the sites. The graph starts at the first site that is called."""
 
-    def __init__(self, sites: Sequence[Site]) -> None:
+    def __init__(self, sites: Sequence[Site], padding: Padding | Unpadded) -> None:
         self._sums = {site.name: _Sums(site) for site in sites}
-        self._mask: Tensor | None = None
+        self._padding = padding
         self._read: tuple[SameTensor, Tensor] | None = None
         self._handles: list[Any] = []
         self._all_sequences = 0
         self.sequences = 0  # of this batch; to be set before the backward pass
-
-    def start(self, mask: Tensor | None) -> None:
-        self._mask = mask
 
     def finish(self) -> None:
         self._all_sequences += self.sequences
@@ -427,14 +425,14 @@ class Gradients:
             handle.remove()
 
     def _hook(self, sums: _Sums) -> Callable[..., Tensor | None]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
             given = first_tensor((args, kwargs))
             if given is None or not isinstance(output, Tensor):
                 return None
-            mask, leaf = self._mask, None
-            fits = mask is not None and output.shape[:-1] in (mask.shape, (mask.numel(),))
-            fits = fits and sums.site.kind == "linear"
-            keep = mask.flatten().to(output.device) if mask is not None and fits else None
+            leaf, keep = None, None
+            if sums.site.kind == "linear":
+                real = self._padding.real(sums.site.name, module, given)
+                keep = None if real is None else real.flatten().to(output.device)
             sums.called(output, keep)
             if not torch.is_grad_enabled():
                 return None  # the model's own no_grad: no gradient flows here

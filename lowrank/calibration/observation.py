@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from ..errors import LowrankError
 from ..types import Site, Statistics
 from ..walk import layouts
-from .running import SameTensor, first_tensor, quiet, tensors_in
+from .padding import Padding
+from .running import SameTensor, Unpadded, first_tensor, quiet, tensors_in
 
 Run = Callable[[], object]
 
@@ -270,16 +271,13 @@ def _inside(name: str, outer: str) -> bool:
 
 
 class Frequencies:
-    """Hooks that count the ids looked up; positions padded by `mask` are left out."""
+    """Hooks that count the ids looked up; padded positions are left out."""
 
-    def __init__(self, sites: Sequence[Site]) -> None:
+    def __init__(self, sites: Sequence[Site], padding: Padding | Unpadded) -> None:
         self._counts = {site.name: torch.zeros(0) for site in sites}
         self._sites = sites
-        self._mask: Tensor | None = None
+        self._padding = padding
         self._handles: list[Any] = []
-
-    def mask(self, mask: Tensor | None) -> None:
-        self._mask = mask
 
     def __enter__(self) -> None:
         for site in self._sites:
@@ -305,12 +303,12 @@ class Frequencies:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             ids = first_tensor((args, kwargs))
             if ids is not None:
-                self._add(site, ids.detach(), module.padding_idx)
+                self._add(site, module, ids.detach())
 
         return hook
 
     @torch.inference_mode(False)  # counts outlive the caller's inference mode
-    def _add(self, site: Site, ids: Tensor, padding: Any) -> None:
+    def _add(self, site: Site, module: nn.Module, ids: Tensor) -> None:
         """Count ids of any shape.
 
         Raises:
@@ -324,10 +322,11 @@ class Frequencies:
                 f"{site.title}: ids must be in [0, {rows}), the data holds "
                 f"{int(ids.min())} to {int(ids.max())}"
             )
-        if self._mask is not None and ids.shape == self._mask.shape:
-            ids = ids[self._mask.to(ids.device)]
+        real = self._padding.real(site.name, module, ids)
+        if real is not None:
+            ids = ids[real.to(ids.device)]
         counts = torch.bincount(ids.flatten().long(), minlength=rows).double()
-        if padding is not None:
-            counts[padding] = 0  # padding is not a token
+        if isinstance(module.padding_idx, int):
+            counts[module.padding_idx] = 0  # padding is not a token
         previous = self._counts[site.name]
         self._counts[site.name] = counts if not previous.numel() else previous + counts.to(previous)

@@ -17,7 +17,6 @@ from .batches import ROWS, Batch
 LOGITS = 1 << 27  # bytes of logits that are held at once
 # What a model's own code raises.
 FAILED = (TypeError, ValueError, RuntimeError, LookupError, AttributeError)
-IGNORED = -100  # a label of torch's cross entropy, and of transformers, for padding
 
 
 @contextmanager
@@ -163,31 +162,25 @@ def _values(output: Any) -> Tensor:
     return values
 
 
-def mask_of(batch: Batch) -> Tensor | None:
-    """The attention mask (rows, tokens), bool, if a batch has one with padding."""
-    mask = batch.get("attention_mask") if isinstance(batch, dict) else None
-    if mask is None or not isinstance(mask, Tensor) or bool((mask != 0).all()):
+class Unpadded:
+    """`Padding` of batches without any: every position is real, and no hook is needed."""
+
+    uncertain: Mapping[str, None] = {}
+
+    def __enter__(self) -> Unpadded:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def start(self, batch: Batch | None) -> None:
+        pass
+
+    def real(self, name: str, module: nn.Module, tensor: Tensor) -> Tensor | None:
         return None
-    return mask != 0
 
-
-def predicted_mask(model: nn.Module, batch: Batch) -> Tensor | None:
-    """The positions (rows, tokens), bool, whose predictions count; None for all.
-
-    Those of the attention mask, but in an encoder–decoder, which predicts at the decoder's
-    positions: there of the decoder's own mask, or without one those that have a label.
-    """
-    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if not decodes or isinstance(batch, Tensor):
-        return mask_of(batch)
-    own, labels = batch.get("decoder_attention_mask"), batch.get("labels")
-    if isinstance(own, Tensor):
-        counts = own != 0
-    elif isinstance(labels, Tensor):
-        counts = labels != IGNORED
-    else:
+    def predicted(self, outputs: Tensor) -> Tensor | None:
         return None
-    return None if bool(counts.all()) else counts
 
 
 class SameTensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,9 +17,10 @@ from ..walk import layouts
 from ..walk.checks import check_model, ordinary_tensors
 from ..walk.sites import find_sites, tied_heads
 from . import self_written
-from .batches import LENGTH, Batch, Data, Forward, materialise, parted, rebatched
+from .batches import LENGTH, Batch, Data, Forward, is_padded, materialise, parted, rebatched
 from .observation import Frequencies, Observation, observe
-from .running import SameTensor, few_rows, first_tensor, forward, mask_of, quiet
+from .padding import Padding, unsquared
+from .running import SameTensor, Unpadded, few_rows, first_tensor, forward, quiet
 
 Groups = tuple[tuple[str, ...], ...]
 SELF = "self"  # as `data`: the model writes it
@@ -37,6 +38,7 @@ class Calibration:
         min_tokens: a site that saw fewer follows `on_missing`.
         source: where the data came from if the model wrote it itself, else "".
         held_out: batches kept out of the statistics, for evaluation.
+        padded: sites some of whose positions may be padding: no mask fits what they read.
         spectra: curves from these statistics, cached for the next ratio: by method, storage and
             weight, with the statistics that each was made from.
     """
@@ -48,6 +50,7 @@ class Calibration:
     min_tokens: int = 1
     source: str = ""
     held_out: tuple[Batch, ...] = ()
+    padded: tuple[str, ...] = ()
     spectra: dict[str, tuple[Statistics, Curve]] = field(default_factory=dict)
 
 
@@ -68,8 +71,8 @@ def calibrate(
 
     An embedding tied to the output head has both, under the embedding's name.
 
-    Padded positions are left out wherever a layer's input still has the attention mask's shape, or
-    its rows flattened.
+    Padded positions are left out wherever it is known which they are (`padding`); elsewhere all
+    positions count, and `padded` names the layers.
 
     Args:
         data: see `materialise`; or "self": text that a causal language model writes itself. A
@@ -89,14 +92,21 @@ def calibrate(
         return data
     batches, source = _batches(model, data, tokenizer, length, seed, progress)
     batches, held_out = parted(batches, hold_out)
+    padding: Padding | Unpadded
+    if callable(batches):
+        padding = Padding(model)
+    else:
+        padding, batches = followed(model, batches)
     free = [site for site in sites or find_sites(model) if not site.reason]
     tables = [site for site in free if site.kind == "embedding"]
     heads = tied_heads(model, tables)
     readers = [site for site in free if site.kind in ("linear", "conv")] + list(heads.values())
     first = batches if callable(batches) else _fewer(model, batches)[:1]
-    with Frequencies(tables):  # for its error about bad ids, in the first pass too
-        observation = observe(model, readers, lambda: _run(model, first, (), progress=False))
-    statistics, groups, lookups = _gathered(model, batches, observation, readers, tables, progress)
+    with Frequencies(tables, padding):  # for its error about bad ids, in the first pass too
+        observation = observe(model, readers, lambda: _run(model, first, padding, progress=False))
+    statistics, groups, lookups = _gathered(
+        model, batches, observation, readers, tables, padding, progress
+    )
     tokens = max((stats.count for stats in statistics.values()), default=0)
     for site in tables:
         head = heads.get(site.name)
@@ -111,7 +121,17 @@ def calibrate(
         )
         raise LowrankError(f"the calibration data reached none of {len(free)} layers: {hint}")
     observation = replace(observation, groups=groups)
-    return Calibration(statistics, observation, batches, tokens, min_tokens, source, held_out)
+    padded = tuple(padding.uncertain)
+    return Calibration(
+        statistics, observation, batches, tokens, min_tokens, source, held_out, padded
+    )
+
+
+def followed(model: nn.Module, batches: Sequence[Batch]) -> tuple[Padding | Unpadded, list[Batch]]:
+    """What follows the padding through the model, and the batches, in which it can be followed."""
+    if any(is_padded(batch) for batch in batches):
+        return Padding(model), unsquared(model, batches)
+    return Unpadded(), list(batches)
 
 
 def statistics_of(site: Site, calibration: Calibration | None) -> Statistics:
@@ -148,7 +168,13 @@ def doubts(sites: Sequence[Site], calibration: Calibration) -> list[str]:
     zero = [s.title for s, gram in grams if float(gram.diagonal().sum()) == 0]
     share = _distinct(calibration)
     few = [s.title for s, stats in read if s.title not in zero and stats.count * share < s.shape[1]]
+    padded = [s.title for s, _ in read if s.name in calibration.padded]
     warnings = []
+    if padded:
+        warnings.append(
+            f"padding may be counted in the inputs of {len(padded)} layers: no mask fits what they "
+            f"read: {listed(padded, 3)}"
+        )
     if zero:
         warnings.append(
             f"all inputs of {len(zero)} layers are zero, so that their factors are arbitrary: "
@@ -168,6 +194,7 @@ def _gathered(
     observation: Observation,
     readers: Sequence[Site],
     tables: Sequence[Site],
+    padding: Padding | Unpadded,
     progress: bool,
 ) -> tuple[dict[str, Statistics], Groups, Frequencies]:
     """Statistics by site, the groups of sites that read one tensor in every batch, and lookups."""
@@ -175,10 +202,12 @@ def _gathered(
     unseen = tuple((site.name,) for site in readers if site.name not in observation.shapes)
     by_name = {site.name: site for site in readers}
     while True:
-        gather = _Gather([[by_name[name] for name in group] for group in (*groups, *unseen)])
-        lookups = Frequencies(tables)
-        with quiet(model), gather, lookups:
-            _run(model, batches, (gather.mask, lookups.mask), progress)
+        gather = _Gather(
+            [[by_name[name] for name in group] for group in (*groups, *unseen)], padding
+        )
+        lookups = Frequencies(tables, padding)
+        with quiet(model), padding, gather, lookups:
+            _run(model, batches, padding, progress)
         gather.check_calls()
         if not gather.parted:
             return gather.statistics(), groups, lookups
@@ -199,15 +228,12 @@ def _batches(
 class _Gather:
     """Hooks on all groups; the first member is accumulated, the others are compared with it."""
 
-    def __init__(self, groups: Sequence[Sequence[Site]]) -> None:
+    def __init__(self, groups: Sequence[Sequence[Site]], padding: Padding | Unpadded) -> None:
         self._sums = [_Sums(group[0]) for group in groups]
         self._groups = groups
-        self._mask: Tensor | None = None
+        self._padding = padding
         self._handles: list[Any] = []
         self.parted: set[str] = set()
-
-    def mask(self, mask: Tensor | None) -> None:
-        self._mask = mask
 
     def __enter__(self) -> None:
         for sums, group in zip(self._sums, self._groups, strict=True):
@@ -223,10 +249,10 @@ class _Gather:
             handle.remove()
 
     def _owner(self, sums: _Sums) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             tensor = first_tensor((args, kwargs))
-            if tensor is not None:
-                sums.add(tensor, self._mask)
+            if tensor is not None and layouts.fits(module, tensor):  # else it raises by itself
+                sums.add(tensor, self._padding.real(sums.site.name, module, tensor))
 
         return hook
 
@@ -266,8 +292,6 @@ class _Sums:
 
     @torch.inference_mode(False)  # sums outlive the caller's inference mode
     def add(self, tensor: Tensor, mask: Tensor | None) -> None:
-        if not layouts.fits(self.site.module, tensor):
-            return  # the layer itself raises a better error
         self.last = SameTensor(tensor)
         self.owner_calls += 1
         for rows in counted_rows(self.site.module, tensor.detach(), mask):
@@ -291,34 +315,27 @@ class _Sums:
         return Statistics(self.count, self.gram.div_(self.count), self.sum / self.count)
 
 
-def counted_rows(module: nn.Module, tensor: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
-    """The input vectors (rows, in) of a layer, in chunks, without padding."""
-    padded = mask is not None and tensor.shape[:-1] in (mask.shape, (mask.numel(),))
-    if mask is None or not padded or layouts.kind(module) == "conv":
-        yield from layouts.chunks(module, tensor)
-        return
+def counted_rows(module: nn.Module, tensor: Tensor, real: Tensor | None) -> Iterator[Tensor]:
+    """The input vectors (rows, in) of a layer, in chunks; those at the `real` positions alone."""
+    start = 0
+    keep = None if real is None else real.flatten().to(tensor.device)
     for rows in layouts.chunks(module, tensor):
-        yield rows[mask.flatten().to(rows.device)]
+        yield rows if keep is None else rows[keep[start : start + len(rows)]]
+        start += len(rows)
 
 
 def _run(
-    model: nn.Module,
-    batches: list[Batch] | Forward,
-    masks: Iterable[Callable[[Tensor | None], None]],
-    progress: bool,
+    model: nn.Module, batches: list[Batch] | Forward, padding: Padding | Unpadded, progress: bool
 ) -> None:
     if callable(batches):
-        for mask in masks:
-            mask(None)
+        padding.start(None)
         batches(model)
         return
     from tqdm.auto import tqdm
 
-    for batch in tqdm(
-        _fewer(model, batches), "calibrate", delay=2, disable=not progress, leave=False
-    ):
-        for mask in masks:
-            mask(mask_of(batch))
+    bar = tqdm(_fewer(model, batches), "calibrate", delay=2, disable=not progress, leave=False)
+    for batch in bar:
+        padding.start(batch)
         forward(model, batch)
 
 

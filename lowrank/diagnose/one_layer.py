@@ -10,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..calibration.batches import Batch
-from ..calibration.running import predicted_mask, quiet
+from ..calibration.running import quiet
 from ..calibration.statistics import Calibration, statistics_of
 from ..measure.eval import Reference
 from ..methods.resolved import Group, Resolved
@@ -55,7 +55,7 @@ def measure_alone(
                 kl[row, column] = _loss(model, group, option, resolved, calibration, dense)
                 rank[row, column] = option.size[0]
                 error[row, column] = option.error / curve.total if curve.total > 0 else 0.0
-    positions = sum(_positions(dense, n, batch) for n, batch in enumerate(batches))
+    positions = sum(_positions(dense, number) for number in range(len(batches)))
     names = tuple(tuple(site.name for site in group) for group in groups)
     sites = tuple(group[0].name for group in groups)
     return Sensitivity(sites, ratios, kl, rank, error, resolved.name(), positions, names)
@@ -84,6 +84,6 @@ def _option(curve: Curve, ratio: float) -> Option | None:
     return fitting[-1] if fitting else None
 
 
-def _positions(dense: Reference, number: int, batch: Batch) -> int:
-    mask = predicted_mask(dense.model, batch)
+def _positions(dense: Reference, number: int) -> int:
+    mask = dense.mask(number)
     return dense.outputs(number)[..., 0].numel() if mask is None else int(mask.sum())

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
 from ..calibration.batches import LENGTH, ROWS, Batch, Data, materialise, text_rows
-from ..calibration.running import forward, logits_of, predicted_mask, predictions_of, quiet
-from ..calibration.statistics import Calibration
+from ..calibration.running import forward, logits_of, predictions_of, quiet
+from ..calibration.statistics import Calibration, followed
 from ..errors import LowrankError
 from ..walk.checks import check_module
 
@@ -102,19 +102,29 @@ class Reference:
         self.asked = 0
         self._left = most
         self._kept: dict[int, Tensor] = {}
+        self._padding = followed(model, batches)[0]
+        self._masks: dict[int, Tensor | None] = {}
         self._classes = True
 
     def outputs(self, number: int) -> Tensor:
         """The reference's logits or other outputs (…, features) on the batch of this index."""
         if number in self._kept:
             return self._kept[number]
-        with quiet(self.model):
+        with quiet(self.model), self._padding:
+            self._padding.start(self.batches[number])
             output = forward(self.model, self.batches[number])
             predicted, self._classes = predictions_of(self.model, output)
+        self._masks[number] = self._padding.predicted(predicted)
         if predicted.nbytes <= self._left:
             self._left -= predicted.nbytes
             self._kept[number] = predicted
         return predicted
+
+    def mask(self, number: int) -> Tensor | None:
+        """The positions (rows, …) of `outputs` that are no padding, bool; None for all."""
+        if number not in self._masks:
+            self.outputs(number)
+        return self._masks[number]
 
     def can_judge(self) -> bool:
         """Whether the model gives outputs, which can tell one model from another."""
@@ -163,8 +173,7 @@ class Reference:
                         f"the {what} have shape {tuple(logits.shape)}, those of the reference "
                         f"{tuple(expected.shape)}"
                     )
-                mask = predicted_mask(self.model, batch)
-                losses = divergence(expected, logits, mask, measure)
+                losses = divergence(expected, logits, self.mask(number), measure)
                 total += float(losses.double().sum())
                 count += losses.numel()
         if count == 0:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..calibration.batches import Batch
 from ..calibration.chain import Chain
-from ..calibration.running import forward, predicted_mask, predictions_of, quiet, without_cache
+from ..calibration.running import forward, predictions_of, quiet, without_cache
 from ..measure.eval import Reference, divergence
 from .training import Trained, Training, fit, split
 
@@ -68,7 +68,7 @@ def distill(
 
     def loss(batch: int) -> Tensor:
         outputs, _ = predictions_of(student, forward(student, batches[batch]))
-        mask = predicted_mask(teacher, batches[batch])
+        mask = predicted.mask(batch)
         return divergence(predicted.outputs(batch), outputs, mask, predicted.measure).mean()
 
     with quiet(teacher), quiet(student), without_cache(teacher), without_cache(student):

@@ -181,7 +181,9 @@ class _Job:
         if not factors_in(block):
             return
         options = Training(self.recovery.block_steps, self.recovery.block_rate, seed=self.seed)
-        masks = [self.bench.masks[number] for number in self.numbers]
+        name = lean.names[index]
+        reals = [self.bench.real(name, number) for number in self.numbers]
+        masks = [real[0] if real else None for real in reals]
         try:
             result = refit_block(lean, index, targets, trained, masks, options, self.fitted)
         except NotInBlocks:

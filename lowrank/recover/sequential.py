@@ -164,13 +164,13 @@ class SequentialPass:
         count, sums, paired = 0, [torch.zeros(()) for _ in range(4)], True
         model, student = self.bench.model, self.student
         dense_layer, lean_layer = module_at(model, site.name), module_at(student, site.name)
-        masks = [self.bench.masks[number] for number in self.numbers[: self.fitted]]
+        reals = [self.bench.real(site.name, number) for number in self.numbers[: self.fitted]]
         with quiet(model), quiet(student), without_cache(model), without_cache(student):
-            for run_dense, run_lean, mask in zip(dense, lean, masks, strict=True):
+            for run_dense, run_lean, real in zip(dense, lean, reals, strict=True):
                 x, y = _inputs(dense_layer, run_dense), _inputs(lean_layer, run_lean)
                 if [t.shape for t in x] != [t.shape for t in y]:
-                    x, paired = y, False
-                for dense_rows, rows in _pairs(site.module, x, y, mask):
+                    x, paired, real = y, False, []
+                for dense_rows, rows in _pairs(site.module, x, y, real):
                     new = _sums(site, dense_rows, rows)
                     sums = [n if not count else s + n for s, n in zip(sums, new, strict=True)]
                     count += len(rows)
@@ -192,10 +192,14 @@ def _block_runs(chain: Chain, index: int) -> list[Run]:
 
 
 def _pairs(
-    module: nn.Module, dense: Sequence[Tensor], lean: Sequence[Tensor], mask: Tensor | None
+    module: nn.Module,
+    dense: Sequence[Tensor],
+    lean: Sequence[Tensor],
+    real: Sequence[Tensor | None],
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Input vectors (rows, in) of a layer in both streams, in chunks."""
-    for x, y in zip(dense, lean, strict=True):
+    """Input vectors (rows, in) of a layer in both streams, in chunks, without padding."""
+    masks = real if len(real) == len(dense) else [None] * len(dense)
+    for x, y, mask in zip(dense, lean, masks, strict=True):
         yield from zip(counted_rows(module, x, mask), counted_rows(module, y, mask), strict=True)
 
 

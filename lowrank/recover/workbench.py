@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..calibration.batches import ROWS, rebatched
+from ..calibration.batches import ROWS, is_padded, rebatched
 from ..calibration.chain import Chain, Recording, Recordings
-from ..calibration.running import few_rows, mask_of, quiet, without_cache
-from ..calibration.statistics import Calibration
+from ..calibration.padding import Reals, reals
+from ..calibration.running import few_rows, quiet, without_cache
+from ..calibration.statistics import Calibration, followed
 from ..errors import LowrankError
 from ..measure.eval import Reference
-from ..walk.surgery import factored
+from ..walk.surgery import factored, module_at
 
 HELD_OUT = 8  # without held-out rows, one batch in this many serves to judge
 KEPT_BYTES = 1 << 28  # cache of the dense model's logits on those rows
@@ -49,22 +50,30 @@ class Workbench:
         if callable(calibration.batches):
             raise LowrankError("recovery runs the model on batches: pass them as data=…")
         self.model, self.calibration = model, calibration
-        batches = rebatched(calibration.batches, rows)
+        _, batches = followed(model, rebatched(calibration.batches, rows))
         self.fitted = len(batches)
         self.batches = batches + rebatched(calibration.held_out, rows)
-        self.masks = [mask_of(batch) for batch in self.batches]
         few = max(self.fitted // HELD_OUT, 1)
         self.judged_on_seen = not calibration.held_out
         held = calibration.held_out or batches[-few:]
         held = [part for b in held for part in rebatched([b], few_rows(model, b))]
         self.judge = Reference(model, held, most=KEPT_BYTES)
         self._recordings = dict(recordings or {}) if rows == ROWS else {}
+        self._reals: dict[int, Reals] = {}
 
     def numbers(self, most: int | None = None) -> tuple[list[int], int]:
         """Indices of the batches to run, and how many of them, the first ones, are for fitting: at
         most `most`, None for all."""
         fitted = self.fitted if most is None else min(most, self.fitted)
         return [*range(fitted), *range(self.fitted, len(self.batches))], fitted
+
+    def real(self, name: str, number: int) -> list[Tensor | None]:
+        """Which positions of a module's inputs are no padding, call by call, when the dense model
+        runs this batch; None for all, and no list if the batch has no padding."""
+        if number not in self._reals:
+            batch = self.batches[number]
+            self._reals[number] = reals(self.model, batch) if is_padded(batch) else {}
+        return self._reals[number].get(module_at(self.model, name), [])
 
     def dense_chain(self, names: Sequence[str], numbers: Sequence[int]) -> Chain:
         """The chain of these blocks in the dense model."""

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lowrank import LowrankError
 from lowrank.calibration import batches as batches_room
 from lowrank.calibration.batches import materialise, parted, rebatched, text_batches, text_rows
-from lowrank.calibration.running import forward, logits_of, mask_of
+from lowrank.calibration.padding import mask_of
+from lowrank.calibration.running import forward, logits_of
 from tests.zoo import Custom, Tokenizer, make, said, tokens
 
 X = torch.arange(12.0).reshape(4, 3)
