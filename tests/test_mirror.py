@@ -33,6 +33,7 @@ ELSEWHERE = {
     "diagnose/one_layer.py": ("diagnose/test_sensitivities.py", "sensitivity"),
     "diagnose/sensitivity_table.py": ("diagnose/test_sensitivities.py", "Sensitivity"),
     "diagnose/spectrum.py": ("diagnose/test_inspection.py", "inspect"),
+    "io/adapters.py": ("seams/test_peft.py", "name_children"),
     "io/card.py": ("io/test_pretrained.py", "from_pretrained"),
     "io/diffusers_format.py": ("seams/test_diffusers.py", "DiffusersConfig"),
     "io/import_hooks.py": ("io/test_registration.py", "install"),
@@ -139,6 +140,7 @@ TOPICS = {
     "walk/test_patterns.py": "target_modules, with peft as the oracle.",
     "seams/test_diffusers.py": "Stock diffusers saves and loads factored models.",
     "seams/test_sentence_transformers.py": "SentenceTransformer saves and loads them.",
+    "seams/test_torchao.py": "Factored models that are quantized afterwards.",
     "seams/test_transformers_parts.py": "Whatever part is compressed, saved or loaded.",
 }
 

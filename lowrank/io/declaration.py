@@ -19,6 +19,7 @@ from ..walk.quantized import is_dense
 from ..walk.surgery import factored
 from . import card as cards
 from .specs import VERSION, specs_of
+from .tensors import check_storable
 from .ties import other_ties, retie, untie
 
 
@@ -75,16 +76,20 @@ def declared(
     says it, so that a part can be loaded alone.
 
     Raises:
-        LowrankError: the model cannot declare them; see `attach`. Nothing is then written.
+        LowrankError: the model cannot declare them; see `attach`; or it was quantized since.
+            Nothing is then written.
     """
+    compressed = is_compressed(model)
+    adapters_alone = getattr(model, "_hf_peft_config_loaded", False)
+    if compressed and not adapters_alone:
+        check_storable(model)
     if not is_transformers(model):
         from .diffusers_format import declared_to_diffusers
 
         with declared_to_diffusers(model, VERSION):
             yield
         return
-    adapters_alone = getattr(model, "_hf_peft_config_loaded", False)
-    if adapters_alone or not (_is_declared(model) or is_compressed(model)) or not attach(model):
+    if adapters_alone or not (_is_declared(model) or compressed) or not attach(model):
         yield
         return
     config: Any = model.config

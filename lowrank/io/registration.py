@@ -94,6 +94,27 @@ def _resize_factored(base: Any, name: str, ours: str) -> None:
     setattr(base, name, resized)
 
 
+def _adapt_factored(tuners: ModuleType) -> None:
+    """Let peft's adapters find factored layers by the names of the layers they replaced."""
+    try:
+        base = tuners.BaseTuner
+        inject = getattr(base.inject_adapter, "_lowrank_wraps", base.inject_adapter)
+
+        @functools.wraps(inject)
+        def inject_adapter(self: Any, model: Any, adapter_name: str, *rest: Any, **kw: Any) -> Any:
+            from .adapters import name_children
+
+            # With a state dict, that names the layers.
+            if kw.get("state_dict") is None:
+                name_children(self, model, adapter_name)
+            return inject(self, model, adapter_name, *rest, **kw)
+
+        inject_adapter._lowrank_wraps = inject  # type: ignore[attr-defined]
+        base.inject_adapter = inject_adapter
+    except AttributeError as error:
+        _warn("add adapters to factored layers by their names", error)
+
+
 def _warn(what: str, error: Exception) -> None:
     warnings.warn(
         f"lowrank could not register: it will not {what}: {error}",
@@ -106,6 +127,7 @@ STEPS.update(
         "transformers.quantizers.auto": _register,
         "transformers.modeling_utils": _act_on_modeling,
         "diffusers.quantizers.auto": _register_with_diffusers,
+        "peft.tuners.tuners_utils": _adapt_factored,
         "diffusers.models.modeling_utils": _save_declared,
     }
 )

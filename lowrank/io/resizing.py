@@ -71,7 +71,7 @@ def resize_head(
             old.bias = _longer(old.bias, new_num_tokens, mean_resizing)
         return old
     _check(type(old) is LowRankLinear and type(old.up) is nn.Linear, old)
-    old.up = resize(model, old.up, new_num_tokens, transposed, mean_resizing)  # type: ignore[assignment]
+    old.up = resize(model, old.up, new_num_tokens, transposed, mean_resizing)
     return old
 
 
