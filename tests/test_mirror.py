@@ -140,6 +140,7 @@ TOPICS = {
     "walk/test_patterns.py": "target_modules, with peft as the oracle.",
     "seams/test_diffusers.py": "Stock diffusers saves and loads factored models.",
     "seams/test_sentence_transformers.py": "SentenceTransformer saves and loads them.",
+    "seams/test_graphs.py": "TorchScript, torch.fx and torch.export.",
     "seams/test_torchao.py": "Factored models that are quantized afterwards.",
     "seams/test_transformers_parts.py": "Whatever part is compressed, saved or loaded.",
 }
