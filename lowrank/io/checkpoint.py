@@ -15,7 +15,7 @@ from ..plans.plan import version
 from ..walk.checks import check_module
 from ..walk.surgery import modules_of, plain_name, swap, unchanged_on_error, unwrapped
 from . import pretrained, tensors
-from .declaration import is_transformers
+from .declaration import is_compressed, is_transformers
 from .specs import Spec, check_specs, check_values, prepare, specs_of
 
 FORMAT = "lowrank"
@@ -58,6 +58,8 @@ def save(
     other = INDEX if is_transformers(model) else CONFIG
     if (target / other).exists():
         raise LowrankError(f"{target} holds another checkpoint ({other}): choose another folder")
+    if is_compressed(model):
+        tensors.check_storable(model)
     if is_transformers(model):
         pretrained.save(model, target, tokenizer, card, max_shard_size)
         return

@@ -14,10 +14,12 @@ from torch import nn
 from ..errors import LowrankError
 from ..nn import is_factored
 from ..plans.plan import version
-from ..walk.checks import declaration_in, method_of, sub_configs
+from ..walk.checks import declaration_in, mark_of, method_of, sub_configs
+from ..walk.quantized import is_dense
 from ..walk.surgery import factored
 from . import card as cards
 from .specs import VERSION, specs_of
+from .tensors import check_storable
 from .ties import other_ties, retie, untie
 
 
@@ -74,16 +76,20 @@ def declared(
     says it, so that a part can be loaded alone.
 
     Raises:
-        LowrankError: the model cannot declare them; see `attach`. Nothing is then written.
+        LowrankError: the model cannot declare them; see `attach`; or it was quantized since.
+            Nothing is then written.
     """
+    compressed = is_compressed(model)
+    adapters_alone = getattr(model, "_hf_peft_config_loaded", False)
+    if compressed and not adapters_alone:
+        check_storable(model)
     if not is_transformers(model):
         from .diffusers_format import declared_to_diffusers
 
         with declared_to_diffusers(model, VERSION):
             yield
         return
-    adapters_alone = getattr(model, "_hf_peft_config_loaded", False)
-    if adapters_alone or not (_is_declared(model) or is_compressed(model)) or not attach(model):
+    if adapters_alone or not (_is_declared(model) or compressed) or not attach(model):
         yield
         return
     config: Any = model.config
@@ -130,7 +136,7 @@ def _is_declared(model: nn.Module) -> bool:
 def detach(model: nn.Module) -> None:
     """Remove what `attach` or loading wrote, once a model has no factored modules any more.
 
-    Entries of other quantizers are kept.
+    Entries of other quantizers are kept, unless nothing is quantized any more.
     """
     if is_transformers(model):
         retie(model)
@@ -138,13 +144,18 @@ def detach(model: nn.Module) -> None:
 
 
 def _forget(model: nn.Module) -> None:
-    """Remove our entries from the config and the model."""
-    config = model.config
-    if method_of(config) == "lowrank":
-        del config.quantization_config  # type: ignore[union-attr]
-    if method_of(getattr(model, "hf_quantizer", None)) == "lowrank":
-        for name in ("hf_quantizer", "quantization_method", "is_quantized"):
-            vars(model).pop(name, None)
+    """Remove our entries from the configs and the model, and marks of what is dequantised."""
+    marked = any(map(mark_of, model.modules()))
+    stale = marked and is_dense(model)
+    for part in model.modules() if stale else (model,):
+        config = getattr(part, "config", None)
+        if method_of(config) == "lowrank" or (stale and method_of(config) is not None):
+            del config.quantization_config  # type: ignore[union-attr]
+            vars(config).pop("_is_quantized", None)
+        method = method_of(getattr(part, "hf_quantizer", None))
+        if method == "lowrank" or (stale and method is not None):
+            for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+                vars(part).pop(name, None)
 
 
 def check_attachable(model: nn.Module) -> None:
@@ -153,14 +164,13 @@ def check_attachable(model: nn.Module) -> None:
     Raises:
         LowrankError: it cannot; see `attach`.
     """
-    for name, module in model.named_modules():
-        holders = (getattr(module, "config", None), getattr(module, "hf_quantizer", None))
-        method = next((m for h in holders if (m := method_of(h)) not in ("lowrank", None)), 0)
-        if method:
-            raise LowrankError(
-                f"{name or type(module).__name__} is already quantized by {method!r}: "
-                f"dequantize it, compress, then quantize again"
-            )
+    marked = {name: m for name, module in model.named_modules() if (m := mark_of(module))}
+    if marked and not is_dense(model):
+        name, method = next(iter(marked.items()))
+        raise LowrankError(
+            f"{name or type(model).__name__} is already quantized by {method!r}: "
+            f"dequantize it, compress, then quantize again"
+        )
     names = factored(model)
     for target, source in other_ties(model, names).items():
         if _is_one_module(names, target, source):

@@ -12,6 +12,11 @@ from .import_hooks import STEPS
 from .import_hooks import install as install
 
 METHOD = "lowrank"
+RESIZING = {  # methods of PreTrainedModel, and our functions in resizing.py
+    "_resize_token_embeddings": "resize_all",
+    "_get_resized_embeddings": "resize_table",
+    "_get_resized_lm_head": "resize_head",
+}
 
 
 def _register(auto: ModuleType) -> None:
@@ -64,6 +69,52 @@ def _save_declared(modeling: ModuleType) -> None:
         _warn("save lowrank checkpoints", error)
 
 
+def _act_on_modeling(modeling: ModuleType) -> None:
+    """What transformers' models need: to be saved declared, and tables that can be resized."""
+    _save_declared(modeling)
+    try:
+        base = modeling.PreTrainedModel
+        for name, ours in RESIZING.items():
+            _resize_factored(base, name, ours)
+    except AttributeError as error:
+        _warn("resize factored embeddings", error)
+
+
+def _resize_factored(base: Any, name: str, ours: str) -> None:
+    """Let a method of transformers' models that resizes a layer go through ours."""
+    resize = getattr(getattr(base, name), "_lowrank_wraps", getattr(base, name))
+
+    @functools.wraps(resize)
+    def resized(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from . import resizing
+
+        return getattr(resizing, ours)(resize, self, *args, **kwargs)
+
+    resized._lowrank_wraps = resize  # type: ignore[attr-defined]
+    setattr(base, name, resized)
+
+
+def _adapt_factored(tuners: ModuleType) -> None:
+    """Let peft's adapters find factored layers by the names of the layers they replaced."""
+    try:
+        base = tuners.BaseTuner
+        inject = getattr(base.inject_adapter, "_lowrank_wraps", base.inject_adapter)
+
+        @functools.wraps(inject)
+        def inject_adapter(self: Any, model: Any, adapter_name: str, *rest: Any, **kw: Any) -> Any:
+            from .adapters import name_children
+
+            # With a state dict, that names the layers.
+            if kw.get("state_dict") is None:
+                name_children(self, model, adapter_name)
+            return inject(self, model, adapter_name, *rest, **kw)
+
+        inject_adapter._lowrank_wraps = inject  # type: ignore[attr-defined]
+        base.inject_adapter = inject_adapter
+    except AttributeError as error:
+        _warn("add adapters to factored layers by their names", error)
+
+
 def _warn(what: str, error: Exception) -> None:
     warnings.warn(
         f"lowrank could not register: it will not {what}: {error}",
@@ -74,8 +125,9 @@ def _warn(what: str, error: Exception) -> None:
 STEPS.update(
     {
         "transformers.quantizers.auto": _register,
-        "transformers.modeling_utils": _save_declared,
+        "transformers.modeling_utils": _act_on_modeling,
         "diffusers.quantizers.auto": _register_with_diffusers,
+        "peft.tuners.tuners_utils": _adapt_factored,
         "diffusers.models.modeling_utils": _save_declared,
     }
 )

@@ -65,6 +65,30 @@ def collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, aliases
 
 
+def check_storable(model: nn.Module) -> None:
+    """Check that no layer of the model was quantized since; asked before anything is written.
+
+    Raises:
+        LowrankError: a tensor is of another library's class, or packed.
+    """
+    coded = [
+        f"{plain_name(key)} ({type(value).__name__})"
+        for key, value in model.state_dict(keep_vars=True).items()
+        if not key.endswith("_extra_state") and _is_coded(value)
+    ]
+    if coded:
+        raise LowrankError(
+            f"{len(coded)} tensors are quantized and cannot be stored ({listed(coded, 2)}): save "
+            "the factored model before it is quantized, and quantize it anew after each loading"
+        )
+
+
+def _is_coded(value: object) -> bool:
+    """Whether it is what another library holds in place of a tensor; FSDP's are torch's own."""
+    own = type(value).__module__.partition(".")[0] == "torch"
+    return not isinstance(value, Tensor) or value.is_quantized or not own
+
+
 def write(tensors: dict[str, Tensor], path: Path) -> None:
     """Write one file atomically: it is renamed into place when complete."""
     from safetensors.torch import save_file

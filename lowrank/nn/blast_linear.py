@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .. import linalg
 from ..errors import LowrankError
 from ..types import Cost, Size
-from .form import LinearForm
+from .form import LinearForm, check_traceable
 from .lowrank_linear import own
 
 
@@ -115,6 +115,7 @@ class BlastLinear(LinearForm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
+        check_traceable(self, x)
         blocks, _, columns = self.right.shape
         rows = x.reshape(-1, self.in_features)
         rows = F.pad(rows, (0, blocks * columns - self.in_features))

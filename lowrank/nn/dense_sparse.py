@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..errors import LowrankError
 from ..types import Cost, Size
 from .children import linear_weight
-from .form import LinearForm
+from .form import LinearForm, check_traceable
 from .lowrank_linear import own
 
 SMALL = 256  # atoms that one byte can index
@@ -196,6 +196,7 @@ class DenseSparseLinear(Coded):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
+        check_traceable(self, x)
         inner = self.basis(x)
         if self._gathers(inner):
             y = self._gathered(inner)
@@ -288,6 +289,7 @@ class SparseDenseLinear(Coded):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
+        check_traceable(self, x)
         y: Tensor = self.basis(F.linear(x, self.coefficients(x.dtype).T))
         return y
 

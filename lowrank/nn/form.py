@@ -25,6 +25,11 @@ SIZES_OF_KIND = {
 }
 
 
+INSTEAD = (
+    "use torch.jit.trace or torch.export (lowrank.export), or merge it first (lowrank.to_dense)"
+)
+
+
 class Form(nn.Module):
     """A module that represents a weight by the tensors it stores.
 
@@ -102,6 +107,14 @@ class Form(nn.Module):
         """The module whose tensors this one reads without storing them; None for most."""
         return None
 
+    def __prepare_scriptable__(self) -> Self:
+        """By which `torch.jit.script` asks.
+
+        Raises:
+            LowrankError: always; its compiler knows too little of Python.
+        """
+        raise LowrankError(f"a {type(self).__name__} cannot be scripted: {INSTEAD}")
+
     def bind(self, owner: nn.Module) -> Self:
         """Read the tensors of `owner` from now on.
 
@@ -120,6 +133,12 @@ class LinearForm(Form):
         sizes = self.spec()
         shape = (sizes["out_features"], sizes["in_features"])
         return LazyProduct.of(shape, floating(self), self.dense_weight)
+
+
+def check_traceable(module: Form, x: Tensor) -> None:
+    """Raises LowrankError for a proxy of torch.fx, in forms whose way depends on shapes."""
+    if isinstance(x, torch.fx.Proxy):
+        raise LowrankError(f"torch.fx cannot trace a {type(module).__name__}: {INSTEAD}")
 
 
 def floating(module: nn.Module) -> Tensor:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..errors import LowrankError
 from ..types import Cost, Size
 from .children import linear_weight
+from .form import check_traceable
 from .lowrank_linear import DownUp, own
 
 BITS = 8
@@ -157,6 +158,7 @@ class LowRankMaskedLinear(DownUp):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
+        check_traceable(self, x)
         y: Tensor = self.sparse(x, self.up(self.down(x)))
         return y
 

@@ -19,6 +19,7 @@ from torch.nn.functional import linear, silu
 from ..errors import LowrankError, unknown
 from ..types import Cost, Size
 from .children import is_bare, is_plain, linear_weight
+from .form import check_traceable
 from .lowrank_linear import DownUp, own
 
 Act = Literal["silu"]
@@ -161,6 +162,7 @@ class LowRankSparseLinear(DownUp):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
+        check_traceable(self, x)
         share, rest = self._shares()
         inner = self.down(x)
         inner = inner if self.act is None else silu(inner)

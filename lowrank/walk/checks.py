@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import LowrankError, listed
+from .quantized import is_dense
 
 # Names of an adapter's own parts: lora_A and lora_embedding_B of peft, lora_a of torchtune.
 PART = re.compile(r"lora_\w+", re.IGNORECASE)
@@ -69,8 +70,8 @@ def check_model(model: Any) -> None:
             f"{len(frozen)} parameters were made in torch.inference_mode, where nothing can be "
             f"trained ({listed(frozen, 3)}): load the model outside of it"
         )
-    kind = method_of(getattr(model, "config", None))
-    if kind not in (None, "lowrank"):
+    kind = mark_of(model)
+    if kind is not None and not is_dense(model):
         raise LowrankError(
             f"the model is quantized ({kind}): compress the model first and quantize the result"
         )
@@ -102,6 +103,18 @@ def method_of(config: object) -> str | None:
         else getattr(given, "quant_method", None)
     )
     return str(getattr(method, "value", method)) if method is not None else "unknown"
+
+
+def mark_of(module: nn.Module) -> str | None:
+    """The quantization method of another library that a module is marked with; None without.
+
+    The mark may outlive the codes: see `is_dense`.
+    """
+    for holder in (getattr(module, "config", None), getattr(module, "hf_quantizer", None)):
+        method = method_of(holder)
+        if method not in ("lowrank", None):
+            return method
+    return None
 
 
 def adapted_layers(model: nn.Module) -> list[str]:

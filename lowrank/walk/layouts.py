@@ -1,13 +1,18 @@
 """The weight of a layer as a matrix, and why some layers cannot be factored.
 
 A layer of a subclass is accepted only if it computes what its base does, which is tried out; a
-parametrised or hooked layer computes its weight elsewhere.
+parametrised or hooked layer computes its weight elsewhere. Hooks of accelerate that only move the
+inputs to the layer's device are none.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 from collections.abc import Iterator, Sequence
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +25,7 @@ from .probing import difference
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+HOOKS = "accelerate.hooks"  # never imported here: where a layer has such a hook, it is there
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -84,7 +90,7 @@ def obstacle(module: nn.Module) -> str:
     hooks = (module._forward_hooks, module._forward_pre_hooks)
     if any((*hooks, module._backward_hooks, module._backward_pre_hooks)):
         return "it has hooks that a new layer would lose"
-    if "forward" in module.__dict__ or hasattr(module, "_hf_hook"):
+    if is_patched(module):
         return "its forward is wrapped (offloading or a patch): load the full model first"
     if type(module.weight) is not nn.Parameter:
         return f"its weight is of class {type(module.weight).__name__}, not a plain tensor"
@@ -103,6 +109,30 @@ def obstacle(module: nn.Module) -> str:
         return f"its weight has shape {tuple(weight.shape)}"
     base = _base(module)
     return "" if type(module) is base else difference(module, base)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether calling a module runs more than its class's forward pass and, perhaps, a hook that
+    places it on a device."""
+    forward = vars(module).get("forward")
+    if forward is None and not hasattr(module, "_hf_hook"):
+        return False
+    if hasattr(module, "_hf_hook"):
+        ours = isinstance(forward, functools.partial) and forward.func.__module__ == HOOKS
+        if not ours or not _places(module._hf_hook):
+            return True
+        forward = vars(module).get("_old_forward")
+    # What accelerate leaves when its hook is removed: the method, held by the module itself.
+    own = isinstance(forward, MethodType) and forward.__func__ is type(module).forward
+    return not own
+
+
+def _places(hook: Any) -> bool:
+    """Whether a hook of accelerate moves inputs to a device and does nothing else."""
+    known = sys.modules[HOOKS]
+    if type(hook) is known.SequentialHook:
+        return all(map(_places, hook.hooks))
+    return type(hook) is known.AlignDevicesHook and not hook.offload
 
 
 def is_finite(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -81,8 +82,10 @@ def plain_name(name: str) -> str:
 def swap(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
     """Put `new[id(module)]` at every occurrence of that module; returns the model or new root."""
     if id(model) in new:
+        _follow(new[id(model)], model)
         return new[id(model)]
     for parent, key, child in _places(model, new):
+        _follow(new[id(child)], child)
         _set(parent, key, new[id(child)])
     return model
 
@@ -111,6 +114,13 @@ def adopt(new: nn.Module, dense: nn.Module) -> nn.Module:
     for name, parameter in new.named_parameters():
         parameter.requires_grad_(trained_bias if name.endswith("bias") else trained)
     return new
+
+
+def _follow(new: nn.Module, old: nn.Module) -> None:
+    """Give `new` the hook that places `old`, whose place it takes, if there is one."""
+    hook = getattr(old, "_hf_hook", None)
+    if hook is not None and not hasattr(new, "_hf_hook"):
+        sys.modules[layouts.HOOKS].add_hook_to_module(new, hook)
 
 
 def _is_trained(layer: nn.Module) -> bool:
@@ -171,6 +181,7 @@ def replaced(model: nn.Module, site: Site, new: nn.Module) -> Iterator[nn.Module
     places = _places(model, readers)
     try:
         for parent, key, child in places:
+            _follow(readers[id(child)], child)
             _set(parent, key, readers[id(child)])
         yield model
     finally:

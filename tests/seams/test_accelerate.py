@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank
+from lowrank import LowrankError
 from lowrank.nn import LowRankEmbedding
 from tests.nets import images, small_net
 from tests.zoo import example, llama, make, tokens
@@ -122,3 +123,83 @@ def test_the_weight_of_an_offloaded_layer_is_computed(tmp_path: Path) -> None:
     accelerate.disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
     with torch.no_grad():
         torch.testing.assert_close(model.lm_head.weight + 0, want)
+
+
+def dispatched() -> Any:
+    """A model whose layers each have the hook that moves inputs to their device."""
+    places = dict.fromkeys(PARTS, "cpu")
+    model = accelerate.dispatch_model(make("llama"), places, force_hooks=True)
+    layer = model.model.layers[0].self_attn.q_proj
+    assert "forward" in vars(layer)
+    assert not layer._hf_hook.offload
+    return model
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "data-free": {"data": None},
+    "whitened": {"data": [tokens(8, 16)]},
+    "fast": {"data": [tokens(16, 32)], "effort": "fast"},
+    "tables": {"data": [tokens(8, 16)], "target_modules": "all"},
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_dispatched_model_is_compressed_as_any_other(run: str, tmp_path: Path) -> None:
+    model, _ = lowrank.compress(dispatched(), 0.6, progress=False, **RUNS[run])
+    plain, _ = lowrank.compress(make("llama"), 0.6, progress=False, **RUNS[run])
+    assert torch.equal(logits(model), logits(plain))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(lowrank.from_pretrained(tmp_path)), logits(plain))
+
+
+def test_factored_layers_take_over_the_hooks_that_place() -> None:
+    model = dispatched()
+    before = {name: m._hf_hook for name, m in model.named_modules() if hasattr(m, "_hf_hook")}
+    model, _ = lowrank.compress(model, 0.6, data=None, target_modules="all")
+    after = {name: m._hf_hook for name, m in model.named_modules() if hasattr(m, "_hf_hook")}
+    assert after == before
+    seen: list[Any] = []
+    layer = model.model.layers[0].mlp.up_proj
+
+    def pre_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        seen.append(module)
+        return args, kwargs
+
+    layer._hf_hook.pre_forward = pre_forward
+    logits(model)
+    assert seen == [layer]
+    dense = lowrank.to_dense(model)
+    assert dense.model.layers[0].mlp.up_proj._hf_hook is before["model.layers.0.mlp.up_proj"]
+
+
+def test_what_is_left_of_removed_hooks_is_no_obstacle() -> None:
+    model = dispatched()
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert "forward" in vars(model.model.layers[0].mlp.up_proj)
+    model, _ = lowrank.compress(model, 0.6, data=None)
+    plain, _ = lowrank.compress(make("llama"), 0.6, data=None)
+    assert torch.equal(logits(model), logits(plain))
+
+
+def test_hooks_that_do_more_are_obstacles() -> None:
+    class Louder(accelerate.hooks.ModelHook):
+        def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+            return 2 * output
+
+    model = dispatched()
+    layer = model.model.layers[0].mlp.up_proj
+    accelerate.hooks.add_hook_to_module(layer, Louder(), append=True)
+    _, report = lowrank.compress(model, 0.6, data=None, progress=False)
+    assert type(layer) is nn.Linear
+    assert layer is model.model.layers[0].mlp.up_proj
+    entry = next(e for e in report.plan.entries if e.name == "model.layers.0.mlp.up_proj")
+    assert entry.reason.startswith("its forward is wrapped")
+
+
+@pytest.mark.parametrize("where", ["cpu_offload", "disk_offload"])
+def test_offloaded_weights_are_refused(where: str, tmp_path: Path) -> None:
+    given = {"offload_dir": tmp_path} if where == "disk_offload" else {}
+    device = torch.device("cpu")
+    model = getattr(accelerate, where)(make("llama"), execution_device=device, **given)
+    with pytest.raises(LowrankError, match=r"on the meta device .* without offloading"):
+        lowrank.compress(model, 0.6, data=None)

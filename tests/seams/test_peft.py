@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank import LowrankError
+from lowrank.io.adapters import name_children
 from lowrank.nn import SharedLowRankLinear, TiedHead
 from lowrank.walk.checks import adapted_layers
 from tests.zoo import llama, make, mlp, tokens, unchanged
@@ -175,3 +176,70 @@ def test_merging_what_was_compressed_afterwards_is_an_error_not_a_loss() -> None
     layer.base_layer = copy.deepcopy(small)
     with pytest.raises(LowrankError, match=r"add_ would be lost\. Change the factors instead"):
         layer.merge()
+
+
+class Named:
+    peft_config: ClassVar[dict[str, Any]] = {"default": None}
+
+
+def lora(model: Any, targets: Any, **options: Any) -> set[str]:
+    """Names of the layers that get adapters."""
+    config = peft.LoraConfig(r=2, target_modules=targets, **options)
+    live = peft.get_peft_model(model, config)
+    prefix = "base_model.model."
+    return {n.removeprefix(prefix) for n in adapted_layers(live)}
+
+
+def children(*names: str) -> set[str]:
+    layers = {f"model.layers.{i}.self_attn.{name}" for i in (0, 1) for name in names}
+    return {f"{layer}.{part}" for layer in layers for part in ("down", "up")}
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        (["q_proj"], ["q_proj"]),
+        (None, ["q_proj", "v_proj"]),
+        (r".*\.(q|k)_proj", ["q_proj", "k_proj"]),
+    ],
+)
+def test_targets_by_the_names_before(targets: Any, names: list[str]) -> None:
+    assert lora(factored(make("llama")), targets) == children(*names)
+
+
+def test_dense_layers_among_the_targets_remain_targets() -> None:
+    model = factored(make("llama"), exclude_modules=["v_proj"])
+    dense = {f"model.layers.{i}.self_attn.v_proj" for i in (0, 1)}
+    assert lora(model, ["q_proj", "v_proj"]) == children("q_proj") | dense
+
+
+def test_patterns_of_ranks_hold_for_the_children() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], rank_pattern={"q_proj": 3})
+    live = peft.get_peft_model(factored(make("llama")), config)
+    layer = live.get_base_model().model.layers[0].self_attn.q_proj
+    assert layer.down.r["default"] == layer.up.r["default"] == 3
+
+
+def test_adapters_by_the_names_before_are_saved_loaded_and_merged(tmp_path: Any) -> None:
+    model = factored(make("llama"))
+    live = adapted(copy.deepcopy(model), ["q_proj"])
+    want = logits(live)
+    assert not torch.allclose(want, logits(model), atol=1e-3)
+    live.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+    assert torch.equal(logits(again), want)
+    live.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"]))
+    assert "second" in live.get_base_model().model.layers[0].self_attn.k_proj.up.lora_A
+    near = {"rtol": 1e-4, "atol": 1e-5 * float(want.abs().max())}
+    torch.testing.assert_close(logits(again.merge_and_unload()), want, **near)
+
+
+def test_a_head_without_tensors_says_where_they_are() -> None:
+    with pytest.raises(LowrankError, match=r"lm_head is a TiedHead without tensors of its own"):
+        lora(factored(tied(), target_modules="all"), ["lm_head"])
+
+
+def test_dense_models_are_adapted_as_ever() -> None:
+    name_children(Named(), make("llama"), "default")  # nothing is asked of the tuner
+    stock = {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
+    assert lora(make("llama"), ["q_proj"]) == stock
