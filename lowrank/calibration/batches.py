@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -28,9 +29,9 @@ def materialise(
 
     Args:
         data: a callable `forward(model)`, which is called more than once; a text or a list of
-            texts (with a tokenizer); a tensor; or an iterable of tensors, dicts (passed as
-            keywords) or tuples (the first item is the input), which is consumed. A row of a
-            dataset, a dict whose ids have no batch axis, gets one.
+            texts (with a tokenizer); a tensor; or an iterable of tensors, dicts and dataclasses
+            (passed as keywords) or tuples (the first item is the input), which is consumed. A row
+            of a dataset, a dict whose ids have no batch axis, gets one.
         tokenizer: of transformers; texts are cut into rows of at most `length` tokens.
 
     Raises:
@@ -41,6 +42,8 @@ def materialise(
         return [data]
     if isinstance(data, str):
         data = [_text(data, tokenizer)]
+    if _is_dataclass(data) and not isinstance(data, Iterable):
+        return [_batch(data)]
     if callable(data) and not isinstance(data, Iterable):
         return data
     if not isinstance(data, Iterable):
@@ -84,7 +87,8 @@ def _has_end(data: Iterable[Any]) -> bool:
 
 def _text(text: str, tokenizer: Any) -> str:
     """The text; raises LowrankError if it is one word, which is rather a name or a path."""
-    if tokenizer is not None and 0 < len(text) <= WORD and len(text.split()) == 1:
+    short = 0 < len(text) <= WORD or "/" in text
+    if tokenizer is not None and short and len(text.split()) == 1:
         raise LowrankError(
             f"data={text!r} is one word, not a text, and no data set is known by name: pass the "
             "text itself, a list of texts, or 'self'"
@@ -202,6 +206,9 @@ def _cat(rows: Sequence[Batch]) -> Batch:
 def _batch(item: Any) -> Batch:
     if isinstance(item, Tensor):
         return item
+    if _is_dataclass(item) and not isinstance(item, Mapping):
+        named = ((f.name, getattr(item, f.name)) for f in dataclasses.fields(item))
+        item = {name: value for name, value in named if value is not None}
     if isinstance(item, Mapping):
         if any(isinstance(value, Tensor) for value in item.values()):
             return _with_rows(dict(item))
@@ -221,6 +228,10 @@ def _batch(item: Any) -> Batch:
         f"a batch must be a tensor, a dict of tensors, or a tuple that starts with a tensor, "
         f"got {type(item).__name__}"
     )
+
+
+def _is_dataclass(item: Any) -> bool:
+    return dataclasses.is_dataclass(item) and not isinstance(item, type)
 
 
 def _with_rows(batch: dict[str, Any]) -> dict[str, Any]:

@@ -157,12 +157,15 @@ def statistics_of(site: Site, calibration: Calibration | None) -> Statistics:
 
 
 def doubts(sites: Sequence[Site], calibration: Calibration) -> list[str]:
-    """Warnings about linear layers with too little data: inputs that are always zero, and fewer
-    distinct inputs than features."""
+    """Warnings about layers with too little data, and about padding in it.
+
+    Of inputs that are always zero, and of fewer distinct inputs than features: a convolution then
+    keeps no more than these need, however much was asked.
+    """
     read = [
         (site, stats)
         for site, stats in ((site, statistics_of(site, calibration)) for site in sites)
-        if site.kind == "linear" and stats.count
+        if site.kind in ("linear", "conv") and stats.count
     ]
     grams = [(s, stats.gram) for s, stats in read if stats.gram is not None]
     zero = [s.title for s, gram in grams if float(gram.diagonal().sum()) == 0]

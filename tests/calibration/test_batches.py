@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import UserDict, namedtuple
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from lowrank.calibration import batches as batches_room
 from lowrank.calibration.batches import materialise, parted, rebatched, text_batches, text_rows
 from lowrank.calibration.padding import mask_of
 from lowrank.calibration.running import forward, logits_of
-from tests.zoo import Custom, Tokenizer, make, said, tokens
+from tests.zoo import Custom, Tokenizer, calibration, make, said, tokens
 
 X = torch.arange(12.0).reshape(4, 3)
 ROWS = list(X)
@@ -120,6 +121,35 @@ def test_a_single_word_is_no_text() -> None:
         materialise("data/text.txt", Tokenizer())
     assert len(materialise(["wikitext"], Tokenizer())) == 1  # a list of texts means what it says
     assert len(materialise("漢" * 65, Tokenizer())) == 1  # not all languages part their words
+
+
+def test_a_path_is_no_text() -> None:
+    path = "/a/folder/of/texts/" + "deep/" * 12 + "wiki.txt"
+    with pytest.raises(LowrankError, match="is one word, not a text"):
+        materialise(path, Tokenizer())
+
+
+@dataclass
+class Inputs:
+    input_ids: Tensor
+    attention_mask: Tensor | None = None
+    return_dict: bool = True
+
+
+def test_a_dataclass_goes_in_by_its_names() -> None:
+    """Fields without a value are left to the model; transformers' own are dicts as well."""
+    from transformers import BatchFeature
+    from transformers.utils import ModelOutput
+
+    ids = tokens()
+    want = {"input_ids": ids, "return_dict": True}
+    assert materialise(Inputs(ids)) == [want]
+    assert materialise([Inputs(ids)] * 2) == [want] * 2
+    assert materialise(iter([Inputs(ids, ids)])) == [{**want, "attention_mask": ids}]
+    plain = {"input_ids": ids}
+    assert materialise(BatchFeature(plain)) == [plain]
+    assert materialise([ModelOutput(plain)]) == [plain]
+    assert calibration(make("bert"), Inputs(ids)).tokens == ids.numel()
 
 
 def test_a_stream_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -335,3 +335,16 @@ def test_a_layer_that_is_given_no_tensor_says_so_itself() -> None:
 
 def test_min_tokens_is_remembered() -> None:
     assert calibration(mlp(4, 6, 3), torch.ones(2, 4), min_tokens=7).min_tokens == 7
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_convolutions_with_little_data_say_so(size: int) -> None:
+    """They are left fewer numbers than was asked, for one image of a pixel has no more to tell."""
+    layers = [nn.Conv2d(4, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 3, padding=1)]
+    model = nn.Sequential(*layers, nn.Flatten())
+    data = torch.randn(4, 4, size, size)
+    _, report = lowrank.compress(model, 0.8, data=data, progress=False, target_modules=["0", "2"])
+    assert report.achieved <= 0.8
+    told = "fewer distinct inputs than they have features" in str(report)
+    assert told == (size < 8)
+    assert told or report.achieved > 0.7
