@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # constraints.txt pins what the checks were run with; torch's pin selects the CPU build.
 INSTALL := $(PIP) install -c constraints.txt
 
-.PHONY: demo test fast check lint types mutants notebooks dist dist-check clean
+.PHONY: demo test fast check lint types mutants architectures notebooks dist dist-check clean
 
 demo: $(VENV)/.base
 	$(BIN)/lowrank demo
@@ -29,6 +29,10 @@ types: $(VENV)/.dev
 # Mistakes put into a copy of the source: the tests have to find each of them.
 mutants: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
+
+# Tiny models of 250 families through every effort; about nine minutes. Writes docs/architectures.md.
+architectures: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures
 
 notebooks: $(VENV)/.dev
 	$(BIN)/python notebooks/execute.py

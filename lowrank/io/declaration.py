@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -109,6 +110,24 @@ def declared(
             vars(part).pop(name, None)
             if value is not None:
                 vars(part)[name] = value
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether transformers would join tensors of factored layers when it saves them.
+
+    Some checkpoints hold one weight where the model has several layers, such as q, k and v. Their
+    factors have ranks of their own and cannot be joined: the model's own names are kept.
+    """
+    names = [f"{name}.weight" for name in factored(model)]
+    if not names or not is_transformers(model):
+        return False
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    given = getattr(model, "_weight_conversions", None)
+    rules = get_model_conversion_mapping(model) if given is None else given
+    joined = [p for r in rules if isinstance(r, WeightConverter) for p in r.target_patterns]
+    return any(re.search(pattern, name) for pattern in joined for name in names)
 
 
 def _touched(config: Any) -> list[tuple[Any, str]]:

@@ -58,8 +58,10 @@ def _save_declared(modeling: ModuleType) -> None:
 
         @functools.wraps(save)
         def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-            from .declaration import declared
+            from .declaration import declared, is_converted
 
+            if is_converted(self):
+                kwargs.setdefault("save_original_format", False)
             with declared(self, save_directory, *args, **kwargs):
                 return save(self, save_directory, *args, **kwargs)
 

@@ -16,7 +16,7 @@ import lowrank
 from lowrank.errors import LowrankError
 from lowrank.nn import is_factored
 from lowrank.train import DLRT, CondLR, Maestro
-from tests import zoo
+from tests import architectures, zoo
 
 IDS = torch.arange(20).reshape(2, 10)
 RUN: dict[str, Any] = {"data": None, "progress": False}
@@ -201,6 +201,19 @@ def test_a_state_dict_that_is_given_is_what_is_saved(tmp_path: Path) -> None:
     again = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
     for key, value in again.state_dict().items():
         assert torch.equal(value, given[key])
+
+
+@pytest.mark.parametrize("family", ["nomic_bert", "gte"])
+def test_factors_of_layers_that_a_file_joins_stay_apart(family: str, tmp_path: Path) -> None:
+    """transformers joins q, k and v of these into one weight when it saves them."""
+    one = architectures.family_of(family)
+    assert one is not None
+    batch = one.batch(0)
+    model, _ = lowrank.compress(one.build(), 0.5, effort="fast", data=[batch], progress=False)
+    model.save_pretrained(tmp_path)
+    again = getattr(tf, one.cls).from_pretrained(tmp_path).eval()
+    found, expected = (architectures.outputs(m, batch) for m in (again, model))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.fixture
