@@ -16,7 +16,7 @@ from ..errors import LowrankError
 from ..nn import is_factored
 from ..plans.plan import version
 from ..walk.checks import declaration_in, mark_of, method_of, sub_configs
-from ..walk.quantized import is_dense
+from ..walk.quantized import is_dequantised
 from ..walk.surgery import factored
 from . import card as cards
 from .specs import VERSION, specs_of
@@ -165,7 +165,7 @@ def detach(model: nn.Module) -> None:
 def _forget(model: nn.Module) -> None:
     """Remove our entries from the configs and the model, and marks of what is dequantised."""
     marked = any(map(mark_of, model.modules()))
-    stale = marked and is_dense(model)
+    stale = marked and is_dequantised(model)
     for part in model.modules() if stale else (model,):
         config = getattr(part, "config", None)
         if method_of(config) == "lowrank" or (stale and method_of(config) is not None):
@@ -184,7 +184,7 @@ def check_attachable(model: nn.Module) -> None:
         LowrankError: it cannot; see `attach`.
     """
     marked = {name: m for name, module in model.named_modules() if (m := mark_of(module))}
-    if marked and not is_dense(model):
+    if marked and not is_dequantised(model):
         name, method = next(iter(marked.items()))
         raise LowrankError(
             f"{name or type(model).__name__} is already quantized by {method!r}: "

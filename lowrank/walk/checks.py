@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import LowrankError, listed
-from .quantized import is_dense
+from .quantized import is_dequantised
 
 # Names of an adapter's own parts: lora_A and lora_embedding_B of peft, lora_a of torchtune.
 PART = re.compile(r"lora_\w+", re.IGNORECASE)
@@ -71,7 +71,7 @@ def check_model(model: Any) -> None:
             f"trained ({listed(frozen, 3)}): load the model outside of it"
         )
     kind = mark_of(model)
-    if kind is not None and not is_dense(model):
+    if kind is not None and not is_dequantised(model):
         raise LowrankError(
             f"the model is quantized ({kind}): compress the model first and quantize the result"
         )
@@ -108,7 +108,7 @@ def method_of(config: object) -> str | None:
 def mark_of(module: nn.Module) -> str | None:
     """The quantization method of another library that a module is marked with; None without.
 
-    The mark may outlive the codes: see `is_dense`.
+    The mark may outlive the codes: see `is_dequantised`.
     """
     for holder in (getattr(module, "config", None), getattr(module, "hf_quantizer", None)):
         method = method_of(holder)

@@ -1,7 +1,7 @@
 """Whether a model that is marked as quantized is: asked of its weights, not of the mark.
 
 A model that was dequantised while it was loaded keeps the mark: transformers leaves "gguf" on one
-whose weights are plain floating-point numbers.
+whose weights are plain floating-point numbers. A mark that no quantizer acted on is believed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,17 @@ CODES = frozenset({torch.int8, torch.uint8, torch.int16, torch.int32})
 PARTS = frozenset({"weight", "bias"})
 # Where layers of an architecture come from; those that compute with codes come from elsewhere.
 PLAIN = ("torch.nn.modules.", "transformers.models.", "transformers.pytorch_utils")
+
+
+def is_dequantised(model: nn.Module) -> bool:
+    """Whether one of transformers' quantizers loaded a model and left plain numbers in it."""
+    return any(map(_was_loaded, model.modules())) and is_dense(model)
+
+
+def _was_loaded(module: nn.Module) -> bool:
+    """Whether a quantizer is noted at a module, or at the config that it shares with the whole."""
+    noted = getattr(getattr(module, "config", None), "_is_quantized", False)
+    return bool(noted) or getattr(module, "hf_quantizer", None) is not None
 
 
 def is_dense(model: nn.Module) -> bool:

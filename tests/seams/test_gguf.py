@@ -87,6 +87,20 @@ def test_it_is_compressed_and_saved(loaded: Any, targets: str, tmp_path: Path) -
     model.half()
 
 
+def test_a_part_of_it_is_compressed_and_the_whole_saved(loaded: Any, tmp_path: Path) -> None:
+    lowrank.compress(loaded.model, 0.6, data=None, progress=False)
+    loaded.save_pretrained(tmp_path / "out")
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(again), logits(loaded))
+
+
+def test_a_mark_that_no_quantizer_acted_on_is_believed() -> None:
+    model = llama()
+    model.config.quantization_config = {"quant_method": "gguf"}
+    with unchanged(model), pytest.raises(LowrankError, match=r"the model is quantized \(gguf\)"):
+        lowrank.compress(model, 0.6, data=None)
+
+
 def test_dense_it_is_saved_too(loaded: Any, tmp_path: Path) -> None:
     want = logits(loaded)
     lowrank.save(loaded, tmp_path / "out")
