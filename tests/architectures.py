@@ -2,8 +2,8 @@
 
 A family of transformers is made small by the names of its config's entries, diffusers' and plain
 torch's are written out below. Each is compressed without data, whitened and with effort="fast",
-loaded in a new process, merged back, and compressed in bfloat16. A cell is "yes", or one reason: the
-sentence of a LowrankError. Anything else is a fault. The table goes to
+loaded in a new process, merged back, and compressed in bfloat16. A cell is "yes", or one reason:
+the sentence of a LowrankError. Anything else is a fault. The table goes to
 `benchmarks/results/architectures.json` and `docs/architectures.md`; `tests/test_architectures.py`
 runs a tenth of it.
 """
@@ -47,9 +47,9 @@ VOCABULARY, WIDTH, HEIGHT = 96, 32, 32
 
 # What a config entry of such a name becomes, wherever it stands.
 SMALL: dict[int, str] = {
-    WIDTH: "hidden_size d_model n_embd dim embed_dim word_embed_proj_dim decoder_hidden_size emb_dim"
-    " model_dim attention_hidden_size embedding_size d_embed projection_dim encoder_hidden_size"
-    " fusion_hidden_size hidden_dim feature_size mask_feature_size lru_width out_hidden_size"
+    WIDTH: "hidden_size d_model n_embd dim embed_dim word_embed_proj_dim decoder_hidden_size"
+    " emb_dim model_dim attention_hidden_size embedding_size d_embed projection_dim"
+    " encoder_hidden_size fusion_hidden_size hidden_dim feature_size mask_feature_size lru_width out_hidden_size"
     " decoder_dim embed_size image_size img_size hidden_channels mlp_hidden_size",
     2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_blocks"
     " num_encoder_layers num_decoder_layers encoder_num_layers decoder_num_layers depth layers"
@@ -305,14 +305,10 @@ def plain() -> Iterator[Family]:
                  prompted)  # fmt: skip
 
     def points(width: int) -> Callable[[int], Any]:
-        return lambda seed: torch.randn(
-            16, 6, width, generator=torch.Generator().manual_seed(seed)
-        )
+        return lambda seed: torch.randn(16, 6, width, generator=torch.Generator().manual_seed(seed))
 
     def ids(seed: int) -> Tensor:
-        return torch.randint(
-            0, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(seed)
-        )
+        return torch.randint(0, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(seed))
 
     yield Family("torch MLP", "", seeded(lambda: zoo.mlp(24, 40, 40, 8)), points(24))
     yield Family("torch CNN", "", seeded(_cnn), pictures(3, 16))

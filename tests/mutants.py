@@ -447,8 +447,8 @@ MUTANTS = (
     Mutant(
         "a twin with parameters of its own",
         "lowrank/walk/surgery.py",
-        "return copy.deepcopy(model, dict(shared))",
-        "return copy.deepcopy(model)",
+        "return copied(model, dict(shared))",
+        "return copied(model)",
         ("tests/walk/test_surgery.py::test_a_twin_costs_no_memory_and_is_changed_alone",),
     ),
     Mutant(

@@ -215,7 +215,10 @@ def compress(model: nn.Module, asked: Compression) -> tuple[nn.Module, Report]:
 def _from_folder(source: str | os.PathLike[str], asked: Compression) -> Report:
     """Compress the model of a folder into another one; see from_disk.py."""
     if asked.out is None:
-        raise LowrankError(f"{source} is a folder: say with out=… where to write the result")
+        raise LowrankError(
+            f"expected a torch.nn.Module, got {type(source).__name__}: to compress the model of a "
+            "folder or of the hub, say with out=… where to write the result"
+        )
     source = str(source)
     out = check_apart(source, asked.out)
     if not isinstance(asked.ratio, Plan):

@@ -239,11 +239,12 @@ def _by_block(
             with gather, torch.enable_grad():
                 for number, hidden in enumerate(inputs.pop()):
                     gather.sequences = sequences[number]
-                    leaf = hidden.clone().requires_grad_()
+                    leaf = hidden.clone().requires_grad_(hidden.is_floating_point())
                     output = chain.run(index, number, leaf.clone())
-                    if not output.requires_grad:
+                    if output.requires_grad:
+                        output.backward(gradients[number])
+                    elif index:
                         raise NotInBlocks(f"{names[index]} cuts the gradient")
-                    output.backward(gradients[number])
                     gather.finish()
                     slope = leaf.grad
                     gradients[number] = torch.zeros_like(leaf) if slope is None else slope

@@ -17,7 +17,7 @@ from ..walk import layouts
 from ..walk.checks import check_model, ordinary_tensors
 from ..walk.sites import find_sites, tied_heads
 from . import self_written
-from .batches import LENGTH, Batch, Data, Forward, is_padded, materialise, parted, rebatched
+from .batches import LENGTH, ROWS, Batch, Data, Forward, is_padded, materialise, parted, rebatched
 from .observation import Frequencies, Observation, observe
 from .padding import Padding, unsquared
 from .running import SameTensor, Unpadded, few_rows, first_tensor, forward, quiet
@@ -101,7 +101,7 @@ def calibrate(
     tables = [site for site in free if site.kind == "embedding"]
     heads = tied_heads(model, tables)
     readers = [site for site in free if site.kind in ("linear", "conv")] + list(heads.values())
-    first = batches if callable(batches) else _fewer(model, batches)[:1]
+    first = batches if callable(batches) else fewer(model, batches)[:1]
     with Frequencies(tables, padding):  # for its error about bad ids, in the first pass too
         observation = observe(model, readers, lambda: _run(model, first, padding, progress=False))
     statistics, groups, lookups = _gathered(
@@ -336,15 +336,19 @@ def _run(
         return
     from tqdm.auto import tqdm
 
-    bar = tqdm(_fewer(model, batches), "calibrate", delay=2, disable=not progress, leave=False)
+    bar = tqdm(fewer(model, batches), "calibrate", delay=2, disable=not progress, leave=False)
     for batch in bar:
         padding.start(batch)
         forward(model, batch)
 
 
-def _fewer(model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
+def fewer(model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
     """The batches in smaller ones, where their logits would take much memory."""
-    return [part for b in batches for part in rebatched([b], few_rows(model, b))]
+    parts: list[Batch] = []
+    for batch in batches:
+        rows = few_rows(model, batch)
+        parts += rebatched([batch], rows) if rows < ROWS else [batch]
+    return parts
 
 
 def _split(groups: Groups, parted: set[str]) -> Groups:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ..calibration.batches import ROWS, is_padded, rebatched
 from ..calibration.chain import Chain, Recording, Recordings
 from ..calibration.padding import Reals, reals
-from ..calibration.running import few_rows, quiet, without_cache
-from ..calibration.statistics import Calibration, followed
+from ..calibration.running import quiet, without_cache
+from ..calibration.statistics import Calibration, fewer, followed
 from ..errors import LowrankError
 from ..measure.eval import Reference
 from ..walk.surgery import factored, module_at
@@ -56,7 +56,7 @@ class Workbench:
         few = max(self.fitted // HELD_OUT, 1)
         self.judged_on_seen = not calibration.held_out
         held = calibration.held_out or batches[-few:]
-        held = [part for b in held for part in rebatched([b], few_rows(model, b))]
+        held = fewer(model, held)
         self.judge = Reference(model, held, most=KEPT_BYTES)
         self._recordings = dict(recordings or {}) if rows == ROWS else {}
         self._reals: dict[int, Reals] = {}

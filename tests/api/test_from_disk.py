@@ -93,7 +93,7 @@ def test_folders_that_cannot_be(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LowrankError, match="is a file, expected a folder"):
         compressed(source, tmp_path / "file")
-    with pytest.raises(LowrankError, match="say with out="):
+    with pytest.raises(LowrankError, match=r"got str: .* say with out="):
         lowrank.compress(str(source), RATIO)
     with pytest.raises(LowrankError, match="out is for a model that is given as a folder"):
         lowrank.compress(zoo.make("llama"), RATIO, out=tmp_path / "out")

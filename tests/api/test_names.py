@@ -74,9 +74,9 @@ class Seen:
     """Notes the rows that statistics are taken from, and those that judge."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from lowrank.recover import chain
+        from lowrank.recover import workbench
 
-        plain = chain.Workbench.__init__
+        plain = workbench.Workbench.__init__
         self.fitted: list[Tensor] = []
         self.judged: list[Tensor] = []
 
@@ -85,7 +85,7 @@ class Seen:
             self.fitted += list(calibration.batches)
             self.judged += list(bench.judge.batches)
 
-        monkeypatch.setattr(chain.Workbench, "__init__", init)
+        monkeypatch.setattr(workbench.Workbench, "__init__", init)
 
 
 ONE = {"target_modules": ["layers.1.self_attn.k_proj"]}  # comparing all forms takes its time
