@@ -49,7 +49,8 @@ VOCABULARY, WIDTH, HEIGHT = 96, 32, 32
 SMALL: dict[int, str] = {
     WIDTH: "hidden_size d_model n_embd dim embed_dim word_embed_proj_dim decoder_hidden_size"
     " emb_dim model_dim attention_hidden_size embedding_size d_embed projection_dim"
-    " encoder_hidden_size fusion_hidden_size hidden_dim feature_size mask_feature_size lru_width out_hidden_size"
+    " encoder_hidden_size fusion_hidden_size hidden_dim feature_size mask_feature_size lru_width"
+    " out_hidden_size"
     " decoder_dim embed_size image_size img_size hidden_channels mlp_hidden_size",
     2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_blocks"
     " num_encoder_layers num_decoder_layers encoder_num_layers decoder_num_layers depth layers"
