@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,17 +107,18 @@ def compress_command(
     if plan is not None:
         methods, seed = options.used_by(plan), plan.seed
     room = room_for(model)
-    in_memory = room.in_memory if from_disk is None else not from_disk
-    if not in_memory:
-        say(str(room))
-    with nullcontext() if in_memory else working_in(out):
+    if from_disk is not None:
+        room = replace(room, in_memory=not from_disk)
+    if not room.in_memory:
+        say(f"runs {room}")
+    with nullcontext() if room.in_memory else working_in(out):
         batches = _calibration(model, path, text, chosen["data"], length, methods, seed)
         if plan is not None:
             model, report = apply(model, plan, data=batches, progress=on_terminal())
         else:
             model, report = compress(model, **keywords, data=batches, progress=on_terminal())
         _write(model, report, path, out)
-    if in_memory:
+    if room.in_memory:
         say(f"ran {room}")
 
 

@@ -55,6 +55,14 @@ def test_compress_does_what_the_library_does(made: SimpleNamespace) -> None:
     torch.testing.assert_close(logits(made.out), want, rtol=0, atol=1e-5)
 
 
+def test_compress_says_where_tensors_lived(made: SimpleNamespace, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said = run("compress", made.dense, "--ratio", 0.6, "--method", "svd", "-o", out, "--from-disk")
+    assert said.startswith("runs from disk: weights, factors and statistics take ")
+    assert "\nran in memory: weights, factors and statistics take " in made.said
+    assert lowrank.from_pretrained(out).num_parameters() > 0
+
+
 def test_compress_passes_every_choice_on(made: SimpleNamespace, tmp_path: Path) -> None:
     run(
         "compress", made.dense, "-o", tmp_path / "a", "--ratio", 0.96, "--of", "model", "--policy",
