@@ -30,7 +30,7 @@ types: $(VENV)/.dev
 mutants: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
-# Tiny models of 250 families through every effort; about nine minutes. Writes docs/architectures.md.
+# Tiny models of 260 families through every effort; six to nine minutes. Writes docs/architectures.md.
 architectures: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures
 

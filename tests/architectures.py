@@ -16,7 +16,6 @@ import inspect
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -35,6 +33,8 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank import LowrankError
+from lowrank.calibration.running import tensors_in
+from tests.limits import TooLong, limited
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/architectures.json"
@@ -370,18 +370,7 @@ def outputs(model: nn.Module, batch: Any) -> Tensor:
     """Every floating number of an output, in one vector of float32."""
     with torch.no_grad():
         found = model(**batch) if isinstance(batch, Mapping) else model(batch)
-    return torch.cat([t.float().flatten() for t in _tensors(found) if t.is_floating_point()])
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from _tensors(one)
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _tensors(one)
+    return torch.cat([t.float().flatten() for t in tensors_in(found) if t.is_floating_point()])
 
 
 def close(found: Tensor, expected: Tensor) -> str:
@@ -401,26 +390,6 @@ def within(report: Any, model: nn.Module, batch: Any) -> str:
     if kept > RATIO + 1e-9:
         return f"fault: kept {kept:.3f}"
     return "yes" if bool(outputs(model, batch).isfinite().all()) else "fault: not finite"
-
-
-class TooLong(BaseException):
-    """No Exception, which a model may catch."""
-
-
-@contextmanager
-def limited(seconds: int) -> Iterator[None]:
-    """Raises TooLong after so long."""
-
-    def stop(*_: Any) -> None:
-        raise TooLong(f"over {seconds} seconds")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def said(act: Callable[[], str]) -> str:

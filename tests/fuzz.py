@@ -13,14 +13,12 @@ import json
 import os
 import random
 import shutil
-import signal
 import struct
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from torch import Tensor, nn
 import lowrank
 from lowrank import LowrankError, Plan
 from lowrank import nn as forms
+from tests.limits import limited
 from tests.zoo import Custom, make, tokens
 
 SECONDS = 20  # for one mutation: more is a hang
@@ -185,22 +184,6 @@ def cases(root: Path) -> list[Case]:
         Case(root / "llama", {CONFIG: of_json, **weights}, load_llama),
         Case(root / "plan", {"plan.json": of_json}, load_plan),
     ]
-
-
-@contextmanager
-def limited(seconds: int) -> Iterator[None]:
-    """Raises TimeoutError if its body takes longer."""
-
-    def late(*_: object) -> None:
-        raise TimeoutError(f"more than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def listing(root: Path) -> list[str]:

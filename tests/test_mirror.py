@@ -22,6 +22,8 @@ ELSEWHERE = {
     "api/grouping.py": ("methods/test_basis_sharing.py", "compress"),
     "api/positions.py": ("api/test_macs.py", "plan"),
     "api/verbs.py": ("api/test_applying.py", "compress"),
+    "calibration/by_block.py": ("calibration/test_chain.py", "gradients_by_block"),
+    "calibration/gradients.py": ("api/test_work.py", "Gradients"),
     "calibration/digests.py": ("calibration/test_file.py", "load_calibration"),
     "calibration/running.py": ("calibration/test_observation.py", "SameTensor"),
     "cli/__init__.py": ("cli/test_errors.py", "app"),

@@ -127,11 +127,11 @@ def _outermost(
     """
     chosen: list[str] = []
     for name, members in chains.items():
-        if any(_inside(name, outer) for outer in chosen):
+        if any(inside(name, outer) for outer in chosen):
             continue
-        held = {m: sum(_inside(layer, m) for layer in layers) for m in members}
+        held = {m: sum(inside(layer, m) for layer in layers) for m in members}
         largest = max(members, key=held.__getitem__)
-        divided = any(_inside(inner, largest) for inner in chains)
+        divided = any(inside(inner, largest) for inner in chains)
         if not (divided and 4 * held[largest] >= 3 * sum(held.values())):
             chosen.append(name)
     return tuple(chains[name] for name in chosen)
@@ -152,17 +152,17 @@ def _with_singles(
     """
 
     def held(name: str) -> int:
-        return sum(_inside(layer, name) for layer in layers)
+        return sum(inside(layer, name) for layer in layers)
 
     thick = [chain for chain in chains if max(map(held, chain)) > 1]
     blocks = {block for chain in thick for block in chain}
     single: list[str] = []
     for name in members:
-        taken = any(_inside(name, outer) for outer in (*blocks, *single))
-        divided = any(_inside(block, name) for block in blocks)
+        taken = any(inside(name, outer) for outer in (*blocks, *single))
+        divided = any(inside(block, name) for block in blocks)
         if not taken and not divided and held(name) > 1 and 4 * held(name) < 3 * len(layers):
             single.append(name)
-    kept = [c for c in chains if c in thick or not any(_inside(c[0], name) for name in single)]
+    kept = [c for c in chains if c in thick or not any(inside(c[0], name) for name in single)]
     return [*kept, *((name,) for name in single)]
 
 
@@ -172,7 +172,7 @@ def _in_order(
     """The chains by their first call of a layer."""
 
     def first(chain: tuple[str, ...]) -> int:
-        calls = (i for i, name in enumerate(order) for b in chain if _inside(name, b))
+        calls = (i for i, name in enumerate(order) for b in chain if inside(name, b))
         return next(calls, len(order))
 
     return tuple(sorted(chains, key=first))
@@ -266,7 +266,8 @@ class _Chain:
         return [i for i, calls in enumerate(self._calls) if calls == 1 and self._maps[i]]
 
 
-def _inside(name: str, outer: str) -> bool:
+def inside(name: str, outer: str) -> bool:
+    """Whether a module of this name is `outer` or lies in it."""
     return outer in ("", name) or name.startswith(f"{outer}.")
 
 

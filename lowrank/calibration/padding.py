@@ -25,12 +25,14 @@ Masks = list[Tensor]  # (rows, length), bool, each of another length
 Reals = dict[nn.Module, list[Tensor | None]]  # by module, call by call
 
 
-def mask_of(batch: Batch) -> Tensor | None:
+def mask_of(batch: Batch | Mapping[str, Any]) -> Tensor | None:
     """The attention mask (rows, tokens), bool, if a batch has one with padding."""
     return _padded(batch.get("attention_mask"), 0) if isinstance(batch, Mapping) else None
 
 
-def masks_of(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+def masks_of(
+    model: nn.Module, batch: Batch | Mapping[str, Any]
+) -> tuple[Tensor | None, Tensor | None]:
     """The masks (rows, length), bool, of what a model reads first and of where it predicts.
 
     They differ in an encoder–decoder. The decoder's is its own mask; without one, the positions
@@ -168,7 +170,7 @@ class Padding:
         return next((mask for mask in masks if mask.shape == outputs.shape[:-1]), None)
 
     def _begin(self, batch: Batch | Mapping[str, Any]) -> None:
-        read, predicted = masks_of(self._model, batch)  # type: ignore[arg-type]
+        read, predicted = masks_of(self._model, batch)
         known = [mask for mask in (read, predicted) if mask is not None]
         self._rows = len(known[0]) if known else 0
         self._read = [] if read is None else [read]

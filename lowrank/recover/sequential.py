@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.chain import Chain, NotInBlocks
+from ..calibration.observation import inside
 from ..calibration.running import first_tensor, forward, quiet, without_cache
 from ..calibration.statistics import counted_rows
 from ..errors import LowrankError, listed
@@ -232,4 +233,4 @@ def _inputs(module: nn.Module, run: Run) -> list[Tensor]:
 
 
 def _within(name: str, blocks: Collection[str] | Mapping[str, object]) -> bool:
-    return any(name == block or name.startswith(f"{block}.") for block in blocks)
+    return any(inside(name, block) for block in blocks)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank import linalg
-from lowrank.calibration import fisher as fisher_module
-from lowrank.calibration.fisher import Gradients
+from lowrank.calibration import gradients as gradients_module
+from lowrank.calibration.gradients import Gradients
 from lowrank.calibration.statistics import _Gather
 
 from .. import zoo
@@ -158,7 +158,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     count(_Gather, "__enter__", "grams")
     count(Gradients, "__enter__", "gradients")
-    count(fisher_module, "cross_entropy", "losses")
+    count(gradients_module, "cross_entropy", "losses")
     count(torch.Tensor, "backward", "backwards")
     return found
 

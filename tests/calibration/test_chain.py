@@ -26,14 +26,14 @@ def moments(kind: str, patch: pytest.MonkeyPatch) -> tuple[Any, Any, int]:
     sites = [site for site in every if not site.reason and site.kind == "linear"]
     whole = fisher.gradient_moments(model, data.batches, sites)
     done = []
-    plain = fisher._by_block
+    plain = fisher.gradients_by_block
 
     def watched(*args: Any) -> Any:
         result = plain(*args)
         done.append(result)
         return result
 
-    patch.setattr(fisher, "_by_block", watched)
+    patch.setattr(fisher, "gradients_by_block", watched)
     parts = fisher.gradient_moments(model, data.batches, sites, data.observation)
     return whole, parts, len(done)
 
@@ -99,7 +99,7 @@ def test_predictions_that_read_other_blocks_take_whole_passes() -> None:
     sites = [site for site in find_sites(model) if site.name != "head"]
     recording = Recording(tuple(f"blocks.{i}" for i in range(3)))
     with pytest.raises(NotInBlocks, match="more than the last block"):
-        fisher._by_block(model, batches, sites, recording, torch.Generator(), False)
+        fisher.gradients_by_block(model, batches, sites, recording, torch.Generator(), False)
     whole = fisher.gradient_moments(model, batches, sites)
     parts = fisher.gradient_moments(model, batches, sites, data.observation)
     for name, (gram, _) in whole.items():

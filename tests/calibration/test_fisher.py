@@ -12,6 +12,7 @@ from torch import nn
 import lowrank
 from lowrank import LowrankError, with_fisher
 from lowrank.calibration import fisher as fisher_of
+from lowrank.calibration import gradients
 from lowrank.calibration.running import forward, logits_of
 from lowrank.walk import layouts
 from lowrank.walk.sites import find_sites
@@ -201,7 +202,7 @@ def test_inputs_and_outputs_may_be_changed_in_place() -> None:
 
 def test_labels_are_drawn_at_their_chance() -> None:
     logits = torch.tensor([1.0, -2.0, 0.0, -torch.inf, 2.0]).expand(40_000, 5)
-    labels = fisher_of._drawn(logits, torch.Generator().manual_seed(0))
+    labels = gradients._drawn(logits, torch.Generator().manual_seed(0))
     chance = logits[0].double().softmax(-1)
     found = labels.bincount(minlength=5) / 40_000
     assert (abs(found - chance) <= 4 * (chance * (1 - chance) / 40_000).sqrt()).all()

@@ -81,7 +81,7 @@ def test_one_tensor_read_in_two_ways_is_two_inputs() -> None:
 def test_the_fisher_of_a_convolution_is_that_of_its_patches() -> None:
     """Against autograd: the squared gradient of each sample's own loss, and the outputs' Gram."""
     import lowrank
-    from lowrank.calibration.fisher import _drawn
+    from lowrank.calibration.gradients import _drawn
 
     net, x = small_net().double(), images(6).double()
     seen = lowrank.with_fisher(net, lowrank.calibrate(net, [x], progress=False), seed=3)

@@ -1,0 +1,239 @@
+"""Gradients of a sampled loss, and the hooks that gather their moments at the layers' outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ..errors import LowrankError
+from ..linalg import gram_sum
+from ..linalg.gram import full_precision
+from ..linalg.mapped import zeros
+from ..types import Site
+from ..walk import layouts
+from .batches import Batch
+from .padding import Padding
+from .running import SameTensor, Unpadded, first_tensor, predictions_of
+
+ENTRIES = 2**22  # of the probabilities that labels are sampled from at once
+WEIGHTS = 2**24  # entries of the weight gradients held at once
+
+Moments = dict[str, tuple[Tensor, Tensor]]  # by site: E[g gᵀ] (out, out), the rows' Fisher (out,)
+
+
+def predicted(model: nn.Module, output: object) -> tuple[Tensor, bool]:
+    try:
+        return predictions_of(model, output)
+    except LowrankError as error:
+        raise LowrankError(
+            f"the Fisher needs the model's predictions: {error}; method='whitened' with "
+            "policy='uniform' does not"
+        ) from None
+
+
+def sampled_loss(
+    outputs: Tensor, classes: bool, mask: Tensor | None, generator: torch.Generator
+) -> tuple[Tensor | None, int]:
+    """A loss whose gradients are sampled, None if all is padding; number of sequences.
+
+    Of logits the summed cross entropy to sampled labels. Of other outputs y the sum of s · y with
+    random signs s: E[g gᵀ] is then JᵀJ, the Gauss–Newton matrix of ½‖Δy‖².
+    """
+    features = outputs.shape[-1] if outputs.ndim else 1
+    flat = outputs.reshape(-1, features)
+    if mask is not None and mask.shape == outputs.shape[:-1]:
+        flat = flat[mask.flatten().to(flat.device)]
+    wide = flat if flat.dtype == torch.float64 else flat.float()
+    sequences = len(outputs) if outputs.ndim > 1 else 1
+    if not len(wide):
+        return None, sequences
+    with full_precision(wide):
+        if classes:
+            loss = cross_entropy(wide, _drawn(wide.detach(), generator), reduction="sum")
+        else:
+            loss = (wide * _signs(wide.shape, generator).to(wide)).sum()
+    if not bool(torch.isfinite(loss.detach())):
+        raise LowrankError(
+            f"the model's {'logits' if classes else 'outputs'} hold NaN or Inf: check its last "
+            "layers and the data; float16 overflows where float32 and bfloat16 do not"
+        )
+    return loss, sequences
+
+
+def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Random signs, drawn on the CPU, so that they are the same on every device."""
+    return 2 * torch.randint(2, tuple(shape), generator=generator) - 1
+
+
+def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One label per row (positions, classes), sampled from its softmax, (positions,) int64.
+
+    By inverse transform sampling, so that every device samples the same labels.
+    """
+    labels = []
+    for rows in logits.split(max(ENTRIES // logits.shape[-1], 1)):
+        reached = rows.double().softmax(-1).cumsum(-1)
+        chance = torch.rand(len(rows), 1, generator=generator, dtype=torch.float64)
+        drawn = torch.searchsorted(reached, chance.to(rows.device) * reached[:, -1:], right=True)
+        labels.append(drawn[:, 0].clamp(max=rows.shape[-1] - 1))
+    return torch.cat(labels)
+
+
+def plain(batch: Batch) -> Batch:
+    """The batch with copies of inference tensors, which autograd cannot save."""
+    if isinstance(batch, Tensor):
+        return batch.clone() if batch.is_inference() else batch
+    return {name: plain(v) if isinstance(v, Tensor) else v for name, v in batch.items()}
+
+
+class Gradients:
+    """Hooks on the outputs of the sites. The graph starts at the first site that is called."""
+
+    def __init__(self, sites: Sequence[Site], padding: Padding | Unpadded) -> None:
+        self._sums = {site.name: _Sums(site) for site in sites}
+        self._padding = padding
+        self._read: tuple[SameTensor, Tensor] | None = None
+        self._handles: list[Any] = []
+        self._all_sequences = 0
+        self.sequences = 0  # of this batch; to be set before the backward pass
+
+    def finish(self) -> None:
+        self._all_sequences += self.sequences
+        self._read = None
+        for sums in self._sums.values():
+            sums.fold(self.sequences)  # calls without a gradient leave others waiting
+
+    def result(self) -> Moments:
+        called = {name: sums for name, sums in self._sums.items() if sums.count}
+        # A convolution's positions are summed, per token of a linear layer or per sample.
+        tokens = max((s.count for s in called.values() if s.site.kind == "linear"), default=0)
+        conv_tokens = tokens or self._all_sequences
+        return {name: sums.means(self._all_sequences, conv_tokens) for name, sums in called.items()}
+
+    def __enter__(self) -> None:
+        for sums in self._sums.values():
+            for module in sums.site.modules:
+                handle = module.register_forward_hook(self._hook(sums), with_kwargs=True)
+                self._handles.append(handle)
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, sums: _Sums) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+            given = first_tensor((args, kwargs))
+            if given is None or not isinstance(output, Tensor):
+                return None
+            leaf, keep = None, None
+            if sums.site.kind == "linear":
+                real = self._padding.real(sums.site.name, module, given)
+                keep = None if real is None else real.flatten().to(output.device)
+            sums.called(output, keep)
+            if not torch.is_grad_enabled():
+                return None  # the model's own no_grad: no gradient flows here
+            if not output.requires_grad:  # a copy: a leaf could not be changed in place
+                output = leaf = output.detach().requires_grad_().clone()
+            inputs = self._copy(given)
+            output.register_hook(lambda g: sums.add(inputs, g.detach(), keep, self.sequences))
+            return leaf
+
+        return hook
+
+    def _copy(self, given: Tensor) -> Tensor:
+        """A copy of the input, safe from in-place changes; one for all sites that read it."""
+        if self._read is None or not self._read[0](given):
+            self._read = (SameTensor(given), given.detach().clone())
+        return self._read[1]
+
+
+class _Sums:
+    """Running sums of one site, in float64."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.count = 0
+        self._gram: Tensor | None = None
+        self._rows: Tensor | None = None
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._calls = 0
+
+    def called(self, output: Tensor, keep: Tensor | None) -> None:
+        outputs = output.numel() // self.site.shape[0]
+        self.count += outputs if keep is None else int(keep.sum())
+        self._calls += 1
+        if self._gram is None:
+            out_features = self.site.shape[0]
+            sides = (out_features, out_features)
+            self._gram = zeros(*sides, dtype=torch.float64, device=output.device)
+            self._rows = self._gram.new_zeros(out_features)
+
+    def add(self, inputs: Tensor, gradient: Tensor, keep: Tensor | None, sequences: int) -> None:
+        g = layouts.output_rows(self.site.module, gradient)
+        if keep is not None:
+            g = g.masked_fill(~keep[:, None], 0)
+        assert self._gram is not None
+        self._gram += gram_sum(g)
+        if not bool(torch.isfinite(self._gram.diagonal()).all()):
+            raise LowrankError(
+                f"{self.site.title}: the gradient at its output holds NaN or Inf, or numbers too "
+                "large to square"
+            )
+        self._waiting.append((inputs, g))
+        if len(self._waiting) == self._calls:  # the weight's gradient is the sum over all calls
+            self.fold(sequences)
+
+    def fold(self, sequences: int) -> None:
+        """Add the squared weight gradients of every sequence, and drop what waited."""
+        waiting = [(x, g) for x, g in self._waiting if len(g)]
+        self._waiting, self._calls = [], 0
+        if not waiting:
+            return
+        if self.site.kind == "conv":
+            self._fold_patches(waiting)
+            return
+        waiting = [(x.reshape(-1, x.shape[-1]), g) for x, g in waiting]
+        whole = all(len(g) % sequences == 0 for _, g in waiting)
+        cut = (sequences, -1) if whole else (-1, 1)
+        joined = int(whole)
+        x = torch.cat([x.reshape(*cut, x.shape[-1]) for x, _ in waiting], joined)
+        g = torch.cat([g.reshape(*cut, g.shape[-1]) for _, g in waiting], joined)
+        wide = torch.float64 if g.dtype == torch.float64 else torch.float32
+        step = max(1, WEIGHTS // (x.shape[-1] * g.shape[-1]))
+        assert self._rows is not None
+        with full_precision(g):
+            for some_x, some_g in zip(x.split(step), g.split(step), strict=True):
+                each = some_g.to(wide).mT @ some_x.to(wide)  # (sequences, out, in)
+                rows = torch.linalg.vector_norm(each, dim=2, dtype=torch.float64)
+                self._rows += rows.square().sum(0)
+
+    def _fold_patches(self, waiting: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """`fold` for a convolution: sample by sample, since patches are large."""
+        assert self._rows is not None
+        module, samples = self.site.module, {len(x) for x, _ in waiting}
+        if len(samples) > 1:  # calls with different batch sizes share no samples
+            for call in waiting:
+                self._fold_patches([call])
+            return
+        for index in range(*samples):
+            each: Tensor | float = 0.0
+            for x, g in waiting:
+                own = g.view(len(x), -1, g.shape[-1])[index]
+                rows = torch.cat(list(layouts.chunks(module, x[index : index + 1])))
+                wide = torch.float64 if g.dtype == torch.float64 else torch.float32
+                with full_precision(g):
+                    each = each + own.to(wide).T @ rows.to(wide)
+            assert isinstance(each, Tensor)
+            norms = torch.linalg.vector_norm(each, dim=1, dtype=torch.float64)
+            self._rows += norms.square()
+
+    def means(self, sequences: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Means per token of this layer; for a convolution per `tokens`, its positions summed."""
+        assert self._gram is not None
+        assert self._rows is not None
+        count = tokens if self.site.kind == "conv" else self.count
+        return self._gram.div_(max(count, 1)), self._rows / max(sequences, 1)
