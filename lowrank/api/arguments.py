@@ -124,7 +124,7 @@ ARGUMENTS: dict[str, Argument] = {
     ),
     "out": Argument(
         "folder to write the result to, where `model` is a folder or a name on the hub. Weights "
-        "and statistics then stay in files: a model larger than memory can be compressed. An older "
+        "and statistics then stay in files, so that memory does not grow with depth. An older "
         "result is replaced once the new one is whole."
     ),
     "seed": Argument("random seed (default 0).", flag="--seed", metavar="INT"),

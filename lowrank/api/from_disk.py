@@ -2,8 +2,8 @@
 
 transformers maps the weights of a safetensors file into memory, so that the operating system reads
 a block when it is used and drops it when memory is short. Statistics, factors and candidates go to
-unnamed files beside the output (linalg/mapped.py). What must be held is one block with its
-statistics. The steps are those of every compression.
+unnamed files beside the output (linalg/mapped.py). Memory that lies in no file does not
+grow with depth (benchmarks/stream.py). The steps are those of every compression.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Gradients block by block: backwards through a chain, each block run again on its stored input.
 
-What must be held is one block's graph, where a whole model's would be. What comes after the chain
+One block's graph is held, not the whole model's. What comes after the chain
 runs alone, a few rows at a time: logits over a large vocabulary are the largest tensor of all.
 """
 
