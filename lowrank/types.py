@@ -165,6 +165,17 @@ Policy = Callable[[Sequence[Curve], Budget, Probe | None], Allocation]
 
 
 @runtime_checkable
+class Comparing(Protocol):
+    """A probe that measures several allocations at once, for less than one by one."""
+
+    def __call__(self, allocation: Allocation) -> float:
+        """The held-out KL of an allocation."""
+
+    def compare(self, allocations: Sequence[Allocation]) -> list[float]:
+        """The held-out KL of each."""
+
+
+@runtime_checkable
 class Judging(Protocol):
     """A policy that declares whether it judges; one that does not is assumed to."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from torch import nn
@@ -18,8 +18,16 @@ from ..measure.eval import NotFinite
 from ..methods.resolved import Resolved, own_form
 from ..plans.entry import Entry, break_even, check_rank
 from ..policies import Energy, policy_of
-from ..policies.common import Choice, at_most, nearly_free_alignment, only_aligned, smallest
-from ..recover.run import recover_layers
+from ..policies.common import (
+    Choice,
+    at_most,
+    measured,
+    nearly_free_alignment,
+    only_aligned,
+    smallest,
+)
+from ..recover.recovery import Recovery
+from ..recover.run import refit_makes, refitted_twins
 from ..recover.workbench import Workbench
 from ..types import Allocation, Budget, Cost, Curve, Option, Probe, Site
 from ..walk.sites import pattern_value
@@ -62,12 +70,7 @@ def allocate(
     # Fixed cost: pinned sites at their new cost, everything else dense.
     budget = _budget(request, total, total - before + kept, free)
     dense = {site.names: curves[site.name].dense for site in targets}
-
-    def beside_pinned(allocation: Allocation) -> float:
-        assert probe is not None
-        return probe({**dense, **pinned, **allocation})
-
-    judge = None if probe is None else beside_pinned
+    judge = None if probe is None else _Beside(probe, {**dense, **pinned})
     chosen = policy_of(request.policy or "uniform")(free, budget, judge)
     missing = [site.title for site in sites if site.names not in chosen]
     if missing:
@@ -75,6 +78,20 @@ def allocate(
     if request.align is None:
         chosen = nearly_free_alignment(free, chosen, request.unit)
     return {**chosen, **pinned}
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """A probe of the free sites, with the others at fixed options."""
+
+    probe: Probe
+    fixed: Allocation
+
+    def __call__(self, allocation: Allocation) -> float:
+        return self.probe({**self.fixed, **allocation})
+
+    def compare(self, allocations: Sequence[Allocation]) -> list[float]:
+        return measured(self.probe, [{**self.fixed, **each} for each in allocations])
 
 
 def why_dense(option: Option, site: Site, curve: Curve, request: Request) -> str:
@@ -110,55 +127,70 @@ def bench_of(
     return Workbench(model, calibration, rows, recordings)
 
 
-def probe_of(
-    bench: Workbench,
-    groups: Mapping[tuple[str, ...], Group],
-    resolved: Resolved,
-    request: Request,
-) -> Probe:
-    """A function that returns the held-out KL of an allocation, measured in a twin.
+@dataclass(frozen=True)
+class Judge:
+    """The held-out KL of allocations, measured in twins.
 
     If recovery follows, each candidate gets its closed-form part, since that can change the order
     of candidates.
 
-    Args:
+    Attributes:
         groups: by the names under which an allocation lists them.
     """
-    recovery = request.recovery
-    closed_form = recovery and replace(recovery, block_steps=0, distill_steps=0)
 
-    def factored(allocation: Allocation) -> list[tuple[Site, Entry, nn.Module]]:
-        work = []
-        for names, group in groups.items():
+    bench: Workbench
+    groups: Mapping[tuple[str, ...], Group]
+    resolved: Resolved
+    recovery: Recovery | None
+
+    def __call__(self, allocation: Allocation) -> float:
+        return self.compare([allocation])[0]
+
+    def compare(self, allocations: Sequence[Allocation]) -> list[float]:
+        """The held-out KL of each; the dense model runs once for all."""
+        works = [self._work(allocation) for allocation in allocations]
+        recovery = self.recovery
+        if recovery is None:
+            twins = [self._put(work) for work in works]
+        else:
+            few = max(PROBED // recovery.rows, 1)
+            twins = refitted_twins(self.bench, works, recovery, self.resolved, most=few)
+        return [self._judged(lean) for lean in twins]
+
+    def _work(self, allocation: Allocation) -> list[tuple[Site, Entry, nn.Module | None]]:
+        work: list[tuple[Site, Entry, nn.Module | None]] = []
+        for names, group in self.groups.items():
             option = allocation[names]
-            if not option.dense:
-                stats = statistics_of(group[0], bench.calibration)
-                new = [settled(module) for module in resolved.factor(group, option, stats)]
-                work += [
-                    (site, Entry.of(site, option), module)
-                    for site, module in zip(group, new, strict=True)
-                ]
+            if option.dense:
+                continue
+            entry = Entry.of(group[0], option)
+            if self.recovery is not None and refit_makes(self.recovery, group[0], entry):
+                # Pivoted factors are the same product, in fewer numbers.
+                plain = replace(option, storage="factors")
+                work.append((group[0], Entry.of(group[0], plain), None))
+                continue
+            stats = statistics_of(group[0], self.bench.calibration)
+            new = [settled(module) for module in self.resolved.factor(group, option, stats)]
+            work += [
+                (site, Entry.of(site, option), module)
+                for site, module in zip(group, new, strict=True)
+            ]
         return work
 
-    def probe(allocation: Allocation) -> float:
-        work = factored(allocation)
-        modules = {site.name: new for site, _, new in work}
-        if closed_form is not None and work:
-            few = max(PROBED // closed_form.rows, 1)
-            modules = recover_layers(
-                bench, work, closed_form, resolved, most=few, progress=False
-            ).modules
-        lean = twin(bench.model)
-        for site, _, _ in work:
-            put(lean, site, modules[site.name])
+    def _put(self, work: Sequence[tuple[Site, Entry, nn.Module | None]]) -> nn.Module:
+        lean = twin(self.bench.model)
+        for site, _, new in work:
+            if new is not None:
+                lean = put(lean, site, new)
+        return lean
+
+    def _judged(self, lean: nn.Module) -> float:
         try:
-            return bench.judge.judged(lean)
+            return self.bench.judge.judged(lean)
         except NotFinite:
             raise
         except LowrankError as error:
             raise LowrankError(f"{error}; policy='uniform' does not compare") from None
-
-    return probe
 
 
 def _pinned(request: Request, sites: Sequence[Site], curves: Curves) -> Choice:

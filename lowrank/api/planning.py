@@ -20,12 +20,13 @@ from ..methods.resolved import Resolved, own_form
 from ..plans import shared_basis
 from ..plans.entry import Entry
 from ..plans.plan import Plan, versions
+from ..policies.common import measured
 from ..recover.workbench import Workbench
 from ..types import Allocation, Cost, Curve, Probe, SeveralForms, Site
 from ..walk import layouts
 from ..walk.coverage import uncovered
 from ..walk.sites import pattern_value
-from .allocating import Curves, allocate, probe_of, why_dense
+from .allocating import Curves, Judge, allocate, why_dense
 from .grouping import Group, groups_of
 from .positions import counted, often, repeat_counts
 from .request import HOLD_OUT, Request
@@ -90,7 +91,7 @@ def make_plan(
     targets = [site for site in parts.sites if not site.reason]
     goal = sum(site.cost.of(request.unit) for site in targets)
     groups = {s.names: g for s, g in zip(parts.stacks(), parts.groups, strict=True)}
-    probe = None if bench is None else probe_of(bench, groups, resolved, request)
+    probe = None if bench is None else Judge(bench, groups, resolved, request.recovery)
     chosen, curves, compared = _chosen(request, goal, parts, whole, probe)
     entries = _entries(parts, chosen, curves, request, {site.names for site in targets})
     settings = _settings(request, resolved, calibration)
@@ -291,7 +292,8 @@ def _chosen(
     for form, curves in parts.forms.items():
         with suppress(LowrankError):  # a form that cannot reach the ratio
             tried[form] = allocate(request, goal, stacks, curves, whole, probe), curves
-    compared = {form: probe(allocation) for form, (allocation, _) in tried.items()}
+    values = measured(probe, [allocation for allocation, _ in tried.values()])
+    compared = dict(zip(tried, values, strict=True))
     best = tried[min(compared, key=compared.__getitem__)]
     return *best, compared
 

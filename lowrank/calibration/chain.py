@@ -183,11 +183,15 @@ class Chain:
             raise NotInBlocks(f"{self.names[index]}: its output holds no hidden state")
         return result
 
-    def outputs(self, index: int) -> list[Tensor]:
-        """Outputs of block `index` on the current hidden states, without gradients."""
-        block = self._blocks[index]
+    def outputs(self, index: int, *, first: int = 0) -> list[Tensor]:
+        """Outputs of block `index` on the current hidden states, without gradients.
+
+        Args:
+            first: number of batches to leave out, the first ones.
+        """
+        block, states = self._blocks[index], list(enumerate(self.hidden))[first:]
         with quiet(block):
-            return [self.run(index, batch, hidden) for batch, hidden in enumerate(self.hidden)]
+            return [self.run(index, batch, hidden) for batch, hidden in states]
 
 
 @contextmanager

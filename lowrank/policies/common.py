@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from ..errors import LowrankError, listed, unknown
-from ..types import Allocation, Budget, Curve, Judging, Option, Policy, Unit
+from ..types import Allocation, Budget, Comparing, Curve, Judging, Option, Policy, Probe, Unit
 
 Choice = dict[tuple[str, ...], Option]
 POLICIES: dict[str, Callable[[], Policy]] = {}  # filled in __init__.py
@@ -28,6 +28,13 @@ def judges(given: str | Policy) -> bool:
     """Whether a policy compares allocations by the model's predictions; True if not declared."""
     policy = policy_of(given)
     return policy.judges if isinstance(policy, Judging) else True
+
+
+def measured(probe: Probe, allocations: Sequence[Allocation]) -> list[float]:
+    """The probe's value of each allocation; all at once if it can."""
+    if isinstance(probe, Comparing):
+        return probe.compare(allocations)
+    return [probe(allocation) for allocation in allocations]
 
 
 def disjoint(curves: Sequence[Curve]) -> dict[tuple[str, ...], Curve]:

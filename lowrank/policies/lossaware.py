@@ -19,6 +19,7 @@ from typing import ClassVar
 from ..errors import LowrankError
 from ..types import Allocation, Budget, Curve, Probe
 from . import knapsack
+from .common import measured
 from .uniform import Uniform
 
 COMPARABLE = frozenset({"fisher", "kl"})
@@ -63,7 +64,10 @@ class LossAware:
         relative = knapsack.solve(curves, budget, weights=shares, floors=floors).choice
         candidates = [best, uniform, relative]
         distinct = [one for i, one in enumerate(candidates) if one not in candidates[:i]]
-        return distinct[0] if len(distinct) == 1 else min(distinct, key=probe)
+        if len(distinct) == 1:
+            return distinct[0]
+        values = measured(probe, distinct)
+        return distinct[values.index(min(values))]
 
 
 def _nats_per_error(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -19,10 +19,11 @@ from tqdm.auto import tqdm
 from ..calibration import self_written
 from ..calibration.batches import Batch
 from ..calibration.chain import Chain, NotInBlocks
+from ..calibration.statistics import statistics_of
 from ..errors import LowrankError
 from ..linalg.mapped import settled
 from ..measure.eval import NotFinite
-from ..methods.resolved import Resolved
+from ..methods.resolved import PLAIN, Resolved
 from ..nn import Form, LowRankLinear, pivot_layer
 from ..plans.entry import Entry
 from ..types import Site
@@ -33,7 +34,7 @@ from .batchnorm import bn_recalibrate
 from .blocks import distill, refit_block
 from .copies import Pairs, factors_in, own_buffers, own_vectors
 from .recovery import Recovery
-from .sequential import Moments, SequentialPass
+from .sequential import Moments, SequentialPass, Student
 from .training import Trained, Training
 from .workbench import Workbench
 
@@ -41,6 +42,7 @@ ROUNDING = 1e-6  # a KL that fp32 logits cannot tell from zero
 NOISE = 1e-6  # rounding error of fp32 sums, relative to the mean square
 ROOT = "the model is a single layer: there is nothing to refit"
 Work = Sequence[tuple[Site, Entry, nn.Module]]
+Open = Sequence[tuple[Site, Entry, nn.Module | None]]  # None: made by the refit
 
 
 @dataclass
@@ -80,7 +82,57 @@ def recover_layers(
     """
     if any(site.name == "" for site, _, _ in work):
         return Recovered({s.name: m for s, _, m in work}, notes=(ROOT,))
-    return _Job(bench, recovery, resolved, work, most, seed, progress).run()
+    job = _Job(bench, recovery, resolved, work, most, seed)
+    _refit([job], progress)
+    return job.finish()
+
+
+def refitted_twins(
+    bench: Workbench,
+    works: Sequence[Open],
+    recovery: Recovery,
+    resolved: Resolved,
+    *,
+    most: int | None = None,
+) -> list[nn.Module]:
+    """Twins of the bench's model, one for each candidate, after closed-form recovery: the layers
+    are refitted in one pass, which runs the dense model once, and batch norms re-estimated.
+
+    Args:
+        works: of each candidate: sites, their entries, and the factored layers, or None for layers
+            that the refit makes (`refit_makes`).
+    """
+    closed_form = replace(recovery, block_steps=0, distill_steps=0)
+    jobs = [_Job(bench, closed_form, resolved, work, most, 0) for work in works]
+    _refit(jobs, progress=False)
+    for job in jobs:
+        job.batchnorm()
+    return [job.student for job in jobs]
+
+
+def refit_makes(recovery: Recovery, site: Site, entry: Entry) -> bool:
+    """Whether refit in closed form makes the layer anew, so that no other need be made before."""
+    plain = site.kind == "linear" and len(site.modules) == 1 and entry.storage in PLAIN
+    return recovery.refit and plain and site.name != ""
+
+
+def _refit(jobs: Sequence[_Job], progress: bool) -> None:
+    """Refit the layers of all jobs in one pass; the jobs share the bench and the batches."""
+    first = jobs[0]
+    blocks = {name for chain in first.bench.calibration.observation.chains for name in chain}
+    students = [job.prepared(blocks) for job in jobs]
+    options = {"delay": 2, "disable": not progress, "leave": False}
+    with tqdm(total=len(blocks), desc="refit", **options) as bar:
+        sequential = SequentialPass(
+            first.bench,
+            students,
+            first.numbers,
+            first.fitted,
+            on_block=lambda name: bar.update(bool(name)),
+        )
+        sequential.run()
+    for job in jobs:
+        job.note(sequential.notes())
 
 
 @dataclass
@@ -90,67 +142,71 @@ class _Job:
     bench: Workbench
     recovery: Recovery
     resolved: Resolved
-    work: Work
+    work: Open
     most: int | None
     seed: int
-    progress: bool
     vectors: Pairs = field(default_factory=dict)
-    refitted: list[Trained] = field(default_factory=list)
+    trained: list[Trained] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     broken: bool = False
 
-    def run(self) -> Recovered:
+    def __post_init__(self) -> None:
         self.student = twin(self.bench.model)
         self.entries = {site.name: entry for site, entry, _ in self.work}
         self.built = {site.name: new for site, _, new in self.work}
         self.numbers, self.fitted = self.bench.numbers(self.most)
-        refits = [site for site, _, new in self.work if self._can_refit(site, new)]
-        for site, _, new in self.work:
-            if site not in refits:
-                put(self.student, site, new)
-        self._refit(refits)
-        self._batchnorm()
+        self.refits = [site for site, _, new in self.work if self._can_refit(site, new)]
+
+    def prepared(self, blocks: Collection[str]) -> Student:
+        """The twin with the layers that are not refitted, ready for the pass.
+
+        Args:
+            blocks: names of all blocks of chains.
+        """
+        for site, _, _ in self.work:
+            if site not in self.refits:
+                put(self.student, site, self._made(site))
+        steps = self.recovery.block_steps
+        if steps and not blocks:
+            self.notes.append("the model has no chain of blocks: block refit was skipped")
+        return Student(self.student, self.refits, self._fit, self._refit_block if steps else None)
+
+    def note(self, sentences: Sequence[str]) -> None:
+        """What the pass did and says."""
+        if self.recovery.refit:
+            self.notes.append(f"refitted in closed form, layer by layer: {len(self.refits)}")
+        self.notes += sentences
+        if self.trained:
+            kept = sum(result.kept for result in self.trained)
+            self.notes.append(f"block refit: {kept} of {len(self.trained)} blocks improved")
+
+    def finish(self) -> Recovered:
+        """The stages after the pass."""
+        self.batchnorm()
         self._distill()
-        for site in refits:  # only now: plain factors are better conditioned to train
+        for site in self.refits:  # only now: plain factors are better conditioned to train
             self._store(site)
         self._judge()
         modules = {site.name: module_at(self.student, site.name) for site, _, _ in self.work}
         return Recovered(modules, self.vectors, tuple(self.notes), self.broken)
 
-    def _can_refit(self, site: Site, new: nn.Module) -> bool:
+    def _can_refit(self, site: Site, new: nn.Module | None) -> bool:
         calibration = self.bench.calibration
         called = site.name in calibration.observation.order and len(site.modules) == 1
         observed = called and calibration.statistics[site.name].gram is not None
-        return observed and isinstance(new, Form) and new.REFITTED
+        return observed and (new is None or (isinstance(new, Form) and new.REFITTED))
 
-    def _refit(self, sites: Sequence[Site]) -> None:
-        chains = self.bench.calibration.observation.chains
-        blocks = {name for chain in chains for name in chain}
-        steps = self.recovery.block_steps
-        if steps and not blocks:
-            self.notes.append("the model has no chain of blocks: block refit was skipped")
-        options = {"delay": 2, "disable": not self.progress, "leave": False}
-        with tqdm(total=len(blocks), desc="refit", **options) as bar:
-            sequential = SequentialPass(
-                self.bench,
-                self.student,
-                self.numbers,
-                self.fitted,
-                self._fit,
-                after_block=self._refit_block if steps else None,
-                on_block=lambda name: bar.update(bool(name)),
-            )
-            sequential.run(sites)
-        if self.recovery.refit:
-            self.notes.append(f"refitted in closed form, layer by layer: {len(sites)}")
-        self.notes += sequential.notes()
-        if self.refitted:
-            kept = sum(result.kept for result in self.refitted)
-            self.notes.append(f"block refit: {kept} of {len(self.refitted)} blocks improved")
+    def _made(self, site: Site) -> nn.Module:
+        """The layer as it was factored from the dense model's statistics."""
+        new = self.built[site.name]
+        if new is None:
+            stats = statistics_of(site, self.bench.calibration)
+            new = self.resolved.factor([site], self.entries[site.name].option(), stats)[0]
+        return new
 
     def _fit(self, site: Site, moments: Moments | None) -> nn.Module:
         if not self.recovery.refit or moments is None:
-            return copy.deepcopy(self.built[site.name])
+            return copy.deepcopy(self._made(site))
         share, bias = self.recovery.dense, layouts.bias(site.module)
         gram, cross = moments.gram, moments.cross
         least = NOISE * float(gram.diagonal().mean())
@@ -190,14 +246,14 @@ class _Job:
             raise
         except LowrankError as error:
             raise LowrankError(f"{lean.names[index]}: {error}") from None
-        self.refitted.append(result)
+        self.trained.append(result)
 
     def _store(self, site: Site) -> None:
         new = module_at(self.student, site.name)
         if self.entries[site.name].storage == "pivoted" and isinstance(new, LowRankLinear):
             put(self.student, site, settled(pivot_layer(new)))
 
-    def _batchnorm(self) -> None:
+    def batchnorm(self) -> None:
         norms = [part for part in self.student.modules() if keeps_moments(part)]
         if not norms or not self.recovery.batchnorm:
             return
@@ -252,8 +308,8 @@ class _Job:
     def _judge(self) -> None:
         """Revert to the layers before recovery if it did not lower held-out KL."""
         plain = twin(self.bench.model)
-        for site, _, new in self.work:
-            put(plain, site, new)
+        for site, _, _ in self.work:
+            put(plain, site, self._made(site))
         try:
             before, after = (self.bench.judge.judged(m) for m in (plain, self.student))
         except NotFinite:

@@ -1,15 +1,19 @@
 """Sequential refit: every layer is refitted to the inputs it reads in the compressed model.
 
-Two streams run through the model block by block, the dense one and the compressed one. Layers that
-read the same tensor are refitted together in closed form (linalg/refit.py), in call order, so that
-each corrects the error of those before it. Layers outside of all chains, and those of a chain that
-cannot be run block by block, are refitted in forward passes of the whole model.
+Streams run through the model block by block: the dense one, and one of each compressed model, so
+that candidates share the dense one. Layers that read the same tensor are refitted together in
+closed form (linalg/refit.py), in call order, so that each corrects the error of those before it. A
+run ends with the layer whose inputs are asked for: nothing behind it is computed. Layers outside of
+all chains, and those of a chain that cannot be run block by block, are refitted in forward passes
+of the whole model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,34 +50,50 @@ class Moments:
     dense_mean: Tensor
 
 
-@dataclass
-class SequentialPass:
-    """One pass over a compressed twin of the workbench's model.
+@dataclass(frozen=True, eq=False)
+class Student:
+    """A compressed twin of the workbench's model, in which layers are replaced.
 
     Attributes:
-        student: the twin, in which layers are replaced.
-        numbers: indices of the batches to run.
-        fitted: number of those, from the first, that the moments are taken from.
+        model: the twin.
+        sites: of the dense model, those to refit.
         fit: returns the new layer of a site, given the moments of its input, None if it saw no
             token.
-        after_block: called once all sites of a block are replaced, with the student's chain, the
+        after_block: called once all sites of a block are replaced, with the twin's chain, the
             block's index and the dense outputs; may train the block.
+    """
+
+    model: nn.Module
+    sites: Sequence[Site]
+    fit: Callable[[Site, Moments | None], nn.Module]
+    after_block: Callable[[Chain, int, list[Tensor]], None] | None = None
+
+    def among(self, group: Sequence[Site]) -> list[Site]:
+        return [site for site in group if site in self.sites]
+
+
+@dataclass
+class SequentialPass:
+    """One pass over compressed twins of the workbench's model, which share the dense stream.
+
+    Attributes:
+        numbers: indices of the batches to run.
+        fitted: number of those, from the first, that the moments are taken from.
         on_block: called with the name of each block before its turn; "" outside of blocks.
     """
 
     bench: Workbench
-    student: nn.Module
+    students: Sequence[Student]
     numbers: Sequence[int]
     fitted: int
-    fit: Callable[[Site, Moments | None], nn.Module]
-    after_block: Callable[[Chain, int, list[Tensor]], None] | None = None
     on_block: Callable[[str], None] = lambda _: None
     _whole_chains: dict[str, list[str]] = field(default_factory=dict)  # why -> names
-    _unpaired: list[str] = field(default_factory=list)
+    _unpaired: dict[str, None] = field(default_factory=dict)  # titles
 
     def notes(self) -> list[str]:
         """Sentences about what could not be done as planned, for the report."""
-        skipped = "" if self.after_block is None else "; block refit was skipped there"
+        trains = any(student.after_block is not None for student in self.students)
+        skipped = "; block refit was skipped there" if trains else ""
         notes = [
             f"refitted in passes of the whole model, not block by block: {listed(names, 3)} "
             f"({why}){skipped}"
@@ -83,21 +103,18 @@ class SequentialPass:
             notes.append(
                 f"refitted to the compressed model's inputs alone, since other tokens reach them "
                 f"than in the dense model: {len(self._unpaired)} layers: "
-                f"{listed(self._unpaired, 3)}"
+                f"{listed(list(self._unpaired), 3)}"
             )
         return notes
 
-    def run(self, sites: Sequence[Site]) -> None:
-        """Replace the sites, block by block.
+    def run(self) -> None:
+        """Replace the students' sites, block by block; those that were never called are left.
 
         Layers outside all chains are refitted in forward passes of the whole model: those called
         before the first chain come first, the others last.
-
-        Args:
-            sites: of the dense model; those that were never called are left to the caller.
         """
         observed = self.bench.calibration.observation
-        wanted = {site.name: site for site in sites}
+        wanted = {site.name: site for student in self.students for site in student.sites}
         groups = [[wanted[name] for name in group if name in wanted] for group in observed.groups]
         groups = [group for group in groups if group]
         inside = {name for chain in observed.chains for name in chain}
@@ -113,13 +130,14 @@ class SequentialPass:
 
     def _whole(self, groups: Iterable[list[Site]]) -> None:
         batches = [self.bench.batches[number] for number in self.numbers[: self.fitted]]
+
+        def runs(model: nn.Module) -> list[Run]:
+            return [lambda b=batch: forward(model, b) for batch in batches]  # type: ignore[misc]
+
         for group in groups:
             self.on_block("")
-            dense, lean = (
-                [lambda b=batch, m=model: forward(m, b) for batch in batches]
-                for model in (self.bench.model, self.student)
-            )
-            self._replace(group, self._moments(group[0], dense, lean))
+            lean = [runs(student.model) for student in self.students]
+            self._refit(group, runs(self.bench.model), lean)
 
     def _chain(self, names: Sequence[str], groups: Sequence[list[Site]]) -> None:
         """Refit the layers of a chain block by block, or those left in whole passes if it cannot
@@ -139,50 +157,155 @@ class SequentialPass:
             NotInBlocks: the chain cannot be run so.
         """
         dense = self.bench.dense_chain(names, self.numbers)
-        lean = self.bench.chain(self.student, names, self.numbers)
+        lean = [self.bench.chain(each.model, names, self.numbers) for each in self.students]
         for index, name in enumerate(names):
             self.on_block(name)
-            for group in [each for each in waiting if _within(each[0].name, [name])]:
-                runs = [_block_runs(chain, index)[: self.fitted] for chain in (dense, lean)]
-                self._replace(group, self._moments(group[0], *runs))
+            after: list[Any] = []
+            mine = [group for group in waiting if _within(group[0].name, [name])]
+            for group in mine:
+                runs = _block_runs(dense, index)[: self.fitted]
+                lean_runs = [_block_runs(chain, index)[: self.fitted] for chain in lean]
+                after = self._refit(group, runs, lean_runs, to_the_end=group is mine[-1])
                 waiting.remove(group)
-            lean.refresh(self.student)
-            after = dense.outputs(index)
-            if self.after_block is not None:
-                self.after_block(lean, index, after)
-            dense.hidden, lean.hidden = after, lean.outputs(index)
+            dense.hidden = after + dense.outputs(index, first=len(after))
+            for student, chain in zip(self.students, lean, strict=True):
+                chain.refresh(student.model)
+                if student.after_block is not None:
+                    student.after_block(chain, index, dense.hidden)
+                chain.hidden = chain.outputs(index)
 
-    def _replace(self, group: Sequence[Site], moments: Moments | None) -> None:
-        for site in group:
-            put(self.student, site, settled(self.fit(site, moments)))
+    def _refit(
+        self,
+        group: Sequence[Site],
+        dense: Sequence[Run],
+        lean: Sequence[Sequence[Run]],
+        *,
+        to_the_end: bool = False,
+    ) -> list[Any]:
+        """Replace sites that read one tensor in all students; see `_Streams` for the rest."""
+        concerned = [i for i, student in enumerate(self.students) if student.among(group)]
+        models = [self.students[i].model for i in concerned]
+        streams = _Streams(group[0], self.bench.model, models, to_the_end)
+        reals = [self.bench.real(group[0].name, number) for number in self.numbers[: self.fitted]]
+        streams.run(dense, [lean[i] for i in concerned], reals)
+        for i, sums in zip(concerned, streams.sums, strict=True):
+            student = self.students[i]
+            if not sums.paired:
+                self._unpaired[group[0].title] = None
+            moments = sums.moments()
+            for site in student.among(group):
+                put(student.model, site, settled(student.fit(site, moments)))
+        return streams.outputs
 
-    def _moments(self, site: Site, dense: Sequence[Run], lean: Sequence[Run]) -> Moments | None:
-        """Moments of a site's input in both streams, batch by batch; None if it saw no token.
 
-        Where other tokens reach it in the compressed model, as experts of a mixture, its rows have
-        no partners: then both streams are the compressed one.
-        """
-        count, sums, paired = 0, [torch.zeros(()) for _ in range(4)], True
-        model, student = self.bench.model, self.student
-        dense_layer, lean_layer = module_at(model, site.name), module_at(student, site.name)
-        reals = [self.bench.real(site.name, number) for number in self.numbers[: self.fitted]]
-        with quiet(model), quiet(student), without_cache(model), without_cache(student):
-            for run_dense, run_lean, real in zip(dense, lean, reals, strict=True):
-                x, y = _inputs(dense_layer, run_dense), _inputs(lean_layer, run_lean)
-                if [t.shape for t in x] != [t.shape for t in y]:
-                    x, paired, real = y, False, []
-                for dense_rows, rows in _pairs(site.module, x, y, real):
-                    new = _sums(site, dense_rows, rows)
-                    sums = [n if not count else s + n for s, n in zip(sums, new, strict=True)]
-                    count += len(rows)
-        if not paired:
-            self._unpaired.append(site.title)
-        if not count:
+class _Sums:
+    """Running sums of a layer's inputs in the dense and one compressed stream.
+
+    Where other tokens reach it in the compressed model, as experts of a mixture, its rows have no
+    partners: then both streams are the compressed one.
+    """
+
+    def __init__(self, site: Site) -> None:
+        self.site, self.count, self.paired = site, 0, True
+        self.sums = [torch.zeros(())] * 4
+
+    def add(
+        self, dense: Sequence[Tensor], lean: Sequence[Tensor], real: Sequence[Tensor | None]
+    ) -> None:
+        """Add what the layer read in one batch, call by call."""
+        if [t.shape for t in dense] != [t.shape for t in lean]:
+            dense, self.paired, real = lean, False, []
+        for x, y in _pairs(self.site.module, dense, lean, real):
+            new = _sums(self.site, x, y)
+            self.sums = [
+                n if not self.count else s + n for s, n in zip(self.sums, new, strict=True)
+            ]
+            self.count += len(y)
+
+    def moments(self) -> Moments | None:
+        """None if it saw no token."""
+        if not self.count:
             return None
-        gram, cross, mean, dense_mean = (total / count for total in sums)
-        if not paired:
+        gram, cross, mean, dense_mean = (total / self.count for total in self.sums)
+        if not self.paired:
             cross, dense_mean = gram, mean
-        return Moments(count, gram, cross, mean, dense_mean)
+        return Moments(self.count, gram, cross, mean, dense_mean)
+
+
+class _Streams:
+    """The inputs of one layer in the dense model and its students, batch by batch.
+
+    Attributes:
+        sums: of each student.
+        outputs: what the dense runs returned, if they were to go on `to_the_end`.
+    """
+
+    def __init__(
+        self, site: Site, dense: nn.Module, students: Sequence[nn.Module], to_the_end: bool
+    ) -> None:
+        self.models = [dense, *students]
+        self.sums = [_Sums(site) for _ in students]
+        layers = [module_at(model, site.name) for model in self.models]
+        self._readers = [
+            _Reader(layer, _can_be_left(m)) for m, layer in zip(self.models, layers, strict=True)
+        ]
+        self._readers[0].ends = self._readers[0].ends and not to_the_end
+        self._keeps = to_the_end
+        self.outputs: list[Any] = []
+
+    def run(
+        self,
+        dense: Sequence[Run],
+        lean: Sequence[Sequence[Run]],
+        reals: Sequence[Sequence[Tensor | None]],
+    ) -> None:
+        with ExitStack() as stack:
+            for model in self.models:
+                stack.enter_context(quiet(model))
+                stack.enter_context(without_cache(model))
+            for run, real, *runs in zip(dense, reals, *lean, strict=True):
+                x, output = self._readers[0].read(run)
+                if self._keeps:
+                    self.outputs.append(output)
+                for sums, reader, lean_run in zip(self.sums, self._readers[1:], runs, strict=True):
+                    sums.add(x, reader.read(lean_run)[0], real)
+
+
+class _Reached(Exception):
+    """Ends a run with the layer whose inputs are asked for."""
+
+
+class _Reader:
+    """Reads a layer's inputs from runs; all but the first one end with its last call."""
+
+    def __init__(self, layer: nn.Module, ends: bool) -> None:
+        self.layer, self.ends, self._calls = layer, ends, 0
+
+    def read(self, run: Run) -> tuple[list[Tensor], Any]:
+        """Every input tensor, cloned against later in-place changes, and the run's output."""
+        tensors: list[Tensor] = []
+        last = self._calls if self.ends else 0
+
+        def hook(_module: nn.Module, args: object, kwargs: object) -> None:
+            tensor = first_tensor((args, kwargs))
+            if tensor is not None:
+                tensors.append(tensor.clone())
+            if last and len(tensors) == last:
+                raise _Reached
+
+        handle, output = self.layer.register_forward_pre_hook(hook, with_kwargs=True), None
+        try:
+            with suppress(_Reached):
+                output = run()
+        finally:
+            handle.remove()
+        self._calls = self._calls or len(tensors)
+        return tensors, output
+
+
+def _can_be_left(model: nn.Module) -> bool:
+    """Whether a forward pass may be ended early: accelerate's hooks put weights back behind it."""
+    return not any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 def _block_runs(chain: Chain, index: int) -> list[Run]:
@@ -213,23 +336,6 @@ def _sums(site: Site, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
             "dense one: run it in float32 or bfloat16, or exclude the layers before it"
         )
     return sums
-
-
-def _inputs(module: nn.Module, run: Run) -> list[Tensor]:
-    """Every input tensor of the module in one run, cloned against later in-place changes."""
-    read: list[Tensor] = []
-
-    def hook(_module: nn.Module, args: object, kwargs: object) -> None:
-        tensor = first_tensor((args, kwargs))
-        if tensor is not None:
-            read.append(tensor.clone())
-
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        run()
-    finally:
-        handle.remove()
-    return read
 
 
 def _within(name: str, blocks: Collection[str] | Mapping[str, object]) -> bool:
