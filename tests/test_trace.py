@@ -11,5 +11,6 @@ def test_one_call_of_compress_enters_few_rooms_and_works_once() -> None:
     assert calls["walk/sites.py", "find_sites"] == 1
     # The dense model's stream is recorded once; every candidate runs on that recording.
     assert calls["calibration/chain.py", "Recording.record"] == BATCHES
-    assert calls["recover/run.py", "recover_layers"] == 4  # three candidates, and the one chosen
+    # One pass for the three candidates, and one for the one chosen.
+    assert calls["recover/sequential.py", "SequentialPass.run"] == 2
     assert passes <= 28

@@ -19,7 +19,7 @@ ROOT = Path(lowrank.__file__).parent
 # (file, function) -> how the report calls it
 WATCHED = {
     ("walk/sites.py", "find_sites"): "walks over the model",
-    ("recover/run.py", "recover_layers"): "recoveries",
+    ("recover/sequential.py", "SequentialPass.run"): "refit passes over the blocks",
     ("calibration/chain.py", "Recording.record"): "batches recorded for chains of blocks",
     ("calibration/chain.py", "Chain.__init__"): "chains that run on what was recorded",
 }
