@@ -120,7 +120,8 @@ def text_batches(texts: Iterable[str], tokenizer: Any, length: int) -> list[Batc
 def rebatched(batches: Sequence[Batch], rows: int = ROWS) -> list[Batch]:
     """The same rows in batches of at most `rows`; a batch that cannot be cut stays whole.
 
-    So does one of 1-d tensors: it may be a single input without a batch axis.
+    So does one of 1-d tensors: it may be a single input without a batch axis. Whether the rows are
+    independent, the batches do not show: see `independence`.
     """
     batched: list[Batch] = []
     for batch in batches:
@@ -153,10 +154,21 @@ def cut(batch: Batch, rows: slice) -> Batch | None:
     return some[""] if isinstance(batch, Tensor) else some
 
 
+def rows_in(batch: Batch) -> int:
+    """The number of rows of a batch; 1 for one that cannot be cut."""
+    parts = [batch] if isinstance(batch, Tensor) else batch.values()
+    tensors = [v for v in parts if isinstance(v, Tensor) and v.ndim]
+    lengths = {len(v) for v in tensors}
+    return lengths.pop() if len(lengths) == 1 and any(v.ndim > 1 for v in tensors) else 1
+
+
 def parted(
-    batches: list[Batch] | Forward, share: float
+    batches: list[Batch] | Forward, share: float, *, whole: bool = False
 ) -> tuple[list[Batch] | Forward, tuple[Batch, ...]]:
     """The batches less their last rows, and those; a callable or a single row is not split.
+
+    Args:
+        whole: rows are not independent: the last batches, not the last rows.
 
     Raises:
         LowrankError: `share` is not in [0, 1).
@@ -165,10 +177,12 @@ def parted(
         raise LowrankError(f"hold_out must be in [0, 1), got {share!r}")
     if share == 0 or callable(batches):
         return batches, ()
-    rows = rebatched(batches, 1)
+    rows = batches if whole else rebatched(batches, 1)
     count = round(share * len(rows))
     if not 0 < count < len(rows):
         return batches, ()
+    if whole:
+        return rows[:-count], tuple(rows[-count:])
     return _stacked(rows[:-count]), tuple(_stacked(rows[-count:]))
 
 

@@ -17,10 +17,22 @@ from ..walk import layouts
 from ..walk.checks import check_model, ordinary_tensors
 from ..walk.sites import find_sites, tied_heads
 from . import self_written
-from .batches import LENGTH, ROWS, Batch, Data, Forward, is_padded, materialise, parted, rebatched
+from .batches import (
+    LENGTH,
+    ROWS,
+    Batch,
+    Data,
+    Forward,
+    is_padded,
+    materialise,
+    parted,
+    rebatched,
+    rows_in,
+)
+from .independence import rows_depend
 from .observation import Frequencies, Observation, observe
 from .padding import Padding, unsquared
-from .running import SameTensor, Unpadded, few_rows, first_tensor, forward, quiet
+from .running import SameTensor, Unpadded, few_rows, first_tensor, forward, quiet, reads_ids
 
 Groups = tuple[tuple[str, ...], ...]
 SELF = "self"  # as `data`: the model writes it
@@ -39,6 +51,8 @@ class Calibration:
         source: where the data came from if the model wrote it itself, else "".
         held_out: batches kept out of the statistics, for evaluation.
         padded: sites some of whose positions may be padding: no mask fits what they read.
+        whole: a part of a batch gives other outputs than in the whole, as the nodes of a graph do:
+            no batch is cut.
         spectra: curves from these statistics, cached for the next ratio: by method, storage and
             weight, with the statistics that each was made from.
     """
@@ -51,6 +65,7 @@ class Calibration:
     source: str = ""
     held_out: tuple[Batch, ...] = ()
     padded: tuple[str, ...] = ()
+    whole: bool = False
     spectra: dict[str, tuple[Statistics, Curve]] = field(default_factory=dict)
 
 
@@ -91,21 +106,24 @@ def calibrate(
     if isinstance(data, Calibration):
         return data
     batches, source = _batches(model, data, tokenizer, length, seed, progress)
-    batches, held_out = parted(batches, hold_out)
+    whole = _stays_whole(model, batches)
+    batches, held_out = parted(batches, hold_out, whole=whole)
     padding: Padding | Unpadded
+    run: list[Batch] | Forward
     if callable(batches):
-        padding = Padding(model)
+        padding, run = Padding(model), batches
     else:
-        padding, batches = followed(model, batches)
+        padding, batches = followed(model, batches, whole=whole)
+        run = fewer(model, batches, whole=whole)
     free = [site for site in sites or find_sites(model) if not site.reason]
     tables = [site for site in free if site.kind == "embedding"]
     heads = tied_heads(model, tables)
     readers = [site for site in free if site.kind in ("linear", "conv")] + list(heads.values())
-    first = batches if callable(batches) else fewer(model, batches)[:1]
+    first = run if callable(run) else run[:1]
     with Frequencies(tables, padding):  # for its error about bad ids, in the first pass too
         observation = observe(model, readers, lambda: _run(model, first, padding, progress=False))
     statistics, groups, lookups = _gathered(
-        model, batches, observation, readers, tables, padding, progress
+        model, run, observation, readers, tables, padding, progress
     )
     tokens = max((stats.count for stats in statistics.values()), default=0)
     for site in tables:
@@ -123,14 +141,20 @@ def calibrate(
     observation = replace(observation, groups=groups)
     padded = tuple(padding.uncertain)
     return Calibration(
-        statistics, observation, batches, tokens, min_tokens, source, held_out, padded
+        statistics, observation, batches, tokens, min_tokens, source, held_out, padded, whole
     )
 
 
-def followed(model: nn.Module, batches: Sequence[Batch]) -> tuple[Padding | Unpadded, list[Batch]]:
-    """What follows the padding through the model, and the batches, in which it can be followed."""
+def followed(
+    model: nn.Module, batches: Sequence[Batch], *, whole: bool = False
+) -> tuple[Padding | Unpadded, list[Batch]]:
+    """What follows the padding through the model, and the batches, in which it can be followed.
+
+    Args:
+        whole: rows are not independent, and not cut.
+    """
     if any(is_padded(batch) for batch in batches):
-        return Padding(model), unsquared(model, batches)
+        return Padding(model), list(batches) if whole else unsquared(model, batches)
     return Unpadded(), list(batches)
 
 
@@ -173,6 +197,11 @@ def doubts(sites: Sequence[Site], calibration: Calibration) -> list[str]:
     few = [s.title for s, stats in read if s.title not in zero and stats.count * share < s.shape[1]]
     padded = [s.title for s, _ in read if s.name in calibration.padded]
     warnings = []
+    if calibration.whole:
+        warnings.append(
+            "a part of a batch gave other outputs than in the whole batch, as the nodes of a graph "
+            "do: batches were kept whole, and held out whole"
+        )
     if padded:
         warnings.append(
             f"padding may be counted in the inputs of {len(padded)} layers: no mask fits what they "
@@ -216,6 +245,18 @@ def _gathered(
             return gather.statistics(), groups, lookups
         # A later batch gave members of a group different tensors: gather those one by one.
         groups = _split(groups, gather.parted)
+
+
+def _stays_whole(model: nn.Module, batches: list[Batch] | Forward) -> bool:
+    """Whether batches must not be cut; measured once, on the first that could be.
+
+    Rows of ids that a model of transformers reads are independent: no pass is spent on them.
+    """
+    if callable(batches):
+        return False
+    doubtful = (b for b in batches if not reads_ids(model, b) and rows_in(b) > 1)
+    batch = next(doubtful, None)
+    return batch is not None and rows_depend(model, batch)
 
 
 def _batches(
@@ -336,14 +377,17 @@ def _run(
         return
     from tqdm.auto import tqdm
 
-    bar = tqdm(fewer(model, batches), "calibrate", delay=2, disable=not progress, leave=False)
+    bar = tqdm(batches, "calibrate", delay=2, disable=not progress, leave=False)
     for batch in bar:
         padding.start(batch)
         forward(model, batch)
 
 
-def fewer(model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
-    """The batches in smaller ones, where their logits would take much memory."""
+def fewer(model: nn.Module, batches: Sequence[Batch], *, whole: bool = False) -> list[Batch]:
+    """The batches in smaller ones, where their logits would take much memory; not if they stay
+    `whole`."""
+    if whole:
+        return list(batches)
     parts: list[Batch] = []
     for batch in batches:
         rows = few_rows(model, batch)
@@ -357,10 +401,12 @@ def _split(groups: Groups, parted: set[str]) -> Groups:
 
 
 def _distinct(calibration: Calibration) -> float:
-    """The number of distinct rows over that of all rows; 1 for a callable."""
+    """The number of distinct rows over that of all rows, or of batches that stay whole; 1 for a
+    callable."""
     if callable(calibration.batches):
         return 1.0
-    rows = rebatched(calibration.batches, 1)
+    whole = calibration.whole
+    rows = calibration.batches if whole else rebatched(calibration.batches, 1)
     return len({_key(row) for row in rows}) / max(len(rows), 1)
 
 
