@@ -23,9 +23,12 @@ from .batches import (
     Batch,
     Data,
     Forward,
+    Reading,
+    check_rows,
+    first_rows,
     is_padded,
-    materialise,
     parted,
+    read_rows,
     rebatched,
     rows_in,
 )
@@ -53,6 +56,7 @@ class Calibration:
         padded: sites some of whose positions may be padding: no mask fits what they read.
         whole: a part of a batch gives other outputs than in the whole, as the nodes of a graph do:
             no batch is cut.
+        rows_read: how many rows were read, where the data may go on after them; 0: all of it.
         spectra: curves from these statistics, cached for the next ratio: by method, storage and
             weight, with the statistics that each was made from.
     """
@@ -66,6 +70,7 @@ class Calibration:
     held_out: tuple[Batch, ...] = ()
     padded: tuple[str, ...] = ()
     whole: bool = False
+    rows_read: int = 0
     spectra: dict[str, tuple[Statistics, Curve]] = field(default_factory=dict)
 
 
@@ -76,6 +81,7 @@ def calibrate(
     *,
     tokenizer: Any = None,
     length: int = LENGTH,
+    rows: int | None = None,
     min_tokens: int = 1,
     seed: int = 0,
     hold_out: float = 0.0,
@@ -93,6 +99,9 @@ def calibrate(
         data: see `materialise`; or "self": text that a causal language model writes itself. A
             finished calibration is returned as it is.
         length: tokens per row of cut or written texts.
+        rows: read the data to this number of rows and no further, or write as many. Default: a
+            stream (a generator, loader or data set) is read to 256 rows, or of texts to 256 × 256
+            tokens; texts, lists and tensors are taken whole; 192 are written.
         min_tokens: a site that saw fewer tokens counts as unseen.
         seed: of the text that the model writes.
         hold_out: share of the rows, the last ones, held out for evaluation; none of a callable.
@@ -100,13 +109,14 @@ def calibrate(
 
     Raises:
         LowrankError: no layer was reached, an activation is NaN or Inf, or an id is out of range
-            (its site is named).
+            (its site is named); `rows` are asked of a callable or a finished calibration.
     """
     check_model(model)
     if isinstance(data, Calibration):
+        if rows is not None:
+            raise LowrankError(f"rows={rows} would change nothing: the calibration is finished")
         return data
-    batches, source = _batches(model, data, tokenizer, length, seed, progress)
-    whole = _stays_whole(model, batches)
+    (batches, rows_read), source, whole = _fed(model, data, tokenizer, length, rows, seed, progress)
     batches, held_out = parted(batches, hold_out, whole=whole)
     padding: Padding | Unpadded
     run: list[Batch] | Forward
@@ -141,7 +151,16 @@ def calibrate(
     observation = replace(observation, groups=groups)
     padded = tuple(padding.uncertain)
     return Calibration(
-        statistics, observation, batches, tokens, min_tokens, source, held_out, padded, whole
+        statistics,
+        observation,
+        batches,
+        tokens,
+        min_tokens,
+        source,
+        held_out,
+        padded,
+        whole,
+        rows_read,
     )
 
 
@@ -202,6 +221,10 @@ def doubts(sites: Sequence[Site], calibration: Calibration) -> list[str]:
             "a part of a batch gave other outputs than in the whole batch, as the nodes of a graph "
             "do: batches were kept whole, and held out whole"
         )
+    if calibration.rows_read:
+        warnings.append(
+            f"the data was read to {calibration.rows_read:,} rows and may go on: rows=… reads more"
+        )
     if padded:
         warnings.append(
             f"padding may be counted in the inputs of {len(padded)} layers: no mask fits what they "
@@ -259,14 +282,28 @@ def _stays_whole(model: nn.Module, batches: list[Batch] | Forward) -> bool:
     return batch is not None and rows_depend(model, batch)
 
 
-def _batches(
-    model: nn.Module, data: Data, tokenizer: Any, length: int, seed: int, progress: bool
-) -> tuple[list[Batch] | Forward, str]:
-    """The data as batches, and its source if the model wrote it."""
-    if not (isinstance(data, str) and data == SELF):
-        return materialise(data, tokenizer, length=length), ""
-    written = self_written.written_batches(model, length=length, seed=seed, progress=progress)
-    return written, self_written.described(model, length=length, seed=seed)
+def _fed(
+    model: nn.Module,
+    data: Data,
+    tokenizer: Any,
+    length: int,
+    rows: int | None,
+    seed: int,
+    progress: bool,
+) -> tuple[Reading, str, bool]:
+    """The data, its source if the model wrote it, and whether its batches stay whole."""
+    check_rows(rows)
+    if isinstance(data, str) and data == SELF:
+        written = self_written.written_batches(
+            model, length=length, seed=seed, rows=rows, progress=progress
+        )
+        about = self_written.described(model, length=length, seed=seed, rows=rows)
+        return Reading(written), about, False
+    reading = read_rows(data, tokenizer, length=length, rows=rows)
+    batches, whole = reading.batches, _stays_whole(model, reading.batches)
+    if rows is None or whole or callable(batches) or sum(map(rows_in, batches)) <= rows:
+        return reading, "", whole
+    return Reading(first_rows(batches, rows), rows), "", whole
 
 
 class _Gather:
