@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -118,13 +118,7 @@ def calibrate(
         return data
     (batches, rows_read), source, whole = _fed(model, data, tokenizer, length, rows, seed, progress)
     batches, held_out = parted(batches, hold_out, whole=whole)
-    padding: Padding | Unpadded
-    run: list[Batch] | Forward
-    if callable(batches):
-        padding, run = Padding(model), batches
-    else:
-        padding, batches = followed(model, batches, whole=whole)
-        run = fewer(model, batches, whole=whole)
+    padding, batches, run = _to_run(model, batches, whole)
     free = [site for site in sites or find_sites(model) if not site.reason]
     tables = [site for site in free if site.kind == "embedding"]
     heads = tied_heads(model, tables)
@@ -135,12 +129,7 @@ def calibrate(
     statistics, groups, lookups = _gathered(
         model, run, observation, readers, tables, padding, progress
     )
-    tokens = max((stats.count for stats in statistics.values()), default=0)
-    for site in tables:
-        head = heads.get(site.name)
-        read = None if head is None else statistics.pop(head.name)
-        statistics[site.name] = lookups.statistics(site.name, read)
-    tokens = tokens or max((stats.count for stats in statistics.values()), default=0)
+    tokens = _add_lookups(statistics, tables, heads, lookups)
     if tokens == 0:
         hint = (
             "it is called more than once, so it must not exhaust an iterator"
@@ -162,6 +151,31 @@ def calibrate(
         whole,
         rows_read,
     )
+
+
+def _to_run(
+    model: nn.Module, batches: list[Batch] | Forward, whole: bool
+) -> tuple[Padding | Unpadded, list[Batch] | Forward, list[Batch] | Forward]:
+    """What follows the padding, the batches in which it can be followed, and these as they fit."""
+    if callable(batches):
+        return Padding(model), batches, batches
+    padding, batches = followed(model, batches, whole=whole)
+    return padding, batches, fewer(model, batches, whole=whole)
+
+
+def _add_lookups(
+    statistics: dict[str, Statistics],
+    tables: Sequence[Site],
+    heads: Mapping[str, Site],
+    lookups: Frequencies,
+) -> int:
+    """Put the tables among the statistics, their tied heads under their names; the tokens seen."""
+    read = max((stats.count for stats in statistics.values()), default=0)
+    for site in tables:
+        head = heads.get(site.name)
+        known = None if head is None else statistics.pop(head.name)
+        statistics[site.name] = lookups.statistics(site.name, known)
+    return read or max((stats.count for stats in statistics.values()), default=0)
 
 
 def followed(
