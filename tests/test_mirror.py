@@ -136,6 +136,7 @@ TOPICS = {
     "train/test_plugs.py": "Every controller in every kind of loop.",
     "train/test_resume.py": "Every controller stopped and resumed.",
     "seams/test_accelerate.py": "Factored models on devices and disks.",
+    "seams/test_datasets.py": "Rows of a data set, by the protocol of the package datasets.",
     "seams/test_gguf.py": "Models that another tool quantized and transformers dequantised.",
     "seams/test_peft.py": "Adapters on what is factored; models with adapters.",
     "walk/test_patches.py": "Rows that layers read, convolutions above all.",

@@ -76,6 +76,16 @@ ARGUMENTS: dict[str, Argument] = {
         "writes its own.",
     ),
     "tokenizer": Argument("transformers tokenizer, needed for texts."),
+    "rows": Argument(
+        "read the data to this number of rows and no further, or let the model write as many. "
+        "Default: a stream (a generator, loader or data set) is read to 256 rows, one of texts to "
+        "256 × 256 tokens; texts, lists and tensors are taken whole; a model writes 192.",
+        "A row of a text has 256 tokens.",
+        flag="--rows",
+        metavar="INT",
+        typed="Read the text to this number of rows, or let the model write as many. Default: the "
+        "whole text; a model writes 192 rows.",
+    ),
     "effort": Argument(
         "how much work to do. fast: ranks by their effect on the loss, pivoted storage, layers "
         "refitted one after the other in closed form. balanced: also trains each block. best: also "

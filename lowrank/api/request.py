@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from ..calibration.batches import Data
+from ..calibration.batches import Data, check_rows
 from ..calibration.statistics import Calibration
 from ..errors import LowrankError, unknown
 from ..methods.resolved import Resolved, declared, joint_of, method_of, own_form, resolve
@@ -47,6 +47,7 @@ class Options:
     policy: str | Policy | None = None
     data: Source = "default"
     tokenizer: Any = None
+    rows: int | None = None
     effort: str | Recovery | Effort | None = None
     of: Of = "targets"
     unit: Unit = "params"
@@ -66,6 +67,7 @@ class Options:
         _check_word("on_missing", self.on_missing, get_args(OnMissing))
         if self.storage is not None:
             _check_word("storage", self.storage, get_args(Storage))
+        check_rows(self.rows)
         if not _is_int(self.seed):
             raise LowrankError(f"seed must be an integer, got {self.seed!r}")
         object.__setattr__(self, "seed", int(self.seed))
@@ -217,7 +219,7 @@ class Compression(_Ranks):
 
     def check_beside_plan(self) -> None:
         """Raises LowrankError for arguments that a finished plan would ignore."""
-        taken = {"ratio", "data", "tokenizer", "copy", "out", "progress"}
+        taken = {"ratio", "data", "tokenizer", "rows", "copy", "out", "progress"}
         if not isinstance(self.method, str):
             taken.add("method")  # an object can carry out the plan
         given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]

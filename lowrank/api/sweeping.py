@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..calibration import self_written
-from ..calibration.batches import LENGTH, Batch, materialise, rebatched
+from ..calibration.batches import LENGTH, Batch, first_rows, materialise, read_rows, rebatched
 from ..calibration.digests import check_place, data_print
 from ..calibration.file import load_calibration, save_calibration
 from ..calibration.fisher import FISHER, with_fisher
@@ -33,7 +33,7 @@ from .allocating import bench_of
 from .applying import carry_out
 from .planning import hold_out_of, make_plan
 from .request import Request, Sweeping
-from .verbs import flat, statistics_for, targets_among
+from .verbs import Feed, flat, statistics_for, targets_among
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,9 +157,8 @@ def sweep(model: nn.Module, asked: Sweeping) -> Sweep:
     hold_out = hold_out_of(first, wanted)
     stored = _stored(model, path, first, hold_out)
     calibration = stored or statistics_for(
-        model, sites, first.data, first.tokenizer,
-        needed=first.method is None or bool(first.needs()), seed=first.seed,
-        hold_out=hold_out, progress=first.progress,
+        model, sites, Feed.of(first), needed=first.method is None or bool(first.needs()),
+        hold_out=hold_out,
     )  # fmt: skip
     if calibration is not None and first.needs() & FISHER:
         calibration = with_fisher(
@@ -233,12 +232,14 @@ def _stored(
     held = calibration.held_out
     if data is None or (isinstance(data, str) and data in ("default", SELF)):
         same = data is not None and calibration.source == self_written.described(
-            model, seed=request.seed
+            model, seed=request.seed, rows=request.rows
         )
     else:
-        given = materialise(data, request.tokenizer, length=LENGTH)
+        given = read_rows(data, request.tokenizer, length=LENGTH, rows=request.rows).batches
         if callable(given) or callable(calibration.batches):
             raise LowrankError("a callable cannot be cached: calibrate first")
+        if request.rows is not None and not calibration.whole:
+            given = first_rows(given, request.rows)
         rows = [*rebatched(calibration.batches, 1), *rebatched(held, 1)]
         same = data_print(rebatched(given, 1)) == data_print(rows)
     if not same:

@@ -120,6 +120,7 @@ def apply(
     *,
     data: Source = "default",
     tokenizer: Any = None,
+    rows: int | None = None,
     method: Method | JointMethod | None = None,
     copy: bool = False,
     progress: bool = True,
@@ -131,7 +132,7 @@ def apply(
         data: calibration data, if the plan's method needs it. As for `compress`; "default"
             regenerates the text that the model wrote itself for the plan.
         method: the method object, if the plan was made with one that is not in the registry.
-        tokenizer, copy, progress: as for `compress`.
+        tokenizer, rows, copy, progress: as for `compress`.
 
     Returns:
         The model and a Report.
@@ -153,10 +154,10 @@ def apply(
         resolved.maker(entry.method, site, grouped=entry.name in shared) for site, entry in work
     ]
     recovery = Recovery.from_json(plan.settings.get("recovery"))
-    needed = any(maker.needs for maker in makers) and _wrote(model, plan)
+    needed = any(maker.needs for maker in makers) and _wrote(model, plan, rows)
     calibration = statistics_for(
-        model, sites, data, tokenizer, needed=needed, seed=plan.seed,
-        hold_out=0.0 if recovery is None else HOLD_OUT, progress=progress,
+        model, sites, Feed(data, tokenizer, rows, plan.seed, progress), needed=needed,
+        hold_out=0.0 if recovery is None else HOLD_OUT,
     )  # fmt: skip
     read = [site for (site, _), m in zip(work, makers, strict=True) if m.needs & FISHER]
     if calibration is not None and read:
@@ -175,7 +176,7 @@ def compress(model: nn.Module, asked: Compression) -> tuple[nn.Module, Report]:
     """Replace layers by factored ones that keep `ratio` of their parameters.
 
     Give exactly one of ratio and rank, or a rank_pattern alone. Instead of a ratio, a finished plan
-    is accepted, together with data, tokenizer, copy, progress and a method object only.
+    is accepted, together with data, tokenizer, rows, copy, progress and a method object only.
 
     Args:
         model: changed in place and returned; if it is itself a layer, a new one is returned. Or the
@@ -199,8 +200,8 @@ def compress(model: nn.Module, asked: Compression) -> tuple[nn.Module, Report]:
         asked.check_beside_plan()
         method = cast(Any, None if isinstance(asked.method, str) else asked.method)
         return apply(
-            model, asked.ratio, data=asked.data, tokenizer=asked.tokenizer, method=method,
-            copy=asked.copy, progress=asked.progress,
+            model, asked.ratio, data=asked.data, tokenizer=asked.tokenizer, rows=asked.rows,
+            method=method, copy=asked.copy, progress=asked.progress,
         )  # fmt: skip
     request = asked.request()
     check_model(model)
@@ -239,9 +240,9 @@ def decide(model: nn.Module, request: Request) -> Decision:
     sites = find_sites(model)
     wanted = targets_among(sites, model, request)
     calibration = statistics_for(
-        model, sites, request.data, request.tokenizer,
-        needed=request.method is None or bool(request.needs()), seed=request.seed,
-        hold_out=hold_out_of(request, wanted), progress=request.progress,
+        model, sites, Feed.of(request),
+        needed=request.method is None or bool(request.needs()),
+        hold_out=hold_out_of(request, wanted),
     )  # fmt: skip
     recordings: Recordings = {}
     if calibration is not None and request.needs() & FISHER:
@@ -278,25 +279,40 @@ def targets_among(sites: Sequence[Site], model: nn.Module, request: Request) -> 
     return chosen
 
 
+class Feed(NamedTuple):
+    """The arguments that say what the model is run on, as for `compress`."""
+
+    data: Source
+    tokenizer: Any
+    rows: int | None
+    seed: int
+    progress: bool
+
+    @classmethod
+    def of(cls, request: Request) -> Feed:
+        return cls(*(getattr(request, name) for name in cls._fields))
+
+
 def statistics_for(
-    model: nn.Module,
-    sites: Sequence[Site],
-    data: Source,
-    tokenizer: Any,
-    *,
-    needed: bool,
-    seed: int,
-    hold_out: float,
-    progress: bool,
+    model: nn.Module, sites: Sequence[Site], feed: Feed, *, needed: bool, hold_out: float
 ) -> Calibration | None:
-    """Calibrate on `data`; "default" is self-written text if `needed` and possible, else None."""
+    """Calibrate on the data; "default" is self-written text if `needed` and possible, else None.
+
+    Raises:
+        LowrankError: as `calibrate`; rows are asked for, and there is no data.
+    """
+    data = feed.data
     if isinstance(data, str) and data == "default":
         data = SELF if needed and writes(model) else None
     if data is None:
+        if feed.rows is not None:
+            raise LowrankError(
+                f"rows={feed.rows} counts rows of data, but no data is read: drop it"
+            )
         return None
     return calibrate(
-        model, cast(Any, data), tokenizer=tokenizer, seed=seed, hold_out=hold_out,
-        progress=progress, sites=sites,
+        model, cast(Any, data), tokenizer=feed.tokenizer, rows=feed.rows, seed=feed.seed,
+        hold_out=hold_out, progress=feed.progress, sites=sites,
     )  # fmt: skip
 
 
@@ -310,7 +326,7 @@ def _resolved_for(plan: Plan, method: Given) -> Resolved:
     return dataclasses.replace(resolved, called=tuple(called))
 
 
-def _wrote(model: nn.Module, plan: Plan) -> bool:
+def _wrote(model: nn.Module, plan: Plan, rows: int | None) -> bool:
     """Whether the model can write the data that the plan was made on."""
     made_on = plan.settings.get("data")
-    return writes(model) and made_on in (None, described(model, seed=plan.seed))
+    return writes(model) and made_on in (None, described(model, seed=plan.seed, rows=rows))

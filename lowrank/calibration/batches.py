@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from numbers import Integral
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LowrankError
+from .items import batch_of, is_dataclass, text_of
 
 LENGTH = 256  # tokens per row of cut texts
 ROWS = 16  # rows per batch of cut texts
 WORD = 64  # letters without a space that may be a name, but hardly a text
 IGNORED = -100  # a label of torch's cross entropy, and of transformers, for padding
+READ = 256  # rows that a stream is read to, if nothing is said
 MOST = 1 << 16  # items of a stream, which need not end
 
 Batch = Tensor | dict[str, Any]
@@ -22,60 +24,133 @@ Forward = Callable[[nn.Module], object]
 Data = Forward | Iterable[Any] | str | Sequence[str] | Tensor
 
 
+class Reading(NamedTuple):
+    """What was read of the data.
+
+    Attributes:
+        rows: how many rows were read, where the data may go on after them; 0 if it was read whole.
+    """
+
+    batches: list[Batch] | Forward
+    rows: int = 0
+
+
+class _Quota(NamedTuple):
+    """Where reading stops; 0 for no limit."""
+
+    rows: int = 0
+    tokens: int = 0  # of texts, of which only a long one fills a row
+
+
 def materialise(
     data: Data, tokenizer: Any = None, *, length: int = LENGTH
 ) -> list[Batch] | Forward:
-    """The data as batches that can be run repeatedly.
+    """All of the data, as batches that can be run repeatedly.
 
     Args:
         data: a callable `forward(model)`, which is called more than once; a text or a list of
             texts (with a tokenizer); a tensor; or an iterable of tensors, dicts and dataclasses
             (passed as keywords) or tuples (the first item is the input), which is consumed. A row
-            of a dataset, a dict whose ids have no batch axis, gets one.
+            of a data set, a dict whose ids have no batch axis, gets one; its flat lists become
+            tensors. A dict with a column "text", or one column of texts, is a text.
         tokenizer: of transformers; texts are cut into rows of at most `length` tokens.
 
     Raises:
-        LowrankError: there is no batch (an exhausted iterator), texts without a tokenizer, a
-            batch of another form, or a stream that goes on after `MOST` items.
+        LowrankError: there is no batch (an exhausted iterator), texts without a tokenizer, an item
+            of another form, or a stream that goes on after `MOST` items.
     """
+    return _read(data, tokenizer, length, _Quota()).batches
+
+
+def read_rows(
+    data: Data, tokenizer: Any = None, *, length: int = LENGTH, rows: int | None = None
+) -> Reading:
+    """The data as batches, as `materialise` gives them, read to a number of rows and no further.
+
+    Args:
+        rows: the batch that reaches this number is read whole; of texts, the last rows are
+            dropped. None: a stream, which is all that is no text, tensor, dict, list or tuple, is
+            read to READ rows, or of texts to READ × LENGTH tokens; anything else is read whole.
+
+    Raises:
+        LowrankError: as `materialise`; `rows` is no positive integer, or the data is a callable.
+    """
+    check_rows(rows)
+    in_memory = isinstance(data, str | Tensor | Mapping | list | tuple)
+    default = _Quota() if in_memory else _Quota(READ, READ * LENGTH)
+    reading = _read(data, tokenizer, length, default if rows is None else _Quota(rows))
+    if rows is not None and callable(reading.batches):
+        raise LowrankError(f"rows={rows} counts rows of data, a callable shows none: drop rows")
+    return reading
+
+
+def check_rows(rows: Any) -> None:
+    """Raises LowrankError unless it is a positive integer or None."""
+    if rows is not None and (not isinstance(rows, Integral) or isinstance(rows, bool) or rows < 1):
+        raise LowrankError(f"rows must be a positive integer or None, got {rows!r}")
+
+
+def _read(data: Any, tokenizer: Any, length: int, quota: _Quota) -> Reading:
     if isinstance(data, Tensor):
-        return [data]
+        return Reading([data])
     if isinstance(data, str):
         data = [_text(data, tokenizer)]
-    if _is_dataclass(data) and not isinstance(data, Iterable):
-        return [_batch(data)]
+    if not isinstance(data, Iterable) and is_dataclass(data):
+        return Reading([batch_of(data)])
     if callable(data) and not isinstance(data, Iterable):
-        return data
+        return Reading(data)
     if not isinstance(data, Iterable):
         raise LowrankError(
             f"data must be texts, tensors, dicts, a loader or a callable, got {type(data).__name__}"
         )
     if isinstance(data, Mapping):
-        return [_batch(data)]
-    items = _items(data)
-    if not items:
-        raise LowrankError("the data gave no batch: an empty list, or an exhausted iterator?")
-    if isinstance(items[0], str):
-        if tokenizer is None:
-            raise LowrankError("texts need a tokenizer: pass tokenizer=…")
-        return text_batches(items, tokenizer, length)
-    return items
+        return Reading([batch_of(data)])
+    return _read_items(data, tokenizer, length, quota)
 
 
-def _items(data: Iterable[Any]) -> list[Any]:
-    """All texts, or all batches; the first item that is neither is refused before more are read."""
-    items: list[Any] = []
-    for item in data:
-        is_text = isinstance(item, str) and (not items or isinstance(items[0], str))
-        if items and isinstance(items[0], str) and not is_text:
-            raise LowrankError(f"the data mixes texts and other items, got {type(item).__name__}")
-        items.append(item if is_text else _batch(item))
-        if len(items) > MOST and not _has_end(data):
+def _read_items(data: Iterable[Any], tokenizer: Any, length: int, quota: _Quota) -> Reading:
+    """All texts, or all batches, up to the quota; a wrong item is refused before more are read."""
+    found: list[Any] = []  # batches, or rows of texts
+    count, index, texts, went_on = 0, -1, False, False
+    for index, item in enumerate(data):
+        text = text_of(item) if isinstance(item, Mapping) else item
+        texts = isinstance(text, str) if index == 0 else texts
+        by_tokens = texts and quota.tokens
+        if texts:
+            new: Sequence[Any] = _rows_of(text, index, tokenizer, length)
+            count += sum(map(len, new)) if by_tokens else len(new)
+        else:
+            new = [item if isinstance(item, Tensor) else batch_of(item, index)]
+            count += rows_in(new[0])
+        found += new
+        most = quota.tokens if by_tokens else quota.rows
+        if most and count >= most:
+            went_on = not _has_end(data) or index + 1 < len(data)  # type: ignore[arg-type]
+            break
+        if index >= max(MOST, *quota) and not _has_end(data):
             raise LowrankError(
                 f"the data still goes on after {MOST:,} items: pass a part of it, such as "
                 "list(itertools.islice(data, 256))"
             )
-    return items
+    if index < 0:
+        raise LowrankError("the data gave no batch: an empty list, or an exhausted iterator?")
+    if texts and quota.rows and not quota.tokens:
+        went_on = went_on or len(found) > quota.rows
+        found = found[: quota.rows]
+    number = len(found) if texts else sum(map(rows_in, found))
+    return Reading(_by_length(found) if texts else found, number if went_on else 0)
+
+
+def _rows_of(text: Any, index: int, tokenizer: Any, length: int) -> list[Tensor]:
+    """Token rows of an item among texts."""
+    if tokenizer is None:
+        raise LowrankError("texts need a tokenizer: pass tokenizer=…")
+    if not isinstance(text, str):
+        raise LowrankError(
+            f"item {index} of the data: the data mixes texts and other items, got "
+            f"{type(text).__name__}"
+        )
+    return text_rows(text, tokenizer, length)
 
 
 def _has_end(data: Iterable[Any]) -> bool:
@@ -104,10 +179,13 @@ def text_rows(text: str, tokenizer: Any, length: int) -> list[Tensor]:
 
 def text_batches(texts: Iterable[str], tokenizer: Any, length: int) -> list[Batch]:
     """Batches of token rows of equal length, so that nothing is padded."""
+    return _by_length([row for text in texts for row in text_rows(text, tokenizer, length)])
+
+
+def _by_length(token_rows: Iterable[Tensor]) -> list[Batch]:
     by_length: dict[int, list[Tensor]] = {}
-    for text in texts:
-        for row in text_rows(text, tokenizer, length):
-            by_length.setdefault(len(row), []).append(row)
+    for row in token_rows:
+        by_length.setdefault(len(row), []).append(row)
     if not by_length:
         raise LowrankError("the texts contain no tokens")
     return [
@@ -117,10 +195,24 @@ def text_batches(texts: Iterable[str], tokenizer: Any, length: int) -> list[Batc
     ]
 
 
+def first_rows(batches: Sequence[Batch], rows: int) -> list[Batch]:
+    """The first rows of the batches; a batch that cannot be cut counts as one."""
+    kept: list[Batch] = []
+    for batch in batches:
+        if rows <= 0:
+            break
+        here = rows_in(batch)
+        part = cut(batch, slice(0, rows)) if here > rows else batch
+        kept += [] if part is None else [part]
+        rows -= here
+    return kept
+
+
 def rebatched(batches: Sequence[Batch], rows: int = ROWS) -> list[Batch]:
     """The same rows in batches of at most `rows`; a batch that cannot be cut stays whole.
 
-    So does one of 1-d tensors: it may be a single input without a batch axis.
+    So does one of 1-d tensors: it may be a single input without a batch axis. Whether the rows are
+    independent, the batches do not show: see `independence`.
     """
     batched: list[Batch] = []
     for batch in batches:
@@ -153,10 +245,21 @@ def cut(batch: Batch, rows: slice) -> Batch | None:
     return some[""] if isinstance(batch, Tensor) else some
 
 
+def rows_in(batch: Batch) -> int:
+    """The number of rows of a batch; 1 for one that cannot be cut."""
+    parts = [batch] if isinstance(batch, Tensor) else batch.values()
+    tensors = [v for v in parts if isinstance(v, Tensor) and v.ndim]
+    lengths = {len(v) for v in tensors}
+    return lengths.pop() if len(lengths) == 1 and any(v.ndim > 1 for v in tensors) else 1
+
+
 def parted(
-    batches: list[Batch] | Forward, share: float
+    batches: list[Batch] | Forward, share: float, *, whole: bool = False
 ) -> tuple[list[Batch] | Forward, tuple[Batch, ...]]:
     """The batches less their last rows, and those; a callable or a single row is not split.
+
+    Args:
+        whole: rows are not independent: the last batches, not the last rows.
 
     Raises:
         LowrankError: `share` is not in [0, 1).
@@ -165,10 +268,12 @@ def parted(
         raise LowrankError(f"hold_out must be in [0, 1), got {share!r}")
     if share == 0 or callable(batches):
         return batches, ()
-    rows = rebatched(batches, 1)
+    rows = batches if whole else rebatched(batches, 1)
     count = round(share * len(rows))
     if not 0 < count < len(rows):
         return batches, ()
+    if whole:
+        return rows[:-count], tuple(rows[-count:])
     return _stacked(rows[:-count]), tuple(_stacked(rows[-count:]))
 
 
@@ -201,51 +306,3 @@ def _cat(rows: Sequence[Batch]) -> Batch:
     if isinstance(first, Tensor):
         return torch.cat([row for row in rows if isinstance(row, Tensor)])
     return {key: torch.cat([row[key] for row in rows]) for key in first}  # type: ignore[index]
-
-
-def _batch(item: Any) -> Batch:
-    if isinstance(item, Tensor):
-        return item
-    if _is_dataclass(item) and not isinstance(item, Mapping):
-        named = ((f.name, getattr(item, f.name)) for f in dataclasses.fields(item))
-        item = {name: value for name, value in named if value is not None}
-    if isinstance(item, Mapping):
-        if any(isinstance(value, Tensor) for value in item.values()):
-            return _with_rows(dict(item))
-        kinds = ", ".join(f"{key}: {type(value).__name__}" for key, value in item.items())
-        raise LowrankError(
-            f"a batch that is a dict must hold tensors, got {{{kinds}}}: "
-            "collate the rows, or tokenise with return_tensors='pt'"
-        )
-    if isinstance(item, list | tuple) and item and isinstance(item[0], Tensor):
-        if len(item) > 1 and _is_mask(item[1], item[0]):
-            raise LowrankError(
-                "a tuple's first item is the input and the others are dropped, but its second one "
-                "looks like a mask: pass dicts, {'input_ids': …, 'attention_mask': …}"
-            )
-        return item[0]
-    raise LowrankError(
-        f"a batch must be a tensor, a dict of tensors, or a tuple that starts with a tensor, "
-        f"got {type(item).__name__}"
-    )
-
-
-def _is_dataclass(item: Any) -> bool:
-    return dataclasses.is_dataclass(item) and not isinstance(item, type)
-
-
-def _with_rows(batch: dict[str, Any]) -> dict[str, Any]:
-    """A row of a dataset in torch format as a batch of one row."""
-    ids = batch.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.ndim != 1:
-        return batch
-    return {name: v[None] if isinstance(v, Tensor) else v for name, v in batch.items()}
-
-
-def _is_mask(second: Any, first: Tensor) -> bool:
-    """Whether a tensor marks the padding of ids: of their shape, of ones and some zeros."""
-    if not isinstance(second, Tensor) or second.shape != first.shape or first.ndim < 2:
-        return False
-    if first.is_floating_point() or second.is_floating_point():
-        return False
-    return bool(((second == 0) | (second == 1)).all()) and bool((second == 0).any())

@@ -117,6 +117,8 @@ def _parts(
 ) -> list[tuple[Batch, Tensor]]:
     """A few rows at a time, with their hidden states: the logits of a large vocabulary are the
     largest tensor of all."""
+    if recording.whole:
+        return [(batch, hidden)]
     rows = few_rows(model, batch)
     parts = rebatched([batch], rows)
     if sum(map(_length, parts)) != len(hidden) or not recording.is_plain(number):

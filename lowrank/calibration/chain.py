@@ -44,6 +44,7 @@ class Recording:
 
     Attributes:
         names: the blocks, in order.
+        whole: rows are not independent, and no batch is cut.
         hidden: input of the first block.
         calls: the other arguments of each block.
         out: where the hidden state is in a block's output.
@@ -51,6 +52,7 @@ class Recording:
     """
 
     names: tuple[str, ...]
+    whole: bool = False
     hidden: dict[int, Tensor] = field(default_factory=dict)
     calls: dict[int, list[_Call]] = field(default_factory=dict)
     out: Path | None = None
@@ -65,7 +67,7 @@ class Recording:
         Raises:
             NotInBlocks: the blocks are not each called once, in the order of the chain.
         """
-        few = few_rows(model, batch)
+        few = ROWS if self.whole else few_rows(model, batch)
         first = rebatched([batch], few)[0] if not self.calls and few < ROWS else None
         if first is not None:
             self._run(model, first, to_the_end=True)

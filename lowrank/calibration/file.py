@@ -56,6 +56,7 @@ def save_calibration(calibration: Calibration, path: str | Path, model: nn.Modul
         "held_out": [_batch(batch, store) for batch in calibration.held_out],
         "tokens": calibration.tokens, "min_tokens": calibration.min_tokens,
         "source": calibration.source, "padded": calibration.padded,
+        "whole": calibration.whole, "rows_read": calibration.rows_read,
         "spectra": {
             key: [own[id(stats)], _curve(curve, store)]
             for key, (stats, curve) in calibration.spectra.items()
@@ -176,6 +177,8 @@ def _restored(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibra
         source=body["source"],
         held_out=tuple(_batch_back(batch, tensors) for batch in body["held_out"]),
         padded=tuple(body.get("padded", ())),
+        whole=bool(body.get("whole", False)),
+        rows_read=int(body.get("rows_read", 0)),
         spectra={
             key: (parts[number], _curve_back(curve, tensors))
             for key, (number, curve) in body["spectra"].items()

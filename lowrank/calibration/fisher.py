@@ -23,7 +23,8 @@ from .by_block import gradients_by_block, one_chain
 from .chain import NotInBlocks, Recording, Recordings
 from .gradients import Gradients, Moments, plain, predicted, sampled_loss
 from .observation import Observation
-from .running import forward, quiet, without_cache
+from .padding import Padding
+from .running import Unpadded, forward, quiet, without_cache
 from .statistics import Calibration, followed
 
 FISHER = frozenset({"out_gram", "row_fisher"})  # the needs that require this pass
@@ -65,7 +66,7 @@ def with_fisher(
         return calibration
     fishers = gradient_moments(
         model, calibration.batches, wanted, calibration.observation,
-        seed=seed, progress=progress, recordings=recordings,
+        seed=seed, progress=progress, recordings=recordings, whole=calibration.whole,
     )  # fmt: skip
     added = {
         name: replace(known[name], out_gram=gram, row_fisher=rows)
@@ -83,6 +84,7 @@ def gradient_moments(
     seed: int = 0,
     progress: bool = False,
     recordings: Recordings | None = None,
+    whole: bool = False,
 ) -> Moments:
     """G = E[g gᵀ] (out, out) and the rows' Fisher (out,), both float64, by names of sites.
 
@@ -102,6 +104,7 @@ def gradient_moments(
         observation: of the model, if known. Where the sites lie in one chain of blocks, or after
             it, gradients flow back block by block, in the memory of one block; they are the same.
         seed: of the labels, sampled on the CPU.
+        whole: rows are not independent, and batches are run as they are.
 
     Raises:
         LowrankError: the data is a callable; the model gives no logits, or fewer than two classes,
@@ -111,24 +114,26 @@ def gradient_moments(
         raise LowrankError(
             "output gradients need batches, not a callable: pass tensors, dicts or a loader"
         )
-    rows = rebatched(batches, ROWS)
+    rows = list(batches) if whole else rebatched(batches, ROWS)
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode(False), quiet(model), without_cache(model), _frozen(model):
         names = () if observation is None else one_chain(sites, observation)
         if names:
             with suppress(NotInBlocks):
-                recording = Recording(tuple(names))
+                recording = Recording(tuple(names), whole)
                 found = gradients_by_block(model, rows, sites, recording, generator, progress)
                 if recordings is not None:
                     recordings[recording.names] = recording
                 return found
             generator.manual_seed(seed)
-        return _whole(model, rows, sites, generator, progress)
+        padding, rows = followed(model, rows, whole=whole)
+        return _by_whole_passes(model, rows, padding, sites, generator, progress)
 
 
-def _whole(
+def _by_whole_passes(
     model: nn.Module,
     batches: Sequence[Batch],
+    padding: Padding | Unpadded,
     sites: Sequence[Site],
     generator: torch.Generator,
     progress: bool,
@@ -136,7 +141,6 @@ def _whole(
     """One backward pass through the whole model per batch."""
     from tqdm.auto import tqdm
 
-    padding, batches = followed(model, batches)
     gather = Gradients(sites, padding)
     reached = not sites
     with padding, gather:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -95,6 +96,18 @@ def _takes_one_dict(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     places = [p for p in parameters if p.kind in kinds]
     demanded = [p for p in places if p.default is inspect.Parameter.empty]
     return len(demanded) == 1 and not any(p.name in inputs for p in places)
+
+
+def reads_ids(model: nn.Module, batch: Batch) -> bool:
+    """Whether a model of transformers is given ids (rows, length), and nothing but what goes with
+    them: masks and labels, integers of one or two axes."""
+    library = sys.modules.get("transformers.modeling_utils")  # not loaded: it is no such model
+    if library is None or not isinstance(model, library.PreTrainedModel):
+        return False
+    ids = batch if isinstance(batch, Tensor) else batch.get("input_ids")
+    tensors = list(tensors_in(batch))
+    told = isinstance(ids, Tensor) and ids.ndim == 2 and model.main_input_name == "input_ids"
+    return told and not any(t.is_floating_point() or t.ndim > 2 for t in tensors)
 
 
 def few_rows(model: nn.Module, batch: Batch) -> int:

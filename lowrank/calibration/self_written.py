@@ -36,9 +36,11 @@ def writes(model: nn.Module) -> bool:
     return getattr(model, "main_input_name", "") == "input_ids" and bool(generates())
 
 
-def described(model: nn.Module, *, length: int = LENGTH, seed: int = 0) -> str:
+def described(
+    model: nn.Module, *, length: int = LENGTH, seed: int = 0, rows: int | None = None
+) -> str:
     """A description of `written_batches`, which for one model is equal if the tokens are."""
-    words = f"{COUNT} rows of {_fitting(model, length)} tokens"
+    words = f"{rows or COUNT} rows of {_fitting(model, length)} tokens"
     return f"{words} that the model wrote itself, seed {seed}"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,10 +17,25 @@ from ..walk import layouts
 from ..walk.checks import check_model, ordinary_tensors
 from ..walk.sites import find_sites, tied_heads
 from . import self_written
-from .batches import LENGTH, ROWS, Batch, Data, Forward, is_padded, materialise, parted, rebatched
+from .batches import (
+    LENGTH,
+    ROWS,
+    Batch,
+    Data,
+    Forward,
+    Reading,
+    check_rows,
+    first_rows,
+    is_padded,
+    parted,
+    read_rows,
+    rebatched,
+    rows_in,
+)
+from .independence import rows_depend
 from .observation import Frequencies, Observation, observe
 from .padding import Padding, unsquared
-from .running import SameTensor, Unpadded, few_rows, first_tensor, forward, quiet
+from .running import SameTensor, Unpadded, few_rows, first_tensor, forward, quiet, reads_ids
 
 Groups = tuple[tuple[str, ...], ...]
 SELF = "self"  # as `data`: the model writes it
@@ -39,6 +54,9 @@ class Calibration:
         source: where the data came from if the model wrote it itself, else "".
         held_out: batches kept out of the statistics, for evaluation.
         padded: sites some of whose positions may be padding: no mask fits what they read.
+        whole: a part of a batch gives other outputs than in the whole, as the nodes of a graph do:
+            no batch is cut.
+        rows_read: how many rows were read, where the data may go on after them; 0: all of it.
         spectra: curves from these statistics, cached for the next ratio: by method, storage and
             weight, with the statistics that each was made from.
     """
@@ -51,6 +69,8 @@ class Calibration:
     source: str = ""
     held_out: tuple[Batch, ...] = ()
     padded: tuple[str, ...] = ()
+    whole: bool = False
+    rows_read: int = 0
     spectra: dict[str, tuple[Statistics, Curve]] = field(default_factory=dict)
 
 
@@ -61,6 +81,7 @@ def calibrate(
     *,
     tokenizer: Any = None,
     length: int = LENGTH,
+    rows: int | None = None,
     min_tokens: int = 1,
     seed: int = 0,
     hold_out: float = 0.0,
@@ -78,6 +99,9 @@ def calibrate(
         data: see `materialise`; or "self": text that a causal language model writes itself. A
             finished calibration is returned as it is.
         length: tokens per row of cut or written texts.
+        rows: read the data to this number of rows and no further, or write as many. Default: a
+            stream (a generator, loader or data set) is read to 256 rows, or of texts to 256 × 256
+            tokens; texts, lists and tensors are taken whole; 192 are written.
         min_tokens: a site that saw fewer tokens counts as unseen.
         seed: of the text that the model writes.
         hold_out: share of the rows, the last ones, held out for evaluation; none of a callable.
@@ -85,34 +109,27 @@ def calibrate(
 
     Raises:
         LowrankError: no layer was reached, an activation is NaN or Inf, or an id is out of range
-            (its site is named).
+            (its site is named); `rows` are asked of a callable or a finished calibration.
     """
     check_model(model)
     if isinstance(data, Calibration):
+        if rows is not None:
+            raise LowrankError(f"rows={rows} would change nothing: the calibration is finished")
         return data
-    batches, source = _batches(model, data, tokenizer, length, seed, progress)
-    batches, held_out = parted(batches, hold_out)
-    padding: Padding | Unpadded
-    if callable(batches):
-        padding = Padding(model)
-    else:
-        padding, batches = followed(model, batches)
+    (batches, rows_read), source, whole = _fed(model, data, tokenizer, length, rows, seed, progress)
+    batches, held_out = parted(batches, hold_out, whole=whole)
+    padding, batches, run = _to_run(model, batches, whole)
     free = [site for site in sites or find_sites(model) if not site.reason]
     tables = [site for site in free if site.kind == "embedding"]
     heads = tied_heads(model, tables)
     readers = [site for site in free if site.kind in ("linear", "conv")] + list(heads.values())
-    first = batches if callable(batches) else fewer(model, batches)[:1]
+    first = run if callable(run) else run[:1]
     with Frequencies(tables, padding):  # for its error about bad ids, in the first pass too
         observation = observe(model, readers, lambda: _run(model, first, padding, progress=False))
     statistics, groups, lookups = _gathered(
-        model, batches, observation, readers, tables, padding, progress
+        model, run, observation, readers, tables, padding, progress
     )
-    tokens = max((stats.count for stats in statistics.values()), default=0)
-    for site in tables:
-        head = heads.get(site.name)
-        read = None if head is None else statistics.pop(head.name)
-        statistics[site.name] = lookups.statistics(site.name, read)
-    tokens = tokens or max((stats.count for stats in statistics.values()), default=0)
+    tokens = _add_lookups(statistics, tables, heads, lookups)
     if tokens == 0:
         hint = (
             "it is called more than once, so it must not exhaust an iterator"
@@ -123,14 +140,54 @@ def calibrate(
     observation = replace(observation, groups=groups)
     padded = tuple(padding.uncertain)
     return Calibration(
-        statistics, observation, batches, tokens, min_tokens, source, held_out, padded
+        statistics,
+        observation,
+        batches,
+        tokens,
+        min_tokens,
+        source,
+        held_out,
+        padded,
+        whole,
+        rows_read,
     )
 
 
-def followed(model: nn.Module, batches: Sequence[Batch]) -> tuple[Padding | Unpadded, list[Batch]]:
-    """What follows the padding through the model, and the batches, in which it can be followed."""
+def _to_run(
+    model: nn.Module, batches: list[Batch] | Forward, whole: bool
+) -> tuple[Padding | Unpadded, list[Batch] | Forward, list[Batch] | Forward]:
+    """What follows the padding, the batches in which it can be followed, and these as they fit."""
+    if callable(batches):
+        return Padding(model), batches, batches
+    padding, batches = followed(model, batches, whole=whole)
+    return padding, batches, fewer(model, batches, whole=whole)
+
+
+def _add_lookups(
+    statistics: dict[str, Statistics],
+    tables: Sequence[Site],
+    heads: Mapping[str, Site],
+    lookups: Frequencies,
+) -> int:
+    """Put the tables among the statistics, their tied heads under their names; the tokens seen."""
+    read = max((stats.count for stats in statistics.values()), default=0)
+    for site in tables:
+        head = heads.get(site.name)
+        known = None if head is None else statistics.pop(head.name)
+        statistics[site.name] = lookups.statistics(site.name, known)
+    return read or max((stats.count for stats in statistics.values()), default=0)
+
+
+def followed(
+    model: nn.Module, batches: Sequence[Batch], *, whole: bool = False
+) -> tuple[Padding | Unpadded, list[Batch]]:
+    """What follows the padding through the model, and the batches, in which it can be followed.
+
+    Args:
+        whole: rows are not independent, and not cut.
+    """
     if any(is_padded(batch) for batch in batches):
-        return Padding(model), unsquared(model, batches)
+        return Padding(model), list(batches) if whole else unsquared(model, batches)
     return Unpadded(), list(batches)
 
 
@@ -173,6 +230,15 @@ def doubts(sites: Sequence[Site], calibration: Calibration) -> list[str]:
     few = [s.title for s, stats in read if s.title not in zero and stats.count * share < s.shape[1]]
     padded = [s.title for s, _ in read if s.name in calibration.padded]
     warnings = []
+    if calibration.whole:
+        warnings.append(
+            "a part of a batch gave other outputs than in the whole batch, as the nodes of a graph "
+            "do: batches were kept whole, and held out whole"
+        )
+    if calibration.rows_read:
+        warnings.append(
+            f"the data was read to {calibration.rows_read:,} rows and may go on: rows=… reads more"
+        )
     if padded:
         warnings.append(
             f"padding may be counted in the inputs of {len(padded)} layers: no mask fits what they "
@@ -218,14 +284,40 @@ def _gathered(
         groups = _split(groups, gather.parted)
 
 
-def _batches(
-    model: nn.Module, data: Data, tokenizer: Any, length: int, seed: int, progress: bool
-) -> tuple[list[Batch] | Forward, str]:
-    """The data as batches, and its source if the model wrote it."""
-    if not (isinstance(data, str) and data == SELF):
-        return materialise(data, tokenizer, length=length), ""
-    written = self_written.written_batches(model, length=length, seed=seed, progress=progress)
-    return written, self_written.described(model, length=length, seed=seed)
+def _stays_whole(model: nn.Module, batches: list[Batch] | Forward) -> bool:
+    """Whether batches must not be cut; measured once, on the first that could be.
+
+    Rows of ids that a model of transformers reads are independent: no pass is spent on them.
+    """
+    if callable(batches):
+        return False
+    doubtful = (b for b in batches if not reads_ids(model, b) and rows_in(b) > 1)
+    batch = next(doubtful, None)
+    return batch is not None and rows_depend(model, batch)
+
+
+def _fed(
+    model: nn.Module,
+    data: Data,
+    tokenizer: Any,
+    length: int,
+    rows: int | None,
+    seed: int,
+    progress: bool,
+) -> tuple[Reading, str, bool]:
+    """The data, its source if the model wrote it, and whether its batches stay whole."""
+    check_rows(rows)
+    if isinstance(data, str) and data == SELF:
+        written = self_written.written_batches(
+            model, length=length, seed=seed, rows=rows, progress=progress
+        )
+        about = self_written.described(model, length=length, seed=seed, rows=rows)
+        return Reading(written), about, False
+    reading = read_rows(data, tokenizer, length=length, rows=rows)
+    batches, whole = reading.batches, _stays_whole(model, reading.batches)
+    if rows is None or whole or callable(batches) or sum(map(rows_in, batches)) <= rows:
+        return reading, "", whole
+    return Reading(first_rows(batches, rows), rows), "", whole
 
 
 class _Gather:
@@ -336,14 +428,17 @@ def _run(
         return
     from tqdm.auto import tqdm
 
-    bar = tqdm(fewer(model, batches), "calibrate", delay=2, disable=not progress, leave=False)
+    bar = tqdm(batches, "calibrate", delay=2, disable=not progress, leave=False)
     for batch in bar:
         padding.start(batch)
         forward(model, batch)
 
 
-def fewer(model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
-    """The batches in smaller ones, where their logits would take much memory."""
+def fewer(model: nn.Module, batches: Sequence[Batch], *, whole: bool = False) -> list[Batch]:
+    """The batches in smaller ones, where their logits would take much memory; not if they stay
+    `whole`."""
+    if whole:
+        return list(batches)
     parts: list[Batch] = []
     for batch in batches:
         rows = few_rows(model, batch)
@@ -357,10 +452,12 @@ def _split(groups: Groups, parted: set[str]) -> Groups:
 
 
 def _distinct(calibration: Calibration) -> float:
-    """The number of distinct rows over that of all rows; 1 for a callable."""
+    """The number of distinct rows over that of all rows, or of batches that stay whole; 1 for a
+    callable."""
     if callable(calibration.batches):
         return 1.0
-    rows = rebatched(calibration.batches, 1)
+    whole = calibration.whole
+    rows = calibration.batches if whole else rebatched(calibration.batches, 1)
     return len({_key(row) for row in rows}) / max(len(rows), 1)
 
 

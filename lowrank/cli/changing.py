@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ import typer
 from ..api.from_disk import room_for, working_in, write
 from ..api.request import Compression, Request
 from ..calibration.self_written import writes
-from ..calibration.statistics import SELF, calibrate
+from ..calibration.statistics import SELF, Calibration, calibrate
 from ..errors import LowrankError
 from ..plans.report import Report
 from . import inputs, options
@@ -50,7 +50,8 @@ def plan_command(
         raise LowrankError(f"{out} exists: choose another name, or add --force")
     model = inputs.load_model(path)
     methods = [chosen["method"]] if chosen["method"] else []
-    batches = _calibration(model, path, text, data, length, methods, chosen["seed"] or 0)
+    batches = _calibration(model, path, text, chosen, length, methods, chosen["seed"] or 0)
+    _drop_spent_rows(keywords, batches)
     planned = plan(model, **keywords, data=batches, progress=on_terminal())
     show(planned)
     say(f"keeps {planned.kept():.4f} of the targets' {planned.unit}, "
@@ -61,6 +62,7 @@ def plan_command(
         planned.save(out)
         again = "" if data is None else f" --data {data}"
         again += "" if length is None else f" --length {length}"
+        again += "" if chosen["rows"] is None else f" --rows {chosen['rows']}"
         say(f"wrote {out}; apply it with: lowrank compress {path} --plan {out}{again} --out out")
 
 
@@ -112,9 +114,11 @@ def compress_command(
     if not room.in_memory:
         say(f"runs {room}")
     with nullcontext() if room.in_memory else working_in(out):
-        batches = _calibration(model, path, text, chosen["data"], length, methods, seed)
+        batches = _calibration(model, path, text, chosen, length, methods, seed)
+        _drop_spent_rows(keywords, batches)
         if plan is not None:
-            model, report = apply(model, plan, data=batches, progress=on_terminal())
+            rows = None if isinstance(batches, Calibration) else chosen["rows"]
+            model, report = apply(model, plan, data=batches, rows=rows, progress=on_terminal())
         else:
             model, report = compress(model, **keywords, data=batches, progress=on_terminal())
         _write(model, report, path, out)
@@ -155,7 +159,7 @@ def _calibration(
     model: Any,
     path: str,
     text: str | None,
-    data: str | None,
+    chosen: Mapping[str, Any],
     length: int | None,
     methods: Sequence[str],
     seed: int,
@@ -165,6 +169,7 @@ def _calibration(
     Raises:
         LowrankError: one of the `methods` needs a text, and there is none.
     """
+    data = chosen["data"]
     rows, needing = inputs.row_length(model, length, option="--length"), options.needs_data(methods)
     if text is not None:
         inputs.check_reads_tokens(model, "--data")
@@ -175,7 +180,15 @@ def _calibration(
     unused = bool(methods) and not needing
     if data is None and (length is None or unused or not writes(model)):
         return "default"
-    return calibrate(model, SELF, length=rows, seed=seed, progress=on_terminal())
+    return calibrate(
+        model, SELF, length=rows, rows=chosen["rows"], seed=seed, progress=on_terminal()
+    )
+
+
+def _drop_spent_rows(keywords: dict[str, Any], data: Any) -> None:
+    """A calibration was made with --rows already."""
+    if isinstance(data, Calibration):
+        keywords.pop("rows", None)
 
 
 def _write(model: Any, report: Report, path: str, out: Path) -> None:

@@ -21,6 +21,7 @@ TYPES: dict[str, Any] = {
     "ratio": float,
     "align": int,
     "seed": int,
+    "rows": int,
     "target_modules": list[str],
     "exclude_modules": list[str],
     "judge": Path,
@@ -99,7 +100,7 @@ def saved_plan(path: Path, chosen: Mapping[str, Any]) -> Plan:
         LowrankError: other options conflict with it, or its methods need a text that is missing.
     """
     given = [name for name, value in chosen.items() if value not in (None, [], ())]
-    conflicting = [ARGUMENTS[name].flag for name in given if name != "data"]
+    conflicting = [ARGUMENTS[name].flag for name in given if name not in ("data", "rows")]
     if conflicting:
         raise LowrankError(f"--plan already fixes this: drop {', '.join(conflicting)}")
     plan = Plan.load(path)

@@ -41,7 +41,7 @@ class Workbench:
     ) -> None:
         """
         Args:
-            rows: batch size.
+            rows: batch size, but of batches that stay whole.
             recordings: of the fitting batches, `ROWS` rows each, if they were made already.
 
         Raises:
@@ -50,13 +50,17 @@ class Workbench:
         if callable(calibration.batches):
             raise LowrankError("recovery runs the model on batches: pass them as data=…")
         self.model, self.calibration = model, calibration
-        _, batches = followed(model, rebatched(calibration.batches, rows))
+        whole = calibration.whole
+        fitted, held_out = calibration.batches, list(calibration.held_out)
+        if not whole:
+            fitted, held_out = rebatched(fitted, rows), rebatched(held_out, rows)
+        _, batches = followed(model, fitted, whole=whole)
         self.fitted = len(batches)
-        self.batches = batches + rebatched(calibration.held_out, rows)
+        self.batches = batches + held_out
         few = max(self.fitted // HELD_OUT, 1)
         self.judged_on_seen = not calibration.held_out
         held = calibration.held_out or batches[-few:]
-        held = fewer(model, held)
+        held = fewer(model, held, whole=whole)
         self.judge = Reference(model, held, most=KEPT_BYTES)
         self._recordings = dict(recordings or {}) if rows == ROWS else {}
         self._reals: dict[int, Reals] = {}
@@ -80,7 +84,9 @@ class Workbench:
         if len(names) == 1:  # each holds hidden states of its own: keep one such recording
             held = self._recordings.items()
             self._recordings = {k: r for k, r in held if len(k) > 1 or k == names}
-        recording = self._recordings.setdefault(tuple(names), Recording(tuple(names)))
+        recording = self._recordings.setdefault(
+            tuple(names), Recording(tuple(names), self.calibration.whole)
+        )
         self._record(self.model, recording, numbers)
         return Chain(self.model, recording, numbers)
 
@@ -89,7 +95,7 @@ class Workbench:
         reuses the dense model's recording."""
         if not factored(student):
             return Chain(student, self._recordings[tuple(names)], numbers)
-        recording = Recording(tuple(names))
+        recording = Recording(tuple(names), self.calibration.whole)
         self._record(student, recording, numbers)
         return Chain(student, recording, numbers)
 

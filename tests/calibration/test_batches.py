@@ -14,12 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import lowrank
 from lowrank import LowrankError
 from lowrank.calibration import batches as batches_room
-from lowrank.calibration.batches import materialise, parted, rebatched, text_batches, text_rows
+from lowrank.calibration.batches import (
+    first_rows,
+    materialise,
+    parted,
+    read_rows,
+    rebatched,
+    rows_in,
+    text_batches,
+    text_rows,
+)
 from lowrank.calibration.padding import mask_of
 from lowrank.calibration.running import forward, logits_of
-from tests.zoo import Custom, Tokenizer, calibration, make, said, tokens
+from tests.zoo import Custom, Tokenizer, calibration, make, mlp, said, tokens
 
 X = torch.arange(12.0).reshape(4, 3)
 ROWS = list(X)
@@ -99,9 +109,9 @@ def test_rows_of_a_text() -> None:
         (None, "got NoneType"),
         ([5], "a tuple that starts with a tensor, got int"),
         ([("text", 1)], "got tuple"),
-        ([X, "text"], "got str"),
+        ([X, "text"], "item 1 of the data: a batch must be a tensor"),
         ([[]], "got list"),
-        ([{"input_ids": [1, 2]}], "got {input_ids: list}: collate the rows"),
+        ([{"input_ids": [[1, 2], [3]]}], "got {input_ids: list}: collate the rows"),
         ({}, "must hold tensors, got {}"),
     ],
     ids=str,
@@ -166,6 +176,123 @@ def test_a_stream_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> Non
     said(caught)
     assert next(read) == 11
     assert len(materialise([X] * 12)) == 12  # a list has an end
+
+
+class Counted:
+    """An iterable that counts how many items it was asked for; sized if it has an end."""
+
+    def __init__(self, item: Any, count: int | None = None) -> None:
+        self.item, self.count, self.asked = item, count, 0
+
+    def __len__(self) -> int:
+        if self.count is None:
+            raise TypeError("it has no end")
+        return self.count
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.count is None or self.asked < self.count:
+            self.asked += 1
+            yield self.item
+
+
+ROW = {"input_ids": tokens()[0]}
+TEXT = "abcdefgh"
+
+
+@pytest.mark.parametrize("count", [None, 1000])
+@pytest.mark.parametrize(
+    ("item", "rows", "asked", "read"),
+    [
+        (X, 10, 3, 12),  # batches of 4 rows; the third is read whole
+        (X, 12, 3, 12),
+        (X, None, 64, 256),
+        (ROW, 5, 5, 5),
+        (ROW, None, 256, 256),
+        (X[0], 5, 5, 5),
+        (TEXT, 3, 2, 3),  # two rows of 4 tokens each
+        (TEXT, None, 8192, 16384),  # 256 × 256 tokens
+        ({"text": TEXT}, 4, 2, 4),
+    ],
+)
+def test_a_stream_is_read_so_far_and_no_further(
+    count: int | None, item: Any, rows: int | None, asked: int, read: int
+) -> None:
+    data = Counted(item, None if count is None else max(count, asked + 1))
+    reading = read_rows(data, Tokenizer(), length=4, rows=rows)
+    assert data.asked == asked
+    assert reading.rows == read
+    assert sum(map(rows_in, reading.batches)) == read  # type: ignore[arg-type]
+
+
+def test_what_ends_there_does_not_go_on() -> None:
+    assert read_rows(Counted(X, 3), rows=12).rows == 0
+    assert read_rows(Counted(X, 64)).rows == 0
+    assert read_rows([X] * 3, rows=12).rows == 0
+    assert read_rows([X] * 4, rows=12).rows == 12
+    assert read_rows("abc efgh", Tokenizer(), length=4, rows=2).rows == 0
+    assert read_rows("abc efgh", Tokenizer(), length=4, rows=1).rows == 1
+
+
+def test_what_is_in_memory_is_read_whole() -> None:
+    for data in ([X] * 100, tuple([X] * 100), torch.ones(400, 3), {"x": torch.ones(400, 3)}):
+        reading = read_rows(data)
+        assert reading.rows == 0
+        assert sum(map(rows_in, reading.batches)) == 400  # type: ignore[arg-type]
+
+
+def test_a_generator_is_left_where_reading_stopped() -> None:
+    rows = (x for x in range(100))
+    read_rows((torch.full((1, 3), float(x)) for x in rows), rows=5)
+    assert next(rows) == 5
+
+
+def test_a_loader_is_read_so_far() -> None:
+    loader = DataLoader(TensorDataset(torch.ones(100, 3)), batch_size=8)
+    assert len(read_rows(loader, rows=20).batches) == 3  # type: ignore[arg-type]
+    assert read_rows(loader).rows == 0
+
+
+def test_a_calibration_has_the_rows_asked_for() -> None:
+    net = nn.Linear(3, 3)
+    x = torch.arange(300.0).reshape(100, 3)
+    for data in (x, [x], list(x.split(30)), {"input": x}, DataLoader(x, batch_size=30)):
+        seen = lowrank.calibrate(net, data, rows=40, progress=False)
+        gram = x[:40].double().T @ x[:40].double() / 40
+        torch.testing.assert_close(seen.statistics[""].gram, gram)
+        assert seen.rows_read == 40
+    assert lowrank.calibrate(net, x, rows=100, progress=False).rows_read == 0
+
+
+def test_first_rows() -> None:
+    assert list(map(len, first_rows([X, X, X], 6))) == [4, 2]
+    assert list(map(len, first_rows([X, X], 4))) == [4]
+    assert len(first_rows([X[0]] * 3, 2)) == 2  # each may be a whole input
+
+
+@pytest.mark.parametrize("rows", [0, -1, 2.5, True, "5"])
+def test_rows_are_a_positive_integer(rows: Any) -> None:
+    with pytest.raises(LowrankError, match="rows must be a positive integer or None, got"):
+        read_rows([X], rows=rows)
+
+
+def test_rows_that_nothing_counts_are_refused() -> None:
+    net = nn.Linear(3, 3)
+    with pytest.raises(LowrankError, match="rows=5 counts rows of data, a callable shows none"):
+        lowrank.calibrate(net, lambda model: model(X), rows=5, progress=False)
+    seen = lowrank.calibrate(net, X, progress=False)
+    with pytest.raises(LowrankError, match="rows=5 would change nothing: the calibration is fin"):
+        lowrank.calibrate(net, seen, rows=5, progress=False)
+    with pytest.raises(LowrankError, match="rows=5 counts rows of data, but no data is read"):
+        lowrank.compress(mlp(8, 8, 8), 0.5, rows=5, data=None, progress=False)
+
+
+@pytest.mark.parametrize("item", [None, {1, 2}, object(), {"x": {1}}])
+def test_a_wrong_first_item_ends_the_reading(item: Any) -> None:
+    data = Counted(item)
+    with pytest.raises(LowrankError, match=r"^item 0 of the data: ") as caught:
+        lowrank.calibrate(nn.Linear(3, 3), data, progress=False)
+    assert type(item).__name__ in said(caught)
+    assert data.asked == 1
 
 
 def test_a_wrong_item_is_refused_before_more_are_read() -> None:

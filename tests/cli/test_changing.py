@@ -144,6 +144,25 @@ def test_a_plan_changes_nothing_and_can_be_applied(made: SimpleNamespace, tmp_pa
     assert lowrank.Plan.load(file).asked["ratio"] == 0.5
 
 
+@pytest.mark.parametrize("text", [True, False])
+@pytest.mark.parametrize("length", [[], ["--length", 9]])
+def test_rows_are_those_asked_for(
+    made: SimpleNamespace, tmp_path: Path, text: bool, length: list[object]
+) -> None:
+    """Of a text, and of what the model writes, at once or by a plan."""
+    args = ("--rows", 5, *length, *(("--data", made.text) if text else ()))
+    tokens = 5 * (9 if length else 64)
+    file = tmp_path / "plan.json"
+    said = run("plan", made.dense, "--ratio", 0.6, *args, "-o", file)
+    assert "--rows 5" in said
+    assert lowrank.Plan.load(file).settings["tokens"] == tokens
+    run("compress", made.dense, "--ratio", 0.6, *args, "--out", tmp_path / "a")
+    run("compress", made.dense, "--plan", file, *args, "--out", tmp_path / "b")
+    assert torch.equal(logits(tmp_path / "a"), logits(tmp_path / "b"))
+    again = ("--ratio", 0.6, "--rows", 0, "--out", tmp_path / "c")
+    assert "rows must be a positive integer" in refused("compress", made.dense, *again)
+
+
 def test_merge_gives_a_dense_checkpoint_of_the_same_function(
     made: SimpleNamespace, tmp_path: Path
 ) -> None:
