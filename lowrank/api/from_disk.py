@@ -78,17 +78,21 @@ def available_memory() -> int:
 
 
 @contextmanager
-def replacing(out: Path) -> Iterator[Path]:
-    """A new folder beside `out`, which takes its place once the block has succeeded.
+def replacing(out: Path, within: Path | None = None) -> Iterator[Path]:
+    """A new folder, which takes the place of `out` once the block has succeeded.
 
     An older result is whole until then, and stays if anything fails; files of others stay too.
+
+    Args:
+        within: an existing folder to make it in, on the same disk. Default: beside `out`.
 
     Raises:
         LowrankError: the place cannot be written.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        place = out.parent if within is None else within
+        fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=place))
     except OSError as error:
         raise LowrankError(f"{out} cannot be written: {error.strerror}") from error
     try:
@@ -96,7 +100,7 @@ def replacing(out: Path) -> Iterator[Path]:
         fresh.chmod(0o755)
         old = None
         if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=place))
             out.replace(old)
         fresh.replace(out)
         if old is not None:
@@ -126,26 +130,35 @@ def check_apart(source: str | Path, out: str | Path) -> Path:
 
 
 @contextmanager
-def working_in(out: Path) -> Iterator[None]:
-    """A context in which large tensors live in unnamed files beside `out`.
+def working_in(folder: Path) -> Iterator[None]:
+    """A context in which large tensors live in unnamed files of a folder.
 
     Raises:
         LowrankError: the place cannot be written, or the disk is full.
     """
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with in_files(out.parent):
+        with in_files(folder):
             yield
     except OSError as error:
-        raise LowrankError(f"{out.parent}: {error.strerror or error}") from error
+        raise LowrankError(f"{folder}: {error.strerror or error}") from error
 
 
 def write(
-    model: nn.Module, report: Report, source: str | Path, out: Path, *, tokenizer: Any = None
+    model: nn.Module,
+    report: Report,
+    source: str | Path,
+    out: Path,
+    *,
+    tokenizer: Any = None,
+    within: Path | None = None,
 ) -> None:
-    """Save a compressed model with its card and `report.json`, all or nothing."""
+    """Save a compressed model with its card and `report.json`, all or nothing.
+
+    Args:
+        within: see `replacing`.
+    """
     card = ["## Compression", f"Compressed from `{Path(source).name}`.", *report.summary()]
     body = "\n\n".join([*card, markdown(report.rows())])
-    with replacing(out) as fresh:
+    with replacing(out, within) as fresh:
         io.save(model, fresh, tokenizer=tokenizer, card=body, max_shard_size=SHARD)
         (fresh / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")

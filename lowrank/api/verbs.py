@@ -37,6 +37,7 @@ from .arguments import ARGUMENTS
 from .from_disk import check_apart, working_in, write
 from .planning import hold_out_of, make_plan
 from .request import HOLD_OUT, Compression, Request, Source
+from .resuming import Work, unfinished
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -196,6 +197,17 @@ def compress(model: nn.Module, asked: Compression) -> tuple[nn.Module, Report]:
         raise LowrankError(
             "out is for a model that is given as a folder: save this one by lowrank.save"
         )
+    return _compressed(model, asked, started)
+
+
+def _compressed(
+    model: nn.Module, asked: Compression, started: float, work: Work | None = None
+) -> tuple[nn.Module, Report]:
+    """Compress a model in memory.
+
+    Args:
+        work: what an earlier call, which was killed, has finished of this one.
+    """
     if isinstance(asked.ratio, Plan):
         asked.check_beside_plan()
         method = cast(Any, None if isinstance(asked.method, str) else asked.method)
@@ -206,7 +218,7 @@ def compress(model: nn.Module, asked: Compression) -> tuple[nn.Module, Report]:
     request = asked.request()
     check_model(model)
     model = copied(model) if asked.copy else model
-    decision = decide(model, request)
+    decision = decide(model, request, work)
     return carry_out(
         model, decision.plan, decision.sites, decision.resolved, decision.calibration,
         bench=decision.bench, curves=decision.curves, started=started, progress=asked.progress,
@@ -214,7 +226,8 @@ def compress(model: nn.Module, asked: Compression) -> tuple[nn.Module, Report]:
 
 
 def _from_folder(source: str | os.PathLike[str], asked: Compression) -> Report:
-    """Compress the model of a folder into another one; see from_disk.py."""
+    """Compress the model of a folder into another one; see from_disk.py and resuming.py."""
+    started = time.perf_counter()
     if asked.out is None:
         raise LowrankError(
             f"expected a torch.nn.Module, got {type(source).__name__}: to compress the model of a "
@@ -226,21 +239,60 @@ def _from_folder(source: str | os.PathLike[str], asked: Compression) -> Report:
         asked.request()  # a typo must not cost loading
     model = io.from_pretrained(source).eval()
     tokenizer = asked.tokenizer or io.tokenizer_of(source)
-    with working_in(out):
-        request = dataclasses.replace(asked, out=None, copy=False, tokenizer=tokenizer)
-        given = {f.name: getattr(request, f.name) for f in dataclasses.fields(request)}
-        model, report = compress(model, **given)
-        write(model, report, source, out, tokenizer=tokenizer)
+    asked = dataclasses.replace(asked, out=None, copy=False, tokenizer=tokenizer)
+    options = {f.name: getattr(asked, f.name) for f in dataclasses.fields(asked)}
+    with unfinished(out, model, options) as work, working_in(work.folder):
+        model, report = _compressed(model, asked, started, work)
+        write(model, report, source, out, tokenizer=tokenizer, within=work.folder)
     return report
 
 
-def decide(model: nn.Module, request: Request) -> Decision:
-    """Make a plan, cheap checks first: a typo must not cost a calibration."""
+def decide(model: nn.Module, request: Request, work: Work | None = None) -> Decision:
+    """Make a plan, cheap checks first: a typo must not cost a calibration.
+
+    Args:
+        work: what an earlier call, which was killed, has finished of this one.
+    """
     check_model(model)
     sites = find_sites(model)
     wanted = targets_among(sites, model, request)
+    calibration, recordings = _calibrated(model, sites, wanted, request, work)
+    bench = bench_of(model, calibration, request, recordings)
+    if bench is not None and work is not None and work.data:
+        bench.journal = work.journal
+    chosen = None if work is None else work.plan()
+    if chosen is not None:
+        resolved = _resolved_for(
+            chosen, None if isinstance(request.method, str) else request.method
+        )
+        return Decision(chosen, {}, resolved, sites, calibration, bench)
+    remember = isinstance(request.data, Calibration)
+    planned = make_plan(model, request, wanted, calibration, bench, remember=remember)
+    if work is not None:
+        work.keep_plan(planned[0])
+    return Decision(*planned, sites, calibration, bench)
+
+
+def _calibrated(
+    model: nn.Module,
+    sites: Sequence[Site],
+    wanted: Sequence[Site],
+    request: Request,
+    work: Work | None,
+) -> tuple[Calibration | None, Recordings]:
+    """The statistics that the method needs, and the inputs of blocks that were recorded for them.
+
+    Args:
+        wanted: the sites considered.
+    """
+    feed = Feed.of(request)
+    if work is not None:
+        feed = feed._replace(data=work.read(feed.data, feed.tokenizer, feed.rows))
+        finished = work.statistics(model)
+        if finished is not None:
+            return finished, {}
     calibration = statistics_for(
-        model, sites, Feed.of(request),
+        model, sites, feed,
         needed=request.method is None or bool(request.needs()),
         hold_out=hold_out_of(request, wanted),
     )  # fmt: skip
@@ -250,10 +302,9 @@ def decide(model: nn.Module, request: Request) -> Decision:
             model, calibration, wanted,
             seed=request.seed, progress=request.progress, recordings=recordings,
         )  # fmt: skip
-    bench = bench_of(model, calibration, request, recordings)
-    remember = isinstance(request.data, Calibration)
-    planned = make_plan(model, request, wanted, calibration, bench, remember=remember)
-    return Decision(*planned, sites, calibration, bench)
+    if work is not None and calibration is not None:
+        calibration = work.keep_statistics(calibration, model)
+    return calibration, recordings
 
 
 def targets_among(sites: Sequence[Site], model: nn.Module, request: Request) -> list[Site]:

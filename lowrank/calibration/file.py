@@ -1,10 +1,13 @@
 """Calibrations in files: statistics, spectra and rows, to be used again.
 
-One safetensors file, never pickle. It belongs to one model, known by the digest of its tensors.
+One safetensors file, or a folder with one file for each distinct input, whose matrices are read
+from disk when they are used; never pickle. It belongs to one model, known by the digest of its
+tensors.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -17,36 +20,65 @@ from torch import Tensor, nn
 from ..errors import LowrankError
 from ..types import Cost, Curve, Option, Statistics
 from .batches import Batch
-from .digests import check_place, model_print, write_whole
+from .digests import add_tensor, check_place, model_print, write_whole
 from .observation import Observation
 from .statistics import Calibration
 
 FORMAT, VERSION = "lowrank-calibration", "1"
+INDEX = "calibration.safetensors"  # of a folder
 MATRICES = ("gram", "mean", "freq", "out_gram", "row_fisher")  # of Statistics
 
 
 def save_calibration(calibration: Calibration, path: str | Path, model: nn.Module) -> None:
-    """Save a calibration of `model`; an existing file is replaced if it is a calibration.
+    """Save a calibration of `model`; an existing one is replaced.
+
+    Args:
+        path: of a file, or of a folder if it has no suffix. Loading a folder reads no matrix: each
+            is mapped into memory, and read when it is used.
 
     Raises:
-        LowrankError: its data is a callable or holds more than tensors, or the file is not one.
+        LowrankError: its data is a callable or holds more than tensors, or the place is taken by
+            something else.
     """
     path = Path(path)
     check_place(path)
-    if path.exists():
-        _opened(path)
+    is_folder = path.is_dir() or not path.suffix
+    index = path / INDEX if is_folder else path
+    if index.exists():
+        _opened(index)
+    elif path.exists():
+        raise LowrankError(f"{path} is not a lowrank calibration: choose another name")
+    store = _Store()
+    body = _body(calibration, store, path if is_folder else None)
+    about = {"format": FORMAT, "version": VERSION, "model": model_print(model)}
+    write_whole(index, {**about, "body": json.dumps(body)}, store.tensors)
+    if is_folder:  # only now: an older index refers to older files
+        named = {part["file"] for part in body["statistics"]}
+        for old in path.glob("statistics-*.safetensors"):
+            if old.name not in named:
+                old.unlink()
+
+
+def _body(calibration: Calibration, store: _Store, folder: Path | None) -> dict[str, Any]:
+    """A calibration as JSON; its tensors go to the store, statistics to files of the folder."""
     if callable(calibration.batches):
         raise LowrankError("a calibration from a callable cannot be saved: pass batches or texts")
-    store = _Store()
     own: dict[int, int] = {}
     parts: list[dict[str, Any]] = []
+    if folder is not None:
+        folder.mkdir(exist_ok=True)
     for stats in calibration.statistics.values():
         if id(stats) not in own:
             own[id(stats)] = len(parts)
-            tensors = {name: store.put(getattr(stats, name)) for name in MATRICES}
-            parts.append({"count": stats.count, **tensors})
+            matrices = {name: getattr(stats, name) for name in MATRICES}
+            stored = (
+                {name: store.put(matrix) for name, matrix in matrices.items()}
+                if folder is None
+                else {"file": _write_part(folder, matrices)}
+            )
+            parts.append({"count": stats.count, **stored})
     observation = calibration.observation
-    body = {
+    return {
         "statistics": parts,
         "sites": {name: own[id(stats)] for name, stats in calibration.statistics.items()},
         "order": observation.order, "groups": observation.groups, "chains": observation.chains,
@@ -63,8 +95,34 @@ def save_calibration(calibration: Calibration, path: str | Path, model: nn.Modul
             if id(stats) in own
         },
     }  # fmt: skip
-    about = {"format": FORMAT, "version": VERSION, "model": model_print(model)}
-    write_whole(path, {**about, "body": json.dumps(body)}, store.tensors)
+
+
+def _write_part(folder: Path, matrices: Mapping[str, Tensor | None]) -> str:
+    """Write the matrices of one distinct input; the name says their digest."""
+    tensors = {name: m.detach().cpu().contiguous() for name, m in matrices.items() if m is not None}
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        add_tensor(digest, name, tensor)
+    name = f"statistics-{digest.hexdigest()[:32]}.safetensors"
+    if not (folder / name).exists():
+        write_whole(folder / name, {}, tensors)
+    return name
+
+
+def _read_part(path: Path) -> dict[str, Tensor | None]:
+    """The matrices of one distinct input, mapped into memory.
+
+    Raises:
+        LowrankError: the file is missing or broken.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            return {n: file.get_tensor(n) if n in names else None for n in MATRICES}
+    except (SafetensorError, OSError) as error:
+        raise LowrankError(f"{path} is missing or broken ({error}): delete the folder") from error
 
 
 def load_calibration(path: str | Path, model: nn.Module) -> Calibration:
@@ -74,9 +132,10 @@ def load_calibration(path: str | Path, model: nn.Module) -> Calibration:
         LowrankError: the file is missing, something else, broken, or made for another model.
     """
     path = Path(path)
-    if not path.is_file():
+    index = path / INDEX if path.is_dir() else path
+    if not index.is_file():
         raise LowrankError(f"there is no calibration {path}")
-    about, tensors = _opened(path)
+    about, tensors = _opened(index)
     if about.get("version") != VERSION:
         raise LowrankError(f"{path} was written by another version of lowrank: delete it")
     if about.get("model") != model_print(model):
@@ -85,7 +144,7 @@ def load_calibration(path: str | Path, model: nn.Module) -> Calibration:
             "delete it"
         )
     try:
-        return _restored(json.loads(about["body"]), tensors)
+        return _restored(json.loads(about["body"]), tensors, index.parent)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise LowrankError(f"{path} is broken ({error!r:.80}): delete it") from error
 
@@ -155,12 +214,19 @@ def _curve(curve: Curve, store: _Store) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _restored(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibration:
+def _restored(body: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> Calibration:
     def get(number: int | None) -> Tensor | None:
         return None if number is None else tensors[str(number)]
 
     parts = [
-        Statistics(part["count"], **{name: get(part[name]) for name in MATRICES})
+        Statistics(
+            part["count"],
+            **(
+                _read_part(folder / Path(part["file"]).name)
+                if "file" in part
+                else {name: get(part[name]) for name in MATRICES}
+            ),
+        )
         for part in body["statistics"]
     ]
     shapes = {name: tuple(shape) for name, shape in body["shapes"].items()}

@@ -313,7 +313,10 @@ def _fed(
         )
         about = self_written.described(model, length=length, seed=seed, rows=rows)
         return Reading(written), about, False
-    reading = read_rows(data, tokenizer, length=length, rows=rows)
+    if isinstance(data, Reading):
+        reading = data
+    else:
+        reading = read_rows(data, tokenizer, length=length, rows=rows)
     batches, whole = reading.batches, _stays_whole(model, reading.batches)
     if rows is None or whole or callable(batches) or sum(map(rows_in, batches)) <= rows:
         return reading, "", whole

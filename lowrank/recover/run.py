@@ -33,9 +33,10 @@ from ..walk.surgery import module_at, put, twin
 from .batchnorm import bn_recalibrate
 from .blocks import distill, refit_block
 from .copies import Pairs, factors_in, own_buffers, own_vectors
+from .journal import Journal
 from .recovery import Recovery
 from .sequential import Moments, SequentialPass, Student
-from .training import Trained, Training
+from .training import Training
 from .workbench import Workbench
 
 ROUNDING = 1e-6  # a KL that fp32 logits cannot tell from zero
@@ -82,7 +83,7 @@ def recover_layers(
     """
     if any(site.name == "" for site, _, _ in work):
         return Recovered({s.name: m for s, _, m in work}, notes=(ROOT,))
-    job = _Job(bench, recovery, resolved, work, most, seed)
+    job = _Job(bench, recovery, resolved, work, most, seed, journal=bench.journal)
     _refit([job], progress)
     return job.finish()
 
@@ -145,8 +146,9 @@ class _Job:
     work: Open
     most: int | None
     seed: int
+    journal: Journal | None = None
     vectors: Pairs = field(default_factory=dict)
-    trained: list[Trained] = field(default_factory=list)
+    improved: dict[str, bool] = field(default_factory=dict)  # by block refit: block -> whether
     notes: list[str] = field(default_factory=list)
     broken: bool = False
 
@@ -169,16 +171,19 @@ class _Job:
         steps = self.recovery.block_steps
         if steps and not blocks:
             self.notes.append("the model has no chain of blocks: block refit was skipped")
-        return Student(self.student, self.refits, self._fit, self._refit_block if steps else None)
+        train = self._refit_block if steps else None
+        if self.journal is None:
+            return Student(self.student, self.refits, self._fit, train)
+        return Student(self.student, self.refits, self._fit, train, self._restored, self._finished)
 
     def note(self, sentences: Sequence[str]) -> None:
         """What the pass did and says."""
         if self.recovery.refit:
             self.notes.append(f"refitted in closed form, layer by layer: {len(self.refits)}")
         self.notes += sentences
-        if self.trained:
-            kept = sum(result.kept for result in self.trained)
-            self.notes.append(f"block refit: {kept} of {len(self.trained)} blocks improved")
+        if self.improved:
+            kept = sum(self.improved.values())
+            self.notes.append(f"block refit: {kept} of {len(self.improved)} blocks improved")
 
     def finish(self) -> Recovered:
         """The stages after the pass."""
@@ -246,7 +251,37 @@ class _Job:
             raise
         except LowrankError as error:
             raise LowrankError(f"{lean.names[index]}: {error}") from None
-        self.trained.append(result)
+        self.improved[name] = result.kept
+
+    def _finished(self, name: str, sites: Sequence[Site]) -> None:
+        """Keep a block in the journal."""
+        assert self.journal is not None
+        copies = {id(copy) for _, copy in self.vectors.values()}
+        block = module_at(self.student, name)
+        vectors = {f"{name}.{n}": p for n, p in block.named_parameters() if id(p) in copies}
+        layers = {site.name: module_at(self.student, site.name) for site in sites}
+        about = {"improved": self.improved.get(name)}
+        self.journal.keep_layers(name, layers, vectors, about)
+
+    def _restored(self, name: str) -> bool:
+        """Put the layers of a block that the journal holds in place."""
+        assert self.journal is not None
+        kept = self.journal.layers(name)
+        if kept is None:
+            return False
+        layers, vectors, about = kept
+        sites = {site.name: site for site in self.refits}
+        for site_name, new in layers.items():
+            put(self.student, sites[site_name], new)
+        if vectors:
+            own_vectors(module_at(self.student, name), self.vectors)
+        tensors = dict(self.student.named_parameters())
+        with torch.no_grad():
+            for vector, value in vectors.items():
+                tensors[vector].copy_(value)
+        if about["improved"] is not None:
+            self.improved[name] = bool(about["improved"])
+        return True
 
     def _store(self, site: Site) -> None:
         new = module_at(self.student, site.name)

@@ -61,12 +61,17 @@ class Student:
             token.
         after_block: called once all sites of a block are replaced, with the twin's chain, the
             block's index and the dense outputs; may train the block.
+        restored: called with a block's name before its turn; whether an earlier call, which was
+            killed, had finished it, and its layers are now in place.
+        finished: called with the name of a block that is done.
     """
 
     model: nn.Module
     sites: Sequence[Site]
     fit: Callable[[Site, Moments | None], nn.Module]
     after_block: Callable[[Chain, int, list[Tensor]], None] | None = None
+    restored: Callable[[str], bool] = lambda _: False
+    finished: Callable[[str, Sequence[Site]], None] = lambda *_: None
 
     def among(self, group: Sequence[Site]) -> list[Site]:
         return [site for site in group if site in self.sites]
@@ -162,7 +167,10 @@ class SequentialPass:
             self.on_block(name)
             after: list[Any] = []
             mine = [group for group in waiting if _within(group[0].name, [name])]
-            for group in mine:
+            done = all(student.restored(name) for student in self.students)
+            if done:
+                waiting[:] = [group for group in waiting if group not in mine]
+            for group in () if done else mine:
                 runs = _block_runs(dense, index)[: self.fitted]
                 lean_runs = [_block_runs(chain, index)[: self.fitted] for chain in lean]
                 after = self._refit(group, runs, lean_runs, to_the_end=group is mine[-1])
@@ -170,8 +178,10 @@ class SequentialPass:
             dense.hidden = after + dense.outputs(index, first=len(after))
             for student, chain in zip(self.students, lean, strict=True):
                 chain.refresh(student.model)
-                if student.after_block is not None:
+                if student.after_block is not None and not done:
                     student.after_block(chain, index, dense.hidden)
+                if not done:
+                    student.finished(name, student.among([s for group in mine for s in group]))
                 chain.hidden = chain.outputs(index)
 
     def _refit(

@@ -14,6 +14,7 @@ from ..calibration.statistics import Calibration, fewer, followed
 from ..errors import LowrankError
 from ..measure.eval import Reference
 from ..walk.surgery import factored, module_at
+from .journal import Journal
 
 HELD_OUT = 8  # without held-out rows, one batch in this many serves to judge
 KEPT_BYTES = 1 << 28  # cache of the dense model's logits on those rows
@@ -30,7 +31,10 @@ class Workbench:
         fitted: number of batches for fitting.
         judge: the dense model's predictions on the rows that choices are judged on.
         judged_on_seen: no rows were held out, so the last fitting rows are judged on.
+        journal: where finished blocks are kept, if the call is to be resumable.
     """
+
+    journal: Journal | None = None
 
     def __init__(
         self,
