@@ -23,6 +23,7 @@ from .. import io
 from ..errors import LowrankError
 from ..linalg.mapped import in_files
 from ..plans.report import Report
+from ..plans.stages import stage
 from ..tables import markdown
 from ..types import Site
 from ..walk.sites import find_sites
@@ -142,10 +143,17 @@ def working_in(out: Path) -> Iterator[None]:
 
 def write(
     model: nn.Module, report: Report, source: str | Path, out: Path, *, tokenizer: Any = None
-) -> None:
-    """Save a compressed model with its card and `report.json`, all or nothing."""
+) -> Report:
+    """Save a compressed model with its card and `report.json`, all or nothing.
+
+    Returns:
+        The report, with the stages and seconds up to here.
+    """
     card = ["## Compression", f"Compressed from `{Path(source).name}`.", *report.summary()]
     body = "\n\n".join([*card, markdown(report.rows())])
     with replacing(out) as fresh:
-        io.save(model, fresh, tokenizer=tokenizer, card=body, max_shard_size=SHARD)
+        with stage("writing"):
+            io.save(model, fresh, tokenizer=tokenizer, card=body, max_shard_size=SHARD)
+        report = report.updated()
         (fresh / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
+    return report

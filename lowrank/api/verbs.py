@@ -24,6 +24,7 @@ from ..methods.resolved import Given, Resolved, resolve
 from ..nn import is_factored
 from ..plans.plan import Plan, matched
 from ..plans.report import Report
+from ..plans.stages import recording, stage
 from ..recover.recovery import Recovery
 from ..recover.workbench import Workbench
 from ..types import JointMethod, Method, Site
@@ -113,6 +114,7 @@ def plan(model: nn.Module, request: Request) -> Plan:
     return decide(model, request).plan
 
 
+@recording()
 @ordinary_tensors()
 def apply(
     model: nn.Module,
@@ -160,7 +162,8 @@ def apply(
     )  # fmt: skip
     read = [site for (site, _), m in zip(work, makers, strict=True) if m.needs & FISHER]
     if calibration is not None and read:
-        calibration = with_fisher(model, calibration, read, seed=plan.seed, progress=progress)
+        with stage("gradients"):
+            calibration = with_fisher(model, calibration, read, seed=plan.seed, progress=progress)
     bench = None
     if recovery is not None and calibration is not None:
         bench = Workbench(model, calibration, recovery.rows)
@@ -171,6 +174,7 @@ def apply(
 
 
 @flat(Compression)
+@recording()
 def compress(model: nn.Module, asked: Compression) -> tuple[nn.Module, Report]:
     """Replace layers by factored ones that keep `ratio` of their parameters.
 
@@ -223,14 +227,14 @@ def _from_folder(source: str | os.PathLike[str], asked: Compression) -> Report:
     out = check_apart(source, asked.out)
     if not isinstance(asked.ratio, Plan):
         asked.request()  # a typo must not cost loading
-    model = io.from_pretrained(source).eval()
+    with stage("loading"):
+        model = io.from_pretrained(source).eval()
     tokenizer = asked.tokenizer or io.tokenizer_of(source)
     with working_in(out):
         request = dataclasses.replace(asked, out=None, copy=False, tokenizer=tokenizer)
         given = {f.name: getattr(request, f.name) for f in dataclasses.fields(request)}
         model, report = compress(model, **given)
-        write(model, report, source, out, tokenizer=tokenizer)
-    return report
+        return write(model, report, source, out, tokenizer=tokenizer)
 
 
 def decide(model: nn.Module, request: Request) -> Decision:
@@ -245,10 +249,11 @@ def decide(model: nn.Module, request: Request) -> Decision:
     )  # fmt: skip
     recordings: Recordings = {}
     if calibration is not None and request.needs() & FISHER:
-        calibration = with_fisher(
-            model, calibration, wanted,
-            seed=request.seed, progress=request.progress, recordings=recordings,
-        )  # fmt: skip
+        with stage("gradients"):
+            calibration = with_fisher(
+                model, calibration, wanted,
+                seed=request.seed, progress=request.progress, recordings=recordings,
+            )  # fmt: skip
     bench = bench_of(model, calibration, request, recordings)
     remember = isinstance(request.data, Calibration)
     planned = make_plan(model, request, wanted, calibration, bench, remember=remember)
@@ -294,10 +299,11 @@ def statistics_for(
         data = SELF if needed and writes(model) else None
     if data is None:
         return None
-    return calibrate(
-        model, cast(Any, data), tokenizer=tokenizer, seed=seed, hold_out=hold_out,
-        progress=progress, sites=sites,
-    )  # fmt: skip
+    with stage("calibration"):
+        return calibrate(
+            model, cast(Any, data), tokenizer=tokenizer, seed=seed, hold_out=hold_out,
+            progress=progress, sites=sites,
+        )  # fmt: skip
 
 
 def _resolved_for(plan: Plan, method: Given) -> Resolved:

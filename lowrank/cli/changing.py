@@ -16,6 +16,8 @@ from ..calibration.self_written import writes
 from ..calibration.statistics import SELF, calibrate
 from ..errors import LowrankError
 from ..plans.report import Report
+from ..plans.stages import recording, stage
+from ..tables import aligned
 from . import inputs, options
 from .console import hushed, on_terminal, say, say_reasons, show
 from .inputs import Force, Length, Out, Source
@@ -65,6 +67,7 @@ def plan_command(
 
 
 @arguments_of(Compression)
+@recording()
 def compress_command(
     path: Source,
     out: Out,
@@ -101,7 +104,8 @@ def compress_command(
     keywords = {} if plan is not None else options.keywords(chosen, Compression)
     text = inputs.read_data(chosen["data"])
     inputs.check_folder(out, force, source=path)
-    model = inputs.load_model(path)
+    with stage("loading"):
+        model = inputs.load_model(path)
     methods = [chosen["method"]] if chosen["method"] else []
     seed = chosen["seed"] or 0
     if plan is not None:
@@ -175,15 +179,16 @@ def _calibration(
     unused = bool(methods) and not needing
     if data is None and (length is None or unused or not writes(model)):
         return "default"
-    return calibrate(model, SELF, length=rows, seed=seed, progress=on_terminal())
+    with stage("calibration"):
+        return calibrate(model, SELF, length=rows, seed=seed, progress=on_terminal())
 
 
 def _write(model: Any, report: Report, path: str, out: Path) -> None:
     """Save checkpoint, model card and report.json, and print the summary and next steps."""
     tokenizer = inputs.load_tokenizer(path)
     with hushed():
-        write(model, report, path, out, tokenizer=tokenizer)
-    for line in report.summary():
+        report = write(model, report, path, out, tokenizer=tokenizer)
+    for line in [*report.summary(), *aligned(report.times())]:
         say(line)
     say_reasons("left dense", ((row["site"], row["reason"]) for row in report.rows()))
     say()

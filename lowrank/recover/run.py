@@ -25,6 +25,7 @@ from ..measure.eval import NotFinite
 from ..methods.resolved import Resolved
 from ..nn import Form, LowRankLinear, pivot_layer
 from ..plans.entry import Entry
+from ..plans.stages import stage
 from ..types import Site
 from ..walk import layouts
 from ..walk.layouts import keeps_moments
@@ -108,12 +109,16 @@ class _Job:
         for site, _, new in self.work:
             if site not in refits:
                 put(self.student, site, new)
-        self._refit(refits)
+        with stage("refit by block"):
+            self._refit(refits)
         self._batchnorm()
-        self._distill()
+        if self.recovery.distill_steps:
+            with stage("distillation"):
+                self._distill()
         for site in refits:  # only now: plain factors are better conditioned to train
             self._store(site)
-        self._judge()
+        with stage("judging"):
+            self._judge()
         modules = {site.name: module_at(self.student, site.name) for site, _, _ in self.work}
         return Recovered(modules, self.vectors, tuple(self.notes), self.broken)
 
@@ -207,7 +212,8 @@ class _Job:
             data = [self.bench.batches[number] for number in self.numbers[: self.fitted]]
         model, held = self.bench.model, self.bench.judge.batches
         try:
-            kept = bn_recalibrate(self.student, data, reference=model, held_out=held)
+            with stage("batch norms"):
+                kept = bn_recalibrate(self.student, data, reference=model, held_out=held)
         except NotFinite:
             raise
         except LowrankError as error:  # no predictions to judge by
@@ -216,8 +222,6 @@ class _Job:
         self.notes.append(f"batch norms re-estimated: {'kept' if kept else 'reverted: no gain'}")
 
     def _distill(self) -> None:
-        if not self.recovery.distill_steps:
-            return
         trained = [*factors_in(self.student), *own_vectors(self.student, self.vectors)]
         options = Training(self.recovery.distill_steps, self.recovery.distill_rate, seed=self.seed)
         batches = [self.bench.batches[number] for number in self.numbers]

@@ -63,6 +63,15 @@ def test_compress_says_where_tensors_lived(made: SimpleNamespace, tmp_path: Path
     assert lowrank.from_pretrained(out).num_parameters() > 0
 
 
+def test_compress_prints_the_stages(made: SimpleNamespace) -> None:
+    rows = [line.split() for line in made.said.splitlines()]
+    start = rows.index(["stage", "seconds", "peak", "memory"])
+    named = [row[0] for row in rows[start + 1 : start + 7]]
+    assert named == ["loading", "calibration", "decompositions", "choosing", "factoring", "writing"]
+    saved = json.loads((made.out / "report.json").read_text())["stages"]
+    assert [one["name"].split()[0] for one in saved] == named
+
+
 def test_compress_passes_every_choice_on(made: SimpleNamespace, tmp_path: Path) -> None:
     run(
         "compress", made.dense, "-o", tmp_path / "a", "--ratio", 0.96, "--of", "model", "--policy",
