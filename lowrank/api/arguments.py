@@ -127,6 +127,11 @@ ARGUMENTS: dict[str, Argument] = {
         "and statistics then stay in files, so that memory does not grow with depth. An older "
         "result is replaced once the new one is whole."
     ),
+    "rows": Argument(
+        "rows of calibration data; 0 for none. Default: as many as a causal language model writes "
+        "itself, if the method needs data."
+    ),
+    "length": Argument("tokens per row. Default: 256, or the model's limit if lower."),
     "seed": Argument("random seed (default 0).", flag="--seed", metavar="INT"),
     "judge": Argument(
         "texts or batches to compare predictions on, as for `kl`. Default: the held-out "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,6 +16,7 @@ from ..api.request import Compression, Request
 from ..calibration.self_written import writes
 from ..calibration.statistics import SELF, calibrate
 from ..errors import LowrankError
+from ..plans.estimates import GIB
 from ..plans.report import Report
 from ..plans.stages import recording, stage
 from ..tables import aligned
@@ -88,6 +90,13 @@ def compress_command(
             "where they would take more than half of the memory.",
         ),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print parameters, memory, disk, FLOPs and time to be expected, and stop there.",
+        ),
+    ] = False,
     **chosen: Any,
 ) -> None:
     """Factor the layers of a model, and save it.
@@ -97,13 +106,19 @@ def compress_command(
       lowrank compress PATH --ratio 0.8 --effort fast --out out
       lowrank compress PATH --rank 32 --target q_proj --target k_proj --out out
       lowrank compress PATH --plan plan.json --out out
+      lowrank compress PATH --ratio 0.8 --effort fast --out out --dry-run
     """
     from ..api import apply, compress
 
+    if dry_run and saved is not None:
+        raise LowrankError("--dry-run estimates from --ratio or --rank, not from a plan: drop one")
     plan = None if saved is None else options.saved_plan(saved, chosen)
     keywords = {} if plan is not None else options.keywords(chosen, Compression)
     text = inputs.read_data(chosen["data"])
     inputs.check_folder(out, force, source=path)
+    if dry_run:
+        _estimate(path, keywords, text, length, out)
+        return
     with stage("loading"):
         model = inputs.load_model(path)
     methods = [chosen["method"]] if chosen["method"] else []
@@ -153,6 +168,25 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "compress": compress_command,
     "merge": merge_command,
 }
+
+
+def _estimate(
+    path: str, keywords: dict[str, Any], text: str | None, length: int | None, out: Path
+) -> None:
+    """Print what compress would take."""
+    from ..api.estimating import estimated
+    from ..io import skeleton
+
+    where, rows = inputs.located(path), None
+    with hushed():
+        model = skeleton(where)
+        cut = inputs.row_length(model, length, option="--length")
+        if text is not None:
+            rows = sum(len(batch) for batch in inputs.batches_of_text(text, path, cut))
+        expected = estimated(where, Compression(**keywords).request(), rows, cut)
+    say(str(expected))
+    place = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    say(f"{shutil.disk_usage(place).free / GIB:.2f} GiB of disk are free at {place}")
 
 
 def _calibration(
