@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import linear
 
 ENOUGH = 0.1  # seconds that a measurement should take
-MOST_ROWS = 1024
+LEAST_ROWS, MOST_ROWS = 64, 1024  # of few rows, a product is as slow as reading the weight
 SIDE = 512  # of the matrices that are decomposed
 
 
@@ -35,20 +36,21 @@ class Rates:
 def measured_rates(
     out_features: int, in_features: int, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Rates:
-    """Rates by one product of the given shape, (rows, in) by (in, out), and by eigenproblems of
-    size `SIDE`. Takes few seconds: rows are added while they cost little.
+    """Rates by one product of the given shape, as a linear layer of it computes it (other products
+    in 16 bits may be a hundred times slower), and by eigenproblems of size `SIDE`. Takes few
+    seconds: rows are added while they cost little.
 
     Args:
         dtype: of the model; float32 and float64 are measured in any case.
     """
 
     def multiplied(kind: torch.dtype, inner: int, outer: int) -> float:
-        weight = torch.randn(inner, outer, device=device).to(kind)
-        rows = 8
+        weight = torch.randn(outer, inner, device=device).to(kind)
+        rows = LEAST_ROWS
         while True:
             left = torch.randn(rows, inner, device=device).to(kind)
-            seconds = seconds_of(lambda left=left: left @ weight)  # type: ignore[misc]
-            if seconds >= ENOUGH / 4 or rows >= MOST_ROWS:
+            seconds = seconds_of(lambda left=left: linear(left, weight))  # type: ignore[misc]
+            if seconds >= ENOUGH or rows >= MOST_ROWS:
                 return 2 * rows * inner * outer / seconds
             rows *= 4
 

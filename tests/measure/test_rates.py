@@ -41,9 +41,9 @@ def test_rates_are_work_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "seconds_of", lambda call: (call(), 0.5)[1])
     found = rates.measured_rates(40, 24, torch.bfloat16)
     side = rates.SIDE
-    assert found.product == 2 * 8 * 24 * 40 / 0.5
-    assert found.single == 2 * 8 * 24 * 24 / 0.5
-    assert found.double == 2 * 8 * side * side / 0.5
+    assert found.product == 2 * 64 * 24 * 40 / 0.5
+    assert found.single == 2 * 64 * 24 * 24 / 0.5
+    assert found.double == 2 * 64 * side * side / 0.5
     assert found.values == found.vectors == side**3 / 0.5
 
 
@@ -51,5 +51,5 @@ def test_rows_are_added_while_they_cost_little(monkeypatch: pytest.MonkeyPatch) 
     asked = []
     monkeypatch.setattr(rates, "seconds_of", lambda call: asked.append(len(call())) or 1e-3)
     found = rates.measured_rates(40, 24, torch.float32)
-    assert asked[:5] == [8, 32, 128, 512, 2048]
-    assert found.product == pytest.approx(2 * 2048 * 24 * 40 / 1e-3)
+    assert asked[:3] == [64, 256, 1024]
+    assert found.product == pytest.approx(2 * 1024 * 24 * 40 / 1e-3)
