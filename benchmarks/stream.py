@@ -4,7 +4,8 @@
 
 Random Llamas of equal blocks in bf16, saved in shards, compressed to 0.8 in a process of their own,
 two threads. `anonymous` is the peak of memory that lies in no file (RssAnon, Linux), less that of
-the same process with its imports alone; `model` the size of the weights.
+the same process with its imports alone; `estimate` the same by lowrank.estimate beforehand; `model`
+the size of the weights.
 """
 
 from __future__ import annotations
@@ -80,6 +81,17 @@ def compressed(folder: Path, rows: int, effort: str) -> dict[str, float]:
     return {"anonymous": peak[0] - before, "seconds": seconds, "kept": report.achieved}
 
 
+def expected(folder: Path, rows: int, effort: str) -> dict[str, float]:
+    """What `lowrank.estimate` says of the anonymous memory, above that of the imports."""
+    import lowrank
+
+    importlib.import_module("transformers")
+    torch.set_num_threads(2)
+    before = anonymous()
+    estimate = lowrank.estimate(folder, RATIO, effort=effort, rows=rows, length=LENGTH)
+    return {"estimate": estimate.from_disk - before}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, nargs="+", default=[4, 8, 16])
@@ -87,24 +99,33 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--effort", default="fast")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--expected", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.folder:
-        print(json.dumps(compressed(given.folder, given.rows, given.effort)))
+        measure = expected if given.expected else compressed
+        print(json.dumps(measure(given.folder, given.rows, given.effort)))
         return
-    print(f"{'blocks':>6} {'model':>8} {'anonymous':>9} {'s':>6} {'s a block':>9} {'kept':>6}")
+    print(
+        f"{'blocks':>6} {'model':>8} {'anonymous':>9} {'estimate':>9} {'s':>6} {'s a block':>9} "
+        f"{'kept':>6}"
+    )
     rows = []
     for blocks in given.blocks:
         with tempfile.TemporaryDirectory(dir=".") as directory:
             folder = Path(directory) / "model"
             size = build(folder, blocks, given.width)
             own = ["--folder", str(folder), "--rows", str(given.rows), "--effort", given.effort]
-            done = subprocess.run(
-                [sys.executable, __file__, *own], check=True, capture_output=True, text=True
-            )
-        row = {"blocks": blocks, "model": size, **json.loads(done.stdout.splitlines()[-1])}
+            row: dict[str, float] = {"blocks": blocks, "model": size}
+            for more in (["--expected"], []):
+                done = subprocess.run(
+                    [sys.executable, __file__, *own, *more],
+                    check=True, capture_output=True, text=True,
+                )  # fmt: skip
+                row |= json.loads(done.stdout.splitlines()[-1])
         rows.append(row)
         print(
             f"{blocks:6} {size / MIB:5.0f} MiB {row['anonymous'] / MIB:5.0f} MiB "
+            f"{row['estimate'] / MIB:5.0f} MiB "
             f"{row['seconds']:6.0f} {row['seconds'] / blocks:9.1f} {row['kept']:6.3f}",
             flush=True,
         )

@@ -7,6 +7,7 @@ from .api import apply as apply
 from .api import compress as compress
 from .api import plan as plan
 from .api.by_design import factorize_by_design as factorize_by_design
+from .api.estimating import estimate as estimate
 from .api.sweeping import Sweep as Sweep
 from .api.sweeping import sweep as sweep
 from .calibration.file import load_calibration as load_calibration
@@ -30,6 +31,7 @@ from .measure.bench import benchmark as benchmark
 from .measure.eval import kl as kl
 from .measure.eval import perplexity as perplexity
 from .methods import METHODS as METHODS
+from .plans.estimates import Estimate as Estimate
 from .plans.plan import Plan as Plan
 from .plans.report import Report as Report
 from .policies import POLICIES as POLICIES

@@ -11,6 +11,7 @@ import pytest
 
 from lowrank import types
 from lowrank.api.arguments import ARGUMENTS
+from lowrank.api.estimating import Estimating
 from lowrank.api.request import Compression, Request, Sweeping
 from lowrank.nn import Form
 from tests.test_layers import LIBRARY, RANK, Sources, imported, layer, packages, sources
@@ -182,7 +183,9 @@ def test_contracts_are_declared(files: Sources) -> None:
 
 
 def test_every_argument_is_explained_once() -> None:
-    asked = {f.name for request in (Request, Compression, Sweeping) for f in fields(request)}
+    asked = {
+        f.name for request in (Request, Compression, Sweeping, Estimating) for f in fields(request)
+    }
     assert asked == set(ARGUMENTS)
 
 

@@ -19,9 +19,12 @@ ROOT = Path(__file__).parents[1]
 # Source file below lowrank/ -> test file below tests/, a name that it mentions.
 ELSEWHERE = {
     "api/arguments.py": ("test_house.py", "ARGUMENTS"),
+    "api/footprint.py": ("api/test_estimating.py", "scratch_bytes"),
     "api/grouping.py": ("methods/test_basis_sharing.py", "compress"),
+    "api/jobs.py": ("api/test_estimating.py", "job_of"),
     "api/positions.py": ("api/test_macs.py", "plan"),
     "api/verbs.py": ("api/test_applying.py", "compress"),
+    "api/workload.py": ("api/test_estimating.py", "estimate"),
     "calibration/by_block.py": ("calibration/test_chain.py", "gradients_by_block"),
     "calibration/gradients.py": ("api/test_work.py", "Gradients"),
     "calibration/digests.py": ("calibration/test_file.py", "load_calibration"),

@@ -24,6 +24,7 @@ from ..nn.form import notes_of
 from ..plans.entry import Entry
 from ..plans.plan import Plan, Work, matched, versions
 from ..plans.report import Measured, Report
+from ..plans.stages import recorded, stage
 from ..recover.copies import hand_over
 from ..recover.recovery import Recovery
 from ..recover.run import Recovered, recover_layers
@@ -69,13 +70,17 @@ def carry_out(
     work = matched(sites, plan, model)
     before = model_cost(model, [])
     bar = tqdm(together(work), "factor", delay=2, disable=not progress, leave=False)
-    built = [
-        item for group in bar for item in factor_group(group, plan, calibration, resolved, curves)
-    ]
+    with stage("factoring"):
+        built = [
+            item
+            for group in bar
+            for item in factor_group(group, plan, calibration, resolved, curves)
+        ]
     recovered = _recovered(plan, built, resolved, bench, progress)
     if recovered is not None:
         built = [item._replace(new=recovered.modules.get(item.site.name)) for item in built]
-        built = [_remeasured(item, resolved, calibration) for item in built]
+        with stage("measuring errors"):
+            built = [_remeasured(item, resolved, calibration) for item in built]
     root = model
     with unchanged_on_error(model):
         for item in built:
@@ -162,6 +167,7 @@ def _report(
     targets = [entry for entry in plan.entries if entry.target]
     stored = sum(costs.get(entry.name, entry.dense).of(unit) for entry in targets)
     saved = sum(item.entry.dense.of(unit) - costs[item.entry.name].of(unit) for item in built)
+    stages, seconds = recorded() or ((), time.perf_counter() - started)
     return Report(
         plan=plan,
         sites=tuple(item.measured for item in built),
@@ -171,11 +177,12 @@ def _report(
         params_after=after.params,
         bytes_before=before.bytes,
         bytes_after=after.bytes,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         tokens=0 if calibration is None else calibration.tokens,
         seed=plan.seed,
         versions=versions(),
         notes=tuple(notes),
+        stages=stages,
     )
 
 

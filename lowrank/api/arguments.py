@@ -137,6 +137,7 @@ ARGUMENTS: dict[str, Argument] = {
         "and statistics then stay in files, so that memory does not grow with depth. An older "
         "result is replaced once the new one is whole."
     ),
+    "length": Argument("tokens per row. Default: 256, or the model's limit if lower."),
     "seed": Argument("random seed (default 0).", flag="--seed", metavar="INT"),
     "judge": Argument(
         "texts or batches to compare predictions on, as for `kl`. Default: the held-out "

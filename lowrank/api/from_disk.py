@@ -23,6 +23,7 @@ from .. import io
 from ..errors import LowrankError
 from ..linalg.mapped import in_files
 from ..plans.report import Report
+from ..plans.stages import stage
 from ..tables import markdown
 from ..types import Site
 from ..walk.sites import find_sites
@@ -137,6 +138,7 @@ def working_in(folder: Path) -> Iterator[None]:
         LowrankError: the place cannot be written, or the disk is full.
     """
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with in_files(folder):
             yield
     except OSError as error:
@@ -151,14 +153,20 @@ def write(
     *,
     tokenizer: Any = None,
     within: Path | None = None,
-) -> None:
+) -> Report:
     """Save a compressed model with its card and `report.json`, all or nothing.
 
     Args:
         within: see `replacing`.
+
+    Returns:
+        The report, with the stages and seconds up to here.
     """
     card = ["## Compression", f"Compressed from `{Path(source).name}`.", *report.summary()]
     body = "\n\n".join([*card, markdown(report.rows())])
     with replacing(out, within) as fresh:
-        io.save(model, fresh, tokenizer=tokenizer, card=body, max_shard_size=SHARD)
+        with stage("writing"):
+            io.save(model, fresh, tokenizer=tokenizer, card=body, max_shard_size=SHARD)
+        report = report.updated()
         (fresh / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
+    return report

@@ -20,6 +20,7 @@ from ..methods.resolved import Resolved, own_form
 from ..plans import shared_basis
 from ..plans.entry import Entry
 from ..plans.plan import Plan, versions
+from ..plans.stages import stage
 from ..policies.common import measured
 from ..recover.workbench import Workbench
 from ..types import Allocation, Cost, Curve, Probe, SeveralForms, Site
@@ -74,7 +75,8 @@ def make_plan(
     resolved = request.resolved(data=calibration is not None)
     _check_data(request, resolved, calibration)
     taken, notes = _workable(sites, resolved, calibration, request)
-    parts = _decomposed(taken, resolved, calibration, request, remember)
+    with stage("decompositions"):
+        parts = _decomposed(taken, resolved, calibration, request, remember)
     is_layer = any(site.name == "" for site in parts.sites)  # no model around it to judge
     bench = None if is_layer else bench
     if request.policy is None and request.ratio is not None:
@@ -92,7 +94,8 @@ def make_plan(
     goal = sum(site.cost.of(request.unit) for site in targets)
     groups = {s.names: g for s, g in zip(parts.stacks(), parts.groups, strict=True)}
     probe = None if bench is None else Judge(bench, groups, resolved, request.recovery)
-    chosen, curves, compared = _chosen(request, goal, parts, whole, probe)
+    with stage("choosing ranks"):
+        chosen, curves, compared = _chosen(request, goal, parts, whole, probe)
     entries = _entries(parts, chosen, curves, request, {site.names for site in targets})
     settings = _settings(request, resolved, calibration)
     outside = uncovered(model, sites)

@@ -102,6 +102,11 @@ class Work:
             )
 
 
+def unfinished_at(out: Path) -> Path:
+    """Where the work towards an output folder is kept until it is whole."""
+    return out.parent / f".{out.name}.unfinished"
+
+
 @contextmanager
 def unfinished(out: Path, model: nn.Module, options: Mapping[str, Any]) -> Iterator[Work]:
     """The work of a call; its folder is deleted at the end, and after an error in the arguments.
@@ -115,7 +120,7 @@ def unfinished(out: Path, model: nn.Module, options: Mapping[str, Any]) -> Itera
         LowrankError: the place cannot be written, another process is at work there, or it holds
             unfinished work of another call.
     """
-    folder = out.parent / f".{out.name}.unfinished"
+    folder = unfinished_at(out)
     call = _call(model, options)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import os
 import textwrap
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 from torch import nn
@@ -24,6 +25,7 @@ from ..methods.resolved import Given, Resolved, resolve
 from ..nn import is_factored
 from ..plans.plan import Plan, matched
 from ..plans.report import Report
+from ..plans.stages import recording, stage
 from ..recover.recovery import Recovery
 from ..recover.workbench import Workbench
 from ..types import JointMethod, Method, Site
@@ -114,6 +116,7 @@ def plan(model: nn.Module, request: Request) -> Plan:
     return decide(model, request).plan
 
 
+@recording()
 @ordinary_tensors()
 def apply(
     model: nn.Module,
@@ -162,7 +165,8 @@ def apply(
     )  # fmt: skip
     read = [site for (site, _), m in zip(work, makers, strict=True) if m.needs & FISHER]
     if calibration is not None and read:
-        calibration = with_fisher(model, calibration, read, seed=plan.seed, progress=progress)
+        with stage("gradients"):
+            calibration = with_fisher(model, calibration, read, seed=plan.seed, progress=progress)
     bench = None
     if recovery is not None and calibration is not None:
         bench = Workbench(model, calibration, recovery.rows)
@@ -173,6 +177,7 @@ def apply(
 
 
 @flat(Compression)
+@recording()
 def compress(model: nn.Module, asked: Compression) -> tuple[nn.Module, Report]:
     """Replace layers by factored ones that keep `ratio` of their parameters.
 
@@ -226,8 +231,7 @@ def _compressed(
 
 
 def _from_folder(source: str | os.PathLike[str], asked: Compression) -> Report:
-    """Compress the model of a folder into another one; see from_disk.py and resuming.py."""
-    started = time.perf_counter()
+    """Compress the model of a folder into another one."""
     if asked.out is None:
         raise LowrankError(
             f"expected a torch.nn.Module, got {type(source).__name__}: to compress the model of a "
@@ -237,14 +241,25 @@ def _from_folder(source: str | os.PathLike[str], asked: Compression) -> Report:
     out = check_apart(source, asked.out)
     if not isinstance(asked.ratio, Plan):
         asked.request()  # a typo must not cost loading
-    model = io.from_pretrained(source).eval()
+    with stage("loading"):
+        model = io.from_pretrained(source).eval()
     tokenizer = asked.tokenizer or io.tokenizer_of(source)
     asked = dataclasses.replace(asked, out=None, copy=False, tokenizer=tokenizer)
+    return into_folder(model, source, out, asked)
+
+
+def into_folder(model: nn.Module, source: str, out: Path, asked: Compression) -> Report:
+    """Compress a model with its tensors in files, resumably; see from_disk.py and resuming.py.
+
+    Args:
+        source: the folder or name that it was loaded from.
+        out: a folder other than that.
+    """
+    started = time.perf_counter()
     options = {f.name: getattr(asked, f.name) for f in dataclasses.fields(asked)}
     with unfinished(out, model, options) as work, working_in(work.folder):
         model, report = _compressed(model, asked, started, work)
-        write(model, report, source, out, tokenizer=tokenizer, within=work.folder)
-    return report
+        return write(model, report, source, out, tokenizer=asked.tokenizer, within=work.folder)
 
 
 def decide(model: nn.Module, request: Request, work: Work | None = None) -> Decision:
@@ -298,10 +313,11 @@ def _calibrated(
     )  # fmt: skip
     recordings: Recordings = {}
     if calibration is not None and request.needs() & FISHER:
-        calibration = with_fisher(
-            model, calibration, wanted,
-            seed=request.seed, progress=request.progress, recordings=recordings,
-        )  # fmt: skip
+        with stage("gradients"):
+            calibration = with_fisher(
+                model, calibration, wanted,
+                seed=request.seed, progress=request.progress, recordings=recordings,
+            )  # fmt: skip
     if work is not None and calibration is not None:
         calibration = work.keep_statistics(calibration, model)
     return calibration, recordings
@@ -361,10 +377,11 @@ def statistics_for(
                 f"rows={feed.rows} counts rows of data, but no data is read: drop it"
             )
         return None
-    return calibrate(
-        model, cast(Any, data), tokenizer=feed.tokenizer, rows=feed.rows, seed=feed.seed,
-        hold_out=hold_out, progress=feed.progress, sites=sites,
-    )  # fmt: skip
+    with stage("calibration"):
+        return calibrate(
+            model, cast(Any, data), tokenizer=feed.tokenizer, rows=feed.rows, seed=feed.seed,
+            hold_out=hold_out, progress=feed.progress, sites=sites,
+        )  # fmt: skip
 
 
 def _resolved_for(plan: Plan, method: Given) -> Resolved:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,10 +13,14 @@ import typer
 
 from ..api.from_disk import room_for, working_in, write
 from ..api.request import Compression, Request
+from ..api.resuming import unfinished_at
 from ..calibration.self_written import writes
 from ..calibration.statistics import SELF, Calibration, calibrate
 from ..errors import LowrankError
+from ..plans.estimates import GIB
 from ..plans.report import Report
+from ..plans.stages import recording, stage
+from ..tables import aligned
 from . import inputs, options
 from .console import hushed, on_terminal, say, say_reasons, show
 from .inputs import Force, Length, Out, Source
@@ -67,6 +72,7 @@ def plan_command(
 
 
 @arguments_of(Compression)
+@recording()
 def compress_command(
     path: Source,
     out: Out,
@@ -87,6 +93,13 @@ def compress_command(
             "where they would take more than half of the memory.",
         ),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print parameters, memory, disk, FLOPs and time to be expected, and stop there.",
+        ),
+    ] = False,
     **chosen: Any,
 ) -> None:
     """Factor the layers of a model, and save it.
@@ -96,14 +109,21 @@ def compress_command(
       lowrank compress PATH --ratio 0.8 --effort fast --out out
       lowrank compress PATH --rank 32 --target q_proj --target k_proj --out out
       lowrank compress PATH --plan plan.json --out out
+      lowrank compress PATH --ratio 0.8 --effort fast --out out --dry-run
     """
-    from ..api import apply, compress
+    from ..api.verbs import compress, into_folder
 
+    if dry_run and saved is not None:
+        raise LowrankError("--dry-run estimates from --ratio or --rank, not from a plan: drop one")
     plan = None if saved is None else options.saved_plan(saved, chosen)
     keywords = {} if plan is not None else options.keywords(chosen, Compression)
     text = inputs.read_data(chosen["data"])
     inputs.check_folder(out, force, source=path)
-    model = inputs.load_model(path)
+    if dry_run:
+        _estimate(path, keywords, text, length, out)
+        return
+    with stage("loading"):
+        model = inputs.load_model(path)
     methods = [chosen["method"]] if chosen["method"] else []
     seed = chosen["seed"] or 0
     if plan is not None:
@@ -113,15 +133,23 @@ def compress_command(
         room = replace(room, in_memory=not from_disk)
     if not room.in_memory:
         say(f"runs {room}")
-    with nullcontext() if room.in_memory else working_in(out):
+        if unfinished_at(out).exists():
+            say(f"goes on with the unfinished work in {unfinished_at(out)}")
+    with nullcontext() if room.in_memory else working_in(out.parent):
         batches = _calibration(model, path, text, chosen, length, methods, seed)
-        _drop_spent_rows(keywords, batches)
-        if plan is not None:
-            rows = None if isinstance(batches, Calibration) else chosen["rows"]
-            model, report = apply(model, plan, data=batches, rows=rows, progress=on_terminal())
-        else:
-            model, report = compress(model, **keywords, data=batches, progress=on_terminal())
-        _write(model, report, path, out)
+    if plan is not None:
+        keywords = {"ratio": plan, "rows": chosen["rows"]}
+    _drop_spent_rows(keywords, batches)
+    keywords |= {"data": batches, "progress": on_terminal()}
+    tokenizer = inputs.load_tokenizer(path)
+    if room.in_memory:
+        model, report = compress(model, **keywords)
+        with hushed():
+            report = write(model, report, path, out, tokenizer=tokenizer)
+    else:
+        with hushed():
+            report = into_folder(model, path, out, Compression(**keywords, tokenizer=tokenizer))
+    _tell(report, path, out, has_tokenizer=tokenizer is not None)
     if room.in_memory:
         say(f"ran {room}")
 
@@ -155,6 +183,26 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
+def _estimate(
+    path: str, keywords: dict[str, Any], text: str | None, length: int | None, out: Path
+) -> None:
+    """Print what compress would take."""
+    from ..api.estimating import estimated
+    from ..io import skeleton
+
+    where, rows = inputs.located(path), None
+    with hushed():
+        model = skeleton(where)
+        cut = inputs.row_length(model, length, option="--length")
+        if text is not None:
+            rows = sum(len(batch) for batch in inputs.batches_of_text(text, path, cut))
+            rows = min(rows, keywords.get("rows") or rows)
+        expected = estimated(where, Compression(**keywords).request(), rows, cut)
+    say(str(expected))
+    place = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    say(f"{shutil.disk_usage(place).free / GIB:.2f} GiB of disk are free at {place}")
+
+
 def _calibration(
     model: Any,
     path: str,
@@ -180,9 +228,10 @@ def _calibration(
     unused = bool(methods) and not needing
     if data is None and (length is None or unused or not writes(model)):
         return "default"
-    return calibrate(
-        model, SELF, length=rows, rows=chosen["rows"], seed=seed, progress=on_terminal()
-    )
+    with stage("calibration"):
+        return calibrate(
+            model, SELF, length=rows, rows=chosen["rows"], seed=seed, progress=on_terminal()
+        )
 
 
 def _drop_spent_rows(keywords: dict[str, Any], data: Any) -> None:
@@ -191,17 +240,14 @@ def _drop_spent_rows(keywords: dict[str, Any], data: Any) -> None:
         keywords.pop("rows", None)
 
 
-def _write(model: Any, report: Report, path: str, out: Path) -> None:
-    """Save checkpoint, model card and report.json, and print the summary and next steps."""
-    tokenizer = inputs.load_tokenizer(path)
-    with hushed():
-        write(model, report, path, out, tokenizer=tokenizer)
-    for line in report.summary():
+def _tell(report: Report, path: str, out: Path, *, has_tokenizer: bool) -> None:
+    """Print the summary and next steps."""
+    for line in [*report.summary(), *aligned(report.times())]:
         say(line)
     say_reasons("left dense", ((row["site"], row["reason"]) for row in report.rows()))
     say()
     say(f"wrote {out}; its README.md and report.json list every layer")
     say(f'load:      import lowrank; model = lowrank.from_pretrained("{out}")')
     say(f"evaluate:  lowrank eval {out} --text TEXT --reference {path}")
-    if tokenizer is None:
+    if not has_tokenizer:
         say(f"note:      {path} has no tokenizer, so none was saved")

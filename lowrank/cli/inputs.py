@@ -47,7 +47,7 @@ def load_model(path: str) -> Any:
     """
     from ..io import from_pretrained
 
-    where = _located(path)
+    where = located(path)
     auto_class = None if _has_architecture(where) else "AutoModelForCausalLM"
     with hushed():
         model, info = from_pretrained(where, auto_class, dtype="auto", output_loading_info=True)
@@ -68,7 +68,7 @@ def load_tokenizer(path: str, why: str = "") -> Any:
     from ..io import tokenizer_of
 
     with hushed():
-        tokenizer = tokenizer_of(_located(path))
+        tokenizer = tokenizer_of(located(path))
     if tokenizer is None and why:
         raise LowrankError(f"{why} needs a tokenizer, but {path} has none")
     return tokenizer
@@ -137,7 +137,7 @@ def check_folder(out: Path, force: bool, source: str | None = None) -> Path:
     return out
 
 
-def _located(path: str) -> str:
+def located(path: str) -> str:
     """The folder of a model, or a name that exists on the hub."""
     folder = Path(path).expanduser()
     if folder.is_dir():

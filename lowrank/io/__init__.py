@@ -7,6 +7,7 @@ from .declaration import detach as detach
 from .export_formats import export as export
 from .export_formats import to_dense as to_dense
 from .pretrained import from_pretrained as from_pretrained
+from .pretrained import skeleton as skeleton
 from .pretrained import tokenizer_of as tokenizer_of
 from .registration import install as install
 from .verifying import Verified as Verified

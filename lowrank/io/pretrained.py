@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,37 @@ def _check_loaded(where: str, info: dict[str, Any], *, complete: bool, sizes: bo
     parts = [f"{what}: {listed(sorted(names))}" for what, names in problems.items() if names]
     if parts:
         raise LowrankError(f"{where}: the weights do not fit config.json; {'; '.join(parts)}")
+
+
+def skeleton(path: str | os.PathLike[str]) -> nn.Module:
+    """The model of a folder or hub name on the meta device: only its config is read, no weight.
+
+    Raises:
+        LowrankError: transformers is not installed, or the config is none of a dense model of its.
+    """
+    import torch
+
+    try:
+        import transformers
+    except ImportError as error:
+        raise LowrankError("transformers is not installed: pip install transformers") from error
+    where = os.fspath(path)
+    try:
+        config = transformers.AutoConfig.from_pretrained(where)
+        if getattr(config, "quantization_config", None):
+            raise LowrankError(f"{where} is quantized or factored already: expected a dense model")
+        loader = _loader(transformers, where, None, {"config": config})
+        build = getattr(loader, "_from_config", None) or loader.from_config
+        with torch.device("meta"):
+            model: nn.Module = build(config)
+    except LowrankError:
+        raise
+    except Exception as error:  # many libraries may raise here
+        reason = " ".join(str(error).split())
+        raise LowrankError(
+            f"{where} is no folder of a transformers model: {type(error).__name__}: {reason}"
+        ) from error
+    return model.eval()
 
 
 def tokenizer_of(path: str) -> Any:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..tables import aligned, rich_table
 from .entry import COLUMNS, relative
 from .plan import FORMAT, Plan, parsed
 from .schema import Checks, is_integer, is_number, is_text, require_fields
+from .stages import Stage, recorded
+
+MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Report:
         seconds: of the whole call, calibration included.
         tokens: calibration tokens; 0 if the model was never run.
         notes: further remarks, one sentence each.
+        stages: in order of execution; empty if none were recorded.
     """
 
     plan: Plan
@@ -63,6 +67,7 @@ class Report:
     seed: int
     versions: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    stages: tuple[Stage, ...] = ()
 
     @property
     def asked(self) -> float | None:
@@ -83,6 +88,22 @@ class Report:
             rows.append({column: row[column] for column in (*COLUMNS[:-1], "measured", "reason")})
         return rows
 
+    def times(self) -> list[dict[str, str]]:
+        """One row per stage, as text: seconds, and the peak of memory that lies in no file."""
+        return [
+            {
+                "stage": stage.name,
+                "seconds": f"{stage.seconds:.1f}",
+                "peak memory": f"{stage.peak_bytes / MIB:.0f} MiB",
+            }
+            for stage in self.stages
+        ]
+
+    def updated(self) -> Report:
+        """The report with the stages and seconds up to now, if they are being recorded."""
+        so_far = recorded()
+        return self if so_far is None else replace(self, stages=so_far[0], seconds=so_far[1])
+
     def to_json(self) -> str:
         """JSON of all figures and the plan, read back by `from_json`."""
         body = {"format": "lowrank-report", "version": FORMAT, **asdict(self)}
@@ -92,14 +113,18 @@ class Report:
     @classmethod
     def from_json(cls, text: str) -> Report:
         """The report of a JSON text; raises LowrankError with what is wrong and where."""
-        body = parsed(text, "report")
+        body = {"stages": [], **parsed(text, "report")}  # older files have none
         require_fields(body, _FIELDS, "the report")
         plan = Plan.from_json(json.dumps(body["plan"]))
         for item in body["sites"]:
             require_fields(item, _SITE, "a layer of the report")
+        for item in body["stages"]:
+            require_fields(item, _STAGE, "a stage of the report")
         given = {key: body[key] for key in _FIELDS.keys() - {"format", "version"}}
         sites = tuple(Measured(**item) for item in body["sites"])
-        return cls(**{**given, "plan": plan, "sites": sites, "notes": tuple(body["notes"])})
+        stages = tuple(Stage(**item) for item in body["stages"])
+        made = {"plan": plan, "sites": sites, "notes": tuple(body["notes"]), "stages": stages}
+        return cls(**{**given, **made})
 
     def summary(self) -> list[str]:
         """The figures of the whole model, in a few lines."""
@@ -146,6 +171,7 @@ _SITE: Checks = {
     "seconds": _KNOWN,
     "reason": (is_text, "text"),
 }
+_STAGE: Checks = {"name": (is_text, "text"), "seconds": _KNOWN, "peak_bytes": _COUNT}
 _FIELDS: Checks = {
     "format": (is_text, "text"),
     "version": (is_integer, "an integer"),
@@ -162,4 +188,5 @@ _FIELDS: Checks = {
     "seed": (is_integer, "an integer"),
     "versions": (lambda v: isinstance(v, dict), "an object"),
     "notes": (lambda v: isinstance(v, list) and all(map(is_text, v)), "a list of texts"),
+    "stages": (lambda v: isinstance(v, list), "a list"),
 }

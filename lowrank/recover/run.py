@@ -26,6 +26,7 @@ from ..measure.eval import NotFinite
 from ..methods.resolved import PLAIN, Resolved
 from ..nn import Form, LowRankLinear, pivot_layer
 from ..plans.entry import Entry
+from ..plans.stages import stage
 from ..types import Site
 from ..walk import layouts
 from ..walk.layouts import keeps_moments
@@ -84,7 +85,8 @@ def recover_layers(
     if any(site.name == "" for site, _, _ in work):
         return Recovered({s.name: m for s, _, m in work}, notes=(ROOT,))
     job = _Job(bench, recovery, resolved, work, most, seed, journal=bench.journal)
-    _refit([job], progress)
+    with stage("refit by block"):
+        _refit([job], progress)
     return job.finish()
 
 
@@ -188,10 +190,13 @@ class _Job:
     def finish(self) -> Recovered:
         """The stages after the pass."""
         self.batchnorm()
-        self._distill()
+        if self.recovery.distill_steps:
+            with stage("distillation"):
+                self._distill()
         for site in self.refits:  # only now: plain factors are better conditioned to train
             self._store(site)
-        self._judge()
+        with stage("judging"):
+            self._judge()
         modules = {site.name: module_at(self.student, site.name) for site, _, _ in self.work}
         return Recovered(modules, self.vectors, tuple(self.notes), self.broken)
 
@@ -298,7 +303,8 @@ class _Job:
             data = [self.bench.batches[number] for number in self.numbers[: self.fitted]]
         model, held = self.bench.model, self.bench.judge.batches
         try:
-            kept = bn_recalibrate(self.student, data, reference=model, held_out=held)
+            with stage("batch norms"):
+                kept = bn_recalibrate(self.student, data, reference=model, held_out=held)
         except NotFinite:
             raise
         except LowrankError as error:  # no predictions to judge by
@@ -307,8 +313,6 @@ class _Job:
         self.notes.append(f"batch norms re-estimated: {'kept' if kept else 'reverted: no gain'}")
 
     def _distill(self) -> None:
-        if not self.recovery.distill_steps:
-            return
         trained = [*factors_in(self.student), *own_vectors(self.student, self.vectors)]
         options = Training(self.recovery.distill_steps, self.recovery.distill_rate, seed=self.seed)
         batches = [self.bench.batches[number] for number in self.numbers]

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-import lowrank
-from lowrank import LowrankError
 from lowrank.recover.journal import Journal
 from tests import zoo
 

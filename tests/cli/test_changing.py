@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import lowrank
-from lowrank.cli import console
+from lowrank.cli import console, inputs
 from lowrank.nn import LowRankLinear, PivotedLinear
 
 from .helpers import (
@@ -61,6 +61,47 @@ def test_compress_says_where_tensors_lived(made: SimpleNamespace, tmp_path: Path
     assert said.startswith("runs from disk: weights, factors and statistics take ")
     assert "\nran in memory: weights, factors and statistics take " in made.said
     assert lowrank.from_pretrained(out).num_parameters() > 0
+
+
+def test_compress_prints_the_stages(made: SimpleNamespace) -> None:
+    rows = [line.split() for line in made.said.splitlines()]
+    start = rows.index(["stage", "seconds", "peak", "memory"])
+    named = [row[0] for row in rows[start + 1 : start + 7]]
+    assert named == ["loading", "calibration", "decompositions", "choosing", "factoring", "writing"]
+    saved = json.loads((made.out / "report.json").read_text())["stages"]
+    assert [one["name"].split()[0] for one in saved] == named
+
+
+def test_a_dry_run_prints_an_estimate_and_runs_nothing(
+    made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("nothing is loaded")
+
+    monkeypatch.setattr(inputs, "load_model", never)
+    out = tmp_path / "out"
+    asked = ("--ratio", 0.6, "--effort", "fast", "--data", made.text, "--length", 32, "-o", out)
+    said = run("compress", made.dense, *asked, "--dry-run")
+    tokens = len(tiny_tokenizer()(made.text.read_text(encoding="utf-8"))["input_ids"])
+    assert f"\ndata: {-(-tokens // 32)} rows of 32 tokens\n" in said
+    rows = [line.split()[0] for line in said.splitlines() if line]
+    start = rows.index("stage")
+    assert rows[start + 1 : start + 4] == ["loading", "calibration", "gradients"]
+    assert said.splitlines()[-1].endswith(f"GiB of disk are free at {tmp_path}")
+    assert not list(tmp_path.iterdir())
+    said = run("compress", made.dense, "--rank", 4, "-o", out, "--dry-run")
+    assert "\ndata: 192 rows of 64 tokens\n" in said
+
+
+def test_a_dry_run_says_what_is_wrong(made: SimpleNamespace, tmp_path: Path) -> None:
+    dry = ("-o", tmp_path / "out", "--dry-run")
+    assert "no target size" in refused("compress", made.dense, *dry)
+    plan = ("--plan", tmp_path / "plan.json")
+    assert "not from a plan: drop one" in refused("compress", made.dense, *plan, *dry)
+    assert "there is no folder" in refused("compress", tmp_path / "no", "--ratio", 0.5, *dry)
+    assert "factored already" in refused("compress", made.out, "--ratio", 0.5, *dry)
+    long = ("--ratio", 0.5, "--length", 65)
+    assert "--length must be in [1, 64]" in refused("compress", made.dense, *long, *dry)
 
 
 def test_compress_passes_every_choice_on(made: SimpleNamespace, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lowrank.errors import LowrankError
-from lowrank.io import from_pretrained, load, save
+from lowrank.io import from_pretrained, load, save, skeleton
 
 WEIGHTS = "model.safetensors"
 
@@ -116,3 +116,24 @@ def test_one_folder_holds_one_form(net: nn.Module, zoo, tmp_path: Path) -> None:
     model = zoo.compressed("llama")
     with pytest.raises(LowrankError, match=r"holds another checkpoint \(lowrank.json\)"):
         save(model, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])
+def test_a_skeleton_needs_the_config_alone(zoo, tmp_path: Path, kind: str) -> None:
+    model = zoo.make(kind).bfloat16()
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    empty = skeleton(tmp_path)
+    assert type(empty) is type(model)
+    assert not empty.training
+    found = {name: (p.shape, p.dtype, p.is_meta) for name, p in empty.named_parameters()}
+    assert found == {name: (p.shape, p.dtype, True) for name, p in model.named_parameters()}
+
+
+def test_no_skeleton_of_what_is_no_dense_model(zoo, tmp_path: Path) -> None:
+    with pytest.raises(LowrankError, match="is no folder of a transformers model"):
+        skeleton(tmp_path)
+    save(zoo.compressed("llama"), tmp_path)
+    with pytest.raises(LowrankError, match="is quantized or factored already"):
+        skeleton(tmp_path)

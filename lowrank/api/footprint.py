@@ -1,0 +1,163 @@
+"""Memory and disk of a compression, counted beforehand from shapes.
+
+What counts is memory that lies in no file: weights are mapped from theirs, and from folder to
+folder statistics, stored inputs, factors and candidates are in files too (linalg/mapped.py). What
+is left is the work space of one layer or one block, and the hidden states between blocks.
+benchmarks/stream.py measures it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from ..calibration.fisher import FISHER
+from ..calibration.gradients import ENTRIES, WEIGHTS
+from ..recover.workbench import KEPT_BYTES
+from .jobs import Job, Layer
+
+DOUBLE = 8  # bytes of a float64
+SINGLE = 4
+FACTORS = 3  # times the factors are held: a candidate's or the refitted ones, pivoted ones, built
+TRAINED = 20  # bytes a number in training: float32 copy, gradient, two moments, best state
+# Of the largest work space before, what the allocator keeps for smaller pieces; measured. Those of
+# 32 MiB or more (glibc) it gives back.
+RETAINED = 0.9
+RETAINED_MOST = 1 << 29
+
+
+def peak_bytes(job: Job, base: int) -> tuple[int, int]:
+    """Most memory that lies in no file, from folder to folder and with everything in memory.
+
+    Args:
+        base: bytes of the process before: libraries, and what else it holds.
+    """
+    held = earlier = from_files = in_memory = 0
+    for stage in _stages(job):
+        work = stage.work + min(round(RETAINED * earlier), RETAINED_MOST)
+        held += stage.added
+        from_files, in_memory = max(from_files, work), max(in_memory, work + held)
+        earlier = max(earlier, 0 if stage.large else stage.work)
+    return base + from_files, base + in_memory
+
+
+def scratch_bytes(job: Job) -> int:
+    """What lies in files from folder to folder, or else in memory."""
+    return sum(stage.added for stage in _stages(job))
+
+
+class _Stage(NamedTuple):
+    """Bytes of a stage's work space, and of what it adds that later stages read; whether its
+    pieces are too large for the allocator to keep."""
+
+    work: int
+    added: int
+    large: bool = False
+
+
+def _stages(job: Job) -> Iterator[_Stage]:
+    numbers = [layer.rank * (layer.outputs + layer.inputs) for layer in job.layers]
+    factors = job.itemsize * sum(numbers)
+    if job.rows:
+        yield _Stage(_calibration(job), DOUBLE * sum(read.inputs**2 for read in job.groups))
+    if job.needs & FISHER:
+        stored = job.outline.hidden * job.itemsize * job.rows * len(job.outline.blocks)
+        yield _Stage(_head(job), stored if job.by_block else 0, large=True)
+        yield _Stage(_backwards(job), DOUBLE * sum(layer.outputs**2 for layer in job.layers))
+    yield _Stage(_most(_decomposition(job, layer) for layer in job.layers), factors)
+    if job.recovery is not None:
+        trained = sum(numbers) // _block_count(job) if job.recovery.block_steps else 0
+        training = (_graph(job) if trained else 0) + TRAINED * trained
+        work = max(_refit(job), training) + _predictions(job, job.held)
+        yield _Stage(work, (FACTORS - 1) * factors)
+
+
+def _most(sizes: Iterable[int]) -> int:
+    return max(sizes, default=0)
+
+
+def _rows(job: Job) -> int:
+    return min(job.batch, job.rows)
+
+
+def _logits(job: Job) -> int:
+    """Numbers in the predictions that are computed at once."""
+    return job.outline.predictions * min(job.few, max(job.rows, 1))
+
+
+def _activations(job: Job) -> int:
+    """Bytes of what one block hands on inside: the widest tensor, three times."""
+    widest = _most(layer.tokens * max(layer.outputs, layer.inputs) for layer in job.layers)
+    return 3 * _rows(job) * widest * job.itemsize
+
+
+def _calibration(job: Job) -> int:
+    """Logits, or a Gram matrix in both precisions with its rows in float32."""
+    tokens = _most(read.tokens for read in job.groups) * _rows(job)
+    widest = _most(read.inputs for read in job.groups)
+    gram = (2 * DOUBLE + SINGLE) * widest**2 + SINGLE * tokens * widest
+    return max(_logits(job) * job.itemsize, gram) + _activations(job)
+
+
+def _head(job: Job) -> int:
+    """Sampling from the predictions, their loss and its gradients, in float32."""
+    entries = _logits(job)
+    loss = (3 * SINGLE + 2 * job.itemsize) * entries
+    return max(loss, 3 * DOUBLE * min(entries, ENTRIES)) + _states(job, 3)
+
+
+def _backwards(job: Job) -> int:
+    """The graph, and the moments of one layer's gradients."""
+    rows = _rows(job)
+
+    def moments(layer: Layer) -> int:
+        whole = layer.outputs * layer.inputs
+        together = min(max(WEIGHTS, whole), rows * whole)
+        gram = (2 * DOUBLE + SINGLE) * layer.outputs**2
+        return max(gram, (SINGLE + DOUBLE) * together)
+
+    return _graph(job) + _most(map(moments, job.layers)) + _states(job, 4)
+
+
+def _block_count(job: Job) -> int:
+    return max(len(job.outline.blocks), 1) if job.by_block else 1
+
+
+def _graph(job: Job) -> int:
+    """Activations of a block, or of the model, and their gradients."""
+    numbers = sum(layer.tokens * (layer.outputs + layer.inputs) for layer in job.layers)
+    return 2 * _rows(job) * job.itemsize * numbers // _block_count(job)
+
+
+def _decomposition(job: Job, layer: Layer) -> int:
+    """The weight, its product with both metrics, and an eigenproblem with its work space."""
+    outputs, inputs, side = layer.outputs, layer.inputs, layer.side
+    weights = 3 if job.weighted else 2
+    numbers = weights * outputs * inputs + side * inputs + 6 * side**2
+    return DOUBLE * (numbers + (3 * outputs**2 if job.weighted else 0))
+
+
+def _refit(job: Job) -> int:
+    """Moments of both streams at one input, the system to solve, and new factors."""
+    if job.recovery is None or not job.recovery.refit:
+        return 0
+    widest = _most(read.inputs for read in job.groups)
+    solved = _most(
+        DOUBLE * 7 * layer.inputs**2 + _decomposition(job, layer) for layer in job.layers
+    )
+    tokens = _most(read.tokens for read in job.groups) * _rows(job)
+    gathered = DOUBLE * 6 * widest**2 + 2 * DOUBLE * tokens * widest
+    return max(solved, gathered) + _states(job, 5)
+
+
+def _states(job: Job, copies: int) -> int:
+    """Hidden states of all rows between two blocks."""
+    rows = job.rows + job.held if copies > 4 else job.rows
+    return copies * rows * job.outline.hidden * job.itemsize if job.outline.blocks else 0
+
+
+def _predictions(job: Job, rows: int) -> int:
+    """Predictions that are kept to judge by, and a comparison of some."""
+    kept = min(rows * job.outline.predictions * job.itemsize, KEPT_BYTES)
+    at_once = min(rows, job.few) * job.outline.predictions
+    return kept + at_once * job.itemsize + 5 * SINGLE * min(at_once, ENTRIES)
