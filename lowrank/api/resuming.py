@@ -32,6 +32,10 @@ CALL = "call.json"
 NEUTRAL = frozenset({"data", "tokenizer", "progress", "copy", "out"})  # seen in the data's digest
 
 
+class OtherData(LowrankError):
+    """The data is not that of the unfinished work, which stays."""
+
+
 @dataclass
 class Work:
     """The finished pieces of a call.
@@ -96,7 +100,7 @@ class Work:
     def _check_data(self) -> None:
         path = self.folder / "data.txt"
         if path.is_file() and path.read_text(encoding="utf-8") != self.data:
-            raise LowrankError(
+            raise OtherData(
                 f"{self.folder} holds unfinished work on other data: pass the same rows to go on, "
                 "or delete it"
             )
@@ -132,8 +136,11 @@ def unfinished(out: Path, model: nn.Module, options: Mapping[str, Any]) -> Itera
         _check_call(folder, call)
         try:
             yield Work(Journal.read(folder))
+        except OtherData:
+            raise
         except LowrankError as error:
-            if not isinstance(error.__cause__, OSError) and not (folder / "data.txt").exists():
+            of_arguments = "plan" not in Journal.read(folder).pieces
+            if of_arguments and not isinstance(error.__cause__, OSError):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(folder)

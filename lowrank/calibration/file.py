@@ -46,7 +46,7 @@ def save_calibration(calibration: Calibration, path: str | Path, model: nn.Modul
     index = path / INDEX if is_folder else path
     if index.exists():
         _opened(index)
-    elif path.exists():
+    elif path.is_dir() and any(path.iterdir()):
         raise LowrankError(f"{path} is not a lowrank calibration: choose another name")
     store = _Store()
     body = _body(calibration, store, path if is_folder else None)
@@ -145,6 +145,8 @@ def load_calibration(path: str | Path, model: nn.Module) -> Calibration:
         )
     try:
         return _restored(json.loads(about["body"]), tensors, index.parent)
+    except LowrankError:
+        raise
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise LowrankError(f"{path} is broken ({error!r:.80}): delete it") from error
 

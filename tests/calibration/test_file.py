@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,8 +30,9 @@ def seen_by(model: nn.Module) -> lowrank.Calibration:
     return lowrank.with_fisher(model, seen)
 
 
-def test_everything_comes_back(model: nn.Module, tmp_path: Path) -> None:
-    seen, path = seen_by(model), tmp_path / "seen.safetensors"
+@pytest.mark.parametrize("name", ["seen.safetensors", "seen"])
+def test_everything_comes_back(model: nn.Module, tmp_path: Path, name: str) -> None:
+    seen, path = seen_by(model), tmp_path / name
     for storage in ("factors", "pivoted"):
         lowrank.plan(model, 0.6, method="two-sided", data=seen, storage=storage, progress=False)
     lowrank.save_calibration(seen, path, model)
@@ -101,3 +103,50 @@ def test_it_belongs_to_its_weights(model: nn.Module, tmp_path: Path) -> None:
         model.lm_head.weight[0, 0] += 1
     with pytest.raises(LowrankError, match="another model, or other weights"):
         lowrank.load_calibration(path, model)
+
+
+def test_a_folder_is_read_matrix_by_matrix(model: nn.Module, tmp_path: Path) -> None:
+    """One file for each distinct input; a Gram matrix lies in its file's pages until it is used."""
+    seen, path = seen_by(model), tmp_path / "seen"
+    lowrank.save_calibration(seen, path, model)
+    files = sorted(path.glob("statistics-*.safetensors"))
+    assert len(files) == len({id(stats) for stats in seen.statistics.values()})
+    back = lowrank.load_calibration(path, model)
+    gram = next(stats.gram for stats in back.statistics.values() if stats.gram is not None)
+    mapped = Path("/proc/self/maps")
+    if mapped.is_file():
+        start, end = gram.data_ptr(), gram.data_ptr() + gram.nbytes
+        ranges = [line.split() for line in mapped.read_text().splitlines()]
+        held = [
+            line[-1]
+            for line in ranges
+            if int(line[0].split("-")[0], 16) <= start and end <= int(line[0].split("-")[1], 16)
+        ]
+        assert Path(held[0]) in files
+
+
+def test_a_folder_is_replaced_whole(model: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "seen"
+    lowrank.save_calibration(seen_by(model), path, model)
+    before = set(path.iterdir())
+    other = lowrank.calibrate(model, torch.arange(2, 18)[None], progress=False)
+    lowrank.save_calibration(other, path, model)
+    assert len(set(path.iterdir()) & before) == 1  # the index
+    back = lowrank.load_calibration(path, model)
+    assert back.tokens == other.tokens
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b"{}")])
+def test_a_missing_or_damaged_matrix_is_told(model: nn.Module, tmp_path: Path, harm: Any) -> None:
+    path = tmp_path / "seen"
+    lowrank.save_calibration(seen_by(model), path, model)
+    harm(next(path.glob("statistics-*.safetensors")))
+    with pytest.raises(LowrankError, match="is missing or broken"):
+        lowrank.load_calibration(path, model)
+
+
+def test_a_folder_of_others_stays(model: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    with pytest.raises(LowrankError, match="is not a lowrank calibration"):
+        lowrank.save_calibration(seen_by(model), tmp_path / "notes", model)

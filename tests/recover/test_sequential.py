@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank import Recovery
+from lowrank.methods.resolved import resolve
 from lowrank.nn import is_factored
+from lowrank.recover.run import refitted_twins
+from lowrank.recover.sequential import SequentialPass, Student
+from lowrank.recover.workbench import Workbench
+from lowrank.walk.sites import find_sites
+from lowrank.walk.surgery import twin
 from tests import zoo
 
 ROWS = 96
@@ -324,3 +330,69 @@ def test_families_that_are_built_in_other_ways(family: str) -> None:
                 parameter.mul_(0.2 / parameter.std().clamp(min=1e-3))
     _, notes = refitted(model, [data], method="two-sided", ratio=0.6)
     assert told in notes
+
+
+def counted(layers: Sequence[nn.Module]) -> list[int]:
+    """How often each layer is run."""
+    counts = [0] * len(layers)
+
+    def hook(index: int) -> Any:
+        def count(*_: Any) -> None:
+            counts[index] += 1
+
+        return count
+
+    for index, layer in enumerate(layers):
+        layer.register_forward_hook(hook(index))
+    return counts
+
+
+def test_a_run_ends_with_the_layer_whose_inputs_are_asked_for() -> None:
+    """The dense block runs to its end once for each batch, whatever the number of candidates, and
+    in the first batch of each layer, which shows how often that is called."""
+    model = model_of(lambda self, x: self.blocks(x), count=2)
+    seen = lowrank.calibrate(model, rows(), hold_out=0.125, progress=False)
+    bench = Workbench(model, seen)
+    sites = [s for s in find_sites(model) if s.name.startswith("blocks.0")]
+    numbers, fitted = bench.numbers()
+    lean_counts: dict[str, list[int]] = {"up": [0], "down": [0]}
+
+    def fit(site: Any, _: Any) -> nn.Module:
+        new = nn.Linear(site.shape[1], site.shape[0])
+        new.register_forward_hook(lambda *_: lean_counts[site.name.split(".")[-1]].append(1))
+        return new
+
+    students = [Student(twin(model), sites, fit) for _ in range(3)]
+    bench.dense_chain(("blocks.0", "blocks.1"), numbers)  # its recording is another pass
+    block = model.blocks[0]
+    counts = counted([block.up, block.down])
+    SequentialPass(bench, students, numbers, fitted).run()
+    # The dense block: once to its end for the first reading of `up`, and once for each batch, when
+    # the outputs are wanted. The students': `up` when `down` is read, both for the outputs.
+    assert counts == [1 + len(numbers)] * 2
+    outputs = 3 * len(numbers)
+    assert {name: sum(each) for name, each in lean_counts.items()} == {
+        "up": 3 * fitted + outputs, "down": outputs,
+    }  # fmt: skip
+
+
+def test_candidates_are_refitted_together_as_they_are_alone() -> None:
+    model = model_of(lambda self, x: self.blocks(x))
+    seen = lowrank.calibrate(model, rows(), hold_out=0.125, progress=False)
+    bench = Workbench(model, seen)
+    resolved = resolve("whitened", data=True)
+    works = []
+    for rank in (3, 5):
+        plan = lowrank.plan(
+            model, rank=rank, data=seen, method="whitened", align=1, target_modules=".*(up|down)"
+        )
+        sites = {site.name: site for site in find_sites(model)}
+        works.append([(sites[e.name], e, None) for e in plan.entries if e.target])
+    together = refitted_twins(bench, works, Recovery(), resolved)
+    for work, lean in zip(works, together, strict=True):
+        (alone,) = refitted_twins(bench, [work], Recovery(), resolved)
+        assert [m.rank for m in lean.modules() if is_factored(m)] == [e.size[0] for _, e, _ in work]
+        for (name, x), (_, y) in zip(
+            lean.named_parameters(), alone.named_parameters(), strict=True
+        ):
+            assert torch.equal(x, y), name
