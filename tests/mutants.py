@@ -478,15 +478,15 @@ MUTANTS = (
     Mutant(
         "a form of one's own that recovery does not refit",
         "lowrank/recover/run.py",
-        "return observed and isinstance(new, Form) and new.REFITTED",
-        "return observed and isinstance(new, LowRankLinear)",
+        "(isinstance(new, Form) and new.REFITTED)",
+        "isinstance(new, LowRankLinear)",
         ("tests/nn/test_own_form.py::test_recovery_refits_it_for_the_stream_that_it_reads",),
     ),
     Mutant(
         "a sweep that judges on rows that its statistics saw, where compress does not",
         "lowrank/api/sweeping.py",
-        "hold_out=hold_out, progress=first.progress,",
-        "hold_out=0.0, progress=first.progress,",
+        "        hold_out=hold_out,\n",
+        "        hold_out=0.0,\n",
         ("tests/api/test_sweeping.py::test_each_point_is_what_compress_gives_byte_for_byte",),
     ),
     Mutant(

@@ -139,10 +139,12 @@ def unfinished(out: Path, model: nn.Module, options: Mapping[str, Any]) -> Itera
         except OtherData:
             raise
         except LowrankError as error:
-            of_arguments = "plan" not in Journal.read(folder).pieces
-            if of_arguments and not isinstance(error.__cause__, OSError):
+            pieces, of_machine = Journal.read(folder).pieces, isinstance(error.__cause__, OSError)
+            if not pieces or ("plan" not in pieces and not of_machine):
                 shutil.rmtree(folder, ignore_errors=True)
-            raise
+                raise
+            again = f"{error}; what is finished stays in {folder}: run it again to go on"
+            raise LowrankError(again) from error.__cause__
         shutil.rmtree(folder)
 
 

@@ -57,7 +57,7 @@ def stage_works(job: Job) -> dict[str, Work | None]:
     stages["decompositions"] = _over(_curve(job, layer) for layer in job.layers)
     stages["choosing ranks"] = None
     if job.candidates is not None:
-        stages["choosing ranks"] = _candidate(job).often(job.candidates)
+        stages["choosing ranks"] = _choosing(job, job.candidates)
     factors = _over(_factor(job, layer) + _error(job, layer) for layer in job.layers)
     stages["factoring"] = factors
     if job.recovery is not None:
@@ -142,22 +142,35 @@ def _error(job: Job, layer: Layer) -> Work:
     return Work(double=flops)
 
 
-def _refit(job: Job) -> Work:
-    """Both streams block by block, once for every distinct input and once to go on; moments of both
-    at every input; a Cholesky factor and new factors for every layer."""
+def _refit(job: Job, students: int = 1) -> Work:
+    """The dense stream and those of the students, block by block: up to every distinct input, and
+    once through for the outputs; moments at every input; for every layer a Cholesky factor and new
+    factors."""
     if job.recovery is None or not job.recovery.refit:
         return Work()
-    reads = {name: sum(read.block == name for read in job.groups) for name in job.outline.blocks}
-    rows = job.rows
-    runs = sum((2 * reads[name] + 2) * flops for name, flops in job.outline.blocks.items())
-    outside = 2 * sum(not read.block for read in job.groups) * job.outline.flops
+    rows, first = job.rows, min(job.batch, job.rows)
+    passes = 0.0
+    for name, flops in job.outline.blocks.items():
+        ends = [_until(job, read) * flops for read in job.groups if read.block == name]
+        # The first batch of each reading goes on to the end, and the last dense one always does.
+        shown = first * (len(ends) * flops - sum(ends))
+        dense = rows * sum(ends[:-1]) + (rows + job.held) * flops + shown
+        passes += dense + students * (rows * sum(ends) + (rows + job.held) * flops + shown)
+    outside = sum(not read.block for read in job.groups) * job.outline.flops
+    passes += (1 + students) * rows * outside
     moments = sum(4 * rows * read.tokens * read.inputs**2 for read in job.groups)
     solved = _over(
         _factor(job, layer) + Work(double=layer.inputs**3 / 3 + 4 * layer.outputs * layer.inputs**2)
         for layer in job.layers
     )
-    passes = rows * (runs + outside) + 2 * job.held * _blocks(job)
-    return Work(product=passes, single=moments) + solved
+    return Work(product=passes) + (Work(single=moments) + solved).often(students)
+
+
+def _until(job: Job, read: Layer) -> float:
+    """The share of its block's products that is done before a layer."""
+    mine = [layer for layer in job.layers if layer.block == read.block]
+    sizes = [layer.tokens * layer.outputs * layer.inputs for layer in mine]
+    return sum(sizes[: mine.index(read)]) / max(sum(sizes), 1)
 
 
 def _training(job: Job, steps: int) -> Work:
@@ -168,9 +181,12 @@ def _training(job: Job, steps: int) -> Work:
     return Work(product=rows * _blocks(job))
 
 
-def _candidate(job: Job) -> Work:
-    """A candidate's factors, its closed-form refit, and the judging of both."""
-    made = _over(_factor(job, layer) for layer in job.layers)
-    passes = 1 if job.recovery is None else 3
+def _choosing(job: Job, candidates: int) -> Work:
+    """Candidates are refitted together on few rows, or else made; then each is judged."""
+    if not candidates:
+        return Work()
+    judging = _forward(job, (1 + candidates) * job.held)  # the dense model's predictions too
+    if job.recovery is None or not job.recovery.refit:
+        return judging + _over(_factor(job, layer) for layer in job.layers).often(candidates)
     few = replace(job, rows=min(job.rows, max(PROBED // job.batch, 1) * job.batch))
-    return made + _refit(few) + _forward(job, passes * job.held)
+    return judging + _refit(few, candidates)

@@ -42,11 +42,11 @@ def save_calibration(calibration: Calibration, path: str | Path, model: nn.Modul
     """
     path = Path(path)
     check_place(path)
-    is_folder = path.is_dir() or not path.suffix
+    is_folder = path.is_dir() or not (path.suffix or path.exists())
     index = path / INDEX if is_folder else path
     if index.exists():
         _opened(index)
-    elif path.is_dir() and any(path.iterdir()):
+    elif path.exists() and not (path.is_dir() and _is_begun(path)):
         raise LowrankError(f"{path} is not a lowrank calibration: choose another name")
     store = _Store()
     body = _body(calibration, store, path if is_folder else None)
@@ -57,6 +57,11 @@ def save_calibration(calibration: Calibration, path: str | Path, model: nn.Modul
         for old in path.glob("statistics-*.safetensors"):
             if old.name not in named:
                 old.unlink()
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether a folder is empty, or holds a calibration that was not written to its end."""
+    return all(path.name.startswith(("statistics-", "tmp")) for path in folder.iterdir())
 
 
 def _body(calibration: Calibration, store: _Store, folder: Path | None) -> dict[str, Any]:
