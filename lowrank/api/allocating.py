@@ -36,7 +36,7 @@ from .grouping import Group
 from .request import Request
 
 Curves = dict[str, Curve]
-PROBED = 96  # rows to fit a candidate's closed-form recovery to, enough for a comparison
+PROBED = 32  # rows to fit a candidate's closed-form recovery to, enough for a comparison
 
 
 def allocate(
