@@ -88,7 +88,7 @@ def main() -> None:
         )
         for stage, seconds in row["stages"].items():
             print(f"    {stage:20} {seconds:7.1f} s", flush=True)
-    keep("real_llm", found, model=args.folder.name, ratio=args.ratio, rows=args.rows)
+    keep("real_llm", found, model="SmolLM2-135M-Instruct", ratio=args.ratio)
 
 
 if __name__ == "__main__":
