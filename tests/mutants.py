@@ -496,6 +496,27 @@ MUTANTS = (
         "stats.count < s.shape[1]",
         ("tests/api/test_bad_efforts.py::test_singular_grams",),
     ),
+    Mutant(
+        "every process keeps the sums of its own rows",
+        "lowrank/calibration/processes.py",
+        "_through(tensor, torch.distributed.all_reduce)",
+        "pass",
+        ("tests/calibration/test_processes.py::test_sums_and_results_are_those_of_all",),
+    ),
+    Mutant(
+        "labels drawn as if the other processes had no batches",
+        "lowrank/calibration/gradients.py",
+        "self._draws[other].skip(self.generator)",
+        "pass",
+        ("tests/calibration/test_processes.py::test_statistics_are_those_of_one_process",),
+    ),
+    Mutant(
+        "a refit to the rows of one process",
+        "lowrank/recover/sequential.py",
+        "if self.shared:",
+        "if False:",
+        ("tests/api/test_processes.py::test_two_processes_make_what_one_makes",),
+    ),
 )
 
 

@@ -100,6 +100,7 @@ TOPICS = {
     "api/test_names.py": "Names decide nothing; what judges does so on rows of its own.",
     "api/test_own_forms.py": "Forms with several sizes, from the one line to the file.",
     "api/test_own_methods.py": "Methods that are objects of the user's.",
+    "api/test_processes.py": "Compression by two processes, through every room.",
     "api/test_self_calibration.py": "Compression without data, whichever verb is called.",
     "api/test_speed.py": "prefer='speed', across planning and timing.",
     "api/test_storage.py": "Pivoted storage through all verbs.",

@@ -7,7 +7,8 @@ from tests.trace import BATCHES, traced
 
 def test_one_call_of_compress_enters_few_rooms_and_works_once() -> None:
     calls, passes = traced()
-    assert len({file for file, _ in calls}) <= 49  # the last one times the stages
+    # Two of them, which time stages and know of other processes, are only passed through.
+    assert len({file for file, _ in calls}) <= 50
     assert calls["walk/sites.py", "find_sites"] == 1
     # The dense model's stream is recorded once; every candidate runs on that recording.
     assert calls["calibration/chain.py", "Recording.record"] == BATCHES

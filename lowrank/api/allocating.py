@@ -6,11 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 
 from torch import nn
 
 from ..calibration.batches import ROWS
 from ..calibration.chain import Recordings
+from ..calibration.processes import dealt
 from ..calibration.statistics import Calibration, statistics_of
 from ..errors import LowrankError, listed
 from ..linalg.mapped import settled
@@ -155,7 +157,7 @@ class Judge:
         else:
             few = max(PROBED // recovery.rows, 1)
             twins = refitted_twins(self.bench, works, recovery, self.resolved, most=few)
-        return [self._judged(lean) for lean in twins]
+        return list(dealt(partial(self._judged, lean) for lean in twins))
 
     def _work(self, allocation: Allocation) -> list[tuple[Site, Entry, nn.Module | None]]:
         work: list[tuple[Site, Entry, nn.Module | None]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import io
+from ..calibration.processes import agreed, dealt
 from ..calibration.statistics import Calibration, doubts, statistics_of
 from ..errors import LowrankError, listed
 from ..linalg.mapped import settled
@@ -35,6 +37,14 @@ from ..walk.surgery import put, unchanged_on_error
 from .allocating import Curves
 
 MARGIN = 0.98  # prefer="speed": a factored layer must take less than this share of dense time
+
+
+class Made(NamedTuple):
+    """A factored layer, as it is sent to other processes; `new` None leaves its site dense."""
+
+    new: nn.Module | None
+    measured: Measured
+    curve: Curve
 
 
 class Built(NamedTuple):
@@ -69,12 +79,16 @@ def carry_out(
     """
     work = matched(sites, plan, model)
     before = model_cost(model, [])
-    bar = tqdm(together(work), "factor", delay=2, disable=not progress, leave=False)
+    groups = together(work)
+    bar = tqdm(groups, "factor", delay=2, disable=not progress, leave=False)
+    made = dealt(
+        partial(factor_group, group, plan, calibration, resolved, curves) for group in groups
+    )
     with stage("factoring"):
         built = [
-            item
-            for group in bar
-            for item in factor_group(group, plan, calibration, resolved, curves)
+            Built(site, entry, None if new is None else settled(new), measured, curve)
+            for group, layers in zip(bar, made, strict=True)
+            for (site, entry), (new, measured, curve) in zip(group, layers, strict=True)
         ]
     recovered = _recovered(plan, built, resolved, bench, progress)
     if recovered is not None:
@@ -92,7 +106,7 @@ def carry_out(
     notes = _notes(built, plan, calibration, bench)
     if recovered is not None:
         notes += recovered.notes
-    return root, _report(plan, built, before, root, calibration, notes, started)
+    return root, agreed(_report(plan, built, before, root, calibration, notes, started))
 
 
 def together(work: Work) -> list[Work]:
@@ -111,7 +125,7 @@ def factor_group(
     calibration: Calibration | None,
     resolved: Resolved,
     curves: Curves | None,
-) -> list[Built]:
+) -> list[Made]:
     """Factor one site, or a group with a shared basis, whose errors are summed.
 
     Args:
@@ -124,7 +138,7 @@ def factor_group(
     sites, entry = [site for site, _ in work], work[0][1]
     stats = _statistics(sites, calibration)
     option = replace(entry.option(), cost=sum((e.cost for _, e in work), Cost(0, 0, 0)))
-    modules = [settled(new) for new in resolved.factor(sites, option, stats)]
+    modules = resolved.factor(sites, option, stats)
     _check_table(sites[0], entry, modules[0])
     # A plan made on other statistics, or edited, has no curve yet.
     curve = (curves or {}).get(sites[0].name)
@@ -147,8 +161,8 @@ def factor_group(
         reason=reason,
     )
     return [
-        Built(site, entry, None if reason else new, replace(measured, name=entry.name), curve)
-        for (site, entry), new in zip(work, modules, strict=True)
+        Made(None if reason else new, replace(measured, name=entry.name), curve)
+        for (_, entry), new in zip(work, modules, strict=True)
     ]
 
 

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from ..calibration.processes import alone
 from ..errors import unknown
 from ..plans.report import Report
 from ..types import Unit
@@ -51,8 +52,9 @@ def factorize_by_design(
     """
     if init not in _METHODS:
         raise unknown("init", str(init), get_args(Init))
-    return compress(
-        model, ratio, method=_METHODS[init], policy="uniform", data=None, of=of, unit=unit,
-        target_modules=target_modules, exclude_modules=exclude_modules, align=align, seed=seed,
-        copy=copy, progress=False,
-    )  # fmt: skip
+    with alone():  # before training, processes may hold different weights, which DDP replaces
+        return compress(
+            model, ratio, method=_METHODS[init], policy="uniform", data=None, of=of, unit=unit,
+            target_modules=target_modules, exclude_modules=exclude_modules, align=align, seed=seed,
+            copy=copy, progress=False,
+        )  # fmt: skip

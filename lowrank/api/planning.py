@@ -6,12 +6,14 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..calibration.digests import add_tensor
+from ..calibration.processes import agreed, dealt
 from ..calibration.statistics import Calibration, statistics_of
 from ..errors import LowrankError, listed
 from ..measure.size import model_cost
@@ -105,7 +107,7 @@ def make_plan(
         settings["forms"] = compared
     if notes:
         settings["notes"] = notes
-    return Plan(entries, whole, request.asked(), settings), curves, resolved
+    return agreed(Plan(entries, whole, request.asked(), settings)), curves, resolved
 
 
 def _check_data(request: Request, resolved: Resolved, calibration: Calibration | None) -> None:
@@ -222,15 +224,21 @@ def _decomposed(
     methods = {} if several is None else several.apart()
     forms: dict[str, Curves] = {form: {} for form in methods}
     curves: Curves = {}
-    for group in tqdm(groups, "decompose", delay=2, disable=not request.progress, leave=False):
-        name = group[0].name
-        for form, method in methods.items():
-            alone = replace(resolved, method=method)
-            forms[form][name] = _curve(group, alone, calibration, request, remember)
+
+    def measure(group: Group) -> tuple[Curve, list[Curve]]:
+        """A group's curve, and those of the forms that it joins."""
         if several is None:
-            curves[name] = _curve(group, resolved, calibration, request, remember)
-        else:
-            curves[name] = several.joined(group[0], [own[name] for own in forms.values()])
+            return _curve(group, resolved, calibration, request, remember), []
+        each = [replace(resolved, method=method) for method in methods.values()]
+        apart = [_curve(group, alone, calibration, request, remember) for alone in each]
+        return several.joined(group[0], apart), apart
+
+    bar = tqdm(groups, "decompose", delay=2, disable=not request.progress, leave=False)
+    found = dealt(partial(measure, group) for group in groups)
+    for group, (curve, apart) in zip(bar, found, strict=True):
+        curves[group[0].name] = curve
+        for form, own in zip(forms, apart, strict=False):
+            forms[form][group[0].name] = own
     return Decomposed(sites, groups, curves, forms)
 
 

@@ -6,6 +6,7 @@ as flat arguments; arguments.py describes each.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from ..calibration.batches import Data, check_rows
+from ..calibration.processes import is_main
 from ..calibration.statistics import Calibration
 from ..errors import LowrankError, unknown
 from ..methods.resolved import Resolved, declared, joint_of, method_of, own_form, resolve
@@ -71,6 +73,7 @@ class Options:
         if not _is_int(self.seed):
             raise LowrankError(f"seed must be an integer, got {self.seed!r}")
         object.__setattr__(self, "seed", int(self.seed))
+        object.__setattr__(self, "progress", self.progress and is_main())
         if self.align is not None and (not _is_int(self.align) or self.align < 1):
             raise LowrankError(f"align must be a positive integer or None, got {self.align!r}")
 
@@ -192,6 +195,11 @@ class Request(_Ranks):
         storage = self.storage if site.kind == "linear" else None
         return storage or "factors", site.cost.bytes // max(site.cost.params, 1), site.kind
 
+    def said(self) -> dict[str, str]:
+        """What the processes have to have in common, in words; the data shows when it is read."""
+        own = {"data", "tokenizer", "progress"}
+        return {f.name: _said(getattr(self, f.name)) for f in fields(self) if f.name not in own}
+
     def asked(self) -> dict[str, Any]:
         """The target size, as the plan records it."""
         return {
@@ -266,6 +274,12 @@ def _ratio(ratio: Any) -> float:
             "0.8 keeps 80 % of the targeted weights"
         )
     return float(ratio)
+
+
+def _said(value: Any) -> str:
+    """What a value prints in every process: no addresses, and sets in order."""
+    listed = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(listed))
 
 
 def _check_word(what: str, got: Any, known: tuple[str, ...]) -> None:

@@ -33,7 +33,7 @@ from .allocating import bench_of
 from .applying import carry_out
 from .planning import hold_out_of, make_plan
 from .request import Request, Sweeping
-from .verbs import Feed, flat, statistics_for, targets_among
+from .verbs import Feed, check_alike, flat, statistics_for, targets_among
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +148,7 @@ def sweep(model: nn.Module, asked: Sweeping) -> Sweep:
     check_model(model)
     requests = [asked.request(ratio) for ratio in _falling(asked.ratios)]
     first = requests[0]
+    check_alike(model, first.data, {**first.said(), "ratios": str(asked.ratios)})
     sites = find_sites(model)
     wanted = targets_among(sites, model, first)
     path = None if asked.cache is None else Path(asked.cache)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import inspect
 import os
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
@@ -16,7 +17,9 @@ from torch import nn
 
 from .. import io
 from ..calibration.chain import Recordings
+from ..calibration.digests import data_print, model_print
 from ..calibration.fisher import FISHER, with_fisher
+from ..calibration.processes import check_same, check_unwrapped, in_step, is_main, rank, world
 from ..calibration.self_written import described, writes
 from ..calibration.statistics import SELF, Calibration, calibrate
 from ..errors import LowrankError, listed
@@ -149,6 +152,8 @@ def apply(
     if not isinstance(plan, Plan):
         raise LowrankError(f"apply carries out a Plan, got {plan!r:.80}; compress takes a ratio")
     check_model(model)
+    check_alike(model, data, {"plan": hashlib.sha256(plan.to_json().encode()).hexdigest()})
+    progress = progress and is_main()
     model = copied(model) if copy else model
     sites = find_sites(model)
     work = matched(sites, plan, model)
@@ -183,6 +188,9 @@ def compress(model: nn.Module, asked: Compression) -> tuple[nn.Module, Report]:
 
     Give exactly one of ratio and rank, or a rank_pattern alone. Instead of a ratio, a finished plan
     is accepted, together with data, tokenizer, rows, copy, progress and a method object only.
+
+    With several processes of torch.distributed, every one calls this with the same model, data and
+    options, runs its share of the rows and decompositions, and gets the same result.
 
     Args:
         model: changed in place and returned; if it is itself a layer, a new one is returned. Or the
@@ -226,7 +234,7 @@ def _compressed(
     decision = decide(model, request, work)
     return carry_out(
         model, decision.plan, decision.sites, decision.resolved, decision.calibration,
-        bench=decision.bench, curves=decision.curves, started=started, progress=asked.progress,
+        bench=decision.bench, curves=decision.curves, started=started, progress=request.progress,
     )  # fmt: skip
 
 
@@ -256,10 +264,27 @@ def into_folder(model: nn.Module, source: str, out: Path, asked: Compression) ->
         out: a folder other than that.
     """
     started = time.perf_counter()
+    if world() > 1:
+        return _shared_into_folder(model, source, out, asked)
     options = {f.name: getattr(asked, f.name) for f in dataclasses.fields(asked)}
     with unfinished(out, model, options) as work, working_in(work.folder):
         model, report = _compressed(model, asked, started, work)
         return write(model, report, source, out, tokenizer=asked.tokenizer, within=work.folder)
+
+
+def _shared_into_folder(model: nn.Module, source: str, out: Path, asked: Compression) -> Report:
+    """The same by several processes, without a journal; the first one writes."""
+    started = time.perf_counter()
+    with working_in(out.parent):
+        model, report = _compressed(model, asked, started)
+
+        def save() -> Report:
+            if not is_main():
+                return report
+            return write(model, report, source, out, tokenizer=asked.tokenizer)
+
+        # The other processes go on when the files are there.
+        return in_step(save)[rank()]
 
 
 def decide(model: nn.Module, request: Request, work: Work | None = None) -> Decision:
@@ -269,6 +294,7 @@ def decide(model: nn.Module, request: Request, work: Work | None = None) -> Deci
         work: what an earlier call, which was killed, has finished of this one.
     """
     check_model(model)
+    check_alike(model, request.data, request.said())
     sites = find_sites(model)
     wanted = targets_among(sites, model, request)
     calibration, recordings = _calibrated(model, sites, wanted, request, work)
@@ -321,6 +347,23 @@ def _calibrated(
     if work is not None and calibration is not None:
         calibration = work.keep_statistics(calibration, model)
     return calibration, recordings
+
+
+def check_alike(model: nn.Module, data: Source, said: Mapping[str, str]) -> None:
+    """Check that all processes were given the same, and a model that each can run alone.
+
+    Data that is no finished calibration is compared when it is read.
+
+    Raises:
+        LowrankError: on every process.
+    """
+    if world() == 1:
+        return
+    check_unwrapped(model)
+    rows = data.batches if isinstance(data, Calibration) else ()
+    digest = "" if callable(rows) else data_print(rows)
+    given = f"{type(data).__name__} {digest}".strip()
+    check_same(model=model_print(model), data=given, **said)
 
 
 def targets_among(sites: Sequence[Site], model: nn.Module, request: Request) -> list[Site]:

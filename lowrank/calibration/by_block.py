@@ -16,8 +16,9 @@ from ..linalg.mapped import kept
 from ..types import Site
 from .batches import Batch, is_padded, rebatched
 from .chain import Chain, NotInBlocks, Recording, bypassed
-from .gradients import Gradients, Moments, plain, predicted, sampled_loss
+from .gradients import Draws, Gradients, Moments, Turns, plain, predicted, sampled_loss
 from .observation import Observation, inside
+from .processes import in_step, mine
 from .running import Unpadded, few_rows, first_tensor, forward
 
 
@@ -52,61 +53,123 @@ def gradients_by_block(
     Raises:
         NotInBlocks: what comes after the chain cannot be run alone, or no gradient flows back.
     """
-    from tqdm.auto import tqdm
-
     if any(is_padded(batch) for batch in batches):
         raise NotInBlocks("padding is followed through the whole model")
-    names = recording.names
-    inputs: list[list[Tensor]] = []  # by block and batch
-    gradients: list[Tensor] = []
-    sequences: list[int] = []
-    with torch.no_grad():
-        try:
-            for number, batch in enumerate(batches):
-                recording.record(model, number, batch)
-            chain = Chain(model, recording, range(len(batches)))
-            for index in range(len(names)):
-                inputs.append([kept(hidden) for hidden in chain.hidden])
-                chain.hidden = chain.outputs(index)
-        except LowrankError as error:
-            raise NotInBlocks(str(error)) from None
-    _check_bypass(model, recording, batches[0], chain.hidden[0])
-    later = Gradients([s for s in sites if not _block_of(s.name, names)], Unpadded())
-    with later:
-        for number, batch in enumerate(batches):
-            hidden = chain.hidden[number]
-            tail = _tail_gradient(model, recording, number, batch, hidden, generator, later)
-            gradients.append(tail[0])
-            sequences.append(tail[1])
-    found = later.result()
-    bar = tqdm(total=len(names), desc="fisher", delay=2, disable=not progress, leave=False)
-    with bar:
-        for index in reversed(range(len(names))):
-            own = [site for site in sites if _block_of(site.name, names) == names[index]]
-            gather = Gradients(own, Unpadded())
-            with gather, torch.enable_grad():
-                for number, hidden in enumerate(inputs.pop()):
-                    gather.sequences = sequences[number]
-                    leaf = hidden.clone().requires_grad_(hidden.is_floating_point())
-                    output = chain.run(index, number, leaf.clone())
-                    if output.requires_grad:
-                        output.backward(gradients[number])
-                    elif index:
-                        raise NotInBlocks(f"{names[index]} cuts the gradient")
-                    gather.finish()
-                    slope = leaf.grad
-                    gradients[number] = torch.zeros_like(leaf) if slope is None else slope
-            found.update(gather.result())
-            bar.update()
+    share = _Share(model, batches, sites, recording)
+    in_step(share.record)
+    turns = Turns(generator, share.draws)
+    in_step(lambda: share.run(turns, progress))
+    found: Moments = {}
+    for gathered in share.gathered:
+        found.update(gathered.result())
     return found
 
 
-def _check_bypass(model: nn.Module, recording: Recording, batch: Batch, hidden: Tensor) -> None:
+class _Share:
+    """This process's share of the batches: forwards once, then backwards block by block.
+
+    Attributes:
+        gathered: the sums of what comes after the chain, and of each block from the last one on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        sites: Sequence[Site],
+        recording: Recording,
+    ) -> None:
+        self.model, self.sites, self.recording = model, sites, recording
+        self.numbers = mine(range(len(batches)))
+        self.batches = [batches[number] for number in self.numbers]
+        self.inputs: list[list[Tensor]] = []  # by block and batch
+        self.gathered: list[Gradients] = []
+
+    @torch.no_grad()
+    def record(self) -> None:
+        """Run all batches, and keep each block's inputs."""
+        try:
+            for number, batch in zip(self.numbers, self.batches, strict=True):
+                self.recording.record(self.model, number, batch)
+            self.chain = Chain(self.model, self.recording, self.numbers)
+            for index in range(len(self.recording.names)):
+                self.inputs.append([kept(hidden) for hidden in self.chain.hidden])
+                self.chain.hidden = self.chain.outputs(index)
+        except LowrankError as error:
+            raise NotInBlocks(str(error)) from None
+        if self.batches:
+            _check_bypass(self.model, self.recording, self.numbers[0], *self._states()[0][1:])
+
+    def _states(self) -> list[tuple[int, Batch, Tensor]]:
+        """The batches by number, with the last block's outputs."""
+        return list(zip(self.numbers, self.batches, self.chain.hidden, strict=True))
+
+    @torch.no_grad()
+    def draws(self) -> dict[int, Draws]:
+        """The random numbers that each batch takes."""
+        found: dict[int, Draws] = {}
+        for number, batch, hidden in self._states():
+            labels = signs = 0
+            for part, piece in _parts(self.model, self.recording, number, batch, hidden):
+                with bypassed(self.model, self.recording, number, piece):
+                    outputs, classes = predicted(self.model, forward(self.model, plain(part)))
+                draws = Draws.of(outputs, classes, None)
+                labels, signs = labels + draws.labels, signs + draws.signs
+            found[number] = Draws(labels, signs)
+        return found
+
+    def run(self, turns: Turns, progress: bool) -> None:
+        """Gather the gradients after the chain, then those of its blocks."""
+        from tqdm.auto import tqdm
+
+        names = self.recording.names
+        later = Gradients([s for s in self.sites if not _block_of(s.name, names)], Unpadded())
+        gradients: list[Tensor] = []
+        sequences: list[int] = []
+        with later:
+            for number, batch, hidden in self._states():
+                generator = turns.come(number)
+                tail = _tail_gradient(
+                    self.model, self.recording, number, batch, hidden, generator, later
+                )
+                gradients.append(tail[0])
+                sequences.append(tail[1])
+        self.gathered.append(later)
+        bar = tqdm(total=len(names), desc="fisher", delay=2, disable=not progress, leave=False)
+        with bar:
+            for index in reversed(range(len(names))):
+                self._run_block(index, gradients, sequences)
+                bar.update()
+
+    def _run_block(self, index: int, gradients: list[Tensor], sequences: list[int]) -> None:
+        """Gather the gradients of one block's layers, and replace `gradients`, those at its
+        outputs, by those at its inputs."""
+        names = self.recording.names
+        own = [site for site in self.sites if _block_of(site.name, names) == names[index]]
+        gather = Gradients(own, Unpadded())
+        with gather, torch.enable_grad():
+            for place, hidden in enumerate(self.inputs.pop()):
+                gather.sequences = sequences[place]
+                leaf = hidden.clone().requires_grad_(hidden.is_floating_point())
+                output = self.chain.run(index, place, leaf.clone())
+                if output.requires_grad:
+                    output.backward(gradients[place])
+                elif index:
+                    raise NotInBlocks(f"{names[index]} cuts the gradient")
+                gather.finish()
+                slope = leaf.grad
+                gradients[place] = torch.zeros_like(leaf) if slope is None else slope
+        self.gathered.append(gather)
+
+
+def _check_bypass(
+    model: nn.Module, recording: Recording, number: int, batch: Batch, hidden: Tensor
+) -> None:
     """Raises NotInBlocks unless what comes after the chain gives the same when it runs alone."""
-    part, piece = _parts(model, recording, 0, batch, hidden)[0]
+    part, piece = _parts(model, recording, number, batch, hidden)[0]
     with torch.no_grad():
         expected, _ = predicted(model, forward(model, plain(part)))
-        with bypassed(model, recording, 0, piece):
+        with bypassed(model, recording, number, piece):
             found, _ = predicted(model, forward(model, plain(part)))
     if found.shape != expected.shape or not torch.allclose(found, expected, 1e-3, 1e-4):
         raise NotInBlocks("the predictions depend on more than the last block's output")

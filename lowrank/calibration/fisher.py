@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import LowrankError
 from ..types import Site
@@ -21,9 +21,10 @@ from ..walk.sites import find_sites, select_sites
 from .batches import Batch, Forward, rebatched
 from .by_block import gradients_by_block, one_chain
 from .chain import NotInBlocks, Recording, Recordings
-from .gradients import Gradients, Moments, plain, predicted, sampled_loss
+from .gradients import Draws, Gradients, Moments, Turns, plain, predicted, sampled_loss
 from .observation import Observation
 from .padding import Padding
+from .processes import in_step, is_main, mine
 from .running import Unpadded, forward, quiet, without_cache
 from .statistics import Calibration, followed
 
@@ -49,7 +50,8 @@ def with_fisher(
         sites: None: every linear layer but the output head, whose `out_gram` would be vocabulary ×
             vocabulary; `compress` passes its targets.
         seed: of the labels, sampled on the CPU.
-        recordings: to be filled with those of the model's chain, whose batches have `ROWS` rows.
+        recordings: to be filled with those of the model's chain, whose batches have `ROWS` rows;
+            with several processes of this one's share.
 
     Raises:
         LowrankError: as `gradient_moments`.
@@ -114,6 +116,7 @@ def gradient_moments(
         raise LowrankError(
             "output gradients need batches, not a callable: pass tensors, dicts or a loader"
         )
+    progress = progress and is_main()
     rows = list(batches) if whole else rebatched(batches, ROWS)
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode(False), quiet(model), without_cache(model), _frozen(model):
@@ -141,27 +144,41 @@ def _by_whole_passes(
     """One backward pass through the whole model per batch."""
     from tqdm.auto import tqdm
 
+    numbers = mine(range(len(batches)))
+
+    def outputs_of(number: int) -> tuple[Tensor, bool]:
+        padding.start(batches[number])
+        return predicted(model, forward(model, plain(batches[number])))
+
+    def draws() -> dict[int, Draws]:
+        with padding, torch.no_grad():
+            found = ((number, outputs_of(number)) for number in numbers)
+            return {n: Draws.of(*given, padding.predicted(given[0])) for n, given in found}
+
+    turns = Turns(generator, draws)
     gather = Gradients(sites, padding)
-    reached = not sites
-    with padding, gather:
-        for batch in tqdm(batches, "fisher", delay=2, disable=not progress, leave=False):
-            padding.start(batch)
-            with torch.enable_grad():
-                outputs, classes = predicted(model, forward(model, plain(batch)))
-                loss, sequences = sampled_loss(
-                    outputs, classes, padding.predicted(outputs), generator
-                )
-            gather.sequences = sequences
-            if loss is not None and loss.requires_grad:
-                reached = True
-                loss.backward()
-            gather.finish()
-        if not reached:
-            raise LowrankError(
-                f"no gradient flows from the predictions to any of {len(sites)} layers: does the "
-                "model run under no_grad, or did the data not reach them?"
-            )
-        return gather.result()
+
+    def run() -> bool:
+        reached = not sites
+        with padding, gather:
+            for number in tqdm(numbers, "fisher", delay=2, disable=not progress, leave=False):
+                with torch.enable_grad():
+                    outputs, classes = outputs_of(number)
+                    mask = padding.predicted(outputs)
+                    loss, sequences = sampled_loss(outputs, classes, mask, turns.come(number))
+                gather.sequences = sequences
+                if loss is not None and loss.requires_grad:
+                    reached = True
+                    loss.backward()
+                gather.finish()
+        return reached
+
+    if not any(in_step(run)):
+        raise LowrankError(
+            f"no gradient flows from the predictions to any of {len(sites)} layers: does the "
+            "model run under no_grad, or did the data not reach them?"
+        )
+    return gather.result()
 
 
 @contextmanager

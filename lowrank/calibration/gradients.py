@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from ..types import Site
 from ..walk import layouts
 from .batches import Batch
 from .padding import Padding
+from .processes import gathered, in_step, summed, world
 from .running import SameTensor, Unpadded, first_tensor, predictions_of
 
 ENTRIES = 2**22  # of the probabilities that labels are sampled from at once
@@ -43,10 +44,7 @@ def sampled_loss(
     Of logits the summed cross entropy to sampled labels. Of other outputs y the sum of s · y with
     random signs s: E[g gᵀ] is then JᵀJ, the Gauss–Newton matrix of ½‖Δy‖².
     """
-    features = outputs.shape[-1] if outputs.ndim else 1
-    flat = outputs.reshape(-1, features)
-    if mask is not None and mask.shape == outputs.shape[:-1]:
-        flat = flat[mask.flatten().to(flat.device)]
+    flat = _counted(outputs, mask)
     wide = flat if flat.dtype == torch.float64 else flat.float()
     sequences = len(outputs) if outputs.ndim > 1 else 1
     if not len(wide):
@@ -62,6 +60,56 @@ def sampled_loss(
             "layers and the data; float16 overflows where float32 and bfloat16 do not"
         )
     return loss, sequences
+
+
+def _counted(outputs: Tensor, mask: Tensor | None) -> Tensor:
+    """The outputs (positions, features) without padding."""
+    flat = outputs.reshape(-1, outputs.shape[-1] if outputs.ndim else 1)
+    if mask is not None and mask.shape == outputs.shape[:-1]:
+        flat = flat[mask.flatten().to(flat.device)]
+    return flat
+
+
+class Draws(NamedTuple):
+    """How many random numbers a loss takes: chances of labels, or signs of other outputs."""
+
+    labels: int = 0
+    signs: int = 0
+
+    @classmethod
+    def of(cls, outputs: Tensor, classes: bool, mask: Tensor | None) -> Draws:
+        flat = _counted(outputs, mask)
+        return cls(labels=len(flat)) if classes else cls(signs=flat.numel())
+
+    def skip(self, generator: torch.Generator) -> None:
+        """Advance the generator past them."""
+        for start in range(0, self.labels, ENTRIES):
+            rows = min(self.labels - start, ENTRIES)
+            torch.rand(rows, generator=generator, dtype=torch.float64)
+        for start in range(0, self.signs, ENTRIES):
+            torch.randint(2, (min(self.signs - start, ENTRIES),), generator=generator)
+
+
+class Turns:
+    """The random numbers of each batch, the same whichever process runs it."""
+
+    def __init__(self, generator: torch.Generator, count: Callable[[], dict[int, Draws]]) -> None:
+        """
+        Args:
+            generator: of the labels of all batches, in their order.
+            count: counts the draws of this process's batches; not called with one process.
+        """
+        self.generator = generator
+        self._next = 0
+        counted = in_step(count) if world() > 1 else []
+        self._draws = {number: draws for each in counted for number, draws in each.items()}
+
+    def come(self, number: int) -> torch.Generator:
+        """The generator at the draws of this batch; numbers rise from call to call."""
+        for other in range(self._next, number):
+            self._draws[other].skip(self.generator)
+        self._next = number + 1
+        return self.generator
 
 
 def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -108,11 +156,22 @@ class Gradients:
             sums.fold(self.sequences)  # calls without a gradient leave others waiting
 
     def result(self) -> Moments:
+        """The means over the batches of all processes."""
+        self._add_up()
         called = {name: sums for name, sums in self._sums.items() if sums.count}
         # A convolution's positions are summed, per token of a linear layer or per sample.
         tokens = max((s.count for s in called.values() if s.site.kind == "linear"), default=0)
         conv_tokens = tokens or self._all_sequences
         return {name: sums.means(self._all_sequences, conv_tokens) for name, sums in called.items()}
+
+    def _add_up(self) -> None:
+        """Add the sums of the other processes."""
+        if world() == 1:
+            return
+        every = gathered([self._all_sequences, *(sums.count for sums in self._sums.values())])
+        self._all_sequences, *counts = map(sum, zip(*every, strict=True))
+        for sums, count in zip(self._sums.values(), counts, strict=True):
+            sums.add_up(count)
 
     def __enter__(self) -> None:
         for sums in self._sums.values():
@@ -166,11 +225,23 @@ class _Sums:
         outputs = output.numel() // self.site.shape[0]
         self.count += outputs if keep is None else int(keep.sum())
         self._calls += 1
+        self._begin(output.device)
+
+    def _begin(self, device: torch.device) -> None:
         if self._gram is None:
             out_features = self.site.shape[0]
             sides = (out_features, out_features)
-            self._gram = zeros(*sides, dtype=torch.float64, device=output.device)
+            self._gram = zeros(*sides, dtype=torch.float64, device=device)
             self._rows = self._gram.new_zeros(out_features)
+
+    def add_up(self, count: int) -> None:
+        """Add the sums of the other processes; `count` of all."""
+        if count:
+            self._begin(layouts.matrix(self.site.module).device)
+            assert self._gram is not None
+            assert self._rows is not None
+            summed(self._gram, self._rows)
+        self.count = count
 
     def add(self, inputs: Tensor, gradient: Tensor, keep: Tensor | None, sequences: int) -> None:
         g = layouts.output_rows(self.site.module, gradient)

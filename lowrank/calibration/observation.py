@@ -19,6 +19,7 @@ from ..errors import LowrankError
 from ..types import Site, Statistics
 from ..walk import layouts
 from .padding import Padding
+from .processes import gathered, summed
 from .running import SameTensor, Unpadded, first_tensor, quiet, tensors_in
 
 Run = Callable[[], object]
@@ -299,6 +300,18 @@ class Frequencies:
             return Statistics()
         statistics = Statistics(count=int(counts.sum()), freq=counts)
         return statistics if head is None else replace(statistics, gram=head.gram, mean=head.mean)
+
+    def add_up(self) -> None:
+        """Add the counts of the other processes."""
+        own = {name for name, counts in self._counts.items() if counts.numel()}
+        read = set().union(*gathered(own))
+        for site in self._sites:
+            if site.name in read and site.name not in own:
+                table = layouts.matrix(site.module)
+                zero = torch.zeros(site.shape[0], dtype=torch.float64, device=table.device)
+                self._counts[site.name] = zero
+            if site.name in read:
+                summed(self._counts[site.name])
 
     def _hook(self, site: Site) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:

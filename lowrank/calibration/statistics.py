@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import LowrankError, listed
 from ..linalg import gram_sum
-from ..linalg.mapped import kept
+from ..linalg.mapped import kept, zeros
 from ..types import Curve, Site, Statistics
 from ..walk import layouts
 from ..walk.checks import check_model, ordinary_tensors
@@ -32,12 +32,27 @@ from .batches import (
     rebatched,
     rows_in,
 )
+from .digests import data_print
 from .independence import rows_depend
 from .observation import Frequencies, Observation, observe
 from .padding import Padding, unsquared
+from .processes import (
+    agreed,
+    check_same,
+    check_unwrapped,
+    gathered,
+    in_step,
+    is_main,
+    mine,
+    rank,
+    summed,
+    world,
+)
 from .running import SameTensor, Unpadded, few_rows, first_tensor, forward, quiet, reads_ids
 
 Groups = tuple[tuple[str, ...], ...]
+Fed = tuple[Reading, str, bool]
+Seen = tuple[set[str], tuple[str, ...]]
 SELF = "self"  # as `data`: the model writes it
 
 
@@ -95,6 +110,9 @@ def calibrate(
     Padded positions are left out wherever it is known which they are (`padding`); elsewhere all
     positions count, and `padded` names the layers.
 
+    With several processes of torch.distributed all of them call this with the same data; each runs
+    its share of the rows, and the sums over all are the same on each.
+
     Args:
         data: see `materialise`; or "self": text that a causal language model writes itself. A
             finished calibration is returned as it is.
@@ -109,14 +127,19 @@ def calibrate(
 
     Raises:
         LowrankError: no layer was reached, an activation is NaN or Inf, or an id is out of range
-            (its site is named); `rows` are asked of a callable or a finished calibration.
+            (its site is named); `rows` are asked of a callable or a finished calibration; the
+            processes were given different data.
     """
     check_model(model)
+    check_unwrapped(model)
     if isinstance(data, Calibration):
         if rows is not None:
             raise LowrankError(f"rows={rows} would change nothing: the calibration is finished")
         return data
-    (batches, rows_read), source, whole = _fed(model, data, tokenizer, length, rows, seed, progress)
+    progress = progress and is_main()
+    (batches, rows_read), source, whole = _alike(
+        lambda: _fed(model, data, tokenizer, length, rows, seed, progress)
+    )
     batches, held_out = parted(batches, hold_out, whole=whole)
     padding, batches, run = _to_run(model, batches, whole)
     free = [site for site in sites or find_sites(model) if not site.reason]
@@ -126,8 +149,9 @@ def calibrate(
     first = run if callable(run) else run[:1]
     with Frequencies(tables, padding):  # for its error about bad ids, in the first pass too
         observation = observe(model, readers, lambda: _run(model, first, padding, progress=False))
+    share = run if whole or callable(run) or world() == 1 else rebatched(run)
     statistics, groups, lookups = _gathered(
-        model, run, observation, readers, tables, padding, progress
+        model, share, observation, readers, tables, padding, progress
     )
     tokens = _add_lookups(statistics, tables, heads, lookups)
     if tokens == 0:
@@ -275,10 +299,23 @@ def _gathered(
             [[by_name[name] for name in group] for group in (*groups, *unseen)], padding
         )
         lookups = Frequencies(tables, padding)
-        with quiet(model), padding, gather, lookups:
-            _run(model, batches, padding, progress)
-        gather.check_calls()
+
+        def run(gather: _Gather = gather, lookups: Frequencies = lookups) -> Seen:
+            with quiet(model), padding, gather, lookups:
+                _run(model, batches if callable(batches) else mine(batches), padding, progress)
+            gather.check_calls()
+            return gather.parted, tuple(padding.uncertain)
+
+        seen = in_step(run)
+        gather.parted = set().union(*(parted for parted, _ in seen))
+        if isinstance(padding, Padding):
+            padding.uncertain = dict.fromkeys(name for _, names in seen for name in names)
         if not gather.parted:
+            if callable(batches):  # every process ran all of it
+                check_same(data=gather.counts())
+            else:
+                gather.add_up()
+                lookups.add_up()
             return gather.statistics(), groups, lookups
         # A later batch gave members of a group different tensors: gather those one by one.
         groups = _split(groups, gather.parted)
@@ -304,7 +341,7 @@ def _fed(
     rows: int | None,
     seed: int,
     progress: bool,
-) -> tuple[Reading, str, bool]:
+) -> Fed:
     """The data, its source if the model wrote it, and whether its batches stay whole."""
     check_rows(rows)
     if isinstance(data, str) and data == SELF:
@@ -321,6 +358,28 @@ def _fed(
     if rows is None or whole or callable(batches) or sum(map(rows_in, batches)) <= rows:
         return reading, "", whole
     return Reading(first_rows(batches, rows), rows), "", whole
+
+
+def _alike(read: Callable[[], Fed]) -> Fed:
+    """What is read, on every process the same.
+
+    Raises:
+        LowrankError: the processes read different data.
+    """
+    if world() == 1:
+        return read()
+    found: list[Fed] = []
+
+    def printed() -> str:
+        found.append(read())
+        batches = found[0][0].batches
+        return "a callable" if callable(batches) else data_print(batches)
+
+    prints = in_step(printed)
+    if found[0][1]:  # written by the model: another machine's rounding may change a token
+        return agreed(found[0])
+    check_same(data=prints[rank()])
+    return found[0]
 
 
 class _Gather:
@@ -368,6 +427,15 @@ class _Gather:
         for sums in self._sums:
             self.parted.update(n for n, calls in sums.calls.items() if calls != sums.owner_calls)
 
+    def counts(self) -> list[int]:
+        """The number of input vectors of each group."""
+        return [sums.count for sums in self._sums]
+
+    def add_up(self) -> None:
+        """Add the sums of the other processes."""
+        for sums, *counts in zip(self._sums, *gathered(self.counts()), strict=True):
+            sums.add_up(sum(counts))
+
     def statistics(self) -> dict[str, Statistics]:
         statistics: dict[str, Statistics] = {}
         for sums, group in zip(self._sums, self._groups, strict=True):
@@ -406,6 +474,16 @@ class _Sums:
         self.gram = kept(gram) if self.gram is None else self.gram.add_(gram)
         self.sum = total if self.sum is None else self.sum.add_(total)
         self.count += len(rows)
+
+    def add_up(self, count: int) -> None:
+        """Add the sums of the other processes; `count` of all."""
+        if count and (self.gram is None or self.sum is None):
+            side, device = self.site.shape[1], layouts.matrix(self.site.module).device
+            self.gram = zeros(side, side, dtype=torch.float64, device=device)
+            self.sum = self.gram.new_zeros(side)
+        if self.gram is not None and self.sum is not None:
+            summed(self.gram, self.sum)
+        self.count = count
 
     def finish(self) -> Statistics:
         if self.count == 0 or self.gram is None or self.sum is None:

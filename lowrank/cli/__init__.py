@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from ..errors import LowrankError
 from . import changing, looking, reporting
 from .console import complain, one_line
+from .launched import check_shared, joined
 
 OVERVIEW = """Low-rank compression of neural networks and language models.
 
@@ -44,7 +45,8 @@ class _Group(TyperGroup):
             given.remove("--debug")
         extra["standalone_mode"] = False
         try:
-            code = super().main(given, *rest, **extra)
+            with joined():
+                code = super().main(given, *rest, **extra)
         except Exception as error:
             if debug:
                 traceback.print_exc()
@@ -101,6 +103,8 @@ def _start(
         typer.echo(__version__)
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
+    else:
+        check_shared(context.invoked_subcommand)
 
 
 def main() -> None:

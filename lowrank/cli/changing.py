@@ -21,7 +21,7 @@ from ..plans.estimates import GIB
 from ..plans.report import Report
 from ..plans.stages import recording, stage
 from ..tables import aligned
-from . import inputs, options
+from . import inputs, launched, options
 from .console import hushed, on_terminal, say, say_reasons, show
 from .inputs import Force, Length, Out, Source
 from .options import arguments_of
@@ -53,7 +53,7 @@ def plan_command(
     text = inputs.read_data(data)
     if out is not None and out.exists() and not force:
         raise LowrankError(f"{out} exists: choose another name, or add --force")
-    model = inputs.load_model(path)
+    model = launched.placed(inputs.load_model(path))
     methods = [chosen["method"]] if chosen["method"] else []
     batches = _calibration(model, path, text, chosen, length, methods, chosen["seed"] or 0)
     _drop_spent_rows(keywords, batches)
@@ -64,7 +64,8 @@ def plan_command(
     if planned.settings.get("data"):
         say(f"calibrated on {planned.settings['data']}")
     if out is not None:
-        planned.save(out)
+        if launched.writes():
+            planned.save(out)
         again = "" if data is None else f" --data {data}"
         again += "" if length is None else f" --length {length}"
         again += "" if chosen["rows"] is None else f" --rows {chosen['rows']}"
@@ -135,6 +136,7 @@ def compress_command(
         say(f"runs {room}")
         if unfinished_at(out).exists():
             say(f"goes on with the unfinished work in {unfinished_at(out)}")
+    model = launched.placed(model) if room.in_memory else model
     with nullcontext() if room.in_memory else working_in(out.parent):
         batches = _calibration(model, path, text, chosen, length, methods, seed)
     if plan is not None:
@@ -144,12 +146,14 @@ def compress_command(
     tokenizer = inputs.load_tokenizer(path)
     if room.in_memory:
         model, report = compress(model, **keywords)
-        with hushed():
-            report = write(model, report, path, out, tokenizer=tokenizer)
+        if launched.writes():
+            with hushed():
+                report = write(model, report, path, out, tokenizer=tokenizer)
     else:
         with hushed():
             report = into_folder(model, path, out, Compression(**keywords, tokenizer=tokenizer))
-    _tell(report, path, out, has_tokenizer=tokenizer is not None)
+    if launched.writes():
+        _tell(report, path, out, has_tokenizer=tokenizer is not None)
     if room.in_memory:
         say(f"ran {room}")
 

@@ -10,24 +10,33 @@ from typing import Any, Literal
 
 import typer
 
+from .launched import number, writes
+
 WIDTH = 100  # columns, if the output is not a terminal
 NAMES = ("site", "note", "shape", "method", "policy", "path", "per forward pass")  # never wrapped
 TEXTS = ("what it does", "needs")
 
 
 def say(line: str = "") -> None:
-    """Print one line on stdout, never wrapped."""
-    typer.echo(line)
+    """Print one line on stdout, never wrapped; of several processes, the first does."""
+    if writes():
+        typer.echo(line)
 
 
 def complain(line: str) -> None:
-    """Print an error as one line on stderr."""
-    typer.secho("lowrank: ", err=True, fg="red", nl=False)
+    """Print an error as one line on stderr; processes after the first say which they are."""
+    who = "lowrank" if writes() else f"lowrank, process {number()}"
+    typer.secho(f"{who}: ", err=True, fg="red", nl=False)
     typer.echo(line, err=True)
 
 
 def show(renderable: Any) -> None:
-    """Print a rich renderable; rather too wide than with numbers cut off."""
+    """Print a rich renderable; rather too wide than with numbers cut off.
+
+    Of several processes, the first prints it.
+    """
+    if not writes():
+        return
     from rich.console import Console
     from rich.measure import Measurement
 
@@ -70,8 +79,8 @@ def one_line(message: object) -> str:
 
 
 def on_terminal() -> bool:
-    """Whether stderr is a terminal, so that progress bars are useful."""
-    return sys.stderr.isatty()
+    """Whether stderr is a terminal, so that progress bars are useful; of one process alone."""
+    return writes() and sys.stderr.isatty()
 
 
 @contextmanager

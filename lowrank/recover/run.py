@@ -10,7 +10,8 @@ import copy
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 from ..calibration import self_written
 from ..calibration.batches import Batch
 from ..calibration.chain import Chain, NotInBlocks
+from ..calibration.processes import dealt, from_first, mine, world
 from ..calibration.statistics import statistics_of
 from ..errors import LowrankError
 from ..linalg.mapped import settled
@@ -124,14 +126,21 @@ def _refit(jobs: Sequence[_Job], progress: bool) -> None:
     first = jobs[0]
     blocks = {name for chain in first.bench.calibration.observation.chains for name in chain}
     students = [job.prepared(blocks) for job in jobs]
+    numbers, fitted = first.numbers, first.fitted
+    # Gradient steps need the hidden states of all rows: then every process runs them.
+    shared = world() > 1 and not any(job.recovery.block_steps for job in jobs)
+    if shared:
+        numbers = mine(numbers[:fitted])
+        fitted = len(numbers)
     options = {"delay": 2, "disable": not progress, "leave": False}
     with tqdm(total=len(blocks), desc="refit", **options) as bar:
         sequential = SequentialPass(
             first.bench,
             students,
-            first.numbers,
-            first.fitted,
+            numbers,
+            fitted,
             on_block=lambda name: bar.update(bool(name)),
+            shared=shared,
         )
         sequential.run()
     for job in jobs:
@@ -193,8 +202,11 @@ class _Job:
         if self.recovery.distill_steps:
             with stage("distillation"):
                 self._distill()
-        for site in self.refits:  # only now: plain factors are better conditioned to train
-            self._store(site)
+        # Only now: plain factors are better conditioned to train.
+        stored = dealt(partial(self._stored, site) for site in self.refits)
+        for site, new in zip(self.refits, stored, strict=True):
+            if new is not None:
+                put(self.student, site, settled(new))
         with stage("judging"):
             self._judge()
         modules = {site.name: module_at(self.student, site.name) for site, _, _ in self.work}
@@ -256,6 +268,7 @@ class _Job:
             raise
         except LowrankError as error:
             raise LowrankError(f"{lean.names[index]}: {error}") from None
+        from_first(trained)
         self.improved[name] = result.kept
 
     def _finished(self, name: str, sites: Sequence[Site]) -> None:
@@ -288,13 +301,15 @@ class _Job:
             self.improved[name] = bool(about["improved"])
         return True
 
-    def _store(self, site: Site) -> None:
+    def _stored(self, site: Site) -> nn.Module | None:
+        """The refitted layer in the storage of its entry; None if it is in that already."""
         new = module_at(self.student, site.name)
         if self.entries[site.name].storage == "pivoted" and isinstance(new, LowRankLinear):
-            put(self.student, site, settled(pivot_layer(new)))
+            return pivot_layer(new)
+        return None
 
     def batchnorm(self) -> None:
-        norms = [part for part in self.student.modules() if keeps_moments(part)]
+        norms: list[Any] = [part for part in self.student.modules() if keeps_moments(part)]
         if not norms or not self.recovery.batchnorm:
             return
         own_buffers(norms, ("running_mean", "running_var"), self.vectors)
@@ -310,6 +325,7 @@ class _Job:
         except LowrankError as error:  # no predictions to judge by
             self.notes.append(f"batch norms were not re-estimated: {error}")
             return
+        from_first(t for norm in norms for t in (norm.running_mean, norm.running_var))
         self.notes.append(f"batch norms re-estimated: {'kept' if kept else 'reverted: no gain'}")
 
     def _distill(self) -> None:
@@ -320,6 +336,7 @@ class _Job:
         fitted = self.fitted + len(written) if held else None
         batches = [*batches[: self.fitted], *written, *held]
         result = distill(self.bench.model, self.student, batches, trained, options, fitted)
+        from_first(trained)
         self.notes.append(
             f"distilled: held-out {self.bench.judge.measure} {result.before:.4g} -> "
             f"{result.after:.4g} (step {result.best_step} of {options.steps})"
@@ -350,7 +367,8 @@ class _Job:
         for site, _, _ in self.work:
             put(plain, site, self._made(site))
         try:
-            before, after = (self.bench.judge.judged(m) for m in (plain, self.student))
+            judged = self.bench.judge.judged
+            before, after = dealt(partial(judged, model) for model in (plain, self.student))
         except NotFinite:
             raise
         except LowrankError as error:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +21,14 @@ from torch import Tensor, nn
 
 from ..calibration.chain import Chain, NotInBlocks
 from ..calibration.observation import inside
+from ..calibration.processes import dealt, in_step, summed
 from ..calibration.running import first_tensor, forward, quiet, without_cache
 from ..calibration.statistics import counted_rows
 from ..errors import LowrankError, listed
 from ..linalg import cross_sum, gram_sum
 from ..linalg.mapped import settled
 from ..types import Site
+from ..walk import layouts
 from ..walk.surgery import module_at, put
 from .workbench import Workbench
 
@@ -84,6 +87,7 @@ class SequentialPass:
     Attributes:
         numbers: indices of the batches to run.
         fitted: number of those, from the first, that the moments are taken from.
+        shared: the other processes run other batches, and the moments are of all.
         on_block: called with the name of each block before its turn; "" outside of blocks.
     """
 
@@ -92,6 +96,7 @@ class SequentialPass:
     numbers: Sequence[int]
     fitted: int
     on_block: Callable[[str], None] = lambda _: None
+    shared: bool = False
     _whole_chains: dict[str, list[str]] = field(default_factory=dict)  # why -> names
     _unpaired: dict[str, None] = field(default_factory=dict)  # titles
 
@@ -161,8 +166,7 @@ class SequentialPass:
         Raises:
             NotInBlocks: the chain cannot be run so.
         """
-        dense = self.bench.dense_chain(names, self.numbers)
-        lean = [self.bench.chain(each.model, names, self.numbers) for each in self.students]
+        dense, *lean = self._chains(names)
         for index, name in enumerate(names):
             self.on_block(name)
             after: list[Any] = []
@@ -175,14 +179,26 @@ class SequentialPass:
                 lean_runs = [_block_runs(chain, index)[: self.fitted] for chain in lean]
                 after = self._refit(group, runs, lean_runs, to_the_end=group is mine[-1])
                 waiting.remove(group)
-            dense.hidden = after + dense.outputs(index, first=len(after))
+            _advance(dense, index, after)
             for student, chain in zip(self.students, lean, strict=True):
                 chain.refresh(student.model)
                 if student.after_block is not None and not done:
                     student.after_block(chain, index, dense.hidden)
                 if not done:
                     student.finished(name, student.among([s for group in mine for s in group]))
-                chain.hidden = chain.outputs(index)
+                _advance(chain, index)
+
+    def _chains(self, names: Sequence[str]) -> list[Chain]:
+        """These blocks in the dense model, and in each student."""
+        chains: list[Chain] = []
+
+        def record() -> None:
+            chains.append(self.bench.dense_chain(names, self.numbers))
+            for student in self.students:
+                chains.append(self.bench.chain(student.model, names, self.numbers))
+
+        in_step(record)
+        return chains
 
     def _refit(
         self,
@@ -196,15 +212,29 @@ class SequentialPass:
         concerned = [i for i, student in enumerate(self.students) if student.among(group)]
         models = [self.students[i].model for i in concerned]
         streams = _Streams(group[0], self.bench.model, models, to_the_end)
-        reals = [self.bench.real(group[0].name, number) for number in self.numbers[: self.fitted]]
-        streams.run(dense, [lean[i] for i in concerned], reals)
-        for i, sums in zip(concerned, streams.sums, strict=True):
-            student = self.students[i]
-            if not sums.paired:
-                self._unpaired[group[0].title] = None
-            moments = sums.moments()
-            for site in student.among(group):
-                put(student.model, site, settled(student.fit(site, moments)))
+
+        def run() -> list[tuple[int, bool]]:
+            name, numbers = group[0].name, self.numbers[: self.fitted]
+            reals = [self.bench.real(name, number) for number in numbers]
+            streams.run(dense, [lean[i] for i in concerned], reals)
+            return [(sums.count, sums.paired) for sums in streams.sums]
+
+        every = in_step(run)
+        if self.shared:
+            for sums, *parts in zip(streams.sums, *every, strict=True):
+                sums.add_up(parts)
+        if not all(sums.paired for sums in streams.sums):
+            self._unpaired[group[0].title] = None
+        students = [self.students[i] for i in concerned]
+        replaced = [(each.model, site) for each in students for site in each.among(group)]
+
+        def fits() -> Iterator[Callable[[], nn.Module]]:
+            for student, sums in zip(students, streams.sums, strict=True):
+                moments = sums.moments()
+                yield from (partial(student.fit, site, moments) for site in student.among(group))
+
+        for (model, site), new in zip(replaced, dealt(fits()), strict=True):
+            put(model, site, settled(new))
         return streams.outputs
 
 
@@ -231,6 +261,22 @@ class _Sums:
                 n if not self.count else s + n for s, n in zip(self.sums, new, strict=True)
             ]
             self.count += len(y)
+
+    def add_up(self, parts: Sequence[tuple[int, bool]]) -> None:
+        """Add the sums of the other processes.
+
+        Args:
+            parts: count and `paired` of each.
+        """
+        total = sum(count for count, _ in parts)
+        if total and not self.count:
+            matrix = layouts.matrix(self.site.module)
+            mean = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
+            gram = torch.zeros(*[len(mean)] * 2, dtype=mean.dtype, device=mean.device)
+            self.sums = [gram, gram.clone(), mean, mean.clone()]
+        if total:
+            summed(*self.sums)
+        self.count, self.paired = total, all(paired for _, paired in parts)
 
     def moments(self) -> Moments | None:
         """None if it saw no token."""
@@ -316,6 +362,15 @@ class _Reader:
 def _can_be_left(model: nn.Module) -> bool:
     """Whether a forward pass may be ended early: accelerate's hooks put weights back behind it."""
     return not any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
+def _advance(chain: Chain, index: int, known: Sequence[Any] = ()) -> None:
+    """Carry the hidden states through a block; `known` are its first outputs."""
+
+    def run() -> None:
+        chain.hidden = [*known, *chain.outputs(index, first=len(known))]
+
+    in_step(run)
 
 
 def _block_runs(chain: Chain, index: int) -> list[Run]:
