@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import nn
 
-from ..calibration.batches import ROWS
+from ..calibration.batches import ROWS, rows_in
 from ..calibration.chain import Recordings
 from ..calibration.processes import dealt
 from ..calibration.statistics import Calibration, statistics_of
@@ -38,7 +38,7 @@ from .grouping import Group
 from .request import Request
 
 Curves = dict[str, Curve]
-PROBED = 32  # rows to fit a candidate's closed-form recovery to, enough for a comparison
+LEAST_ROWS, LEAST_TOKENS = 16, 4096  # to fit a candidate's refit to, enough for a comparison
 
 
 def allocate(
@@ -115,6 +115,11 @@ def why_dense(option: Option, site: Site, curve: Curve, request: Request) -> str
     return "not in rank_pattern" if request.ratio is None else "the policy keeps it dense"
 
 
+def probed_rows(tokens: float) -> int:
+    """How many rows of so many tokens candidates are refitted to."""
+    return max(LEAST_ROWS, math.ceil(LEAST_TOKENS / max(tokens, 1)))
+
+
 def bench_of(
     model: nn.Module,
     calibration: Calibration | None,
@@ -155,7 +160,9 @@ class Judge:
         if recovery is None:
             twins = [self._put(work) for work in works]
         else:
-            few = max(PROBED // recovery.rows, 1)
+            rows = sum(map(rows_in, self.bench.batches[: self.bench.fitted]))
+            tokens = self.bench.calibration.tokens / max(rows, 1)
+            few = math.ceil(probed_rows(tokens) / recovery.rows)
             twins = refitted_twins(self.bench, works, recovery, self.resolved, most=few)
         return list(dealt(partial(self._judged, lean) for lean in twins))
 

@@ -8,12 +8,13 @@ anew, so that the count is rather too high.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 from ..calibration.fisher import FISHER
 from ..measure.rates import Rates
-from .allocating import PROBED
+from .allocating import probed_rows
 from .jobs import Job, Layer
 
 CHECKS = 7  # passes over the held-out rows while a block trains
@@ -188,5 +189,6 @@ def _choosing(job: Job, candidates: int) -> Work:
     judging = _forward(job, (1 + candidates) * job.held)  # the dense model's predictions too
     if job.recovery is None or not job.recovery.refit:
         return judging + _over(_factor(job, layer) for layer in job.layers).often(candidates)
-    few = replace(job, rows=min(job.rows, max(PROBED // job.batch, 1) * job.batch))
+    batches = math.ceil(probed_rows(max(layer.tokens for layer in job.layers)) / job.batch)
+    few = replace(job, rows=min(job.rows, batches * job.batch))
     return judging + _refit(few, candidates)
