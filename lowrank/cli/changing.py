@@ -130,10 +130,12 @@ def compress_command(
     if plan is not None:
         methods, seed = options.used_by(plan), plan.seed
     room = room_for(model)
+    why = str(room)
     if from_disk is not None:
         room = replace(room, in_memory=not from_disk)
+        why = f"{room.places[room.in_memory]}, as asked"
     if not room.in_memory:
-        say(f"runs {room}")
+        say(f"runs {why}")
         if unfinished_at(out).exists():
             say(f"goes on with the unfinished work in {unfinished_at(out)}")
     model = launched.placed(model) if room.in_memory else model
@@ -155,7 +157,7 @@ def compress_command(
     if launched.writes():
         _tell(report, path, out, has_tokenizer=tokenizer is not None)
     if room.in_memory:
-        say(f"ran {room}")
+        say(f"ran {why}")
 
 
 def merge_command(

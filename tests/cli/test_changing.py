@@ -58,7 +58,7 @@ def test_compress_does_what_the_library_does(made: SimpleNamespace) -> None:
 def test_compress_says_where_tensors_lived(made: SimpleNamespace, tmp_path: Path) -> None:
     out = tmp_path / "out"
     said = run("compress", made.dense, "--ratio", 0.6, "--method", "svd", "-o", out, "--from-disk")
-    assert said.startswith("runs from disk: weights, factors and statistics take ")
+    assert said.startswith("runs from disk, as asked\n")
     assert "\nran in memory: weights, factors and statistics take " in made.said
     assert lowrank.from_pretrained(out).num_parameters() > 0
 
