@@ -38,7 +38,8 @@ from .grouping import Group
 from .request import Request
 
 Curves = dict[str, Curve]
-LEAST_ROWS, LEAST_TOKENS = 16, 4096  # to fit a candidate's refit to, enough for a comparison
+LEAST_TOKENS = 4096  # to refit a candidate to, enough for a comparison
+LEAST_ROWS, MOST_ROWS = 16, 96  # an image is a single token to the layers behind its pooling
 
 
 def allocate(
@@ -117,7 +118,7 @@ def why_dense(option: Option, site: Site, curve: Curve, request: Request) -> str
 
 def probed_rows(tokens: float) -> int:
     """How many rows of so many tokens candidates are refitted to."""
-    return max(LEAST_ROWS, math.ceil(LEAST_TOKENS / max(tokens, 1)))
+    return min(max(LEAST_ROWS, math.ceil(LEAST_TOKENS / max(tokens, 1))), MOST_ROWS)
 
 
 def bench_of(
