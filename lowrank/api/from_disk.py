@@ -93,24 +93,38 @@ def replacing(out: Path, within: Path | None = None) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         place = out.parent if within is None else within
+        bring_back(out, place)  # of a call that was killed
         fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=place))
     except OSError as error:
         raise LowrankError(f"{out} cannot be written: {error.strerror}") from error
     try:
         yield fresh
         fresh.chmod(0o755)
-        old = None
         if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=place))
-            out.replace(old)
+            out.replace(place / _older(out))
         fresh.replace(out)
-        if old is not None:
-            _keep_others(old, out)
-            shutil.rmtree(old)
     except OSError as error:
         raise LowrankError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+        bring_back(out, place)
+
+
+def bring_back(out: Path, place: Path) -> None:
+    """What an older result held and the new one does not; all of it if there is no new one, which
+    a kill between the two moves leaves."""
+    old = place / _older(out)
+    if not old.exists():
+        return
+    if not out.exists():
+        old.replace(out)
+        return
+    _keep_others(old, out)
+    shutil.rmtree(old)
+
+
+def _older(out: Path) -> str:
+    return f".{out.name}.older"
 
 
 def _keep_others(old: Path, new: Path) -> None:

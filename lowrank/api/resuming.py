@@ -20,13 +20,14 @@ from typing import Any
 
 from torch import nn
 
-from ..calibration.batches import Reading, read_rows
+from ..calibration.batches import read_rows
 from ..calibration.digests import data_print, model_print
 from ..calibration.file import load_calibration, save_calibration
 from ..calibration.statistics import SELF, Calibration
 from ..errors import LowrankError, listed
 from ..plans.plan import Plan, versions
 from ..recover.journal import NAME, Journal
+from .from_disk import bring_back
 
 CALL = "call.json"
 NEUTRAL = frozenset({"data", "tokenizer", "progress", "copy", "out"})  # seen in the data's digest
@@ -59,15 +60,17 @@ class Work:
             LowrankError: it is not what the finished pieces were made from.
         """
         if data is None or isinstance(data, Calibration):
+            self._check_data()
             return data
         if isinstance(data, str) and data in (SELF, "default"):
             self.data = "self"
+            self._check_data()
             return data
         reading = read_rows(data, tokenizer, rows=rows)
         if not callable(reading.batches):
             self.data = data_print(reading.batches)
         self._check_data()
-        return Reading(*reading)
+        return reading
 
     def statistics(self, model: nn.Module) -> Calibration | None:
         """The calibration that an earlier call has finished, if any."""
@@ -133,6 +136,7 @@ def unfinished(out: Path, model: nn.Module, options: Mapping[str, Any]) -> Itera
         raise LowrankError(f"{out} cannot be written: {error.strerror}") from error
     with lock:
         _lock(lock, folder)
+        bring_back(out, folder)
         _check_call(folder, call)
         try:
             yield Work(Journal.read(folder))

@@ -271,22 +271,22 @@ class _Job:
         from_first(trained)
         self.improved[name] = result.kept
 
-    def _finished(self, name: str, sites: Sequence[Site]) -> None:
+    def _finished(self, name: str, sites: Sequence[Site], unpaired: Sequence[str]) -> None:
         """Keep a block in the journal."""
         assert self.journal is not None
         copies = {id(copy) for _, copy in self.vectors.values()}
         block = module_at(self.student, name)
         vectors = {f"{name}.{n}": p for n, p in block.named_parameters() if id(p) in copies}
         layers = {site.name: module_at(self.student, site.name) for site in sites}
-        about = {"improved": self.improved.get(name)}
+        about = {"improved": self.improved.get(name), "unpaired": list(unpaired)}
         self.journal.keep_layers(name, layers, vectors, about)
 
-    def _restored(self, name: str) -> bool:
-        """Put the layers of a block that the journal holds in place."""
+    def _restored(self, name: str) -> Sequence[str] | None:
+        """Put the layers of a block that the journal holds in place; see `Student`."""
         assert self.journal is not None
         kept = self.journal.layers(name)
         if kept is None:
-            return False
+            return None
         layers, vectors, about = kept
         sites = {site.name: site for site in self.refits}
         for site_name, new in layers.items():
@@ -299,7 +299,7 @@ class _Job:
                 tensors[vector].copy_(value)
         if about["improved"] is not None:
             self.improved[name] = bool(about["improved"])
-        return True
+        return [str(title) for title in about["unpaired"]]
 
     def _stored(self, site: Site) -> nn.Module | None:
         """The refitted layer in the storage of its entry; None if it is in that already."""

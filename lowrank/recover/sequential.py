@@ -64,17 +64,18 @@ class Student:
             token.
         after_block: called once all sites of a block are replaced, with the twin's chain, the
             block's index and the dense outputs; may train the block.
-        restored: called with a block's name before its turn; whether an earlier call, which was
-            killed, had finished it, and its layers are now in place.
-        finished: called with the name of a block that is done.
+        restored: called with a block's name before its turn. If an earlier call, which was killed,
+            had finished it, its layers are now in place; returns the titles of those refitted
+            without partners, None if it is still to be done.
+        finished: called with the name of a block that is done, its sites and those titles.
     """
 
     model: nn.Module
     sites: Sequence[Site]
     fit: Callable[[Site, Moments | None], nn.Module]
     after_block: Callable[[Chain, int, list[Tensor]], None] | None = None
-    restored: Callable[[str], bool] = lambda _: False
-    finished: Callable[[str, Sequence[Site]], None] = lambda *_: None
+    restored: Callable[[str], Sequence[str] | None] = lambda _: None
+    finished: Callable[[str, Sequence[Site], Sequence[str]], None] = lambda *_: None
 
     def among(self, group: Sequence[Site]) -> list[Site]:
         return [site for site in group if site in self.sites]
@@ -171,8 +172,11 @@ class SequentialPass:
             self.on_block(name)
             after: list[Any] = []
             mine = [group for group in waiting if _within(group[0].name, [name])]
-            done = all(student.restored(name) for student in self.students)
+            before = set(self._unpaired)
+            known = [student.restored(name) for student in self.students]
+            done = None not in known
             if done:
+                self._unpaired |= dict.fromkeys(title for each in known for title in each or ())
                 waiting[:] = [group for group in waiting if group not in mine]
             for group in () if done else mine:
                 runs = _block_runs(dense, index)[: self.fitted]
@@ -185,7 +189,8 @@ class SequentialPass:
                 if student.after_block is not None and not done:
                     student.after_block(chain, index, dense.hidden)
                 if not done:
-                    student.finished(name, student.among([s for group in mine for s in group]))
+                    sites = student.among([site for group in mine for site in group])
+                    student.finished(name, sites, [t for t in self._unpaired if t not in before])
                 _advance(chain, index)
 
     def _chains(self, names: Sequence[str]) -> list[Chain]:

@@ -17,7 +17,7 @@ import torch
 
 import lowrank
 from lowrank import LowrankError
-from lowrank.api import verbs
+from lowrank.api import from_disk, verbs
 from lowrank.linalg import mapped
 from lowrank.recover.journal import Journal
 from tests import zoo
@@ -164,6 +164,8 @@ def test_a_generator_goes_on_too(
         ({"effort": "balanced"}, r"another call \(effort='fast', not 'balanced'\)"),
         ({"exclude_modules": "q_proj"}, r"\(exclude_modules=None, not 'q_proj'\)"),
         ({"data": rows(1)}, "unfinished work on other data: pass the same rows"),
+        ({"data": "self"}, "unfinished work on other data: pass the same rows"),
+        ({"data": lambda model: model(rows())}, "unfinished work on other data"),
     ],
 )
 def test_a_changed_call_is_refused_and_loses_nothing(
@@ -286,3 +288,32 @@ def test_a_callable_runs_without_a_journal(source: Path, tmp_path: Path) -> None
     )  # fmt: skip
     assert report.achieved <= 0.6
     assert beside(tmp_path / "out") == []
+
+
+def test_an_older_result_comes_back_after_a_kill_between_the_moves(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    call(source, out)
+    (out / "notes.txt").write_text("mine")
+    before = digests(out)
+    replace = Path.replace
+
+    def killed(self: Path, target: Path) -> Path:
+        if target == out:
+            raise Stopped
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        patch.setattr(from_disk, "bring_back", lambda *_: None)  # a killed process does not
+        with pytest.raises(Stopped):
+            call(source, out, ratio=0.7)
+    assert not out.exists()
+    with pytest.raises(LowrankError, match="work of another call"):
+        call(source, out)
+    assert digests(out) == before
+    call(source, out, ratio=0.7)
+    assert digests(out) != before
+    assert (out / "notes.txt").read_text() == "mine"
+    assert beside(out) == []

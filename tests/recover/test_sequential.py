@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ import lowrank
 from lowrank import Recovery
 from lowrank.methods.resolved import resolve
 from lowrank.nn import is_factored
-from lowrank.recover.run import refitted_twins
+from lowrank.recover.journal import Journal
+from lowrank.recover.run import recover_layers, refitted_twins
 from lowrank.recover.sequential import SequentialPass, Student
 from lowrank.recover.workbench import Workbench
 from lowrank.walk.sites import find_sites
@@ -395,4 +397,32 @@ def test_candidates_are_refitted_together_as_they_are_alone() -> None:
         for (name, x), (_, y) in zip(
             lean.named_parameters(), alone.named_parameters(), strict=True
         ):
+            assert torch.equal(x, y), name
+
+
+def test_blocks_from_a_journal_say_what_they_said(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = zoo.Custom(
+        lambda self, x: self.blocks(x), blocks=nn.Sequential(Block(), Mixture(), Mixture())
+    )
+    seen = lowrank.calibrate(model, rows(), hold_out=0.125, progress=False)
+    plan = lowrank.plan(model, 0.4, data=seen, method="whitened", policy="uniform")
+    sites = {site.name: site for site in find_sites(model)}
+    resolved = resolve("whitened", data=True)
+    work = [
+        (sites[e.name], e, resolved.factor([sites[e.name]], e.option(), seen.statistics[e.name])[0])
+        for e in plan.entries
+        if e.target and e.size
+    ]
+    found = []
+    for _ in range(2):
+        bench = Workbench(model, seen)
+        bench.journal = Journal.read(tmp_path)
+        found.append(recover_layers(bench, work, Recovery(block_steps=2), resolved, progress=False))
+    first, second = found
+    assert "blocks.1" in bench.journal.pieces
+    assert any("other tokens reach" in note for note in first.notes)
+    assert second.notes == first.notes
+    for name, module in first.modules.items():
+        for x, y in zip(module.parameters(), second.modules[name].parameters(), strict=True):
             assert torch.equal(x, y), name
