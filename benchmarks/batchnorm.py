@@ -20,7 +20,7 @@ from machine import keep as keep_result
 
 import lowrank
 from lowrank import Recovery
-from lowrank.recover.batchnorm import batch_norms, gathered, moved, put
+from lowrank.recover.batchnorm import batch_norms, gathered, moved, set_moments
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 from compress_resnet_cifar import CALIBRATED, HELD, loaded, predictions, share
@@ -52,7 +52,7 @@ def main() -> None:
             )  # fmt: skip
             now = gathered(lean, images)
             for norms, state in (("left", {}), ("anew", now), ("moved", moved(net, now, was))):
-                put(lean, state)
+                set_moments(lean, state)
                 rows.append({
                     "way": name, "keep": keep, "norms": norms,
                     "top1": share(predictions(lean, test), labels),

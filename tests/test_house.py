@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import fields
@@ -207,3 +209,28 @@ def test_every_argument_is_explained_once() -> None:
 )  # fmt: skip
 def test_the_checks_can_fail(check: object, files: Sources, said: list[str]) -> None:
     assert check(files) == said  # type: ignore[operator]
+
+
+def test_benchmarks_and_recipes_name_what_exists() -> None:
+    """They run for minutes and not in every check: a name that was moved would go unseen."""
+    root = LIBRARY.parent
+    missing = [
+        f"{path.name}: {node.module}.{name.name}"
+        for folder in ("benchmarks", "recipes")
+        for path in sorted((root / folder).glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lowrank"
+        for name in node.names
+        if not exists(str(node.module), name.name)
+    ]
+    assert missing == []
+
+
+def exists(module: str, name: str) -> bool:
+    """Whether a module has a name, or a module of that name in it."""
+    if hasattr(importlib.import_module(module), name):
+        return True
+    try:
+        return importlib.util.find_spec(f"{module}.{name}") is not None
+    except ModuleNotFoundError:  # the module is a file
+        return False

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 # Source file below lowrank/ -> test file below tests/, a name that it mentions.
 ELSEWHERE = {
     "api/arguments.py": ("test_house.py", "ARGUMENTS"),
+    "api/deciding.py": ("api/test_names.py", "decide"),
     "api/footprint.py": ("api/test_estimating.py", "scratch_bytes"),
     "api/grouping.py": ("methods/test_basis_sharing.py", "compress"),
     "api/jobs.py": ("api/test_estimating.py", "job_of"),
@@ -27,6 +28,7 @@ ELSEWHERE = {
     "api/workload.py": ("api/test_estimating.py", "estimate"),
     "calibration/by_block.py": ("calibration/test_chain.py", "gradients_by_block"),
     "calibration/gradients.py": ("api/test_work.py", "Gradients"),
+    "calibration/gathering.py": ("api/test_work.py", "_Gather"),
     "calibration/digests.py": ("calibration/test_file.py", "load_calibration"),
     "calibration/running.py": ("calibration/test_observation.py", "SameTensor"),
     "cli/__init__.py": ("cli/test_errors.py", "app"),
@@ -69,6 +71,7 @@ ELSEWHERE = {
     "plans/schema.py": ("plans/test_plan.py", "Plan"),
     "recover/blocks.py": ("recover/test_run.py", "compress"),
     "recover/copies.py": ("recover/test_run.py", "compress"),
+    "recover/streams.py": ("recover/test_sequential.py", "SequentialPass"),
     "recover/recovery.py": ("recover/test_run.py", "Recovery"),
     "testing/cases.py": ("testing/test_suite.py", "linear_case"),
     "testing/crossing.py": ("testing/test_suite.py", "check_laws"),

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from .. import io
 from ..calibration.processes import agreed, dealt
@@ -25,6 +24,7 @@ from ..nn import LowRankEmbedding, TiedHead
 from ..nn.form import notes_of
 from ..plans.entry import Entry
 from ..plans.plan import Plan, Work, matched, versions
+from ..plans.progress import steps
 from ..plans.report import Measured, Report
 from ..plans.stages import recorded, stage
 from ..recover.copies import hand_over
@@ -80,14 +80,15 @@ def carry_out(
     work = matched(sites, plan, model)
     before = model_cost(model, [])
     groups = together(work)
-    bar = tqdm(groups, "factor", delay=2, disable=not progress, leave=False)
+    recovers = plan.settings.get("recovery") is not None
     made = dealt(
-        partial(factor_group, group, plan, calibration, resolved, curves) for group in groups
+        partial(factor_group, group, plan, calibration, resolved, curves, measure=not recovers)
+        for group in groups
     )
     with stage("factoring"):
         built = [
             Built(site, entry, None if new is None else settled(new), measured, curve)
-            for group, layers in zip(bar, made, strict=True)
+            for group, layers in zip(steps(groups, "layer", progress), made, strict=True)
             for (site, entry), (new, measured, curve) in zip(group, layers, strict=True)
         ]
     recovered = _recovered(plan, built, resolved, bench, progress)
@@ -125,11 +126,14 @@ def factor_group(
     calibration: Calibration | None,
     resolved: Resolved,
     curves: Curves | None,
+    *,
+    measure: bool,
 ) -> list[Made]:
     """Factor one site, or a group with a shared basis, whose errors are summed.
 
     Args:
         curves: those of the plan, if on the same statistics.
+        measure: whether to measure the error now, not after recovery.
 
     Raises:
         LowrankError: statistics or the method are missing, or it returned no modules.
@@ -147,7 +151,8 @@ def factor_group(
     fast = plan.settings.get("prefer") == "speed"
     reason = _too_slow(sites, modules, calibration, plan.seed) if fast else ""
     errors = [
-        resolved.error(site, curve, new, stats) for site, new in zip(sites, modules, strict=True)
+        resolved.error(site, curve, new, stats) if measure else None
+        for site, new in zip(sites, modules, strict=True)
     ]
     known = [error for error in errors if error is not None]
     measured = Measured(
@@ -257,7 +262,7 @@ def _recovered(
 
 def _remeasured(item: Built, resolved: Resolved, calibration: Calibration | None) -> Built:
     """Measure the error again after recovery, on the dense inputs: it may have grown there."""
-    if item.new is None or item.measured.measured is None:
+    if item.new is None:
         return item
     stats = statistics_of(item.site, calibration)
     error = resolved.error(item.site, item.curve, item.new, stats)

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..calibration.digests import add_tensor
 from ..calibration.processes import agreed, dealt
@@ -22,6 +21,7 @@ from ..methods.resolved import Resolved, own_form
 from ..plans import shared_basis
 from ..plans.entry import Entry
 from ..plans.plan import Plan, versions
+from ..plans.progress import steps
 from ..plans.stages import stage
 from ..policies.common import measured
 from ..recover.workbench import Workbench
@@ -233,9 +233,8 @@ def _decomposed(
         apart = [_curve(group, alone, calibration, request, remember) for alone in each]
         return several.joined(group[0], apart), apart
 
-    bar = tqdm(groups, "decompose", delay=2, disable=not request.progress, leave=False)
     found = dealt(partial(measure, group) for group in groups)
-    for group, (curve, apart) in zip(bar, found, strict=True):
+    for group, (curve, apart) in zip(steps(groups, "layer", request.progress), found, strict=True):
         curves[group[0].name] = curve
         for form, own in zip(forms, apart, strict=False):
             forms[form][group[0].name] = own

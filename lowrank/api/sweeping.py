@@ -31,9 +31,10 @@ from ..walk.sites import find_sites
 from ..walk.surgery import copied, twin
 from .allocating import bench_of
 from .applying import carry_out
+from .deciding import Feed, check_alike, statistics_for, targets_among
 from .planning import hold_out_of, make_plan
 from .request import Request, Sweeping
-from .verbs import Feed, check_alike, flat, statistics_for, targets_among
+from .verbs import flat
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,8 +164,9 @@ def sweep(model: nn.Module, asked: Sweeping) -> Sweep:
     )  # fmt: skip
     if calibration is not None and first.needs() & FISHER:
         calibration = with_fisher(
-            model, calibration, wanted, seed=first.seed, progress=first.progress
-        )
+            model, calibration, wanted,
+            needs=first.needs(), seed=first.seed, progress=first.progress,
+        )  # fmt: skip
     judge = _judge(model, calibration, asked)
     bench = bench_of(model, calibration, first)
     seconds = time.perf_counter() - started

@@ -9,38 +9,30 @@ import inspect
 import os
 import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from torch import nn
 
 from .. import io
-from ..calibration.chain import Recordings
-from ..calibration.digests import data_print, model_print
 from ..calibration.fisher import FISHER, with_fisher
-from ..calibration.processes import check_same, check_unwrapped, in_step, is_main, rank, world
+from ..calibration.processes import in_step, is_main, rank, world
 from ..calibration.self_written import described, writes
-from ..calibration.statistics import SELF, Calibration, calibrate
-from ..errors import LowrankError, listed
-from ..methods import JOINT, METHODS
-from ..methods.resolved import Given, Resolved, resolve
-from ..nn import is_factored
+from ..errors import LowrankError
 from ..plans.plan import Plan, matched
 from ..plans.report import Report
 from ..plans.stages import recording, stage
 from ..recover.recovery import Recovery
 from ..recover.workbench import Workbench
-from ..types import JointMethod, Method, Site
-from ..walk import layouts
+from ..types import JointMethod, Method
 from ..walk.checks import check_model, ordinary_tensors
-from ..walk.sites import check_rank_pattern, find_sites, select_sites
+from ..walk.sites import find_sites
 from ..walk.surgery import copied
-from .allocating import Curves, bench_of
 from .applying import carry_out
 from .arguments import ARGUMENTS
+from .deciding import Feed, check_alike, decide, resolved_for, statistics_for
 from .from_disk import check_apart, working_in, write
-from .planning import hold_out_of, make_plan
 from .request import HOLD_OUT, Compression, Request, Source
 from .resuming import Work, unfinished
 
@@ -48,17 +40,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R")
 Verb = Callable[[nn.Module, R], T]
-
-
-class Decision(NamedTuple):
-    """A plan and what it was made from."""
-
-    plan: Plan
-    curves: Curves
-    resolved: Resolved
-    sites: list[Site]
-    calibration: Calibration | None
-    bench: Workbench | None
 
 
 def _documented(doc: str, names: Sequence[str]) -> str:
@@ -157,7 +138,7 @@ def apply(
     model = copied(model) if copy else model
     sites = find_sites(model)
     work = matched(sites, plan, model)
-    resolved = _resolved_for(plan, method)
+    resolved = resolved_for(plan, method)
     shared = {entry.name for _, entry in work if entry.group}
     makers = [
         resolved.maker(entry.method, site, grouped=entry.name in shared) for site, entry in work
@@ -171,7 +152,10 @@ def apply(
     read = [site for (site, _), m in zip(work, makers, strict=True) if m.needs & FISHER]
     if calibration is not None and read:
         with stage("gradients"):
-            calibration = with_fisher(model, calibration, read, seed=plan.seed, progress=progress)
+            asked = frozenset[str]().union(*(maker.needs for maker in makers))
+            calibration = with_fisher(
+                model, calibration, read, needs=asked, seed=plan.seed, progress=progress
+            )
     bench = None
     if recovery is not None and calibration is not None:
         bench = Workbench(model, calibration, recovery.rows)
@@ -285,156 +269,6 @@ def _shared_into_folder(model: nn.Module, source: str, out: Path, asked: Compres
 
         # The other processes go on when the files are there.
         return in_step(save)[rank()]
-
-
-def decide(model: nn.Module, request: Request, work: Work | None = None) -> Decision:
-    """Make a plan, cheap checks first: a typo must not cost a calibration.
-
-    Args:
-        work: what an earlier call, which was killed, has finished of this one.
-    """
-    check_model(model)
-    check_alike(model, request.data, request.said())
-    sites = find_sites(model)
-    wanted = targets_among(sites, model, request)
-    calibration, recordings = _calibrated(model, sites, wanted, request, work)
-    bench = bench_of(model, calibration, request, recordings)
-    if bench is not None and work is not None and work.data:
-        bench.journal = work.journal
-    chosen = None if work is None else work.plan()
-    if chosen is not None:
-        resolved = _resolved_for(
-            chosen, None if isinstance(request.method, str) else request.method
-        )
-        return Decision(chosen, {}, resolved, sites, calibration, bench)
-    remember = isinstance(request.data, Calibration)
-    planned = make_plan(model, request, wanted, calibration, bench, remember=remember)
-    if work is not None:
-        work.keep_plan(planned[0])
-    return Decision(*planned, sites, calibration, bench)
-
-
-def _calibrated(
-    model: nn.Module,
-    sites: Sequence[Site],
-    wanted: Sequence[Site],
-    request: Request,
-    work: Work | None,
-) -> tuple[Calibration | None, Recordings]:
-    """The statistics that the method needs, and the inputs of blocks that were recorded for them.
-
-    Args:
-        wanted: the sites considered.
-    """
-    feed = Feed.of(request)
-    if work is not None:
-        feed = feed._replace(data=work.read(feed.data, feed.tokenizer, feed.rows))
-        finished = work.statistics(model)
-        if finished is not None:
-            return finished, {}
-    calibration = statistics_for(
-        model, sites, feed,
-        needed=request.method is None or bool(request.needs()),
-        hold_out=hold_out_of(request, wanted),
-    )  # fmt: skip
-    recordings: Recordings = {}
-    if calibration is not None and request.needs() & FISHER:
-        with stage("gradients"):
-            calibration = with_fisher(
-                model, calibration, wanted,
-                seed=request.seed, progress=request.progress, recordings=recordings,
-            )  # fmt: skip
-    if work is not None and calibration is not None:
-        calibration = work.keep_statistics(calibration, model)
-    return calibration, recordings
-
-
-def check_alike(model: nn.Module, data: Source, said: Mapping[str, str]) -> None:
-    """Check that all processes were given the same, and a model that each can run alone.
-
-    Data that is no finished calibration is compared when it is read.
-
-    Raises:
-        LowrankError: on every process.
-    """
-    if world() == 1:
-        return
-    check_unwrapped(model)
-    rows = data.batches if isinstance(data, Calibration) else ()
-    digest = "" if callable(rows) else data_print(rows)
-    given = f"{type(data).__name__} {digest}".strip()
-    check_same(model=model_print(model), data=given, **said)
-
-
-def targets_among(sites: Sequence[Site], model: nn.Module, request: Request) -> list[Site]:
-    """All sites considered; those without a reason are the targets.
-
-    Raises:
-        LowrankError: a pattern matches nothing, no target is left, or a weight is not finite.
-    """
-    chosen = select_sites(sites, model, request.target_modules, request.exclude_modules)
-    targets = [site for site in chosen if not site.reason]
-    if not targets:
-        reasons = sorted({f"{site.title}: {site.reason}" for site in chosen})
-        factored = sum(map(is_factored, model.modules()))
-        already = f"{factored} are factored already (lowrank.to_dense undoes it); "
-        raise LowrankError(
-            f"no layer can be factored: {already if factored else ''}"
-            f"{listed(reasons, 4) or 'the model has no dense linear layer'}"
-        )
-    check_rank_pattern(request.rank_pattern or {}, chosen)
-    for site in targets:
-        if not layouts.is_finite(site.module):
-            raise LowrankError(f"{site.title}: the weight holds NaN or Inf")
-    return chosen
-
-
-class Feed(NamedTuple):
-    """The arguments that say what the model is run on, as for `compress`."""
-
-    data: Source
-    tokenizer: Any
-    rows: int | None
-    seed: int
-    progress: bool
-
-    @classmethod
-    def of(cls, request: Request) -> Feed:
-        return cls(*(getattr(request, name) for name in cls._fields))
-
-
-def statistics_for(
-    model: nn.Module, sites: Sequence[Site], feed: Feed, *, needed: bool, hold_out: float
-) -> Calibration | None:
-    """Calibrate on the data; "default" is self-written text if `needed` and possible, else None.
-
-    Raises:
-        LowrankError: as `calibrate`; rows are asked for, and there is no data.
-    """
-    data = feed.data
-    if isinstance(data, str) and data == "default":
-        data = SELF if needed and writes(model) else None
-    if data is None:
-        if feed.rows is not None:
-            raise LowrankError(
-                f"rows={feed.rows} counts rows of data, but no data is read: drop it"
-            )
-        return None
-    with stage("calibration"):
-        return calibrate(
-            model, cast(Any, data), tokenizer=feed.tokenizer, rows=feed.rows, seed=feed.seed,
-            hold_out=hold_out, progress=feed.progress, sites=sites,
-        )  # fmt: skip
-
-
-def _resolved_for(plan: Plan, method: Given) -> Resolved:
-    """The method that factors the sites of a finished plan: the object given, or by name."""
-    if method is None and plan.method not in {*METHODS, *JOINT}:
-        # Entries with unknown methods raise later, with the name that is missing.
-        return resolve("svd", seed=plan.seed, data=True)
-    resolved = resolve(method or plan.method, seed=plan.seed, storage=plan.storage, data=True)
-    called = plan.settings.get("called") or [plan.method]
-    return dataclasses.replace(resolved, called=tuple(called))
 
 
 def _wrote(model: nn.Module, plan: Plan, rows: int | None) -> bool:

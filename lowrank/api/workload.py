@@ -13,7 +13,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 from ..calibration.fisher import FISHER
+from ..linalg.gram import PART
 from ..measure.rates import Rates
+from ..recover.memo import MOST
 from .allocating import probed_rows
 from .jobs import Job, Layer
 
@@ -91,22 +93,30 @@ def _blocks(job: Job) -> int:
     return sum(job.outline.blocks.values())
 
 
+def _squared(side: int) -> float:
+    """FLOPs a token of a Gram matrix: of wide rows, the blocks on and above the diagonal."""
+    parts = max(side // PART, 1)
+    return side * side * (1 + 1 / parts)
+
+
 def _calibration(job: Job) -> Work:
     """One pass, after one batch to observe; a Gram matrix of every distinct input."""
-    grams = sum(2 * job.rows * read.tokens * read.inputs**2 for read in job.groups)
+    grams = sum(job.rows * read.tokens * _squared(read.inputs) for read in job.groups)
     return _forward(job, job.rows + min(job.batch, job.rows)) + Work(single=grams)
 
 
 def _gradients(job: Job) -> Work:
     """Forwards and backwards to the inputs; Gram matrices of the gradients, rows of the Fisher."""
-    moments = sum(
-        2 * job.rows * layer.tokens * layer.outputs * (layer.outputs + layer.inputs)
-        for layer in job.layers
-    )
+
+    def moments(layer: Layer) -> float:
+        gram = _squared(layer.outputs) if "out_gram" in job.needs else 0
+        rows = 2 * layer.outputs * layer.inputs if "row_fisher" in job.needs else 0
+        return job.rows * layer.tokens * (gram + rows)
+
     passes = 2 * job.outline.flops
-    if job.by_block:  # recorded, run to be stored, and run again
-        passes += 2 * _blocks(job)
-    return Work(product=job.rows * passes, single=moments)
+    if job.by_block:  # recorded and stored, and run again
+        passes += _blocks(job)
+    return Work(product=job.rows * passes, single=sum(map(moments, job.layers)))
 
 
 def _reduced(job: Job, layer: Layer) -> float:
@@ -149,22 +159,35 @@ def _refit(job: Job, students: int = 1) -> Work:
     factors."""
     if job.recovery is None or not job.recovery.refit:
         return Work()
-    rows, first = job.rows, min(job.batch, job.rows)
+    trained = job.held if job.recovery.block_steps else 0
     passes = 0.0
     for name, flops in job.outline.blocks.items():
-        ends = [_until(job, read) * flops for read in job.groups if read.block == name]
-        # The first batch of each reading goes on to the end, and the last dense one always does.
-        shown = first * (len(ends) * flops - sum(ends))
-        dense = rows * sum(ends[:-1]) + (rows + job.held) * flops + shown
-        passes += dense + students * (rows * sum(ends) + (rows + job.held) * flops + shown)
+        ends = [_until(job, read) for read in job.groups if read.block == name]
+        again = _unkept(job, name, students)
+        runs = sum(ends[:-1]) * again + job.rows * flops
+        student_runs = sum(ends) * again + job.rows * flops
+        passes += runs + students * student_runs + (1 + students) * trained * flops
     outside = sum(not read.block for read in job.groups) * job.outline.flops
-    passes += (1 + students) * rows * outside
-    moments = sum(4 * rows * read.tokens * read.inputs**2 for read in job.groups)
+    passes += (1 + students) * job.rows * outside
+    moments = sum(
+        job.rows * read.tokens * (2 * read.inputs**2 + _squared(read.inputs))
+        for read in job.groups
+    )
     solved = _over(
         _factor(job, layer) + Work(double=layer.inputs**3 / 3 + 4 * layer.outputs * layer.inputs**2)
         for layer in job.layers
     )
     return Work(product=passes) + (Work(single=moments) + solved).often(students)
+
+
+def _unkept(job: Job, block: str, students: int) -> float:
+    """The products of a block that every further run of it computes again: those outside of its
+    layers, and of the layers whose outputs are too much to be kept."""
+    mine = [layer for layer in job.layers if layer.block == block]
+    layers = sum(2 * layer.tokens * layer.outputs * layer.inputs for layer in mine)
+    outputs = job.rows * job.itemsize * sum(layer.tokens * layer.outputs for layer in mine)
+    kept = min(MOST / (1 + students) / max(outputs, 1), 1.0)
+    return job.rows * (job.outline.blocks[block] - kept * layers)
 
 
 def _until(job: Job, read: Layer) -> float:

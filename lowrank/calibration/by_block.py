@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import LowrankError
 from ..linalg.mapped import kept
+from ..plans.progress import steps
 from ..types import Site
 from .batches import Batch, is_padded, rebatched
 from .chain import Chain, NotInBlocks, Recording, bypassed
@@ -46,6 +47,8 @@ def gradients_by_block(
     sites: Sequence[Site],
     recording: Recording,
     generator: torch.Generator,
+    *,
+    needs: frozenset[str],
     progress: bool,
 ) -> Moments:
     """The same, block by block from the last to the first, each run again on its stored input.
@@ -55,7 +58,7 @@ def gradients_by_block(
     """
     if any(is_padded(batch) for batch in batches):
         raise NotInBlocks("padding is followed through the whole model")
-    share = _Share(model, batches, sites, recording)
+    share = _Share(model, batches, sites, recording, needs)
     in_step(share.record)
     turns = Turns(generator, share.draws)
     in_step(lambda: share.run(turns, progress))
@@ -78,11 +81,13 @@ class _Share:
         batches: Sequence[Batch],
         sites: Sequence[Site],
         recording: Recording,
+        needs: frozenset[str],
     ) -> None:
-        self.model, self.sites, self.recording = model, sites, recording
+        self.model, self.sites, self.recording, self.needs = model, sites, recording, needs
         self.numbers = mine(range(len(batches)))
         self.batches = [batches[number] for number in self.numbers]
-        self.inputs: list[list[Tensor]] = []  # by block and batch
+        # By block and batch; the last ones are the chain's outputs.
+        self.inputs: list[list[Tensor]] = [[] for _ in (*recording.names, "")]
         self.gathered: list[Gradients] = []
 
     @torch.no_grad()
@@ -90,15 +95,18 @@ class _Share:
         """Run all batches, and keep each block's inputs."""
         try:
             for number, batch in zip(self.numbers, self.batches, strict=True):
-                self.recording.record(self.model, number, batch)
+                self.recording.record(self.model, number, batch, self._keep)
             self.chain = Chain(self.model, self.recording, self.numbers)
-            for index in range(len(self.recording.names)):
-                self.inputs.append([kept(hidden) for hidden in self.chain.hidden])
-                self.chain.hidden = self.chain.outputs(index)
+            self.chain.hidden = self.inputs.pop()
         except LowrankError as error:
             raise NotInBlocks(str(error)) from None
         if self.batches:
             _check_bypass(self.model, self.recording, self.numbers[0], *self._states()[0][1:])
+
+    def _keep(self, index: int, hidden: Tensor) -> None:
+        own = kept(hidden)
+        # A block may change its input in place.
+        self.inputs[index].append(hidden.clone() if own is hidden else own)
 
     def _states(self) -> list[tuple[int, Batch, Tensor]]:
         """The batches by number, with the last block's outputs."""
@@ -120,10 +128,9 @@ class _Share:
 
     def run(self, turns: Turns, progress: bool) -> None:
         """Gather the gradients after the chain, then those of its blocks."""
-        from tqdm.auto import tqdm
-
         names = self.recording.names
-        later = Gradients([s for s in self.sites if not _block_of(s.name, names)], Unpadded())
+        others = [site for site in self.sites if not _block_of(site.name, names)]
+        later = Gradients(others, Unpadded(), self.needs)
         gradients: list[Tensor] = []
         sequences: list[int] = []
         with later:
@@ -135,18 +142,15 @@ class _Share:
                 gradients.append(tail[0])
                 sequences.append(tail[1])
         self.gathered.append(later)
-        bar = tqdm(total=len(names), desc="fisher", delay=2, disable=not progress, leave=False)
-        with bar:
-            for index in reversed(range(len(names))):
-                self._run_block(index, gradients, sequences)
-                bar.update()
+        for index in steps(range(len(names))[::-1], "block", progress):
+            self._run_block(index, gradients, sequences)
 
     def _run_block(self, index: int, gradients: list[Tensor], sequences: list[int]) -> None:
         """Gather the gradients of one block's layers, and replace `gradients`, those at its
         outputs, by those at its inputs."""
         names = self.recording.names
         own = [site for site in self.sites if _block_of(site.name, names) == names[index]]
-        gather = Gradients(own, Unpadded())
+        gather = Gradients(own, Unpadded(), self.needs)
         with gather, torch.enable_grad():
             for place, hidden in enumerate(self.inputs.pop()):
                 gather.sequences = sequences[place]

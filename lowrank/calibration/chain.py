@@ -7,7 +7,7 @@ block returned. A chain of one block reads what the whole model gives it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from .batches import ROWS, Batch, rebatched
 from .running import FAILED, SameTensor, few_rows, first_tensor, forward, quiet
 
 Path = tuple[Any, ...]
+Seen = Callable[[int, Tensor], None]  # a block's index and its input
 
 
 class NotInBlocks(LowrankError):
@@ -58,11 +59,15 @@ class Recording:
     out: Path | None = None
     ends: dict[int, Any] = field(default_factory=dict)
 
-    def record(self, model: nn.Module, number: int, batch: Batch) -> None:
+    def record(self, model: nn.Module, number: int, batch: Batch, seen: Seen | None = None) -> None:
         """Run the model on one batch, and record its blocks' inputs.
 
         Once it was seen that no block is called again later, the pass ends with the chain: what
         follows is of no use, and logits over a large vocabulary are the largest tensor of all.
+
+        Args:
+            seen: called with every hidden state: the input of each block by its index, the first
+                one's last, and the output of the last block by the number of blocks.
 
         Raises:
             NotInBlocks: the blocks are not each called once, in the order of the chain.
@@ -70,13 +75,21 @@ class Recording:
         few = ROWS if self.whole else few_rows(model, batch)
         first = rebatched([batch], few)[0] if not self.calls and few < ROWS else None
         if first is not None:
-            self._run(model, first, to_the_end=True)
-        calls, end = self._run(model, batch, to_the_end=not self.calls and first is None)
+            self._run(model, first, None, to_the_end=True)
+        calls, end = self._run(model, batch, seen, to_the_end=not self.calls and first is None)
         self._keep(number, calls)
         self.ends[number] = _put(end, self.out or (), None)
+        if seen is not None:
+            seen(0, self.hidden[number])
+            seen(len(calls), _get(end, self.out or ()))
 
-    def _run(self, model: nn.Module, batch: Batch, *, to_the_end: bool) -> tuple[list[_Call], Any]:
-        """The calls of the blocks, and the output of the last one."""
+    def _run(
+        self, model: nn.Module, batch: Batch, seen: Seen | None, *, to_the_end: bool
+    ) -> tuple[list[_Call], Any]:
+        """The calls of the blocks, and the output of the last one.
+
+        The hidden state stays in the first call alone: of all blocks it would be much.
+        """
         calls: list[_Call] = []
         last: list[tuple[Path, Tensor, SameTensor]] = []
         end: list[Any] = []
@@ -85,7 +98,11 @@ class Recording:
             def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
                 if len(calls) != index:
                     raise NotInBlocks(f"{self.names[index]} is called out of chain order")
-                calls.append(_Call((args, kwargs), self._link(last, (args, kwargs))))
+                given = (args, kwargs)
+                path = self._link(last, given)
+                if index and seen is not None:
+                    seen(index, _get(given, path))
+                calls.append(_Call(_put(given, path, None) if index else given, path))
 
             return hook
 
@@ -119,8 +136,7 @@ class Recording:
         first = _get(calls[0].given, calls[0].path)
         if not isinstance(first, Tensor):
             raise NotInBlocks(f"{self.names[0]} is not called like the next block")
-        for call in calls:  # hidden states are carried, not kept
-            call.given = _put(call.given, call.path, None)
+        calls[0].given = _put(calls[0].given, calls[0].path, None)
         self.hidden[number], self.calls[number] = first, calls
 
     def _link(self, last: Sequence[tuple[Path, Tensor, SameTensor]], given: Any) -> Path:

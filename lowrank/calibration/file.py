@@ -87,7 +87,7 @@ def _body(calibration: Calibration, store: _Store, folder: Path | None) -> dict[
         "statistics": parts,
         "sites": {name: own[id(stats)] for name, stats in calibration.statistics.items()},
         "order": observation.order, "groups": observation.groups, "chains": observation.chains,
-        "bypassed": observation.bypassed,
+        "bypassed": observation.bypassed, "calls": observation.calls,
         "shapes": {name: list(shape) for name, shape in observation.shapes.items()},
         "batches": [_batch(batch, store) for batch in calibration.batches],
         "held_out": [_batch(batch, store) for batch in calibration.held_out],
@@ -239,7 +239,7 @@ def _restored(body: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Pa
     shapes = {name: tuple(shape) for name, shape in body["shapes"].items()}
     observed = Observation(
         tuple(body["order"]), _names(body["groups"]), _names(body["chains"]), shapes,
-        tuple(body["bypassed"]),
+        tuple(body["bypassed"]), dict(body.get("calls", {})),
     )  # fmt: skip
     return Calibration(
         statistics={name: parts[number] for name, number in body["sites"].items()},

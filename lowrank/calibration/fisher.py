@@ -16,19 +16,28 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowrankError
+from ..plans.progress import steps
 from ..types import Site
 from ..walk.sites import find_sites, select_sites
 from .batches import Batch, Forward, rebatched
 from .by_block import gradients_by_block, one_chain
 from .chain import NotInBlocks, Recording, Recordings
-from .gradients import Draws, Gradients, Moments, Turns, plain, predicted, sampled_loss
+from .gradients import (
+    FISHER,
+    Draws,
+    Gradients,
+    Moments,
+    Turns,
+    plain,
+    predicted,
+    sampled_loss,
+)
 from .observation import Observation
 from .padding import Padding
 from .processes import in_step, is_main, mine
 from .running import Unpadded, forward, quiet, without_cache
 from .statistics import Calibration, followed
 
-FISHER = frozenset({"out_gram", "row_fisher"})  # the needs that require this pass
 ROWS = 16  # rows per backward pass
 
 
@@ -37,6 +46,7 @@ def with_fisher(
     calibration: Calibration,
     sites: Sequence[Site] | None = None,
     *,
+    needs: frozenset[str] = FISHER,
     seed: int = 0,
     progress: bool = False,
     recordings: Recordings | None = None,
@@ -49,6 +59,7 @@ def with_fisher(
     Args:
         sites: None: every linear layer but the output head, whose `out_gram` would be vocabulary ×
             vocabulary; `compress` passes its targets.
+        needs: which of the two to gather; `row_fisher` costs a backward pass to the weights.
         seed: of the labels, sampled on the CPU.
         recordings: to be filled with those of the model's chain, whose batches have `ROWS` rows;
             with several processes of this one's share.
@@ -62,17 +73,19 @@ def with_fisher(
         site
         for site in chosen
         if not site.reason and site.kind in ("linear", "conv") and site.name in known
-        if known[site.name].count and known[site.name].out_gram is None
+        if known[site.name].count
+        if any(getattr(known[site.name], need) is None for need in needs & FISHER)
     ]
     if not wanted:
         return calibration
     fishers = gradient_moments(
         model, calibration.batches, wanted, calibration.observation,
-        seed=seed, progress=progress, recordings=recordings, whole=calibration.whole,
+        needs=needs & FISHER, seed=seed, progress=progress, recordings=recordings,
+        whole=calibration.whole,
     )  # fmt: skip
     added = {
-        name: replace(known[name], out_gram=gram, row_fisher=rows)
-        for name, (gram, rows) in fishers.items()
+        name: replace(known[name], **{k: v for k, v in found._asdict().items() if v is not None})
+        for name, found in fishers.items()
     }
     return replace(calibration, statistics={**known, **added})
 
@@ -83,6 +96,7 @@ def gradient_moments(
     sites: Sequence[Site],
     observation: Observation | None = None,
     *,
+    needs: frozenset[str] = FISHER,
     seed: int = 0,
     progress: bool = False,
     recordings: Recordings | None = None,
@@ -105,6 +119,7 @@ def gradient_moments(
         batches: from `materialise`; at most `ROWS` rows are run at a time.
         observation: of the model, if known. Where the sites lie in one chain of blocks, or after
             it, gradients flow back block by block, in the memory of one block; they are the same.
+        needs: which of the two to gather; the other is None.
         seed: of the labels, sampled on the CPU.
         whole: rows are not independent, and batches are run as they are.
 
@@ -124,13 +139,17 @@ def gradient_moments(
         if names:
             with suppress(NotInBlocks):
                 recording = Recording(tuple(names), whole)
-                found = gradients_by_block(model, rows, sites, recording, generator, progress)
+                found = gradients_by_block(
+                    model, rows, sites, recording, generator, needs=needs, progress=progress
+                )
                 if recordings is not None:
                     recordings[recording.names] = recording
                 return found
             generator.manual_seed(seed)
         padding, rows = followed(model, rows, whole=whole)
-        return _by_whole_passes(model, rows, padding, sites, generator, progress)
+        return _by_whole_passes(
+            model, rows, padding, sites, generator, needs=needs, progress=progress
+        )
 
 
 def _by_whole_passes(
@@ -139,11 +158,11 @@ def _by_whole_passes(
     padding: Padding | Unpadded,
     sites: Sequence[Site],
     generator: torch.Generator,
+    *,
+    needs: frozenset[str],
     progress: bool,
 ) -> Moments:
     """One backward pass through the whole model per batch."""
-    from tqdm.auto import tqdm
-
     numbers = mine(range(len(batches)))
 
     def outputs_of(number: int) -> tuple[Tensor, bool]:
@@ -156,12 +175,12 @@ def _by_whole_passes(
             return {n: Draws.of(*given, padding.predicted(given[0])) for n, given in found}
 
     turns = Turns(generator, draws)
-    gather = Gradients(sites, padding)
+    gather = Gradients(sites, padding, needs)
 
     def run() -> bool:
         reached = not sites
         with padding, gather:
-            for number in tqdm(numbers, "fisher", delay=2, disable=not progress, leave=False):
+            for number in steps(numbers, "batch", progress):
                 with torch.enable_grad():
                     outputs, classes = outputs_of(number)
                     mask = padding.predicted(outputs)

@@ -23,7 +23,18 @@ from .running import SameTensor, Unpadded, first_tensor, predictions_of
 ENTRIES = 2**22  # of the probabilities that labels are sampled from at once
 WEIGHTS = 2**24  # entries of the weight gradients held at once
 
-Moments = dict[str, tuple[Tensor, Tensor]]  # by site: E[g gᵀ] (out, out), the rows' Fisher (out,)
+
+FISHER = frozenset({"out_gram", "row_fisher"})  # the needs that require gradients
+
+
+class Moment(NamedTuple):
+    """What a layer's gradients give, as in `Statistics`; None if it was not asked for."""
+
+    out_gram: Tensor | None
+    row_fisher: Tensor | None
+
+
+Moments = dict[str, Moment]  # by site
 
 
 def predicted(model: nn.Module, output: object) -> tuple[Tensor, bool]:
@@ -141,8 +152,14 @@ def plain(batch: Batch) -> Batch:
 class Gradients:
     """Hooks on the outputs of the sites. The graph starts at the first site that is called."""
 
-    def __init__(self, sites: Sequence[Site], padding: Padding | Unpadded) -> None:
-        self._sums = {site.name: _Sums(site) for site in sites}
+    def __init__(
+        self, sites: Sequence[Site], padding: Padding | Unpadded, needs: frozenset[str] = FISHER
+    ) -> None:
+        """
+        Args:
+            needs: which of `FISHER` to gather.
+        """
+        self._sums = {site.name: _Sums(site, needs) for site in sites}
         self._padding = padding
         self._read: tuple[SameTensor, Tensor] | None = None
         self._handles: list[Any] = []
@@ -197,7 +214,7 @@ class Gradients:
                 return None  # the model's own no_grad: no gradient flows here
             if not output.requires_grad:  # a copy: a leaf could not be changed in place
                 output = leaf = output.detach().requires_grad_().clone()
-            inputs = self._copy(given)
+            inputs = self._copy(given) if "row_fisher" in sums.needs else given
             output.register_hook(lambda g: sums.add(inputs, g.detach(), keep, self.sequences))
             return leaf
 
@@ -213,8 +230,8 @@ class Gradients:
 class _Sums:
     """Running sums of one site, in float64."""
 
-    def __init__(self, site: Site) -> None:
-        self.site = site
+    def __init__(self, site: Site, needs: frozenset[str]) -> None:
+        self.site, self.needs = site, needs
         self.count = 0
         self._gram: Tensor | None = None
         self._rows: Tensor | None = None
@@ -228,35 +245,38 @@ class _Sums:
         self._begin(output.device)
 
     def _begin(self, device: torch.device) -> None:
-        if self._gram is None:
-            out_features = self.site.shape[0]
-            sides = (out_features, out_features)
-            self._gram = zeros(*sides, dtype=torch.float64, device=device)
-            self._rows = self._gram.new_zeros(out_features)
+        out_features = self.site.shape[0]
+        if "out_gram" in self.needs and self._gram is None:
+            self._gram = zeros(out_features, out_features, dtype=torch.float64, device=device)
+        if "row_fisher" in self.needs and self._rows is None:
+            self._rows = torch.zeros(out_features, dtype=torch.float64, device=device)
 
     def add_up(self, count: int) -> None:
         """Add the sums of the other processes; `count` of all."""
         if count:
             self._begin(layouts.matrix(self.site.module).device)
-            assert self._gram is not None
-            assert self._rows is not None
-            summed(self._gram, self._rows)
+            summed(*(total for total in (self._gram, self._rows) if total is not None))
         self.count = count
 
     def add(self, inputs: Tensor, gradient: Tensor, keep: Tensor | None, sequences: int) -> None:
         g = layouts.output_rows(self.site.module, gradient)
         if keep is not None:
             g = g.masked_fill(~keep[:, None], 0)
-        assert self._gram is not None
-        self._gram += gram_sum(g)
-        if not bool(torch.isfinite(self._gram.diagonal()).all()):
+        if self._gram is not None:
+            self._gram += gram_sum(g)
+            self._check(self._gram.diagonal())
+        if self._rows is None:
+            return
+        self._waiting.append((inputs, g))
+        if len(self._waiting) == self._calls:  # the weight's gradient is the sum over all calls
+            self.fold(sequences)
+
+    def _check(self, squares: Tensor) -> None:
+        if not bool(torch.isfinite(squares).all()):
             raise LowrankError(
                 f"{self.site.title}: the gradient at its output holds NaN or Inf, or numbers too "
                 "large to square"
             )
-        self._waiting.append((inputs, g))
-        if len(self._waiting) == self._calls:  # the weight's gradient is the sum over all calls
-            self.fold(sequences)
 
     def fold(self, sequences: int) -> None:
         """Add the squared weight gradients of every sequence, and drop what waited."""
@@ -275,16 +295,12 @@ class _Sums:
         g = torch.cat([g.reshape(*cut, g.shape[-1]) for _, g in waiting], joined)
         wide = torch.float64 if g.dtype == torch.float64 else torch.float32
         step = max(1, WEIGHTS // (x.shape[-1] * g.shape[-1]))
-        assert self._rows is not None
         with full_precision(g):
             for some_x, some_g in zip(x.split(step), g.split(step), strict=True):
-                each = some_g.to(wide).mT @ some_x.to(wide)  # (sequences, out, in)
-                rows = torch.linalg.vector_norm(each, dim=2, dtype=torch.float64)
-                self._rows += rows.square().sum(0)
+                self._add_weights(some_g.to(wide).mT @ some_x.to(wide))
 
     def _fold_patches(self, waiting: Sequence[tuple[Tensor, Tensor]]) -> None:
         """`fold` for a convolution: sample by sample, since patches are large."""
-        assert self._rows is not None
         module, samples = self.site.module, {len(x) for x, _ in waiting}
         if len(samples) > 1:  # calls with different batch sizes share no samples
             for call in waiting:
@@ -299,12 +315,17 @@ class _Sums:
                 with full_precision(g):
                     each = each + own.to(wide).T @ rows.to(wide)
             assert isinstance(each, Tensor)
-            norms = torch.linalg.vector_norm(each, dim=1, dtype=torch.float64)
-            self._rows += norms.square()
+            self._add_weights(each[None])
 
-    def means(self, sequences: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """Means per token of this layer; for a convolution per `tokens`, its positions summed."""
-        assert self._gram is not None
+    def _add_weights(self, gradients: Tensor) -> None:
+        """Add the squares of weight gradients (sequences, out, in)."""
         assert self._rows is not None
+        rows = torch.linalg.vector_norm(gradients, dim=2, dtype=torch.float64).square().sum(0)
+        self._check(rows)
+        self._rows += rows
+
+    def means(self, sequences: int, tokens: int) -> Moment:
+        """Means per token of this layer; for a convolution per `tokens`, its positions summed."""
         count = tokens if self.site.kind == "conv" else self.count
-        return self._gram.div_(max(count, 1)), self._rows / max(sequences, 1)
+        gram = None if self._gram is None else self._gram.div_(max(count, 1))
+        return Moment(gram, None if self._rows is None else self._rows / max(sequences, 1))

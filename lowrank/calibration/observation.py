@@ -35,6 +35,7 @@ class Observation:
         chains: per chain of blocks, the names of its members in order; chains in order of calls.
         shapes: shape of each site's input at its first call.
         bypassed: sites that are never called, while their weights are read.
+        calls: how often each site was called.
     """
 
     order: tuple[str, ...]
@@ -42,6 +43,7 @@ class Observation:
     chains: tuple[tuple[str, ...], ...]
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     bypassed: tuple[str, ...] = ()
+    calls: dict[str, int] = field(default_factory=dict)
 
 
 def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
@@ -83,6 +85,7 @@ def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
         chains=_in_order(_with_singles(linked, single, layers), tuple(reads.shapes)),
         shapes=reads.shapes,
         bypassed=_bypassed(model, unseen, run) if unseen else (),
+        calls=reads.counts(),
     )
 
 
@@ -221,6 +224,9 @@ class _Reads:
             read = self._count
             self._recent = [*self._recent[-15:], (SameTensor(tensor), read)]
         self._calls.setdefault(name, []).append(read)
+
+    def counts(self) -> dict[str, int]:
+        return {name: len(reads) for name, reads in self._calls.items()}
 
     def groups(self) -> tuple[tuple[str, ...], ...]:
         readers: dict[tuple[object, ...], list[str]] = {}

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowrankError
+from ..plans.progress import Steps
 from .batches import LENGTH, ROWS, Batch
 from .running import FAILED, forward, logits_of, quiet
 
 COUNT = 192  # rows to write
 TOGETHER = 64  # rows written at a time
+WRITING = 0.8  # of the time that calibration on them takes
 FROM_START = 0.25  # share of rows from the start token; benchmarks/self_calibration.py
 # What models give back to be called with next: keys and values, or the state of a recurrence.
 # Settings that limit the positions; -1 stands for no limit.
@@ -94,8 +96,9 @@ def write(
     written = torch.zeros(rows, _fitting(model, length), dtype=torch.long)
     written[:, 0] = _first(model, rows, generator)
     chances = torch.rand(written.shape, generator=generator, dtype=torch.float64)
+    tokens = written[:, 1:].numel()
     try:
-        with quiet(model), _bar(written[:, 1:].numel(), progress) as bar:
+        with quiet(model), Steps(tokens, "token", progress, upto=WRITING) as bar:
             cached = _remembers(model)
             for start in range(0, rows, batch):
                 part = slice(start, start + batch)
@@ -223,10 +226,3 @@ def _fitting(model: Any, length: int) -> int:
     """`length`, limited by the model's positions."""
     limits = (getattr(_config(model), name, None) for name in LIMITS)
     return min(length, *(most for most in limits if most and most > 0), length)
-
-
-def _bar(total: int, progress: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    shown = {"unit": " tokens", "delay": 2, "leave": False}
-    return tqdm(total=total, desc="write", disable=not progress, **shown)

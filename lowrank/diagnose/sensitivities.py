@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..api.deciding import targets_among
 from ..api.grouping import groups_of
 from ..api.request import OnMissing, Request
-from ..api.verbs import targets_among
 from ..calibration.batches import LENGTH, Batch, Data, materialise
 from ..calibration.fisher import FISHER, with_fisher
 from ..calibration.statistics import Calibration, calibrate
@@ -93,7 +93,9 @@ def sensitivity(
     if source is not None and resolved.needs:
         statistics = calibrate(model, source, progress=progress, sites=sites)
     if statistics is not None and resolved.needs & FISHER:
-        statistics = with_fisher(model, statistics, targets, seed=seed, progress=progress)
+        statistics = with_fisher(
+            model, statistics, targets, needs=resolved.needs, seed=seed, progress=progress
+        )
     taken = [site for site in targets if resolved.takes(site.kind)]
     groups: Sequence[Group] = [(site,) for site in taken]
     if resolved.joint is not None and statistics is not None:

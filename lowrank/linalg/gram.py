@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -14,20 +15,32 @@ from ..errors import LowrankError
 T = TypeVar("T")
 ROUNDING = 4 * torch.finfo(torch.float32).eps  # of a Gram matrix (1, 1); grows as √in
 RIDGES = (0.0, 1e-4, 1e-2, 1.0)  # of the mean diagonal, the first for a matrix that is not singular
+PART = 512  # columns that are multiplied at once; fewer are slow
 GROWTH = 8.0  # most that a fit may exceed the largest entry of the weight by
 
 
 def gram_sum(rows: Tensor) -> Tensor:
     """Σ x xᵀ over rows (tokens, in), multiplied in fp32 (fp64 inputs: fp64), summed in float64.
 
-    Chunks bound both the rounding of the fp32 sums and the memory of the cast.
+    Chunks bound both the rounding of the fp32 sums and the memory of the cast. Of wide rows only
+    the blocks on and above the diagonal are multiplied: the matrix is symmetric.
     """
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+    side = rows.shape[1]
+    total = torch.zeros(side, side, dtype=torch.float64, device=rows.device)
+    cuts = range(0, side, -(-side // max(side // PART, 1)) or 1)
+    if not side:
+        return total
     with full_precision(rows):  # hooks may run inside the caller's autocast
         for chunk in torch.split(rows, 8192):
-            cast = chunk.to(wide)
-            total += cast.T @ cast
+            parts = torch.split(chunk.to(wide), cuts.step, 1)
+            for row, left in zip(cuts, parts, strict=True):
+                for column, right in zip(cuts, parts, strict=True):
+                    if row <= column:
+                        place = total[row : row + cuts.step, column : column + cuts.step]
+                        place += left.T @ right
+    for row in cuts[1:]:  # mirrored
+        total[row : row + cuts.step, :row] = total[:row, row : row + cuts.step].T
     return total
 
 
@@ -110,6 +123,13 @@ def bounded_fit(
     return found
 
 
+def raised(matrix: Tensor, shift: Tensor | float) -> Tensor:
+    """A copy of (…, k, k) with shifts, broadcast to (…, k), added to the diagonals."""
+    copy = matrix.clone()
+    copy.diagonal(dim1=-2, dim2=-1).add_(shift)
+    return copy
+
+
 def shifted_root(matrix: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Cholesky factors of symmetric (…, k, k) plus shifts (…, 1) > 0 on the diagonals, and the
     shifts: ten times as large as often as rounding errors require.
@@ -118,8 +138,7 @@ def shifted_root(matrix: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         LowrankError: the matrix holds NaN or Inf.
     """
     while True:
-        side = matrix.diagonal(dim1=-2, dim2=-1)
-        root, failed = torch.linalg.cholesky_ex(matrix + torch.diag_embed(shift.expand_as(side)))
+        root, failed = torch.linalg.cholesky_ex(raised(matrix, shift))
         again = (failed > 0)[..., None]
         if not bool(again.any()):
             return root, shift
@@ -150,6 +169,8 @@ def full_precision(tensor: Tensor) -> torch.autocast:
 DAMP = 0.1
 FLOOR = 1e-11  # of the trace: above the rounding errors of a singular G
 TINY = 1e-30  # for a zero G
+# The last root, by id of G and damping, with G and its version when it was made.
+_LAST: dict[tuple[int, float], tuple[weakref.ref[Tensor], int, Tensor]] = {}
 
 
 def output_root(out_gram: Tensor, damp: float = DAMP) -> Tensor:
@@ -158,16 +179,26 @@ def output_root(out_gram: Tensor, damp: float = DAMP) -> Tensor:
     The Cholesky factor, which is far cheaper than an eigendecomposition; S V has the singular
     values of G^½ V.
 
+    The last one is kept while its G lives: a layer's factors, their error and the refits of all
+    candidates follow each other. It must not be changed in place.
+
     Args:
         out_gram: G = E[g gᵀ] (out, out), symmetric positive semi-definite. If zero, or singular
             and undamped, it is floored: S is always invertible.
         damp: relative to the mean of the diagonal.
     """
+    known = _LAST.get((id(out_gram), damp))
+    if known is not None and known[0]() is out_gram and known[1] == out_gram._version:
+        return known[2]
     with full_precision(out_gram):
         exact = out_gram.double()
         size = float(exact.diagonal().mean())
         least = size * len(exact) * FLOOR or TINY
-        return shifted_root(exact, exact.new_tensor([max(damp * size, least)]))[0].mT
+        root = shifted_root(exact, exact.new_tensor([max(damp * size, least)]))[0].mT
+    _LAST.clear()  # before the next one is kept
+    ended = weakref.ref(out_gram, lambda _: _LAST.clear())
+    _LAST[id(out_gram), damp] = (ended, out_gram._version, root)
+    return root
 
 
 def unrooted(root: Tensor, up: Tensor) -> Tensor:

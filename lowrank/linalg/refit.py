@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .gram import full_precision, shifted_root, unrooted
+from .gram import full_precision, raised, shifted_root, unrooted
 from .svd import compute_dtype, factor
 
 RIDGE = 1e-4  # of the mean diagonal of H'
@@ -42,10 +42,9 @@ def regressed(
     shift = max(ridge * size, least)
     if size <= 0 or shift <= 0:
         return matrix
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     with full_precision(gram):
         root, grown = shifted_root(gram, gram.new_tensor([shift]))
-        rows = matrix @ (target + grown * eye)
+        rows = matrix @ target + grown * matrix
         solved: Tensor = torch.cholesky_solve(rows.T, root).T
     return solved
 
@@ -79,7 +78,7 @@ def refit_factors(
         moved = regressed(weight, gram, target, ridge=ridge, least=least).to(dtype)
         metric = gram.to(dtype)
         shift = max(ridge * float(metric.diagonal().mean()), least)
-        metric = metric + shift * torch.eye(len(metric), dtype=dtype, device=metric.device)
+        metric = raised(metric, shift)
         if root is None:
             return factor(moved, rank, metric, seed=seed)
         up, down = factor(root.to(dtype) @ moved, rank, metric, seed=seed)

@@ -16,6 +16,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .progress import bar, one_bar
+
 INTERVAL = 0.02  # seconds between two looks at the memory
 _STATM = Path("/proc/self/statm")
 
@@ -77,12 +79,17 @@ class _Recording:
             yield
             return
         started, self._running = time.perf_counter(), name
+        shown = bar()
+        if shown is not None:
+            shown.enter(name)
         self._stages.setdefault(name, Stage(name, 0.0, 0))
         self.look()  # a stage may end before the next look
         try:
             yield
         finally:
             self.look()
+            if shown is not None:
+                shown.leave()
             with self._lock:
                 known, self._running = self._stages[name], ""
                 seconds = known.seconds + time.perf_counter() - started
@@ -106,7 +113,8 @@ def recording() -> Iterator[None]:
     token = _RECORDING.set(opened)
     watcher.start()
     try:
-        yield
+        with one_bar():
+            yield
     finally:
         done.set()
         watcher.join()

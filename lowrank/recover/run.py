@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..calibration import self_written
 from ..calibration.batches import Batch
@@ -28,6 +27,7 @@ from ..measure.eval import NotFinite
 from ..methods.resolved import PLAIN, Resolved
 from ..nn import Form, LowRankLinear, pivot_layer
 from ..plans.entry import Entry
+from ..plans.progress import Steps
 from ..plans.stages import stage
 from ..types import Site
 from ..walk import layouts
@@ -127,13 +127,13 @@ def _refit(jobs: Sequence[_Job], progress: bool) -> None:
     blocks = {name for chain in first.bench.calibration.observation.chains for name in chain}
     students = [job.prepared(blocks) for job in jobs]
     numbers, fitted = first.numbers, first.fitted
-    # Gradient steps need the hidden states of all rows: then every process runs them.
-    shared = world() > 1 and not any(job.recovery.block_steps for job in jobs)
-    if shared:
-        numbers = mine(numbers[:fitted])
+    # Gradient steps need the hidden states of all rows, on every process.
+    trains = any(job.recovery.block_steps for job in jobs)
+    shared = world() > 1 and not trains
+    if not trains:
+        numbers = mine(numbers[:fitted]) if shared else numbers[:fitted]
         fitted = len(numbers)
-    options = {"delay": 2, "disable": not progress, "leave": False}
-    with tqdm(total=len(blocks), desc="refit", **options) as bar:
+    with Steps(len(blocks), "block", progress) as bar:
         sequential = SequentialPass(
             first.bench,
             students,

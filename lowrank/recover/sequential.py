@@ -2,55 +2,31 @@
 
 Streams run through the model block by block: the dense one, and one of each compressed model, so
 that candidates share the dense one. Layers that read the same tensor are refitted together in
-closed form (linalg/refit.py), in call order, so that each corrects the error of those before it. A
-run ends with the layer whose inputs are asked for: nothing behind it is computed. Layers outside of
-all chains, and those of a chain that cannot be run block by block, are refitted in forward passes
-of the whole model.
+closed form (linalg/refit.py), in call order, so that each corrects the error of those before it.
+Layers outside of all chains, and those of a chain that cannot be run block by block, are refitted
+in forward passes of the whole model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..calibration.chain import Chain, NotInBlocks
 from ..calibration.observation import inside
-from ..calibration.processes import dealt, in_step, summed
-from ..calibration.running import first_tensor, forward, quiet, without_cache
-from ..calibration.statistics import counted_rows
-from ..errors import LowrankError, listed
-from ..linalg import cross_sum, gram_sum
+from ..calibration.processes import dealt, in_step
+from ..calibration.running import forward, quiet
+from ..errors import listed
 from ..linalg.mapped import settled
 from ..types import Site
-from ..walk import layouts
-from ..walk.surgery import module_at, put
+from ..walk.surgery import put
+from .memo import MOST, Memo
+from .streams import Moments, Run, Streams
 from .workbench import Workbench
-
-Run = Callable[[], object]
-
-
-@dataclass(frozen=True, eq=False)
-class Moments:
-    """Second moments of one distinct input in both streams, per token, float64.
-
-    Attributes:
-        count: number of tokens.
-        gram: E[x'x'ᵀ] (in, in) of the compressed stream.
-        cross: E[x x'ᵀ] (in, in), x of the dense stream.
-        mean, dense_mean: E[x'] and E[x], (in,).
-    """
-
-    count: int
-    gram: Tensor
-    cross: Tensor
-    mean: Tensor
-    dense_mean: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +143,7 @@ class SequentialPass:
         Raises:
             NotInBlocks: the chain cannot be run so.
         """
-        dense, *lean = self._chains(names)
+        dense, *lean = lanes = self._lanes(names)
         for index, name in enumerate(names):
             self.on_block(name)
             after: list[Any] = []
@@ -179,31 +155,35 @@ class SequentialPass:
                 self._unpaired |= dict.fromkeys(title for each in known for title in each or ())
                 waiting[:] = [group for group in waiting if group not in mine]
             for group in () if done else mine:
-                runs = _block_runs(dense, index)[: self.fitted]
-                lean_runs = [_block_runs(chain, index)[: self.fitted] for chain in lean]
+                runs, *lean_runs = (lane.runs(index)[: self.fitted] for lane in lanes)
                 after = self._refit(group, runs, lean_runs, to_the_end=group is mine[-1])
                 waiting.remove(group)
-            _advance(dense, index, after)
-            for student, chain in zip(self.students, lean, strict=True):
-                chain.refresh(student.model)
+                for lane in lanes:
+                    lane.finished += [site.name for site in group]
+            dense.advance(index, after)
+            for student, lane in zip(self.students, lean, strict=True):
+                lane.chain.refresh(student.model)
                 if student.after_block is not None and not done:
-                    student.after_block(chain, index, dense.hidden)
+                    student.after_block(lane.chain, index, dense.chain.hidden)
+                    lane.forget()
                 if not done:
                     sites = student.among([site for group in mine for site in group])
                     student.finished(name, sites, [t for t in self._unpaired if t not in before])
-                _advance(chain, index)
+                lane.advance(index)
 
-    def _chains(self, names: Sequence[str]) -> list[Chain]:
+    def _lanes(self, names: Sequence[str]) -> list[_Lane]:
         """These blocks in the dense model, and in each student."""
-        chains: list[Chain] = []
+        lanes: list[_Lane] = []
+        most = MOST // (1 + len(self.students))
 
         def record() -> None:
-            chains.append(self.bench.dense_chain(names, self.numbers))
+            lanes.append(_Lane(self.bench.model, self.bench.dense_chain(names, self.numbers), most))
             for student in self.students:
-                chains.append(self.bench.chain(student.model, names, self.numbers))
+                chain = self.bench.chain(student.model, names, self.numbers)
+                lanes.append(_Lane(student.model, chain, most))
 
         in_step(record)
-        return chains
+        return lanes
 
     def _refit(
         self,
@@ -213,10 +193,11 @@ class SequentialPass:
         *,
         to_the_end: bool = False,
     ) -> list[Any]:
-        """Replace sites that read one tensor in all students; see `_Streams` for the rest."""
+        """Replace sites that read one tensor in all students; see `Streams` for the rest."""
         concerned = [i for i, student in enumerate(self.students) if student.among(group)]
         models = [self.students[i].model for i in concerned]
-        streams = _Streams(group[0], self.bench.model, models, to_the_end)
+        calls = self.bench.calibration.observation.calls.get(group[0].name, 0)
+        streams = Streams(group[0], self.bench.model, models, calls=calls, to_the_end=to_the_end)
 
         def run() -> list[tuple[int, bool]]:
             name, numbers = group[0].name, self.numbers[: self.fitted]
@@ -230,182 +211,54 @@ class SequentialPass:
                 sums.add_up(parts)
         if not all(sums.paired for sums in streams.sums):
             self._unpaired[group[0].title] = None
-        students = [self.students[i] for i in concerned]
-        replaced = [(each.model, site) for each in students for site in each.among(group)]
-
-        def fits() -> Iterator[Callable[[], nn.Module]]:
-            for student, sums in zip(students, streams.sums, strict=True):
-                moments = sums.moments()
-                yield from (partial(student.fit, site, moments) for site in student.among(group))
-
-        for (model, site), new in zip(replaced, dealt(fits()), strict=True):
-            put(model, site, settled(new))
+        moments = {i: sums.moments() for i, sums in zip(concerned, streams.sums, strict=True)}
+        # All students' layers of a site in turn: they share its metric of the outputs.
+        pairs = [(i, s) for s in group for i in concerned if s in self.students[i].sites]
+        fits = (partial(self.students[i].fit, site, moments[i]) for i, site in pairs)
+        for (i, site), new in zip(pairs, dealt(fits), strict=True):
+            put(self.students[i].model, site, settled(new))
         return streams.outputs
 
 
-class _Sums:
-    """Running sums of a layer's inputs in the dense and one compressed stream.
-
-    Where other tokens reach it in the compressed model, as experts of a mixture, its rows have no
-    partners: then both streams are the compressed one.
-    """
-
-    def __init__(self, site: Site) -> None:
-        self.site, self.count, self.paired = site, 0, True
-        self.sums = [torch.zeros(())] * 4
-
-    def add(
-        self, dense: Sequence[Tensor], lean: Sequence[Tensor], real: Sequence[Tensor | None]
-    ) -> None:
-        """Add what the layer read in one batch, call by call."""
-        if [t.shape for t in dense] != [t.shape for t in lean]:
-            dense, self.paired, real = lean, False, []
-        for x, y in _pairs(self.site.module, dense, lean, real):
-            new = _sums(self.site, x, y)
-            self.sums = [
-                n if not self.count else s + n for s, n in zip(self.sums, new, strict=True)
-            ]
-            self.count += len(y)
-
-    def add_up(self, parts: Sequence[tuple[int, bool]]) -> None:
-        """Add the sums of the other processes.
-
-        Args:
-            parts: count and `paired` of each.
-        """
-        total = sum(count for count, _ in parts)
-        if total and not self.count:
-            matrix = layouts.matrix(self.site.module)
-            mean = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
-            gram = torch.zeros(*[len(mean)] * 2, dtype=mean.dtype, device=mean.device)
-            self.sums = [gram, gram.clone(), mean, mean.clone()]
-        if total:
-            summed(*self.sums)
-        self.count, self.paired = total, all(paired for _, paired in parts)
-
-    def moments(self) -> Moments | None:
-        """None if it saw no token."""
-        if not self.count:
-            return None
-        gram, cross, mean, dense_mean = (total / self.count for total in self.sums)
-        if not self.paired:
-            cross, dense_mean = gram, mean
-        return Moments(self.count, gram, cross, mean, dense_mean)
-
-
-class _Streams:
-    """The inputs of one layer in the dense model and its students, batch by batch.
+class _Lane:
+    """A chain in one of the models.
 
     Attributes:
-        sums: of each student.
-        outputs: what the dense runs returned, if they were to go on `to_the_end`.
+        finished: layers of the current block that will not change any more.
     """
 
-    def __init__(
-        self, site: Site, dense: nn.Module, students: Sequence[nn.Module], to_the_end: bool
-    ) -> None:
-        self.models = [dense, *students]
-        self.sums = [_Sums(site) for _ in students]
-        layers = [module_at(model, site.name) for model in self.models]
-        self._readers = [
-            _Reader(layer, _can_be_left(m)) for m, layer in zip(self.models, layers, strict=True)
-        ]
-        self._readers[0].ends = self._readers[0].ends and not to_the_end
-        self._keeps = to_the_end
-        self.outputs: list[Any] = []
+    def __init__(self, model: nn.Module, chain: Chain, most: int) -> None:
+        """
+        Args:
+            most: bytes of outputs of finished layers to keep.
+        """
+        self.model, self.chain, self._most = model, chain, most
+        self.forget()
 
-    def run(
-        self,
-        dense: Sequence[Run],
-        lean: Sequence[Sequence[Run]],
-        reals: Sequence[Sequence[Tensor | None]],
-    ) -> None:
-        with ExitStack() as stack:
-            for model in self.models:
-                stack.enter_context(quiet(model))
-                stack.enter_context(without_cache(model))
-            for run, real, *runs in zip(dense, reals, *lean, strict=True):
-                x, output = self._readers[0].read(run)
-                if self._keeps:
-                    self.outputs.append(output)
-                for sums, reader, lean_run in zip(self.sums, self._readers[1:], runs, strict=True):
-                    sums.add(x, reader.read(lean_run)[0], real)
+    def forget(self) -> None:
+        """Begin a block, or count none of its layers as finished."""
+        self.finished: list[str] = []
+        self._memo = Memo(self._most)
 
+    def runs(self, index: int) -> list[Run]:
+        """Runs of a block, one per batch."""
+        return [partial(self._run, index, batch) for batch in range(len(self.chain.hidden))]
 
-class _Reached(Exception):
-    """Ends a run with the layer whose inputs are asked for."""
+    def _run(self, index: int, batch: int) -> Tensor:
+        with self._memo.used(self.model, batch, self.finished):
+            return self.chain.run(index, batch, self.chain.hidden[batch])
 
+    def advance(self, index: int, known: Sequence[Any] = ()) -> None:
+        """Carry the hidden states through a block; `known` are its first outputs."""
 
-class _Reader:
-    """Reads a layer's inputs from runs; all but the first one end with its last call."""
+        def run() -> None:
+            with quiet(self.chain.block(index)):
+                rest = range(len(known), len(self.chain.hidden))
+                outputs = [self._run(index, batch) for batch in rest]
+            self.chain.hidden = [*known, *outputs]
 
-    def __init__(self, layer: nn.Module, ends: bool) -> None:
-        self.layer, self.ends, self._calls = layer, ends, 0
-
-    def read(self, run: Run) -> tuple[list[Tensor], Any]:
-        """Every input tensor, cloned against later in-place changes, and the run's output."""
-        tensors: list[Tensor] = []
-        last = self._calls if self.ends else 0
-
-        def hook(_module: nn.Module, args: object, kwargs: object) -> None:
-            tensor = first_tensor((args, kwargs))
-            if tensor is not None:
-                tensors.append(tensor.clone())
-            if last and len(tensors) == last:
-                raise _Reached
-
-        handle, output = self.layer.register_forward_pre_hook(hook, with_kwargs=True), None
-        try:
-            with suppress(_Reached):
-                output = run()
-        finally:
-            handle.remove()
-        self._calls = self._calls or len(tensors)
-        return tensors, output
-
-
-def _can_be_left(model: nn.Module) -> bool:
-    """Whether a forward pass may be ended early: accelerate's hooks put weights back behind it."""
-    return not any(hasattr(module, "_hf_hook") for module in model.modules())
-
-
-def _advance(chain: Chain, index: int, known: Sequence[Any] = ()) -> None:
-    """Carry the hidden states through a block; `known` are its first outputs."""
-
-    def run() -> None:
-        chain.hidden = [*known, *chain.outputs(index, first=len(known))]
-
-    in_step(run)
-
-
-def _block_runs(chain: Chain, index: int) -> list[Run]:
-    return [
-        lambda b=batch, h=hidden: chain.run(index, b, h)  # type: ignore[misc]
-        for batch, hidden in enumerate(chain.hidden)
-    ]
-
-
-def _pairs(
-    module: nn.Module,
-    dense: Sequence[Tensor],
-    lean: Sequence[Tensor],
-    real: Sequence[Tensor | None],
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Input vectors (rows, in) of a layer in both streams, in chunks, without padding."""
-    masks = real if len(real) == len(dense) else [None] * len(dense)
-    for x, y, mask in zip(dense, lean, masks, strict=True):
-        yield from zip(counted_rows(module, x, mask), counted_rows(module, y, mask), strict=True)
-
-
-def _sums(site: Site, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """Sums over the rows (rows, in) of the dense stream x and the compressed stream y."""
-    sums = (gram_sum(y), cross_sum(x, y), y.double().sum(0), x.double().sum(0))
-    if not bool(torch.isfinite(sums[0].diagonal()).all()):
-        raise LowrankError(
-            f"{site.title}: its input holds NaN or Inf in the compressed model, but not in the "
-            "dense one: run it in float32 or bfloat16, or exclude the layers before it"
-        )
-    return sums
+        in_step(run)
+        self.forget()
 
 
 def _within(name: str, blocks: Collection[str] | Mapping[str, object]) -> bool:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import lowrank
+from lowrank.api.deciding import decide
 from lowrank.api.request import Request
-from lowrank.api.verbs import decide
 from lowrank.methods import Auto, TwoSided
 from lowrank.policies import LossAware, Uniform
 from lowrank.types import Allocation, Budget, Curve, Method, Probe, Site, Statistics

@@ -10,8 +10,8 @@ import pytest
 from torch import nn
 
 from lowrank import LowrankError
+from lowrank.api.deciding import targets_among
 from lowrank.api.request import Request
-from lowrank.api.verbs import targets_among
 from lowrank.measure.size import model_cost
 from lowrank.nn import LowRankLinear
 from lowrank.walk import sites

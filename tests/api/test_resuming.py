@@ -17,7 +17,7 @@ import torch
 
 import lowrank
 from lowrank import LowrankError
-from lowrank.api import from_disk, verbs
+from lowrank.api import deciding, from_disk
 from lowrank.linalg import mapped
 from lowrank.recover.journal import Journal
 from tests import zoo
@@ -125,15 +125,15 @@ def call(source: Path, out: Path, **changes: Any) -> Any:
 
 
 def count(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
-    """Counts the calls of a function of verbs.py."""
+    """Counts the calls of a function of deciding.py."""
     calls: list[int] = []
-    before = getattr(verbs, name)
+    before = getattr(deciding, name)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         return before(*args, **kwargs)
 
-    monkeypatch.setattr(verbs, name, counted)
+    monkeypatch.setattr(deciding, name, counted)
     return calls
 
 

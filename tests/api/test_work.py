@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import lowrank
 from lowrank import linalg
 from lowrank.calibration import gradients as gradients_module
+from lowrank.calibration.gathering import _Gather
 from lowrank.calibration.gradients import Gradients
-from lowrank.calibration.statistics import _Gather
 
 from .. import zoo
 

@@ -28,8 +28,8 @@ def moments(kind: str, patch: pytest.MonkeyPatch) -> tuple[Any, Any, int]:
     done = []
     plain = fisher.gradients_by_block
 
-    def watched(*args: Any) -> Any:
-        result = plain(*args)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        result = plain(*args, **kwargs)
         done.append(result)
         return result
 
@@ -99,7 +99,10 @@ def test_predictions_that_read_other_blocks_take_whole_passes() -> None:
     sites = [site for site in find_sites(model) if site.name != "head"]
     recording = Recording(tuple(f"blocks.{i}" for i in range(3)))
     with pytest.raises(NotInBlocks, match="more than the last block"):
-        fisher.gradients_by_block(model, batches, sites, recording, torch.Generator(), False)
+        fisher.gradients_by_block(
+            model, batches, sites, recording, torch.Generator(),
+            needs=fisher.FISHER, progress=False,
+        )  # fmt: skip
     whole = fisher.gradient_moments(model, batches, sites)
     parts = fisher.gradient_moments(model, batches, sites, data.observation)
     for name, (gram, _) in whole.items():
