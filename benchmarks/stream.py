@@ -1,11 +1,12 @@
 """Memory of compression from folder to folder, by the depth of the model.
 
-    python benchmarks/stream.py [--blocks 4 8 16] [--width 512] [--rows 16] [--effort fast]
+    python benchmarks/stream.py [--blocks 12 24 48] [--width 512] [--rows 16] [--effort fast]
 
 Random Llamas of equal blocks in bf16, saved in shards, compressed to 0.8 in a process of their own,
 two threads. `anonymous` is the peak of memory that lies in no file (RssAnon, Linux), less that of
-the same process with its imports alone; `estimate` the same by lowrank.estimate beforehand; `model`
-the size of the weights.
+the same process with its imports alone; `bound` one dense block, its statistics and 300 MB;
+`estimate` the peak by lowrank.estimate beforehand; `model` the size of the weights. The largest is
+also compressed as a model in memory, whose weights transformers maps from the file too.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from machine import keep
 
+Row = dict[str, float]
 RATIO, LENGTH, VOCABULARY, MIB = 0.8, 256, 8192, 1 << 20
 
 
@@ -30,6 +33,16 @@ def anonymous() -> int:
     """Bytes of this process that lie in no file."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def bound(width: int) -> int:
+    """Bytes of a dense block in bf16, of its statistics, and 300 MB."""
+    inside, half = 11 * width // 4, width // 2
+    layers = [(width, width), (half, width), (half, width), (width, width)]
+    layers += [(inside, width), (inside, width), (width, inside)]
+    inputs = [width, width, width, inside]  # q, k and v read one tensor, gate and up another
+    statistics = 8 * (sum(n * n for n in inputs) + sum(out * out for out, _ in layers))
+    return sum(2 * out * read for out, read in layers) + statistics + 300_000_000
 
 
 def build(folder: Path, blocks: int, width: int) -> int:
@@ -47,15 +60,20 @@ def build(folder: Path, blocks: int, width: int) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def compressed(folder: Path, rows: int, effort: str) -> dict[str, float]:
-    """Compress it in this process, and measure."""
+def measured(folder: Path, rows: int, *, in_memory: bool = False, **options: Any) -> Row:
+    """Compress it in this process, and measure.
+
+    Args:
+        in_memory: loaded first, and given as a model.
+    """
     import lowrank
 
-    importlib.import_module("transformers")  # no part of what is measured
-
+    transformers = importlib.import_module("transformers")
+    importlib.import_module("transformers.models.llama.modeling_llama")  # loaded with a model
     torch.set_num_threads(2)
     draw = torch.Generator().manual_seed(0)
     data = torch.randint(0, VOCABULARY, (rows, LENGTH), generator=draw)
+    options |= {"data": [data], "progress": False}
     before, peak, done = anonymous(), [0], threading.Event()
 
     def watch() -> None:
@@ -66,14 +84,11 @@ def compressed(folder: Path, rows: int, effort: str) -> dict[str, float]:
     watcher.start()
     start = time.perf_counter()
     try:
-        report = lowrank.compress(
-            str(folder),
-            RATIO,
-            data=[data],
-            effort=effort,
-            out=folder.parent / "out",
-            progress=False,
-        )
+        if in_memory:
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+            _, report = lowrank.compress(model, RATIO, **options)
+        else:
+            report = lowrank.compress(str(folder), RATIO, out=folder.parent / "out", **options)
     finally:
         done.set()
         watcher.join()
@@ -81,11 +96,11 @@ def compressed(folder: Path, rows: int, effort: str) -> dict[str, float]:
     return {"anonymous": peak[0] - before, "seconds": seconds, "kept": report.achieved}
 
 
-def expected(folder: Path, rows: int, effort: str) -> dict[str, float]:
+def expected(folder: Path, rows: int, effort: str) -> Row:
     """What `lowrank.estimate` says of the anonymous memory, above that of the imports."""
     import lowrank
 
-    importlib.import_module("transformers")
+    importlib.import_module("transformers.models.llama.modeling_llama")
     torch.set_num_threads(2)
     before = anonymous()
     estimate = lowrank.estimate(folder, RATIO, effort=effort, rows=rows, length=LENGTH)
@@ -94,20 +109,25 @@ def expected(folder: Path, rows: int, effort: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--blocks", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--blocks", type=int, nargs="+", default=[12, 24, 48])
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--effort", default="fast")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--expected", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--in-memory", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.folder:
-        measure = expected if given.expected else compressed
-        print(json.dumps(measure(given.folder, given.rows, given.effort)))
+        if given.expected:
+            found = expected(given.folder, given.rows, given.effort)
+        else:
+            options = {"in_memory": given.in_memory, "effort": given.effort}
+            found = measured(given.folder, given.rows, **options)
+        print(json.dumps(found))
         return
     print(
-        f"{'blocks':>6} {'model':>8} {'anonymous':>9} {'estimate':>9} {'s':>6} {'s a block':>9} "
-        f"{'kept':>6}"
+        f"{'blocks':>6} {'model':>8} {'anonymous':>9} {'bound':>9} {'estimate':>9} {'s':>6} "
+        f"{'s a block':>9} {'kept':>6}"
     )
     rows = []
     for blocks in given.blocks:
@@ -115,20 +135,26 @@ def main() -> None:
             folder = Path(directory) / "model"
             size = build(folder, blocks, given.width)
             own = ["--folder", str(folder), "--rows", str(given.rows), "--effort", given.effort]
-            row: dict[str, float] = {"blocks": blocks, "model": size}
-            for more in (["--expected"], []):
+            row: Row = {"blocks": blocks, "model": size, "bound": bound(given.width)}
+            ways = [["--expected"], []]
+            if blocks == max(given.blocks):
+                ways.append(["--in-memory"])
+            for more in ways:
                 done = subprocess.run(
                     [sys.executable, __file__, *own, *more],
                     check=True, capture_output=True, text=True,
                 )  # fmt: skip
-                row |= json.loads(done.stdout.splitlines()[-1])
+                found = json.loads(done.stdout.splitlines()[-1])
+                row |= {"in_memory": found["anonymous"]} if more == ["--in-memory"] else found
         rows.append(row)
         print(
-            f"{blocks:6} {size / MIB:5.0f} MiB {row['anonymous'] / MIB:5.0f} MiB "
-            f"{row['estimate'] / MIB:5.0f} MiB "
+            f"{blocks:6} {size / MIB:4.0f} MiB {row['anonymous'] / MIB:5.0f} MiB "
+            f"{row['bound'] / MIB:5.0f} MiB {row['estimate'] / MIB:5.0f} MiB "
             f"{row['seconds']:6.0f} {row['seconds'] / blocks:9.1f} {row['kept']:6.3f}",
             flush=True,
         )
+        if "in_memory" in row:
+            print(f"       given as a model: {row['in_memory'] / MIB:.0f} MiB beside its weights")
     keep("stream", rows, width=given.width, calibration_rows=given.rows, effort=given.effort)
 
 

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 ELSEWHERE = {
     "api/arguments.py": ("test_house.py", "ARGUMENTS"),
     "api/deciding.py": ("api/test_names.py", "decide"),
+    "api/signatures.py": ("api/test_request.py", "compress"),
     "api/footprint.py": ("api/test_estimating.py", "scratch_bytes"),
     "api/grouping.py": ("methods/test_basis_sharing.py", "compress"),
     "api/jobs.py": ("api/test_estimating.py", "job_of"),

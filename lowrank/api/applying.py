@@ -16,7 +16,7 @@ from .. import io
 from ..calibration.processes import agreed, dealt
 from ..calibration.statistics import Calibration, doubts, statistics_of
 from ..errors import LowrankError, listed
-from ..linalg.mapped import settled
+from ..linalg.mapped import give_back, settled
 from ..measure.size import model_cost
 from ..measure.timing import paired_ratio
 from ..methods.resolved import Resolved
@@ -86,11 +86,12 @@ def carry_out(
         for group in groups
     )
     with stage("factoring"):
-        built = [
-            Built(site, entry, None if new is None else settled(new), measured, curve)
-            for group, layers in zip(steps(groups, "layer", progress), made, strict=True)
-            for (site, entry), (new, measured, curve) in zip(group, layers, strict=True)
-        ]
+        built = []
+        for group, layers in zip(steps(groups, "layer", progress), made, strict=True):
+            for (site, entry), (new, measured, curve) in zip(group, layers, strict=True):
+                stored = None if new is None else settled(new)
+                built.append(Built(site, entry, stored, measured, curve))
+            give_back()
     recovered = _recovered(plan, built, resolved, bench, progress)
     if recovered is not None:
         built = [item._replace(new=recovered.modules.get(item.site.name)) for item in built]

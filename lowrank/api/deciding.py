@@ -25,8 +25,7 @@ from ..policies.common import judges
 from ..recover.workbench import Workbench
 from ..types import Site
 from ..walk import layouts
-from ..walk.checks import check_model
-from ..walk.sites import check_rank_pattern, find_sites, select_sites
+from ..walk.sites import check_rank_pattern, select_sites
 from .allocating import Curves, bench_of
 from .planning import hold_out_of, make_plan
 from .request import Request, Source
@@ -44,15 +43,16 @@ class Decision(NamedTuple):
     bench: Workbench | None
 
 
-def decide(model: nn.Module, request: Request, work: Work | None = None) -> Decision:
+def decide(
+    model: nn.Module, request: Request, sites: list[Site], work: Work | None = None
+) -> Decision:
     """Make a plan, cheap checks first: a typo must not cost a calibration.
 
     Args:
+        sites: all of the model.
         work: what an earlier call, which was killed, has finished of this one.
     """
-    check_model(model)
     check_alike(model, request.data, request.said())
-    sites = find_sites(model)
     wanted = targets_among(sites, model, request)
     if request.progress and is_main():
         expect(_stages(request, files=work is not None))

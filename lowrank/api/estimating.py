@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .. import io
-from ..calibration.batches import LENGTH
+from ..calibration.batches import LENGTH, ROWS
 from ..calibration.outline import outlined
 from ..calibration.self_written import COUNT, writes
 from ..errors import LowrankError, listed
@@ -24,11 +24,11 @@ from ..types import Cost, Method, Policy, Site, Storage, Unit
 from ..walk.checks import check_module
 from ..walk.layouts import matrix
 from ..walk.sites import ALL_LINEAR, Patterns, find_sites, select_sites
-from .footprint import peak_bytes, scratch_bytes
-from .from_disk import available_memory
+from .footprint import distillation_bytes, peak_bytes, scratch_bytes
+from .from_disk import GIB, available_memory
 from .jobs import Job, job_of
 from .request import Of, Request
-from .verbs import flat
+from .signatures import flat
 from .workload import stage_works
 
 
@@ -118,6 +118,34 @@ def estimated(
         stages=tuple(stages),
         notes=_notes(job, request, written and rows > 0),
     )
+
+
+def check_distillation(model: nn.Module, request: Request, rows: int = 2 * ROWS) -> None:
+    """Check that memory suffices for distillation, the one stage that takes all layers at once.
+
+    Args:
+        rows: of data, at least.
+
+    Raises:
+        LowrankError: it does not; what it needs is said.
+    """
+    recovery = request.recovery
+    if recovery is None or not recovery.distill_steps or request.ratio is None:
+        return
+    sites = find_sites(model)
+    targets = _targets(model, sites, request, request.resolved(data=True))
+    rows, length = _data(model, request, rows, None)
+    params = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    share = _share(request, params, sum(site.cost.params for site in targets))
+    outline = outlined(model, [site for site in sites if site.kind != "embedding"], length)
+    job = job_of(model, targets, outline, request, rows, length, share, files=True)
+    needed, available = distillation_bytes(job), available_memory()
+    if needed > available:
+        raise LowrankError(
+            f"distillation trains all factors at once, which takes about {needed / GIB:.1f} GiB of "
+            f"memory, and {available / GIB:.1f} GiB are available: effort='balanced' trains block "
+            "by block"
+        )
 
 
 def _rates(model: nn.Module, targets: Sequence[Site]) -> Rates:

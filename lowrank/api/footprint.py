@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from ..calibration.fisher import FISHER
 from ..calibration.gradients import ENTRIES, WEIGHTS
+from ..linalg.gram import PART
+from ..recover.streams import MOST
 from ..recover.workbench import KEPT_BYTES
 from .jobs import Job, Layer
 
@@ -62,6 +64,7 @@ def _stages(job: Job) -> Iterator[_Stage]:
         yield _Stage(_calibration(job), DOUBLE * sum(read.inputs**2 for read in job.groups))
     if job.needs & FISHER:
         stored = job.outline.hidden * job.itemsize * job.rows * len(job.outline.blocks)
+        stored += 2 * _states(job)
         yield _Stage(_head(job), stored if job.by_block else 0, large=True)
         yield _Stage(_backwards(job), DOUBLE * sum(layer.outputs**2 for layer in job.layers))
     yield _Stage(_most(_decomposition(job, layer) for layer in job.layers), factors)
@@ -69,7 +72,26 @@ def _stages(job: Job) -> Iterator[_Stage]:
         trained = sum(numbers) // _block_count(job) if job.recovery.block_steps else 0
         training = (_graph(job) if trained else 0) + TRAINED * trained
         work = max(_refit(job), training) + _predictions(job, job.held)
-        yield _Stage(work, (FACTORS - 1) * factors)
+        added = (FACTORS - 1) * factors + _remembered(job) + _moments(job) + 4 * _states(job)
+        yield _Stage(work, added)
+        if job.recovery.distill_steps:
+            yield _Stage(distillation_bytes(job), 0)
+
+
+def distillation_bytes(job: Job) -> int:
+    """Training of all factors at once: their optimizer's state, and the activations of a batch."""
+    trained = sum(layer.rank * (layer.outputs + layer.inputs) for layer in job.layers)
+    return TRAINED * trained + _activated(job) + 3 * SINGLE * _rows(job) * job.outline.predictions
+
+
+def _remembered(job: Job) -> int:
+    """Outputs of finished layers in one block, of the dense stream and a student's."""
+    blocks = {layer.block for layer in job.layers}
+    outputs = _most(
+        sum(layer.tokens * layer.outputs for layer in job.layers if layer.block == block)
+        for block in blocks
+    )
+    return min(2 * job.rows * job.itemsize * outputs, MOST) if job.outline.blocks else 0
 
 
 def _most(sizes: Iterable[int]) -> int:
@@ -92,10 +114,10 @@ def _activations(job: Job) -> int:
 
 
 def _calibration(job: Job) -> int:
-    """Logits, or a Gram matrix in both precisions with its rows in float32."""
+    """Logits, or rows in float32 with what is multiplied of them at once."""
     tokens = _most(read.tokens for read in job.groups) * _rows(job)
     widest = _most(read.inputs for read in job.groups)
-    gram = (2 * DOUBLE + SINGLE) * widest**2 + SINGLE * tokens * widest
+    gram = SINGLE * PART * widest + SINGLE * tokens * widest
     return max(_logits(job) * job.itemsize, gram) + _activations(job)
 
 
@@ -103,7 +125,7 @@ def _head(job: Job) -> int:
     """Sampling from the predictions, their loss and its gradients, in float32."""
     entries = _logits(job)
     loss = (3 * SINGLE + 2 * job.itemsize) * entries
-    return max(loss, 3 * DOUBLE * min(entries, ENTRIES)) + _states(job, 3)
+    return max(loss, 3 * DOUBLE * min(entries, ENTRIES)) + _batch(job, 3)
 
 
 def _backwards(job: Job) -> int:
@@ -113,10 +135,10 @@ def _backwards(job: Job) -> int:
     def moments(layer: Layer) -> int:
         whole = layer.outputs * layer.inputs
         together = min(max(WEIGHTS, whole), rows * whole)
-        gram = (2 * DOUBLE + SINGLE) * layer.outputs**2
-        return max(gram, (SINGLE + DOUBLE) * together)
+        gram = SINGLE * PART * layer.outputs + SINGLE * rows * layer.tokens * layer.outputs
+        return max(gram, (SINGLE + DOUBLE) * together if "row_fisher" in job.needs else 0)
 
-    return _graph(job) + _most(map(moments, job.layers)) + _states(job, 4)
+    return _graph(job) + _most(map(moments, job.layers)) + _batch(job, 4)
 
 
 def _block_count(job: Job) -> int:
@@ -125,8 +147,13 @@ def _block_count(job: Job) -> int:
 
 def _graph(job: Job) -> int:
     """Activations of a block, or of the model, and their gradients."""
+    return _activated(job) // _block_count(job)
+
+
+def _activated(job: Job) -> int:
+    """What the layers read and give in one batch, and its gradients."""
     numbers = sum(layer.tokens * (layer.outputs + layer.inputs) for layer in job.layers)
-    return 2 * _rows(job) * job.itemsize * numbers // _block_count(job)
+    return 2 * _rows(job) * job.itemsize * numbers
 
 
 def _decomposition(job: Job, layer: Layer) -> int:
@@ -141,19 +168,29 @@ def _refit(job: Job) -> int:
     """Moments of both streams at one input, the system to solve, and new factors."""
     if job.recovery is None or not job.recovery.refit:
         return 0
-    widest = _most(read.inputs for read in job.groups)
     solved = _most(
-        DOUBLE * 7 * layer.inputs**2 + _decomposition(job, layer) for layer in job.layers
+        DOUBLE * 5 * layer.inputs**2 + _decomposition(job, layer) for layer in job.layers
     )
+    widest = _most(read.inputs for read in job.groups)
     tokens = _most(read.tokens for read in job.groups) * _rows(job)
-    gathered = DOUBLE * 6 * widest**2 + 2 * DOUBLE * tokens * widest
-    return max(solved, gathered) + _states(job, 5)
+    rows = 2 * (job.itemsize + SINGLE) * tokens * widest
+    return max(solved, rows + SINGLE * PART * widest) + _activations(job) + _batch(job, 3)
 
 
-def _states(job: Job, copies: int) -> int:
+def _moments(job: Job) -> int:
+    """Second moments of a student's inputs, and with the dense ones."""
+    return 2 * DOUBLE * _most(read.inputs for read in job.groups) ** 2
+
+
+def _states(job: Job) -> int:
     """Hidden states of all rows between two blocks."""
-    rows = job.rows + job.held if copies > 4 else job.rows
-    return copies * rows * job.outline.hidden * job.itemsize if job.outline.blocks else 0
+    rows = job.rows + job.held
+    return rows * job.outline.hidden * job.itemsize if job.outline.blocks else 0
+
+
+def _batch(job: Job, copies: int) -> int:
+    """Hidden states of a batch."""
+    return copies * _rows(job) * job.outline.hidden * job.itemsize if job.outline.blocks else 0
 
 
 def _predictions(job: Job, rows: int) -> int:

@@ -21,7 +21,7 @@ from torch import nn
 
 from .. import io
 from ..errors import LowrankError
-from ..linalg.mapped import in_files
+from ..linalg.mapped import in_files, is_in_files
 from ..plans.report import Report
 from ..plans.stages import stage
 from ..tables import markdown
@@ -157,6 +157,21 @@ def working_in(folder: Path) -> Iterator[None]:
             yield
     except OSError as error:
         raise LowrankError(f"{folder}: {error.strerror or error}") from error
+
+
+@contextmanager
+def spilling(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
+    """A context in which statistics and factors of a model in memory live in unnamed temporary
+    files, if they would not fit comfortably beside it.
+
+    Args:
+        sites: all of the model.
+    """
+    if is_in_files() or room_for(model, sites).in_memory:
+        yield
+        return
+    with working_in(Path(tempfile.gettempdir())):
+        yield
 
 
 def write(

@@ -15,6 +15,7 @@ from ..calibration.digests import add_tensor
 from ..calibration.processes import agreed, dealt
 from ..calibration.statistics import Calibration, statistics_of
 from ..errors import LowrankError, listed
+from ..linalg.mapped import give_back
 from ..measure.size import model_cost
 from ..methods.common import stacked
 from ..methods.resolved import Resolved, own_form
@@ -236,6 +237,7 @@ def _decomposed(
     found = dealt(partial(measure, group) for group in groups)
     for group, (curve, apart) in zip(steps(groups, "layer", request.progress), found, strict=True):
         curves[group[0].name] = curve
+        give_back()
         for form, own in zip(forms, apart, strict=False):
             forms[form][group[0].name] = own
     return Decomposed(sites, groups, curves, forms)

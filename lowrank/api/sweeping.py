@@ -34,7 +34,7 @@ from .applying import carry_out
 from .deciding import Feed, check_alike, statistics_for, targets_among
 from .planning import hold_out_of, make_plan
 from .request import Request, Sweeping
-from .verbs import flat
+from .signatures import flat
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
-import inspect
 import os
-import textwrap
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -30,55 +26,12 @@ from ..walk.checks import check_model, ordinary_tensors
 from ..walk.sites import find_sites
 from ..walk.surgery import copied
 from .applying import carry_out
-from .arguments import ARGUMENTS
 from .deciding import Feed, check_alike, decide, resolved_for, statistics_for
-from .from_disk import check_apart, working_in, write
+from .estimating import check_distillation
+from .from_disk import check_apart, spilling, working_in, write
 from .request import HOLD_OUT, Compression, Request, Source
 from .resuming import Work, unfinished
-
-P = ParamSpec("P")
-T = TypeVar("T")
-R = TypeVar("R")
-Verb = Callable[[nn.Module, R], T]
-
-
-def _documented(doc: str, names: Sequence[str]) -> str:
-    lines = []
-    for name in names:
-        about = ARGUMENTS[name]
-        text = f"{name}: {about.text} {about.more}".rstrip()
-        lines.append(textwrap.fill(text, 92, subsequent_indent=" " * 4))
-    return doc.replace("…", textwrap.indent("\n".join(lines), " " * 8).lstrip())
-
-
-def flat(request: Callable[P, R]) -> Callable[[Verb[R, T]], Callable[Concatenate[nn.Module, P], T]]:
-    """Let a function of (model, request) take the request's fields as flat arguments.
-
-    Signature and argument documentation are generated from the fields; `…` in the docstring marks
-    the place.
-    """
-
-    def decorate(verb: Verb[R, T]) -> Callable[Concatenate[nn.Module, P], T]:
-        model = inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        own = list(inspect.signature(request).parameters.values())
-        own.sort(key=lambda parameter: [*ARGUMENTS].index(parameter.name))
-        result = inspect.signature(verb).return_annotation
-        signature = inspect.Signature([model, *own], return_annotation=result)
-
-        @functools.wraps(verb)
-        def call(*args: Any, **kwargs: Any) -> T:
-            try:
-                given = signature.bind(*args, **kwargs).arguments
-            except TypeError as error:
-                raise TypeError(f"{verb.__name__}() {error}") from None
-            with ordinary_tensors():
-                return verb(given.pop("model"), cast(Any, request)(**given))
-
-        call.__signature__ = signature  # type: ignore[attr-defined]
-        call.__doc__ = _documented(verb.__doc__ or "", [parameter.name for parameter in own])
-        return cast(Any, call)
-
-    return decorate
+from .signatures import flat
 
 
 @flat(Request)
@@ -97,7 +50,8 @@ def plan(model: nn.Module, request: Request) -> Plan:
     Raises:
         LowrankError: an argument, the data or the model is invalid.
     """
-    return decide(model, request).plan
+    check_model(model)
+    return decide(model, request, find_sites(model)).plan
 
 
 @recording()
@@ -215,11 +169,14 @@ def _compressed(
     request = asked.request()
     check_model(model)
     model = copied(model) if asked.copy else model
-    decision = decide(model, request, work)
-    return carry_out(
-        model, decision.plan, decision.sites, decision.resolved, decision.calibration,
-        bench=decision.bench, curves=decision.curves, started=started, progress=request.progress,
-    )  # fmt: skip
+    sites = find_sites(model)
+    with spilling(model, sites):
+        decision = decide(model, request, sites, work)
+        return carry_out(
+            model, decision.plan, decision.sites, decision.resolved, decision.calibration,
+            bench=decision.bench, curves=decision.curves,
+            started=started, progress=request.progress,
+        )  # fmt: skip
 
 
 def _from_folder(source: str | os.PathLike[str], asked: Compression) -> Report:
@@ -248,6 +205,8 @@ def into_folder(model: nn.Module, source: str, out: Path, asked: Compression) ->
         out: a folder other than that.
     """
     started = time.perf_counter()
+    if not isinstance(asked.ratio, Plan):
+        check_distillation(model, asked.request())
     if world() > 1:
         return _shared_into_folder(model, source, out, asked)
     options = {f.name: getattr(asked, f.name) for f in dataclasses.fields(asked)}

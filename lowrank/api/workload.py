@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from ..calibration.fisher import FISHER
 from ..linalg.gram import PART
 from ..measure.rates import Rates
-from ..recover.memo import MOST
+from ..recover.streams import MOST
 from .allocating import probed_rows
 from .jobs import Job, Layer
 
@@ -170,8 +170,7 @@ def _refit(job: Job, students: int = 1) -> Work:
     outside = sum(not read.block for read in job.groups) * job.outline.flops
     passes += (1 + students) * job.rows * outside
     moments = sum(
-        job.rows * read.tokens * (2 * read.inputs**2 + _squared(read.inputs))
-        for read in job.groups
+        job.rows * read.tokens * (2 * read.inputs**2 + _squared(read.inputs)) for read in job.groups
     )
     solved = _over(
         _factor(job, layer) + Work(double=layer.inputs**3 / 3 + 4 * layer.outputs * layer.inputs**2)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowrankError
-from ..linalg.mapped import kept
+from ..linalg.mapped import give_back, kept
 from ..plans.progress import steps
 from ..types import Site
 from .batches import Batch, is_padded, rebatched
@@ -21,6 +21,8 @@ from .gradients import Draws, Gradients, Moments, Turns, plain, predicted, sampl
 from .observation import Observation, inside
 from .processes import in_step, mine
 from .running import Unpadded, few_rows, first_tensor, forward
+
+LOSS = 1 << 25  # bytes of logits whose loss is computed at once: its gradients take several times
 
 
 def one_chain(sites: Sequence[Site], observation: Observation) -> Sequence[str]:
@@ -139,7 +141,7 @@ class _Share:
                 tail = _tail_gradient(
                     self.model, self.recording, number, batch, hidden, generator, later
                 )
-                gradients.append(tail[0])
+                gradients.append(kept(tail[0]))
                 sequences.append(tail[1])
         self.gathered.append(later)
         for index in steps(range(len(names))[::-1], "block", progress):
@@ -162,8 +164,9 @@ class _Share:
                     raise NotInBlocks(f"{names[index]} cuts the gradient")
                 gather.finish()
                 slope = leaf.grad
-                gradients[place] = torch.zeros_like(leaf) if slope is None else slope
+                gradients[place] = kept(torch.zeros_like(leaf) if slope is None else slope)
         self.gathered.append(gather)
+        give_back()
 
 
 def _check_bypass(
@@ -186,7 +189,7 @@ def _parts(
     largest tensor of all."""
     if recording.whole:
         return [(batch, hidden)]
-    rows = few_rows(model, batch)
+    rows = few_rows(model, batch, LOSS)
     parts = rebatched([batch], rows)
     if sum(map(_length, parts)) != len(hidden) or not recording.is_plain(number):
         return [(batch, hidden)]

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import LowrankError
+from ..linalg.mapped import kept
 from ..walk.surgery import module_at
 from .batches import ROWS, Batch, rebatched
 from .running import FAILED, SameTensor, few_rows, first_tensor, forward, quiet
@@ -137,7 +138,7 @@ class Recording:
         if not isinstance(first, Tensor):
             raise NotInBlocks(f"{self.names[0]} is not called like the next block")
         calls[0].given = _put(calls[0].given, calls[0].path, None)
-        self.hidden[number], self.calls[number] = first, calls
+        self.hidden[number], self.calls[number] = kept(first), calls
 
     def _link(self, last: Sequence[tuple[Path, Tensor, SameTensor]], given: Any) -> Path:
         """Where the previous block's output is among the arguments of this one."""

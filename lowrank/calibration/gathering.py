@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import LowrankError
 from ..linalg import gram_sum
-from ..linalg.mapped import kept, zeros
+from ..linalg.mapped import zeros
 from ..plans.progress import steps
 from ..types import Site, Statistics
 from ..walk import layouts
@@ -146,23 +146,28 @@ class _Sums:
             self._add(rows)
 
     def _add(self, rows: Tensor) -> None:
-        gram, total = gram_sum(rows), rows.double().sum(0)
-        if not bool(torch.isfinite(gram.diagonal()).all()):
+        self._begin(rows.shape[1], rows.device)
+        assert self.gram is not None
+        assert self.sum is not None
+        gram_sum(rows, self.gram)
+        if not bool(torch.isfinite(self.gram.diagonal()).all()):
             raise LowrankError(
                 f"{self.site.title}: its input holds NaN or Inf, or numbers too large to square: "
                 "check the data and the layers before it; float16 overflows where float32 and "
                 "bfloat16 do not"
             )
-        self.gram = kept(gram) if self.gram is None else self.gram.add_(gram)
-        self.sum = total if self.sum is None else self.sum.add_(total)
+        self.sum += rows.double().sum(0)
         self.count += len(rows)
+
+    def _begin(self, side: int, device: torch.device) -> None:
+        if self.gram is None:
+            self.gram = zeros(side, side, dtype=torch.float64, device=device)
+            self.sum = torch.zeros(side, dtype=torch.float64, device=device)
 
     def add_up(self, count: int) -> None:
         """Add the sums of the other processes; `count` of all."""
-        if count and (self.gram is None or self.sum is None):
-            side, device = self.site.shape[1], layouts.matrix(self.site.module).device
-            self.gram = zeros(side, side, dtype=torch.float64, device=device)
-            self.sum = self.gram.new_zeros(side)
+        if count:
+            self._begin(self.site.shape[1], layouts.matrix(self.site.module).device)
         if self.gram is not None and self.sum is not None:
             summed(self.gram, self.sum)
         self.count = count

@@ -263,7 +263,7 @@ class _Sums:
         if keep is not None:
             g = g.masked_fill(~keep[:, None], 0)
         if self._gram is not None:
-            self._gram += gram_sum(g)
+            gram_sum(g, self._gram)
             self._check(self._gram.diagonal())
         if self._rows is None:
             return

@@ -110,9 +110,9 @@ def reads_ids(model: nn.Module, batch: Batch) -> bool:
     return told and not any(t.is_floating_point() or t.ndim > 2 for t in tensors)
 
 
-def few_rows(model: nn.Module, batch: Batch) -> int:
+def few_rows(model: nn.Module, batch: Batch, most: int = LOGITS) -> int:
     """How many rows of a batch to run at once, so that logits over a large vocabulary stay below
-    LOGITS bytes; at least one.
+    `most` bytes; at least one.
 
     The vocabulary is taken for the longest side of any weight.
     """
@@ -122,7 +122,7 @@ def few_rows(model: nn.Module, batch: Batch) -> int:
         return ROWS
     widest = max((max(p.shape) for p in model.parameters() if p.ndim == 2), default=1)
     tokens = max(t[0].numel() for t in ids)
-    return max(min(LOGITS // max(4 * widest * tokens, 1), ROWS), 1)
+    return max(min(most // max(4 * widest * tokens, 1), ROWS), 1)
 
 
 def logits_of(output: Any) -> Tensor:

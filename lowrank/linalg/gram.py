@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -19,21 +19,21 @@ PART = 512  # columns that are multiplied at once; fewer are slow
 GROWTH = 8.0  # most that a fit may exceed the largest entry of the weight by
 
 
-def gram_sum(rows: Tensor) -> Tensor:
+def gram_sum(rows: Tensor, total: Tensor | None = None) -> Tensor:
     """Σ x xᵀ over rows (tokens, in), multiplied in fp32 (fp64 inputs: fp64), summed in float64.
 
     Chunks bound both the rounding of the fp32 sums and the memory of the cast. Of wide rows only
     the blocks on and above the diagonal are multiplied: the matrix is symmetric.
+
+    Args:
+        total: (in, in) float64, to be added to in place; None stands for zeros.
     """
-    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    side = rows.shape[1]
-    total = torch.zeros(side, side, dtype=torch.float64, device=rows.device)
-    cuts = range(0, side, -(-side // max(side // PART, 1)) or 1)
-    if not side:
-        return total
-    with full_precision(rows):  # hooks may run inside the caller's autocast
-        for chunk in torch.split(rows, 8192):
-            parts = torch.split(chunk.to(wide), cuts.step, 1)
+    if total is None:
+        total = _zeros(rows, rows)
+    cuts = _cuts(rows)
+    for chunk in _wide(rows):
+        parts = [chunk[:, start : start + cuts.step] for start in cuts]
+        with full_precision(rows):  # hooks may run inside the caller's autocast
             for row, left in zip(cuts, parts, strict=True):
                 for column, right in zip(cuts, parts, strict=True):
                     if row <= column:
@@ -44,14 +44,37 @@ def gram_sum(rows: Tensor) -> Tensor:
     return total
 
 
-def cross_sum(left: Tensor, right: Tensor) -> Tensor:
-    """Σ x yᵀ over the rows of two tensors (tokens, ·), in the precision of `gram_sum`."""
-    wide = torch.float64 if left.dtype == torch.float64 else torch.float32
-    total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64, device=left.device)
-    with full_precision(left):
-        for x, y in zip(torch.split(left, 8192), torch.split(right, 8192), strict=True):
-            total += x.to(wide).T @ y.to(wide)
+def cross_sum(left: Tensor, right: Tensor, total: Tensor | None = None) -> Tensor:
+    """Σ x yᵀ over the rows of two tensors (tokens, ·), in the precision of `gram_sum`.
+
+    Args:
+        total: as for `gram_sum`.
+    """
+    if total is None:
+        total = _zeros(left, right)
+    cuts = _cuts(left)
+    for x, y in zip(_wide(left), _wide(right), strict=True):
+        with full_precision(left):
+            for start in cuts:
+                total[start : start + cuts.step] += x[:, start : start + cuts.step].T @ y
     return total
+
+
+def _zeros(left: Tensor, right: Tensor) -> Tensor:
+    shape = left.shape[1], right.shape[1]
+    return torch.zeros(shape, dtype=torch.float64, device=left.device)
+
+
+def _cuts(rows: Tensor) -> range:
+    """The first columns of the parts that are multiplied at once, nearly equal ones."""
+    side = rows.shape[1]
+    return range(0, side, max(-(-side // max(side // PART, 1)), 1))
+
+
+def _wide(rows: Tensor) -> Iterator[Tensor]:
+    """The rows in chunks, in the precision in which they are multiplied."""
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    return (chunk.to(wide) for chunk in torch.split(rows, 8192))
 
 
 def squared_error(weight: Tensor, approximation: Tensor, gram: Tensor | None = None) -> float:

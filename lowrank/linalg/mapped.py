@@ -7,18 +7,24 @@ outside of `in_files` everything stays in memory.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 SMALL = 1 << 16  # bytes; a smaller tensor stays in memory, for a file takes whole pages
+LARGE = 1 << 23  # bytes; from fewer on the page faults take a quarter more time
+MOST_KEPT = 1 << 25  # what glibc raises its own limit to
+M_MMAP_THRESHOLD = -3  # malloc.h
 _FOLDER: ContextVar[Path | None] = ContextVar("folder", default=None)
 
 
@@ -29,10 +35,14 @@ def in_files(folder: str | Path | None) -> Iterator[None]:
     The files have no names: the space is free again once their tensors are.
     """
     token = _FOLDER.set(None if folder is None else Path(folder))
+    if folder is not None:
+        _give_back_from(LARGE)
     try:
         yield
     finally:
         _FOLDER.reset(token)
+        if _FOLDER.get() is None:
+            _give_back_from(MOST_KEPT)
 
 
 def zeros(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
@@ -65,6 +75,32 @@ def settled(module: nn.Module) -> nn.Module:
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.data = kept(tensor.detach())
     return module
+
+
+def give_back() -> None:
+    """Give freed memory back to the system, inside of `in_files`: glibc would keep it."""
+    if _FOLDER.get() is not None:
+        trim = _of_glibc("malloc_trim")
+        if trim is not None:
+            trim(0)
+
+
+def _give_back_from(size: int) -> None:
+    """Let glibc give memory back to the system at once when it is freed, from this size on."""
+    option = _of_glibc("mallopt")
+    if option is not None:
+        option(M_MMAP_THRESHOLD, size)
+
+
+@cache
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    found = getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
+    return cast("Callable[..., int] | None", found)
+
+
+def is_in_files() -> bool:
+    """Whether large tensors live in files."""
+    return _FOLDER.get() is not None
 
 
 def _allocate(descriptor: int, size: int) -> None:

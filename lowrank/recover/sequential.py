@@ -21,11 +21,10 @@ from ..calibration.observation import inside
 from ..calibration.processes import dealt, in_step
 from ..calibration.running import forward, quiet
 from ..errors import listed
-from ..linalg.mapped import settled
+from ..linalg.mapped import give_back, kept, settled
 from ..types import Site
 from ..walk.surgery import put
-from .memo import MOST, Memo
-from .streams import Moments, Run, Streams
+from .streams import MOST, Memo, Moments, Run, Streams
 from .workbench import Workbench
 
 
@@ -170,6 +169,7 @@ class SequentialPass:
                     sites = student.among([site for group in mine for site in group])
                     student.finished(name, sites, [t for t in self._unpaired if t not in before])
                 lane.advance(index)
+            give_back()
 
     def _lanes(self, names: Sequence[str]) -> list[_Lane]:
         """These blocks in the dense model, and in each student."""
@@ -254,7 +254,7 @@ class _Lane:
         def run() -> None:
             with quiet(self.chain.block(index)):
                 rest = range(len(known), len(self.chain.hidden))
-                outputs = [self._run(index, batch) for batch in rest]
+                outputs = [kept(self._run(index, batch)) for batch in rest]
             self.chain.hidden = [*known, *outputs]
 
         in_step(run)

@@ -1,13 +1,14 @@
 """The inputs of layers in the dense model and in compressed ones, and their moments.
 
 The models run side by side, batch by batch. A run ends with the layer whose inputs are asked for:
-nothing behind it is computed.
+nothing behind it is computed. Neither is what comes before it again: each group of layers takes a
+run of its block up to it, through layers that are finished, and what they returned is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,13 @@ from ..calibration.processes import summed
 from ..calibration.running import first_tensor, quiet, without_cache
 from ..errors import LowrankError
 from ..linalg import cross_sum, gram_sum
+from ..linalg.mapped import kept, zeros
 from ..types import Site
 from ..walk import layouts
 from ..walk.surgery import module_at
 
 Run = Callable[[], object]
+MOST = 1 << 29  # bytes of outputs that are kept, of all models that run side by side
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +93,7 @@ class Streams:
             for run, real, *runs in zip(dense, reals, *lean, strict=True):
                 x, output = self._readers[0].read(run)
                 if self._keeps:
-                    self.outputs.append(output)
+                    self.outputs.append(kept(output) if isinstance(output, Tensor) else output)
                 for sums, reader, lean_run in zip(self.sums, self._readers[1:], runs, strict=True):
                     sums.add(x, reader.read(lean_run)[0], real)
 
@@ -141,7 +144,7 @@ class _Sums:
 
     def __init__(self, site: Site) -> None:
         self.site, self.count, self.paired = site, 0, True
-        self.sums = [torch.zeros(())] * 4
+        self.sums: list[Tensor] = []  # Gram matrix, cross moments, and the two means
 
     def add(
         self, dense: Sequence[Tensor], lean: Sequence[Tensor], real: Sequence[Tensor | None]
@@ -150,11 +153,22 @@ class _Sums:
         if [t.shape for t in dense] != [t.shape for t in lean]:
             dense, self.paired, real = lean, False, []
         for x, y in _pairs(self.site.module, dense, lean, real):
-            new = _sums(self.site, x, y)
-            if self.count:
-                new = tuple(s.add_(n) for s, n in zip(self.sums, new, strict=True))
-            self.sums = list(new)
+            self._begin(y)
+            gram, cross, mean, dense_mean = self.sums
+            _add(self.site, x, y, gram, cross)
+            mean += y.double().sum(0)
+            dense_mean += x.double().sum(0)
             self.count += len(y)
+
+    def _begin(self, rows: Tensor) -> None:
+        """Zeros for rows (…, in), once."""
+        if self.sums:
+            return
+        side = rows.shape[-1]
+        self.sums = [
+            zeros(*shape, dtype=torch.float64, device=rows.device)
+            for shape in ((side, side), (side, side), (side,), (side,))
+        ]
 
     def add_up(self, parts: Sequence[tuple[int, bool]]) -> None:
         """Add the sums of the other processes.
@@ -163,12 +177,8 @@ class _Sums:
             parts: count and `paired` of each.
         """
         total = sum(count for count, _ in parts)
-        if total and not self.count:
-            matrix = layouts.matrix(self.site.module)
-            mean = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
-            gram = torch.zeros(*[len(mean)] * 2, dtype=mean.dtype, device=mean.device)
-            self.sums = [gram, gram.clone(), mean, mean.clone()]
         if total:
+            self._begin(layouts.matrix(self.site.module))
             summed(*self.sums)
         self.count, self.paired = total, all(paired for _, paired in parts)
 
@@ -194,12 +204,62 @@ def _pairs(
         yield from zip(counted_rows(module, x, mask), counted_rows(module, y, mask), strict=True)
 
 
-def _sums(site: Site, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """Sums over the rows (rows, in) of the dense stream x and the compressed stream y."""
-    sums = (gram_sum(y), cross_sum(x, y), y.double().sum(0), x.double().sum(0))
-    if not bool(torch.isfinite(sums[0].diagonal()).all()):
+def _add(site: Site, x: Tensor, y: Tensor, gram: Tensor, cross: Tensor) -> None:
+    """Add the products of the rows (rows, in) of the dense stream x and the compressed stream y."""
+    gram_sum(y, gram)
+    cross_sum(x, y, cross)
+    if not bool(torch.isfinite(gram.diagonal()).all()):
         raise LowrankError(
             f"{site.title}: its input holds NaN or Inf in the compressed model, but not in the "
             "dense one: run it in float32 or bfloat16, or exclude the layers before it"
         )
-    return sums
+
+
+class Memo:
+    """The outputs of a model's layers, by batch and name: of the first call in each run, whose
+    input cannot depend on a layer that is finished later."""
+
+    def __init__(self, most: int = MOST) -> None:
+        """
+        Args:
+            most: bytes to keep; what comes after them is computed anew.
+        """
+        self._left = most
+        self._outputs: dict[tuple[int, str], Tensor] = {}
+
+    @contextmanager
+    def used(self, model: nn.Module, batch: int, names: Collection[str]) -> Iterator[None]:
+        """A context of one run, in which finished layers return what they did before.
+
+        Args:
+            names: the finished layers.
+        """
+        layers = {name: module_at(model, name) for name in names}
+        before = {name: vars(layer).get("forward") for name, layer in layers.items()}
+        try:
+            for name, layer in layers.items():
+                vars(layer)["forward"] = self._remembering((batch, name), layer.forward)
+            yield
+        finally:
+            for name, layer in layers.items():
+                vars(layer).pop("forward")
+                if before[name] is not None:
+                    vars(layer)["forward"] = before[name]
+
+    def _remembering(self, key: tuple[int, str], forward: Callable[..., Any]) -> Callable[..., Any]:
+        calls = 0
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            known = self._outputs.get(key) if calls == 1 else None
+            if known is not None:
+                return known.clone()  # what follows may change it in place
+            output = forward(*args, **kwargs)
+            if calls == 1 and isinstance(output, Tensor) and output.nbytes <= self._left:
+                self._left -= output.nbytes
+                own = kept(output)
+                self._outputs[key] = output.clone() if own is output else own
+            return output
+
+        return run

@@ -205,19 +205,19 @@ def test_statistics_take_what_is_foretold() -> None:
     head = 8 * model.config.hidden_size**2  # only `compress` leaves the head out
     job = a_job(model, request)
     factors = sum(layer.rank * (layer.outputs + layer.inputs) for layer in job.layers)
-    states = 3 * ROWS * LENGTH * model.config.hidden_size
+    states = (3 + 2) * ROWS * LENGTH * model.config.hidden_size
     foretold = scratch_bytes(job) - 4 * factors - 4 * states
     assert foretold == sum(each.nbytes for each in unique.values()) - head
 
 
 def test_memory_does_not_grow_with_depth_from_disk() -> None:
     """What does grow is in memory the statistics of every layer."""
-    shallow, deep = (
+    shallow, middle, deep = (
         lowrank.estimate(llama(blocks, 128), 0.6, effort="fast", rows=ROWS, length=LENGTH)
-        for blocks in (2, 6)
+        for blocks in (2, 4, 6)
     )
     added = deep.scratch - shallow.scratch
-    assert added == pytest.approx(2 * shallow.scratch, rel=0.01)
+    assert added == pytest.approx(2 * (middle.scratch - shallow.scratch), rel=0.01)
     base = abs(deep.from_disk - shallow.from_disk)
     assert base < 0.1 * added
     grown = deep.in_memory - shallow.in_memory

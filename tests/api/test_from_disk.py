@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import lowrank
-from lowrank import LowrankError
-from lowrank.api import from_disk
+from lowrank import LowrankError, Recovery
+from lowrank.api import estimating, from_disk
 from lowrank.linalg import mapped
 from tests import zoo
 
@@ -117,3 +117,33 @@ def test_the_place_is_chosen_by_the_memory(
 
 def test_memory_is_available() -> None:
     assert from_disk.available_memory() > 1 << 20
+
+
+def test_distillation_says_what_memory_it_needs(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimating, "available_memory", lambda: 1000)
+    with pytest.raises(LowrankError, match=r"distillation trains all factors at once, .* GiB"):
+        compressed(source, tmp_path / "out", effort="best")
+    assert list(tmp_path.iterdir()) == []
+    compressed(source, tmp_path / "out", effort=Recovery(block_steps=2))
+
+
+def test_a_model_in_memory_keeps_in_files_what_does_not_fit(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same result."""
+    given: dict[str, Any] = {"data": rows(), "effort": "fast", "progress": False}
+    expected, _ = lowrank.compress(zoo.make("llama"), RATIO, **given)
+    monkeypatch.setattr(mapped, "SMALL", 512)
+    made = []
+    from_file = torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda *a, **k: made.append(a) or from_file(*a, **k))
+    lowrank.compress(zoo.make("llama"), RATIO, **given)
+    assert made == []
+    monkeypatch.setattr(from_disk, "available_memory", lambda: 1000)
+    lean, _ = lowrank.compress(zoo.make("llama"), RATIO, **given)
+    assert made
+    assert not mapped.is_in_files()
+    for one, two in zip(lean.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, two)

@@ -17,6 +17,7 @@ from lowrank.api.request import Request
 from lowrank.methods import Auto, TwoSided
 from lowrank.policies import LossAware, Uniform
 from lowrank.types import Allocation, Budget, Curve, Method, Probe, Site, Statistics
+from lowrank.walk.sites import find_sites
 from tests import zoo
 
 
@@ -62,7 +63,8 @@ def test_a_policy_is_what_it_does_not_what_it_is_called() -> None:
     models = []
     for policy in ("lossaware", LossAware()):
         request = Request(0.5, policy=policy, data=rows(), method="whitened", progress=False)
-        decision = decide(zoo.make("llama"), request)
+        model = zoo.make("llama")
+        decision = decide(model, request, find_sites(model))
         assert decision.calibration is not None
         held = torch.cat(list(decision.calibration.held_out))  # type: ignore[misc]
         assert torch.equal(held, rows()[-6:])  # an eighth
@@ -122,6 +124,8 @@ def test_what_is_compared_is_judged_on_rows_that_no_statistic_saw(
 def test_what_compares_nothing_sees_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo.make("llama")
     for asked in ({}, {"policy": "uniform"}, {"policy": Uniform()}, {"method": "whitened"}):
-        decision = decide(copy.deepcopy(model), Request(0.6, data=rows(), progress=False, **asked))
+        lean = copy.deepcopy(model)
+        request = Request(0.6, data=rows(), progress=False, **asked)
+        decision = decide(lean, request, find_sites(lean))
         assert decision.calibration is not None
         assert decision.calibration.held_out == ()

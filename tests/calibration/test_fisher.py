@@ -240,6 +240,23 @@ def test_layers_gathered_apart_are_those_gathered_together() -> None:
             close(apart[name].row_fisher, stats.row_fisher, 1e-6)
 
 
+def test_each_need_is_gathered_alone_and_added_later() -> None:
+    model = zoo.make("llama")
+    seen = calibration(model, zoo.tokens())
+    both = with_fisher(model, seen, seed=3).statistics
+    for need, other in (("out_gram", "row_fisher"), ("row_fisher", "out_gram")):
+        one = with_fisher(model, seen, needs=frozenset({need, "gram"}), seed=3)
+        assert with_fisher(model, one, needs=frozenset({need})) is one
+        whole = with_fisher(model, one, seed=3)
+        for name, stats in both.items():
+            if stats.out_gram is None:
+                continue
+            assert getattr(one.statistics[name], other) is None
+            for found in (one, whole):
+                assert torch.equal(getattr(found.statistics[name], need), getattr(stats, need))
+            assert torch.equal(getattr(whole.statistics[name], other), getattr(stats, other))
+
+
 def test_another_seed_draws_other_labels() -> None:
     model = small()
     seen = lowrank.calibrate(model, torch.randn(9, 6), progress=False)

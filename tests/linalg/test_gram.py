@@ -49,6 +49,20 @@ def test_no_rows_sum_to_zero() -> None:
     assert torch.equal(linalg.gram_sum(rows(0)), torch.zeros(6, 6, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("side", [1, 1023, 1024, 1601])
+def test_wide_rows_are_multiplied_in_parts(side: int) -> None:
+    """One side of the diagonal alone; added to what is given, in place."""
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 40, side, generator=draw, dtype=torch.float64)
+    gram, cross = torch.ones(2, side, side, dtype=torch.float64)
+    assert linalg.gram_sum(x, gram) is gram
+    assert linalg.cross_sum(x, y, cross) is cross
+    torch.testing.assert_close(gram, gram.T)
+    torch.testing.assert_close(gram, linalg.gram_sum(x[:25]) + linalg.gram_sum(x[25:]) + 1)
+    torch.testing.assert_close(gram, x.T @ x + 1)
+    torch.testing.assert_close(cross, x.T @ y + 1)
+
+
 def test_autocast_of_the_caller_costs_no_digits() -> None:
     x = rows(500)
     plain = linalg.gram_sum(x)
