@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from ..calibration.by_block import LOSS
 from ..calibration.fisher import FISHER
 from ..calibration.gradients import ENTRIES, WEIGHTS
 from ..linalg.gram import PART
@@ -123,7 +124,8 @@ def _calibration(job: Job) -> int:
 
 def _head(job: Job) -> int:
     """Sampling from the predictions, their loss and its gradients, in float32."""
-    entries = _logits(job)
+    rows = LOSS // max(SINGLE * job.outline.predictions, 1)
+    entries = job.outline.predictions * max(min(rows, _rows(job)), 1)
     loss = (3 * SINGLE + 2 * job.itemsize) * entries
     return max(loss, 3 * DOUBLE * min(entries, ENTRIES)) + _batch(job, 3)
 
