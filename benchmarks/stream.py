@@ -1,12 +1,14 @@
 """Memory of compression from folder to folder, by the depth of the model.
 
     python benchmarks/stream.py [--blocks 12 24 48] [--width 512] [--rows 16] [--effort fast]
+                               [--dtype bfloat16]
 
-Random Llamas of equal blocks in bf16, saved in shards, compressed to 0.8 in a process of their own,
+Random Llamas of equal blocks, saved in shards, compressed to 0.8 in a process of their own,
 two threads. `anonymous` is the peak of memory that lies in no file (RssAnon, Linux), less that of
 the same process with its imports alone; `bound` one dense block, its statistics and 300 MB;
 `estimate` the peak by lowrank.estimate beforehand; `model` the size of the weights. The largest is
-also compressed as a model in memory, whose weights transformers maps from the file too.
+also compressed as a model in memory, whose weights transformers maps from the file too. In bf16
+oneDNN keeps a kernel for each shape that it has multiplied, up to 1,024, outside of our reach.
 """
 
 from __future__ import annotations
@@ -35,17 +37,17 @@ def anonymous() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
-def bound(width: int) -> int:
-    """Bytes of a dense block in bf16, of its statistics, and 300 MB."""
+def bound(width: int, itemsize: int) -> int:
+    """Bytes of a dense block, of its statistics, and 300 MB."""
     inside, half = 11 * width // 4, width // 2
     layers = [(width, width), (half, width), (half, width), (width, width)]
     layers += [(inside, width), (inside, width), (width, inside)]
     inputs = [width, width, width, inside]  # q, k and v read one tensor, gate and up another
     statistics = 8 * (sum(n * n for n in inputs) + sum(out * out for out, _ in layers))
-    return sum(2 * out * read for out, read in layers) + statistics + 300_000_000
+    return sum(itemsize * out * read for out, read in layers) + statistics + 300_000_000
 
 
-def build(folder: Path, blocks: int, width: int) -> int:
+def build(folder: Path, blocks: int, width: int, dtype: str = "bfloat16") -> int:
     """Save a random model; its bytes."""
     import transformers
 
@@ -53,9 +55,9 @@ def build(folder: Path, blocks: int, width: int) -> int:
     config = transformers.LlamaConfig(
         hidden_size=width, intermediate_size=11 * width // 4, num_hidden_layers=blocks,
         num_attention_heads=width // 64, num_key_value_heads=width // 128,
-        vocab_size=VOCABULARY, max_position_embeddings=LENGTH, dtype="bfloat16",
+        vocab_size=VOCABULARY, max_position_embeddings=LENGTH, dtype=dtype,
     )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).bfloat16()
+    model = transformers.LlamaForCausalLM(config).to(getattr(torch, dtype))
     model.save_pretrained(folder, max_shard_size="100MB")
     return sum(parameter.nbytes for parameter in model.parameters())
 
@@ -113,6 +115,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--effort", default="fast")
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--expected", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--in-memory", action="store_true", help=argparse.SUPPRESS)
@@ -129,13 +132,13 @@ def main() -> None:
         f"{'blocks':>6} {'model':>8} {'anonymous':>9} {'bound':>9} {'estimate':>9} {'s':>6} "
         f"{'s a block':>9} {'kept':>6}"
     )
-    rows = []
+    rows, itemsize = [], getattr(torch, given.dtype).itemsize
     for blocks in given.blocks:
         with tempfile.TemporaryDirectory(dir=".") as directory:
             folder = Path(directory) / "model"
-            size = build(folder, blocks, given.width)
+            size = build(folder, blocks, given.width, given.dtype)
             own = ["--folder", str(folder), "--rows", str(given.rows), "--effort", given.effort]
-            row: Row = {"blocks": blocks, "model": size, "bound": bound(given.width)}
+            row: Row = {"blocks": blocks, "model": size, "bound": bound(given.width, itemsize)}
             ways = [["--expected"], []]
             if blocks == max(given.blocks):
                 ways.append(["--in-memory"])
@@ -155,7 +158,8 @@ def main() -> None:
         )
         if "in_memory" in row:
             print(f"       given as a model: {row['in_memory'] / MIB:.0f} MiB beside its weights")
-    keep("stream", rows, width=given.width, calibration_rows=given.rows, effort=given.effort)
+    about = {"width": given.width, "calibration_rows": given.rows, "effort": given.effort}
+    keep(f"stream_{given.dtype}", rows, **about)
 
 
 if __name__ == "__main__":
