@@ -134,7 +134,7 @@ ARGUMENTS: dict[str, Argument] = {
     ),
     "out": Argument(
         "folder to write the result to, where `model` is a folder or a name on the hub. Weights "
-        "and statistics then stay in files, so that memory does not grow with depth. An older "
+        "and statistics then stay in files, so that memory hardly grows with depth. An older "
         "result is replaced once the new one is whole."
     ),
     "length": Argument("tokens per row. Default: 256, or the model's limit if lower."),
