@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank
-from lowrank.calibration import fisher
+from lowrank.calibration import by_block, fisher
 from lowrank.calibration.chain import Chain, NotInBlocks, Recording, bypassed
 from lowrank.calibration.running import quiet
 from lowrank.walk.sites import find_sites, select_sites
@@ -73,6 +73,34 @@ def test_what_comes_after_the_chain_runs_alone() -> None:
         with bypassed(model, recording, 0, 0 * chain.hidden[0]):
             assert not torch.allclose(model(batch).logits, expected)
         assert torch.equal(model(batch).logits, expected)  # nothing is left behind
+
+
+class Doubling(nn.Module):
+    """A block that changes its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(2)
+        return torch.tanh(self.layer(x))
+
+
+def test_blocks_may_change_their_input_in_place() -> None:
+    """What is stored of a block's input is what it read."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 12), *(Doubling() for _ in range(3)), nn.Linear(12, 5))
+    recording = Recording(("1", "2", "3"))
+    read: list[Tensor] = []
+    for block in list(model)[1:4]:
+        block.register_forward_pre_hook(lambda _, args: read.append(args[0].clone()))
+    kept: dict[int, Tensor] = {}
+    share = by_block._Share(model, [torch.randn(8, 12)], [], recording, frozenset())
+    with torch.no_grad():
+        recording.record(model, 0, share.batches[0], share._keep)
+    kept = {index: inputs[0] for index, inputs in enumerate(share.inputs)}
+    assert all(torch.equal(kept[1 + index], read[1 + index]) for index in range(2))
 
 
 class Twice(nn.Module):

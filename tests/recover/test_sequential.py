@@ -388,26 +388,38 @@ def test_outputs_that_are_too_much_are_computed_again(monkeypatch: pytest.Monkey
 
 
 def test_what_follows_a_finished_layer_may_change_its_output_in_place() -> None:
-    """A layer between is run again and again on what the memo gives."""
+    """Its output is given again to the runs for two further layers, and to the last one."""
 
     class InPlace(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.between = nn.Linear(32, 32)
+
         def forward(self, x: Tensor) -> Tensor:
             hidden = self.up(x)
             hidden += 1.0
-            return x + self.down(torch.relu_(hidden))
+            return x + self.down(torch.relu_(self.between(hidden))) + hidden[..., :16]
 
-    def model() -> nn.Module:
-        torch.manual_seed(0)
-        return zoo.Custom(
-            lambda self, x: self.blocks(x), blocks=nn.Sequential(InPlace(), InPlace())
-        )
-
+    torch.manual_seed(0)
+    blocks = nn.Sequential(InPlace(), InPlace())
+    model = zoo.Custom(lambda self, x: self.blocks(x), blocks=blocks)
+    bench = Workbench(model, lowrank.calibrate(model, rows(), progress=False))
+    numbers, fitted = bench.numbers()
     found = []
     for most in (0, 1 << 20):
+        read: list[Tensor] = []
+
+        def fit(site: Any, moments: Any, read: list[Tensor] = read) -> nn.Module:
+            read += [moments.gram.clone(), moments.cross.clone()]
+            torch.manual_seed(len(read))
+            return nn.Linear(site.shape[1], site.shape[0])
+
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sequential, "MOST", most)
-            lean, _ = refitted(model(), steps=0)
-        found.append([p.detach() for p in lean.parameters()])
+            student = Student(twin(model), find_sites(model), fit)
+            SequentialPass(bench, [student], numbers, fitted).run()
+        found.append(read)
+    assert len(found[0]) == 12
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
