@@ -162,15 +162,16 @@ def working_in(folder: Path) -> Iterator[None]:
 @contextmanager
 def spilling(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
     """A context in which statistics and factors of a model in memory live in unnamed temporary
-    files, if they would not fit comfortably beside it.
+    files, if they would not fit comfortably beside it and the disk has room for them.
 
     Args:
         sites: all of the model.
     """
-    if is_in_files() or room_for(model, sites).in_memory:
+    room, place = room_for(model, sites), Path(tempfile.gettempdir())
+    if is_in_files() or room.in_memory or shutil.disk_usage(place).free < room.needed:
         yield
         return
-    with working_in(Path(tempfile.gettempdir())):
+    with working_in(place):
         yield
 
 

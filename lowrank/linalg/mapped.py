@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 SMALL = 1 << 16  # bytes; a smaller tensor stays in memory, for a file takes whole pages
-LARGE = 1 << 23  # bytes; from fewer on the page faults take a quarter more time
+LARGE = 1 << 23  # bytes; smaller pieces are used again, which saves page faults
 MOST_KEPT = 1 << 25  # what glibc raises its own limit to
 M_MMAP_THRESHOLD = -3  # malloc.h
 _FOLDER: ContextVar[Path | None] = ContextVar("folder", default=None)

@@ -13,8 +13,8 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-# Seconds of "fast" and "best" on a language model of 135M parameters (benchmarks/real_llm.py): what
-# counts is how they compare.
+# How long the stages take beside each other: roughly what benchmarks/real_llm.py prints for "fast";
+# of distillation and batch norms a guess.
 SHARES: Mapping[str, float] = {
     "loading": 1.0,
     "calibration": 45.0,
