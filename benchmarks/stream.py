@@ -1,14 +1,14 @@
 """Memory of compression from folder to folder, by the depth of the model.
 
     python benchmarks/stream.py [--blocks 12 24 48] [--width 512] [--rows 16] [--effort fast]
-                               [--dtype bfloat16]
+                               [--dtype bfloat16] [--in-memory]
 
 Random Llamas of equal blocks, saved in shards, compressed to 0.8 in a process of their own,
 two threads. `anonymous` is the peak of memory that lies in no file (RssAnon, Linux), less that of
 the same process with its imports alone; `bound` one dense block, its statistics and 300 MB;
-`estimate` the peak by lowrank.estimate beforehand; `model` the size of the weights. The largest is
-also compressed as a model in memory, whose weights transformers maps from the file too. In bf16
-oneDNN keeps a kernel for each shape that it has multiplied, up to 1,024, outside of our reach.
+`estimate` the peak by lowrank.estimate beforehand; `model` the size of the weights. With
+`--in-memory` they are compressed as models in memory, whose weights transformers maps from the file
+too.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--expected", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--in-memory", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--in-memory", action="store_true")
     given = parser.parse_args()
     if given.folder:
         if given.expected:
@@ -139,16 +139,12 @@ def main() -> None:
             size = build(folder, blocks, given.width, given.dtype)
             own = ["--folder", str(folder), "--rows", str(given.rows), "--effort", given.effort]
             row: Row = {"blocks": blocks, "model": size, "bound": bound(given.width, itemsize)}
-            ways = [["--expected"], []]
-            if blocks == max(given.blocks):
-                ways.append(["--in-memory"])
-            for more in ways:
+            for more in (["--expected"], ["--in-memory"] * given.in_memory):
                 done = subprocess.run(
                     [sys.executable, __file__, *own, *more],
                     check=True, capture_output=True, text=True,
                 )  # fmt: skip
-                found = json.loads(done.stdout.splitlines()[-1])
-                row |= {"in_memory": found["anonymous"]} if more == ["--in-memory"] else found
+                row |= json.loads(done.stdout.splitlines()[-1])
         rows.append(row)
         print(
             f"{blocks:6} {size / MIB:4.0f} MiB {row['anonymous'] / MIB:5.0f} MiB "
@@ -156,10 +152,9 @@ def main() -> None:
             f"{row['seconds']:6.0f} {row['seconds'] / blocks:9.1f} {row['kept']:6.3f}",
             flush=True,
         )
-        if "in_memory" in row:
-            print(f"       given as a model: {row['in_memory'] / MIB:.0f} MiB beside its weights")
     about = {"width": given.width, "calibration_rows": given.rows, "effort": given.effort}
-    keep(f"stream_{given.dtype}", rows, **about)
+    place = "in_memory_" if given.in_memory else ""
+    keep(f"stream_{place}{given.dtype}", rows, **about)
 
 
 if __name__ == "__main__":

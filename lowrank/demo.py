@@ -24,6 +24,7 @@ from .errors import LowrankError
 from .io import save
 from .measure.bench import benchmark
 from .measure.eval import divergence
+from .plans.progress import steps
 from .plans.report import Report
 
 RATIOS = (0.8, 0.6, 0.4)
@@ -146,11 +147,9 @@ def judge(
     models: Sequence[nn.Module], rows: Sequence[Tensor], *, progress: bool = False
 ) -> list[tuple[float, float]]:
     """(perplexity, mean KL from the first model) of each model; each row is run once per model."""
-    from tqdm.auto import tqdm
-
     nll, kl = [0.0] * len(models), [0.0] * len(models)
     with torch.no_grad():
-        for start in tqdm(range(0, len(rows), 16), "measure", disable=not progress, leave=False):
+        for start in steps(range(0, len(rows), 16), "batch", progress):
             batch = torch.stack(list(rows[start : start + 16]))
             reference = None
             for index, model in enumerate(models):

@@ -91,7 +91,6 @@ def carry_out(
             for (site, entry), (new, measured, curve) in zip(group, layers, strict=True):
                 stored = None if new is None else settled(new)
                 built.append(Built(site, entry, stored, measured, curve))
-            give_back()
     recovered = _recovered(plan, built, resolved, bench, progress)
     if recovered is not None:
         built = [item._replace(new=recovered.modules.get(item.site.name)) for item in built]
@@ -267,6 +266,7 @@ def _remeasured(item: Built, resolved: Resolved, calibration: Calibration | None
         return item
     stats = statistics_of(item.site, calibration)
     error = resolved.error(item.site, item.curve, item.new, stats)
+    give_back()
     return item._replace(measured=replace(item.measured, measured=error))
 
 

@@ -23,9 +23,8 @@ DOUBLE = 8  # bytes of a float64
 SINGLE = 4
 FACTORS = 3  # times the factors are held: a candidate's or the refitted ones, pivoted ones, built
 TRAINED = 20  # bytes a number in training: float32 copy, gradient, two moments, best state
-# Of the largest work space before, what the allocator keeps for smaller pieces; measured. Those of
-# 32 MiB or more (glibc) it gives back.
-RETAINED = 0.9
+# Of the largest work space before, what the allocator keeps for smaller pieces; measured.
+RETAINED = 0.3
 RETAINED_MOST = 1 << 29
 
 

@@ -29,6 +29,7 @@ from ..types import Site
 from ..walk.sites import find_sites
 
 GIB = 1 << 30
+SPILLED = GIB  # more than this is kept in files: memory is then for other work
 SHARD = "250MB"  # a shard is copied when it is written
 
 
@@ -162,13 +163,15 @@ def working_in(folder: Path) -> Iterator[None]:
 @contextmanager
 def spilling(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
     """A context in which statistics and factors of a model in memory live in unnamed temporary
-    files, if they would not fit comfortably beside it and the disk has room for them.
+    files, if they take more than `SPILLED` or would not fit comfortably beside it, and the disk has
+    room for them.
 
     Args:
         sites: all of the model.
     """
     room, place = room_for(model, sites), Path(tempfile.gettempdir())
-    if is_in_files() or room.in_memory or shutil.disk_usage(place).free < room.needed:
+    stays = room.in_memory and room.needed <= SPILLED
+    if is_in_files() or stays or shutil.disk_usage(place).free < room.needed:
         yield
         return
     with working_in(place):

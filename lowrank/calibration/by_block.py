@@ -109,6 +109,7 @@ class _Share:
         own = kept(hidden)
         # A block may change its input in place.
         self.inputs[index].append(hidden.clone() if own is hidden else own)
+        give_back()
 
     def _states(self) -> list[tuple[int, Batch, Tensor]]:
         """The batches by number, with the last block's outputs."""
@@ -165,6 +166,7 @@ class _Share:
                 gather.finish()
                 slope = leaf.grad
                 gradients[place] = kept(torch.zeros_like(leaf) if slope is None else slope)
+                give_back()
         self.gathered.append(gather)
         give_back()
 

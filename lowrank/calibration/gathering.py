@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import LowrankError
 from ..linalg import gram_sum
-from ..linalg.mapped import zeros
+from ..linalg.mapped import give_back, zeros
 from ..plans.progress import steps
 from ..types import Site, Statistics
 from ..walk import layouts
@@ -92,6 +92,7 @@ class _Gather:
             tensor = first_tensor((args, kwargs))
             if tensor is not None and layouts.fits(module, tensor):  # else it raises by itself
                 sums.add(tensor, self._padding.real(sums.site.name, module, tensor))
+                give_back()
 
         return hook
 

@@ -17,6 +17,7 @@ from ..methods.common import low_rank_layer
 from ..nn import Form
 from ..plans.entry import break_even
 from ..plans.plan import versions
+from ..plans.progress import steps
 from ..tables import aligned
 from ..types import Option, Site
 from ..walk import layouts
@@ -154,7 +155,7 @@ def inspect(
         _inspected(sites[name], calibration, skip=named and bool(sites[name].reason), timing=timing)
         if name in sites
         else _factored(name, already[name])
-        for name in _progress(order, progress)
+        for name in steps(order, "layer", progress)
     ]
     timed = any(site.dense_ms is not None for site in inspected)
     threads = torch.get_num_threads()
@@ -225,9 +226,3 @@ def _figures(site: Inspected) -> dict[str, Any]:
         "factored_ms": site.factored_ms,
         "reason": site.reason,
     }
-
-
-def _progress(names: list[str], shown: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(names, "decompose", delay=2, disable=not shown, leave=False)

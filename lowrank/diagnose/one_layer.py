@@ -7,13 +7,13 @@ from contextlib import ExitStack
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..calibration.batches import Batch
 from ..calibration.running import quiet
 from ..calibration.statistics import Calibration, statistics_of
 from ..measure.eval import Reference
 from ..methods.resolved import Group, Resolved
+from ..plans.progress import steps
 from ..types import Curve, Option
 from ..walk.surgery import replaced, twin
 from .sensitivity_table import Sensitivity
@@ -41,8 +41,7 @@ def measure_alone(
     rank, error = torch.zeros_like(kl, dtype=torch.int64), torch.full_like(kl, torch.nan)
     dense = Reference(twin(model), batches)  # the twin stays dense
     with quiet(model):
-        bar = tqdm(groups, "sensitivity", delay=2, disable=not progress, leave=False)
-        for row, group in enumerate(bar):
+        for row, group in enumerate(steps(groups, "layer", progress)):
             if not data_free and not resolved.is_seen(group[0], calibration):
                 continue
             curve = resolved.curve(group, calibration)

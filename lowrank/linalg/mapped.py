@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 SMALL = 1 << 16  # bytes; a smaller tensor stays in memory, for a file takes whole pages
-LARGE = 1 << 23  # bytes; smaller pieces are used again, which saves page faults
+LARGE = 1 << 21  # bytes; smaller pieces are used again, which saves page faults
 MOST_KEPT = 1 << 25  # what glibc raises its own limit to
 M_MMAP_THRESHOLD = -3  # malloc.h
 _FOLDER: ContextVar[Path | None] = ContextVar("folder", default=None)
@@ -70,19 +70,22 @@ def kept(tensor: Tensor) -> Tensor:
 
 
 def settled(module: nn.Module) -> nn.Module:
-    """The module, its large tensors now in files."""
+    """The module, its large tensors now in files; what making it took is given back."""
     if _FOLDER.get() is not None:
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.data = kept(tensor.detach())
+        give_back()
     return module
 
 
 def give_back() -> None:
-    """Give freed memory back to the system, inside of `in_files`: glibc would keep it."""
-    if _FOLDER.get() is not None:
-        trim = _of_glibc("malloc_trim")
-        if trim is not None:
-            trim(0)
+    """Give freed memory back to the system, inside of `in_files`: glibc would keep it.
+
+    Called after every layer and every batch: the heap would else be the larger, the longer it runs.
+    """
+    trim = _of_glibc("malloc_trim")
+    if _FOLDER.get() is not None and trim is not None:
+        trim(0)
 
 
 def _give_back_from(size: int) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .gram import full_precision, raised, shifted_root, unrooted
+from .gram import full_precision, shifted_root, unrooted
 from .svd import compute_dtype, factor
 
 RIDGE = 1e-4  # of the mean diagonal of H'
@@ -76,9 +76,8 @@ def refit_factors(
     dtype = compute_dtype(min(weight.shape))
     with full_precision(weight):
         moved = regressed(weight, gram, target, ridge=ridge, least=least).to(dtype)
-        metric = gram.to(dtype)
-        shift = max(ridge * float(metric.diagonal().mean()), least)
-        metric = raised(metric, shift)
+        metric = gram.to(dtype, copy=True)
+        metric.diagonal().add_(max(ridge * float(metric.diagonal().mean()), least))
         if root is None:
             return factor(moved, rank, metric, seed=seed)
         up, down = factor(root.to(dtype) @ moved, rank, metric, seed=seed)

@@ -14,6 +14,9 @@ from ..calibration.batches import LENGTH, ROWS, Batch, Data, materialise, text_r
 from ..calibration.running import forward, logits_of, predictions_of, quiet
 from ..calibration.statistics import Calibration, followed
 from ..errors import LowrankError
+from ..linalg.mapped import give_back
+from ..nn.few_shapes import even_ranks
+from ..plans.progress import steps
 from ..walk.checks import check_module
 
 ENTRIES = 1 << 22  # of the probabilities that are compared at once
@@ -47,7 +50,7 @@ def perplexity(
         raise LowrankError("the text has fewer than two tokens, so there is none to predict")
     total, count = 0.0, 0
     with quiet(model):
-        for batch in _progress(_stacked(rows), "perplexity", progress):
+        for batch in steps(_stacked(rows), "batch", progress):
             logits = logits_of(forward(model, batch[:, :-1])).float()
             targets = batch[:, 1:].to(logits.device)
             losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
@@ -162,9 +165,12 @@ class Reference:
         """
         total, count = 0.0, 0
         self.asked += 1
+        give_back()
         measure = self.measure if self.batches else KL
-        with quiet(model):
-            for number, batch in enumerate(_progress(list(self.batches), "judge", progress)):
+        with quiet(model), even_ranks(model):
+            batches = list(self.batches)
+            counted = steps(batches, "batch", True) if progress else batches
+            for number, batch in enumerate(counted):
                 expected = self.outputs(number)
                 logits = predictions_of(model, forward(model, batch))[0].to(expected.device)
                 if expected.shape != logits.shape:
@@ -176,6 +182,7 @@ class Reference:
                 losses = divergence(expected, logits, self.mask(number), measure)
                 total += float(losses.double().sum())
                 count += losses.numel()
+                give_back()
         if count == 0:
             raise LowrankError("no positions to compare: the data is empty or all padding")
         return total / count
@@ -237,9 +244,3 @@ def _stacked(rows: list[Tensor]) -> list[Tensor]:
     rest = rows[len(full) :]
     starts = range(0, len(full), ROWS)
     return [torch.stack(full[s : s + ROWS]) for s in starts] + [row[None] for row in rest]
-
-
-def _progress(batches: list[Any] | list[Batch], what: str, shown: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(batches, what, delay=2, disable=not shown, leave=False)

@@ -16,6 +16,7 @@ from ..calibration.batches import Batch
 from ..calibration.chain import Chain
 from ..calibration.running import forward, predictions_of, quiet, without_cache
 from ..measure.eval import Reference, divergence
+from ..nn.few_shapes import even_ranks
 from .training import Trained, Training, fit, split
 
 
@@ -46,7 +47,7 @@ def refit_block(
             squares = squares[mask.to(squares.device)]
         return squares.mean()
 
-    with quiet(lean.block(index)):
+    with quiet(lean.block(index)), even_ranks(lean.block(index)):
         return fit(parameters, loss, *split(len(targets), fitted), options)
 
 
@@ -71,7 +72,8 @@ def distill(
         mask = predicted.mask(batch)
         return divergence(predicted.outputs(batch), outputs, mask, predicted.measure).mean()
 
-    with quiet(teacher), quiet(student), without_cache(teacher), without_cache(student):
+    caching = without_cache(teacher), without_cache(student)
+    with quiet(teacher), quiet(student), caching[0], caching[1], even_ranks(student):
         return fit(parameters, loss, *split(len(batches), fitted), options)
 
 

@@ -240,7 +240,7 @@ class _Job:
             self.entries[site.name].option(),
             self.bench.calibration.statistics[site.name],
             gram=gram,
-            target=(1 - share) * gram + share * cross,
+            target=gram.lerp(cross, share),
             least=least,
             seed=self.seed,
         )

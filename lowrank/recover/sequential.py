@@ -22,6 +22,7 @@ from ..calibration.processes import dealt, in_step
 from ..calibration.running import forward, quiet
 from ..errors import listed
 from ..linalg.mapped import give_back, kept, settled
+from ..nn.few_shapes import even_ranks
 from ..types import Site
 from ..walk.surgery import put
 from .streams import MOST, Memo, Moments, Run, Streams
@@ -245,7 +246,8 @@ class _Lane:
         return [partial(self._run, index, batch) for batch in range(len(self.chain.hidden))]
 
     def _run(self, index: int, batch: int) -> Tensor:
-        with self._memo.used(self.model, batch, self.finished):
+        block = self.chain.block(index)
+        with even_ranks(block), self._memo.used(self.model, batch, self.finished):
             return self.chain.run(index, batch, self.chain.hidden[batch])
 
     def advance(self, index: int, known: Sequence[Any] = ()) -> None:

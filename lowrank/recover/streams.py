@@ -20,7 +20,8 @@ from ..calibration.processes import summed
 from ..calibration.running import first_tensor, quiet, without_cache
 from ..errors import LowrankError
 from ..linalg import cross_sum, gram_sum
-from ..linalg.mapped import kept, zeros
+from ..linalg.mapped import give_back, kept, zeros
+from ..nn.few_shapes import even_ranks
 from ..types import Site
 from ..walk import layouts
 from ..walk.surgery import module_at
@@ -90,12 +91,14 @@ class Streams:
             for model in self.models:
                 stack.enter_context(quiet(model))
                 stack.enter_context(without_cache(model))
+                stack.enter_context(even_ranks(model))
             for run, real, *runs in zip(dense, reals, *lean, strict=True):
                 x, output = self._readers[0].read(run)
                 if self._keeps:
                     self.outputs.append(kept(output) if isinstance(output, Tensor) else output)
                 for sums, reader, lean_run in zip(self.sums, self._readers[1:], runs, strict=True):
                     sums.add(x, reader.read(lean_run)[0], real)
+                    give_back()
 
 
 class _Reached(Exception):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from lowrank.linalg.mapped import SMALL, in_files, kept, settled, zeros
+from lowrank.linalg.mapped import SMALL, give_back, in_files, kept, settled, zeros
+from lowrank.plans.stages import anonymous_bytes
 
 LARGE = SMALL // 8 + 1  # numbers of eight bytes
 
@@ -56,3 +58,27 @@ def test_a_settled_module_is_the_same(tmp_path: Path) -> None:
 def test_a_full_or_missing_place_raises(tmp_path: Path) -> None:
     with in_files(tmp_path / "absent"), pytest.raises(OSError, match="absent"):
         zeros(LARGE, dtype=torch.float64)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have no such call")
+def test_freed_memory_is_given_back(tmp_path: Path) -> None:
+    with in_files(tmp_path):
+        pieces = [torch.ones(1 << 18) for _ in range(100)]  # a mebibyte each: of the heap
+        held = pieces[::10]  # the heap does not shrink by itself
+        del pieces
+        before = anonymous_bytes()
+        give_back()
+        assert before - anonymous_bytes() > 60 << 20
+    assert all(bool((piece == 1).all()) for piece in held)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have no such call")
+def test_a_settled_module_gives_back_what_making_it_took(tmp_path: Path) -> None:
+    with in_files(tmp_path):
+        pieces = [torch.ones(1 << 18) for _ in range(100)]
+        held = pieces[::10]
+        del pieces
+        before = anonymous_bytes()
+        settled(nn.Linear(8, 8))
+        assert before - anonymous_bytes() > 60 << 20
+    assert len(held) == 10
