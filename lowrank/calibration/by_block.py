@@ -168,7 +168,6 @@ class _Share:
                 gradients[place] = kept(torch.zeros_like(leaf) if slope is None else slope)
                 give_back()
         self.gathered.append(gather)
-        give_back()
 
 
 def _check_bypass(

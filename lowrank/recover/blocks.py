@@ -72,8 +72,10 @@ def distill(
         mask = predicted.mask(batch)
         return divergence(predicted.outputs(batch), outputs, mask, predicted.measure).mean()
 
-    caching = without_cache(teacher), without_cache(student)
-    with quiet(teacher), quiet(student), caching[0], caching[1], even_ranks(student):
+    with (
+        quiet(teacher), quiet(student), even_ranks(student),
+        without_cache(teacher), without_cache(student),
+    ):  # fmt: skip
         return fit(parameters, loss, *split(len(batches), fitted), options)
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import lowrank
-from lowrank.nn import LowRankLinear, PivotedLinear, SharedLowRankLinear
+from lowrank.nn import LowRankLinear, PivotedLinear, SharedLowRankLinear, USVLinear
 from lowrank.nn.few_shapes import even, even_ranks
 
 
@@ -33,9 +33,12 @@ def factors(rank: int, bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     return torch.randn(rank, 48), torch.randn(64, rank), torch.randn(64) if bias else None
 
 
-def layer_of(form: str, rank: int, bias: bool) -> nn.Module:
+def layer_of(form: str, rank: int, bias: bool) -> Any:
     if form == "factors":
         return LowRankLinear.from_factors(*factors(rank, bias)).bfloat16()
+    if form == "usv":
+        down, up, shift = factors(rank, bias)
+        return USVLinear.from_factors(up, torch.randn(rank, rank), down.T, shift).bfloat16()
     side: Any = form
     return PivotedLinear.from_factors(*factors(rank, bias), side=side, dtype=torch.bfloat16)
 
@@ -47,7 +50,7 @@ def test_sizes_are_few_and_near() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("form", ["factors", "in", "out"])
+@pytest.mark.parametrize("form", ["factors", "usv", "in", "out"])
 def test_outputs_and_gradients_stay(form: str, bias: bool) -> None:
     layer = layer_of(form, 21, bias)
     x = torch.randn(2, 3, 48).bfloat16()
@@ -64,7 +67,7 @@ def test_outputs_and_gradients_stay(form: str, bias: bool) -> None:
     assert len(slopes) == sum(p.requires_grad for p in layer.parameters())
     for parameter, slope in zip(layer.parameters(), slopes, strict=True):
         torch.testing.assert_close(parameter.grad, slope)
-    assert "forward" not in vars(layer)
+    assert not any("forward" in vars(child) for child in layer.children())
 
 
 def test_ranks_of_many_layers_are_few_products() -> None:
@@ -76,19 +79,26 @@ def test_ranks_of_many_layers_are_few_products() -> None:
     assert products.shapes == {(16, 48), (64, 16), (32, 48), (64, 32)}
 
 
-def test_what_computes_otherwise_is_left() -> None:
-    exact = LowRankLinear.from_factors(*factors(5, True))
-    hooked = layer_of("factors", 5, True)
-    seen: list[tuple[int, ...]] = []
-    hooked.down.register_forward_hook(lambda _m, _a, y: seen.append(tuple(y.shape)))  # type: ignore[union-attr,operator]
+def test_layers_that_share_down_stay_in_step() -> None:
     owner = layer_of("factors", 5, True)
-    reader = SharedLowRankLinear.from_factors(owner, torch.randn(64, 5), None).bfloat16()  # type: ignore[arg-type]
-    for layer in (exact, hooked, owner, reader):
-        x = torch.randn(2, 48, dtype=next(layer.parameters()).dtype)
+    reader = SharedLowRankLinear.from_factors(owner, torch.randn(64, 5), None).bfloat16()
+    x = torch.randn(2, 48).bfloat16()
+    expected = [owner(x), reader(x)]
+    for layers in ([owner, reader], [owner], [reader]):
+        with even_ranks(nn.ModuleList(layers)):
+            torch.testing.assert_close([owner(x), reader(x)], expected)
+
+
+def test_what_is_exact_or_hooked_is_left() -> None:
+    exact, hooked = LowRankLinear.from_factors(*factors(5, True)), layer_of("factors", 5, True)
+    seen: list[tuple[int, ...]] = []
+    hooked.down.register_forward_hook(lambda _m, _a, y: seen.append(tuple(y.shape)))
+    for layer in (exact, hooked):
+        x = torch.randn(2, 48, dtype=layer.up.weight.dtype)
         expected = layer(x)
         with even_ranks(nn.ModuleList([layer])):
-            assert torch.equal(layer(x), expected)
-            assert "forward" not in vars(layer)
+            torch.testing.assert_close(layer(x), expected)
+            assert "forward" not in vars(layer.down)
     assert seen == [(2, 5), (2, 5)]
 
 
@@ -97,8 +107,8 @@ def test_it_is_undone_after_an_error_and_may_be_nested() -> None:
     with even_ranks(layer):
         with even_ranks(layer):
             layer(torch.randn(2, 48).bfloat16())
-        assert "forward" in vars(layer)
-    assert "forward" not in vars(layer)
+        assert "forward" in vars(layer.up)
+    assert "forward" not in vars(layer.up)
 
     def fails() -> None:
         with even_ranks(layer):
@@ -106,7 +116,7 @@ def test_it_is_undone_after_an_error_and_may_be_nested() -> None:
 
     with pytest.raises(RuntimeError):
         fails()
-    assert "forward" not in vars(layer)
+    assert "forward" not in vars(layer.up)
 
 
 class Residual(nn.Module):
