@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from typing import Any, Literal, Protocol, Self, overload, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +120,64 @@ class Option:
         return self.size is None
 
 
+class Options(Sequence[Option]):
+    """Options of a site, kept in arrays of numbers: there is one for every rank, and as objects
+    those of a deep model would take more memory than one of its blocks."""
+
+    __slots__ = ("_costs", "_ends", "_errors", "_kind", "_kinds", "_sizes")
+
+    def __init__(self, options: Iterable[Option]) -> None:
+        kinds: dict[tuple[str, str, bool], int] = {}
+        self._kind, self._errors = array("H"), array("d")
+        self._costs, self._sizes, self._ends = array("q"), array("q"), array("Q", [0])
+        for option in options:
+            kind = (option.method, option.storage, option.dense)
+            self._kind.append(kinds.setdefault(kind, len(kinds)))
+            self._errors.append(option.error)
+            self._costs.extend((option.cost.params, option.cost.bytes, option.cost.macs))
+            self._sizes.extend(option.size or ())
+            self._ends.append(len(self._sizes))
+        self._kinds = tuple(kinds)
+
+    def __len__(self) -> int:
+        return len(self._kind)
+
+    @overload
+    def __getitem__(self, index: int) -> Option: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Option, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Option | tuple[Option, ...]:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        i = range(len(self))[index]
+        method, storage, dense = self._kinds[self._kind[i]]
+        size = None if dense else tuple(self._sizes[self._ends[i] : self._ends[i + 1]])
+        return Option(method, size, storage, Cost(*self._costs[3 * i : 3 * i + 3]), self._errors[i])
+
+    def costs(self, unit: Unit) -> Sequence[int]:
+        """The cost of each."""
+        fields = tuple(Cost.__dataclass_fields__)
+        return self._costs[fields.index(unit) :: len(fields)]
+
+    @property
+    def errors(self) -> Sequence[float]:
+        """The error of each."""
+        return self._errors
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Options | tuple | list):
+            return tuple(self) == tuple(other)
+        return NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
 @dataclass(frozen=True)
 class Curve:
     """The Pareto front of options of one site, or of a group of sites that read one tensor.
@@ -127,7 +186,8 @@ class Curve:
 
     Attributes:
         sites: names of the sites that an option covers.
-        options: cost rising, error falling; the last one is the dense weight.
+        options: cost rising, error falling; the last one is the dense weight. Given in any
+            sequence, kept as `Options`.
         total: error of the zero matrix, in the same norm.
         spectrum: singular values (min(out, in),) float64, descending, or None.
         norm: "weight" (squared Frobenius), "output" (per token), "fisher" (input and output side),
@@ -139,16 +199,31 @@ class Curve:
     """
 
     sites: tuple[str, ...]
-    options: tuple[Option, ...]
+    options: Sequence[Option]
     total: float
     spectrum: Tensor | None
     norm: str
     exact: bool
     tails: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.options, Options):
+            object.__setattr__(self, "options", Options(self.options))
+
     @property
     def dense(self) -> Option:
         return self.options[-1]
+
+    def costs(self, unit: Unit) -> Sequence[int]:
+        """The cost of every option."""
+        assert isinstance(self.options, Options)
+        return self.options.costs(unit)
+
+    @property
+    def errors(self) -> Sequence[float]:
+        """The error of every option."""
+        assert isinstance(self.options, Options)
+        return self.options.errors
 
 
 @dataclass(frozen=True)

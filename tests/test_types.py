@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from lowrank.methods import METHODS
 from lowrank.nn import LowRankLinear
-from lowrank.types import UNITS, Budget, Cost, Curve, Factored, Option, Site, Statistics
+from lowrank.types import UNITS, Budget, Cost, Curve, Factored, Option, Options, Site, Statistics
 
 COST = Cost(params=3, bytes=12, macs=5)
 DENSE = Option("dense", None, "dense", COST, 0.0)
@@ -29,7 +30,38 @@ def test_an_option_without_a_size_is_dense() -> None:
 
 def test_the_last_option_of_a_curve_is_the_dense_weight() -> None:
     curve = Curve(("a",), (HALF, DENSE), 2.0, None, "weight", True)
-    assert curve.dense is DENSE
+    assert curve.dense == DENSE
+
+
+def test_options_come_back_from_their_arrays_as_they_went_in() -> None:
+    sparse = Option("dsf", (3, 7), "dense-sparse", Cost(2, 9, 4), 0.25)
+    given = (HALF, sparse, DENSE)
+    options = Curve(("a",), given, 2.0, None, "weight", True).options
+    assert isinstance(options, Options)
+    assert options == given
+    assert tuple(options) == given
+    assert list(reversed(options)) == [DENSE, sparse, HALF]
+    assert (options[-1], options[1:], options[:1]) == (DENSE, (sparse, DENSE), (HALF,))
+    assert hash(options) == hash(Options(given))
+    with pytest.raises(IndexError):
+        options[3]
+
+
+def test_a_curve_tells_the_costs_and_errors_of_all_its_options() -> None:
+    curve = Curve(("a",), [HALF, DENSE], 2.0, None, "weight", True)
+    assert [list(curve.costs(unit)) for unit in UNITS] == [[1, 3], [4, 12], [1, 5]]
+    assert list(curve.errors) == [0.5, 0.0]
+
+
+def test_an_option_of_a_curve_takes_a_few_numbers_of_memory() -> None:
+    tracemalloc.start()
+    try:
+        options = (Option("svd", (r,), "factors", Cost(9 * r, 36 * r, 9 * r), 1 / (r + 1))
+                   for r in range(10_000))  # fmt: skip
+        curve = Curve(("a",), Options(options), 2.0, None, "weight", True)
+        assert tracemalloc.get_traced_memory()[0] < 64 * len(curve.options)
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("value", [COST, DENSE, Budget(5)])

@@ -35,7 +35,7 @@ from .gradients import (
 from .observation import Observation
 from .padding import Padding
 from .processes import in_step, is_main, mine
-from .running import Unpadded, forward, quiet, without_cache
+from .running import Unpadded, forward, quiet
 from .statistics import Calibration, followed
 
 ROWS = 16  # rows per backward pass
@@ -134,7 +134,7 @@ def gradient_moments(
     progress = progress and is_main()
     rows = list(batches) if whole else rebatched(batches, ROWS)
     generator = torch.Generator().manual_seed(seed)
-    with torch.inference_mode(False), quiet(model), without_cache(model), _frozen(model):
+    with torch.inference_mode(False), quiet(model), _frozen(model):
         names = () if observation is None else one_chain(sites, observation)
         if names:
             with suppress(NotInBlocks):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import ROWS, Batch, cut, rows_in
-from .running import few_rows, forward, predictions_of, quiet, tensors_in, without_cache
+from .running import few_rows, forward, predictions_of, quiet, tensors_in
 
 MOST = 4 * ROWS  # rows to compare within
 LEAST = 1e-3  # relative error that other kernels for other sizes explain, in any precision
@@ -38,7 +38,7 @@ def rows_depend(model: nn.Module, batch: Batch) -> bool:
     if every is None or some is None:
         return True
     try:
-        with quiet(model), without_cache(model):
+        with quiet(model):
             whole, _ = predictions_of(model, forward(model, every))
             alone, _ = predictions_of(model, forward(model, some))
         return _differ(alone, whole[start:stop])

@@ -19,7 +19,7 @@ from ..types import Site
 from ..walk.surgery import modules_of
 from .batches import Batch
 from .observation import inside
-from .running import FAILED, first_tensor, forward, predictions_of, quiet, without_cache
+from .running import FAILED, first_tensor, forward, predictions_of, quiet
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _traced(model: nn.Module, sites: Sequence[Site], length: int, blocks: Sequen
     modules = {site.name: site.module for site in sites}
     parts = dict(modules_of(model))
     plain = sdpa_kernel(SDPBackend.MATH)  # the products of fused attention are not counted
-    with fake, quiet(model), without_cache(model), plain, counter:
+    with fake, quiet(model), plain, counter:
         with _first_inputs(modules) as read, _outputs(parts, blocks[:1]) as hidden:
             output = forward(model, _row(model, length))
         predictions = predictions_of(model, output)[0].numel()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..walk import layouts
 from .batches import IGNORED, Batch, cut
-from .running import SameTensor, first_tensor, forward, quiet, tensors_in, without_cache
+from .running import SameTensor, first_tensor, forward, quiet, tensors_in
 
 IMAGES = "pixel_values"  # transformers' name for what has no padding
 Masks = list[Tensor]  # (rows, length), bool, each of another length
@@ -86,7 +86,7 @@ def reals(model: nn.Module, batch: Batch) -> Reals:
         for module in model.modules():
             stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
         padding.start(batch)
-        with quiet(model), without_cache(model):
+        with quiet(model):
             forward(model, batch)
     return found
 

@@ -24,7 +24,8 @@ FAILED = (TypeError, ValueError, RuntimeError, LookupError, AttributeError)
 def quiet(model: nn.Module) -> Iterator[None]:
     """A context of evaluation mode without gradients; flags and random states are restored.
 
-    Torch's fast path of attention is off: it makes nested tensors of padded ones, and reads weights
+    Models keep no key–value cache: nobody reads it, and it takes memory for every layer. Torch's
+    fast path of attention is off too: it makes nested tensors of padded ones, and reads weights
     without calling their layers.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -33,7 +34,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
     model.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+        with torch.no_grad(), torch.random.fork_rng(devices=cuda), _without_cache(model):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -42,8 +43,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """A context in which models keep no key–value cache; every config is restored."""
+def _without_cache(model: nn.Module) -> Iterator[None]:
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     caching = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
     try:

@@ -60,7 +60,7 @@ def spent(options: Iterable[Option], unit: Unit) -> int:
 
 def smallest(curves: Sequence[Curve], unit: Unit) -> int:
     """The least total cost that these curves allow."""
-    return sum(min(option.cost.of(unit) for option in curve.options) for curve in curves)
+    return sum(min(curve.costs(unit)) for curve in curves)
 
 
 def check_reachable(curves: Sequence[Curve], budget: Budget) -> None:
@@ -76,8 +76,9 @@ def check_reachable(curves: Sequence[Curve], budget: Budget) -> None:
 def at_most(curve: Curve, rank: int) -> Option | None:
     """The largest factored option of rank ≤ `rank`; None if there is none. Sizes of several
     numbers do not count."""
-    fitting = [o for o in curve.options if o.size and len(o.size) == 1 and o.size[0] <= rank]
-    return fitting[-1] if fitting else None
+    largest_first = reversed(curve.options)
+    fits = (o for o in largest_first if o.size and len(o.size) == 1 and o.size[0] <= rank)
+    return next(fits, None)
 
 
 def least_that_fits(

@@ -37,14 +37,15 @@ class Energy:
 
         if self.share is not None:
             return choose(1 - self.share)
-        shares = {_lost(curve, option) for curve in curves for option in curve.options}
+        shares = {_lost(curve, error) for curve in curves for error in curve.errors}
         return least_that_fits(sorted(shares), choose, budget, "energy")
 
 
-def _lost(curve: Curve, option: Option) -> float:
-    return option.error / curve.total if curve.total > 0 else 0.0
+def _lost(curve: Curve, error: float) -> float:
+    return error / curve.total if curve.total > 0 else 0.0
 
 
 def _first_within(curve: Curve, lost: float) -> Option:
     """The smallest option that loses no more than this share of the energy."""
-    return next(option for option in curve.options if _lost(curve, option) <= max(lost, 0.0))
+    within = (i for i, e in enumerate(curve.errors) if _lost(curve, e) <= max(lost, 0.0))
+    return curve.options[next(within)]

@@ -68,7 +68,7 @@ def _within(curve: Curve, rank: int) -> Option:
     if rank >= len(curve.spectrum):
         return curve.dense
     lost = float(curve.spectrum[rank:].square().sum()) + 1e-9 * curve.total
-    return next(option for option in curve.options if option.error <= lost)
+    return curve.options[next(i for i, error in enumerate(curve.errors) if error <= lost)]
 
 
 def _length(curve: Curve) -> int:

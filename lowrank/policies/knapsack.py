@@ -13,13 +13,14 @@ option. `benchmarks/knapsack.py` compares this with the two solvers that it repl
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from heapq import merge
 from itertools import pairwise
 from typing import NamedTuple
 
 from ..errors import LowrankError
-from ..types import Budget, Curve, Option
+from ..types import Budget, Curve
 from .common import Choice, check_reachable, disjoint
 
 Sites = tuple[str, ...]
@@ -39,19 +40,27 @@ class Solution(NamedTuple):
     bound: float
 
 
-class _Point(NamedTuple):
-    cost: int
-    error: float
-    option: Option
+class _Front(NamedTuple):
+    """The Pareto front of a site's options, in arrays: cost rises, error falls."""
+
+    costs: array[int]
+    errors: array[float]
+    numbers: array[int]  # of the options in the curve
+
+    def rate(self, before: int, after: int) -> float:
+        """The error saved per unit of cost from one point to another."""
+        saved = self.errors[before] - self.errors[after]
+        return saved / (self.costs[after] - self.costs[before])
 
 
-Points = Mapping[Sites, list[_Point]]
+Fronts = Mapping[Sites, _Front]
+Points = dict[Sites, int]  # of each front
 
 
 class _Step(NamedTuple):
     rate: float  # error saved per unit of cost
     sites: Sites
-    point: _Point  # the point after the step
+    point: int  # the point after the step
 
 
 def solve(
@@ -74,19 +83,20 @@ def solve(
     by_sites = disjoint(curves)
     check_norms(curves)
     check_reachable(curves, budget)
-    points = {
-        sites: _points(by_sites[sites], budget, (weights or {}).get(sites, 1.0), floors or {})
+    fronts = {
+        sites: _front(by_sites[sites], budget, (weights or {}).get(sites, 1.0), floors or {})
         for sites in sorted(by_sites)
     }
-    least = sum(every[0].cost for every in points.values())
+    least = sum(front.costs[0] for front in fronts.values())
     if least > budget.limit:
         raise LowrankError(
             f"the floors need at least {least:,} {budget.unit}, the budget is {budget.limit:,}"
         )
-    chosen, bound = _relaxed(points, budget.limit)
-    _fill(points, chosen, budget.limit)
-    error = math.fsum(point.error for point in chosen.values())
-    return Solution({sites: chosen[sites].option for sites in by_sites}, error, bound)
+    chosen, bound = _relaxed(fronts, budget.limit)
+    _fill(fronts, chosen, budget.limit)
+    numbers = {sites: fronts[sites].numbers[point] for sites, point in chosen.items()}
+    choice = {sites: curve.options[numbers[sites]] for sites, curve in by_sites.items()}
+    return Solution(choice, _error(fronts, chosen), bound)
 
 
 def check_norms(curves: Sequence[Curve]) -> None:
@@ -99,62 +109,71 @@ def check_norms(curves: Sequence[Curve]) -> None:
         )
 
 
-def _points(
-    curve: Curve, budget: Budget, weight: float, floors: Mapping[Sites, int]
-) -> list[_Point]:
-    """The Pareto front of the options above the floor: cost rises, error falls."""
-    least = min(floors.get(curve.sites, 0), curve.dense.cost.of(budget.unit))
-    every = (_Point(o.cost.of(budget.unit), weight * o.error, o) for o in curve.options)
-    points: list[_Point] = []
-    for point in sorted(every, key=lambda point: point[:2]):
-        if point.cost >= least and (not points or point.error < points[-1].error):
-            points.append(point)
-    return points
+def _front(curve: Curve, budget: Budget, weight: float, floors: Mapping[Sites, int]) -> _Front:
+    """The Pareto front of the options above the floor."""
+    costs, errors = curve.costs(budget.unit), curve.errors
+    least = min(floors.get(curve.sites, 0), costs[-1])
+    front = _Front(array("q"), array("d"), array("Q"))
+    for number in sorted(range(len(costs)), key=lambda n: (costs[n], weight * errors[n])):
+        cost, error = costs[number], weight * errors[number]
+        if cost >= least and (not front.errors or error < front.errors[-1]):
+            front.costs.append(cost)
+            front.errors.append(error)
+            front.numbers.append(number)
+    return front
 
 
-def _relaxed(points: Points, limit: int) -> tuple[dict[Sites, _Point], float]:
+def _relaxed(fronts: Fronts, limit: int) -> tuple[Points, float]:
     """The choice at the least price λ that fits the budget, and the dual bound at that price."""
-    chosen = {sites: every[0] for sites, every in points.items()}
-    left = limit - sum(point.cost for point in chosen.values())
+    chosen = dict.fromkeys(fronts, 0)
+    left = limit - _cost(fronts, chosen)
     price = 0.0
-    steps = (_steps(sites, every) for sites, every in points.items())
+    steps = (_steps(sites, front) for sites, front in fronts.items())
     for step in merge(*steps, key=lambda step: -step.rate):  # a site's own steps stay in order
-        extra = step.point.cost - chosen[step.sites].cost
+        costs = fronts[step.sites].costs
+        extra = costs[step.point] - costs[chosen[step.sites]]
         if extra > left:
             price = step.rate
             break
         chosen[step.sites] = step.point
         left -= extra
-    return chosen, math.fsum(point.error for point in chosen.values()) - price * left
+    return chosen, _error(fronts, chosen) - price * left
 
 
-def _steps(sites: Sites, points: Sequence[_Point]) -> Iterator[_Step]:
+def _steps(sites: Sites, front: _Front) -> Iterator[_Step]:
     """The steps along the lower convex hull."""
-    corners: list[_Point] = []
-    for point in points:
-        while len(corners) > 1 and _rate(corners[-2], point) >= _rate(corners[-2], corners[-1]):
+    corners: list[int] = []
+    for point in range(len(front.costs)):
+        while len(corners) > 1 and (
+            front.rate(corners[-2], point) >= front.rate(corners[-2], corners[-1])
+        ):
             corners.pop()
         corners.append(point)
     for before, after in pairwise(corners):
-        yield _Step(_rate(before, after), sites, after)
+        yield _Step(front.rate(before, after), sites, after)
 
 
-def _fill(points: Points, chosen: dict[Sites, _Point], limit: int) -> None:
+def _fill(fronts: Fronts, chosen: Points, limit: int) -> None:
     """Spend the rest where it saves the most error per unit, until no larger option fits."""
-    left = limit - sum(point.cost for point in chosen.values())
+    left = limit - _cost(fronts, chosen)
     while True:
         fitting = (
-            _Step(_rate(chosen[sites], point), sites, point)
-            for sites, every in points.items()
-            for point in every
-            if 0 < point.cost - chosen[sites].cost <= left
+            _Step(front.rate(chosen[sites], point), sites, point)
+            for sites, front in fronts.items()
+            for point, cost in enumerate(front.costs)
+            if 0 < cost - front.costs[chosen[sites]] <= left
         )
         best = max(fitting, key=lambda step: step.rate, default=None)
         if best is None:
             return
-        left -= best.point.cost - chosen[best.sites].cost
+        costs = fronts[best.sites].costs
+        left -= costs[best.point] - costs[chosen[best.sites]]
         chosen[best.sites] = best.point
 
 
-def _rate(before: _Point, after: _Point) -> float:
-    return (before.error - after.error) / (after.cost - before.cost)
+def _cost(fronts: Fronts, chosen: Points) -> int:
+    return sum(fronts[sites].costs[point] for sites, point in chosen.items())
+
+
+def _error(fronts: Fronts, chosen: Points) -> float:
+    return math.fsum(fronts[sites].errors[point] for sites, point in chosen.items())

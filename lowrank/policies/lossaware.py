@@ -75,8 +75,8 @@ def _nats_per_error(
 ) -> float:
     """Nats of KL per unit of this curve's error, measured with all other sites dense."""
     limit = share * curve.dense.cost.of(budget.unit)
-    fitting = [o for o in curve.options if not o.dense and o.cost.of(budget.unit) <= limit]
-    option = fitting[-1] if fitting else curve.options[0]
+    fitting = [i for i, cost in enumerate(curve.costs(budget.unit)[:-1]) if cost <= limit]
+    option = curve.options[fitting[-1] if fitting else 0]
     if option.dense or option.error <= 0:
         return 1.0
     alone = {other.sites: other.dense for other in curves} | {curve.sites: option}

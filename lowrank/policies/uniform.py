@@ -51,5 +51,5 @@ class Uniform:
 
 
 def _largest_below(curve: Curve, limit: Fraction, budget: Budget) -> Option:
-    fitting = [option for option in curve.options if option.cost.of(budget.unit) < limit]
-    return fitting[-1] if fitting else curve.options[0]
+    fitting = [i for i, cost in enumerate(curve.costs(budget.unit)) if cost < limit]
+    return curve.options[fitting[-1] if fitting else 0]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..calibration.batches import Batch
 from ..calibration.chain import Chain
-from ..calibration.running import forward, predictions_of, quiet, without_cache
+from ..calibration.running import forward, predictions_of, quiet
 from ..measure.eval import Reference, divergence
 from ..nn.few_shapes import even_ranks
 from .training import Trained, Training, fit, split
@@ -72,10 +72,7 @@ def distill(
         mask = predicted.mask(batch)
         return divergence(predicted.outputs(batch), outputs, mask, predicted.measure).mean()
 
-    with (
-        quiet(teacher), quiet(student), even_ranks(student),
-        without_cache(teacher), without_cache(student),
-    ):  # fmt: skip
+    with quiet(teacher), quiet(student), even_ranks(student):
         return fit(parameters, loss, *split(len(batches), fitted), options)
 
 

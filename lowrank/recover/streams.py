@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..calibration.gathering import counted_rows
 from ..calibration.processes import summed
-from ..calibration.running import first_tensor, quiet, without_cache
+from ..calibration.running import first_tensor, quiet
 from ..errors import LowrankError
 from ..linalg import cross_sum, gram_sum
 from ..linalg.mapped import give_back, kept, zeros
@@ -90,7 +90,6 @@ class Streams:
         with ExitStack() as stack:
             for model in self.models:
                 stack.enter_context(quiet(model))
-                stack.enter_context(without_cache(model))
                 stack.enter_context(even_ranks(model))
             for run, real, *runs in zip(dense, reals, *lean, strict=True):
                 x, output = self._readers[0].read(run)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..calibration.batches import ROWS, is_padded, rebatched
 from ..calibration.chain import Chain, Recording, Recordings
 from ..calibration.padding import Reals, reals
-from ..calibration.running import quiet, without_cache
+from ..calibration.running import quiet
 from ..calibration.statistics import Calibration, fewer, followed
 from ..errors import LowrankError
 from ..measure.eval import Reference
@@ -104,7 +104,7 @@ class Workbench:
         return Chain(student, recording, numbers)
 
     def _record(self, model: nn.Module, recording: Recording, numbers: Sequence[int]) -> None:
-        with quiet(model), without_cache(model):
+        with quiet(model):
             for number in numbers:
                 if number not in recording.calls:
                     recording.record(model, number, self.batches[number])

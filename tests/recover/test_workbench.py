@@ -9,7 +9,7 @@ import torch
 
 import lowrank
 from lowrank import LowrankError
-from lowrank.calibration.running import forward, without_cache
+from lowrank.calibration.running import forward
 from lowrank.nn import LowRankLinear
 from lowrank.recover.workbench import Workbench
 from lowrank.walk.sites import find_sites
@@ -65,14 +65,6 @@ def test_a_twin_shares_tensors_and_not_modules() -> None:
     assert all(ours[name] is theirs[name] for name in ours)
     copy.model.layers[0].mlp.up_proj = torch.nn.Identity()
     assert not isinstance(model.model.layers[0].mlp.up_proj, torch.nn.Identity)
-
-
-def test_the_cache_is_off_inside_and_on_again() -> None:
-    model = zoo.llama()
-    assert model.config.use_cache
-    with without_cache(model):
-        assert not model.config.use_cache
-    assert model.config.use_cache
 
 
 def test_blocks_that_are_no_chain_are_refused() -> None:

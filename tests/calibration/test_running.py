@@ -1,0 +1,38 @@
+"""Running a model: what a pass leaves behind, and what it keeps meanwhile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import lowrank
+from lowrank.calibration.running import quiet
+
+from .. import zoo
+
+
+def test_the_cache_is_off_inside_and_on_again() -> None:
+    model = zoo.llama()
+    assert model.config.use_cache
+    with quiet(model):
+        assert not model.config.use_cache
+        assert model(torch.arange(6)[None]).past_key_values is None
+    assert model.config.use_cache
+
+
+def test_no_pass_over_the_whole_model_keeps_a_cache_of_every_layer() -> None:
+    model, kept = zoo.llama().eval(), []
+    rows = torch.randint(0, 60, (12, 9))
+
+    def note(_model: Any, _args: object, output: Any) -> None:
+        kept.append(output.past_key_values is not None)
+
+    handle = model.register_forward_hook(note)
+    calibration = lowrank.calibrate(model, [rows], progress=False)
+    lowrank.with_fisher(model, calibration, progress=False)
+    small, _ = lowrank.compress(model, 0.8, data=[rows], effort="balanced", progress=False)
+    lowrank.kl(model, small, [rows])
+    handle.remove()
+    assert len(kept) > 8
+    assert not any(kept)
