@@ -86,10 +86,11 @@ class Statistics:
         mean: E[x] per token, (in,) float64.
         freq: lookup counts of an embedding's ids, (V,) float64; `gram` is then that of the input
             of a tied head, if there is one.
-        out_gram: E[g gᵀ] per token, (out, out) float64, g the gradient at the layer's output of the
-            cross entropy to labels drawn from the model; per site, while `gram` is shared. For a
-            convolution, summed over positions, per token of the linear layers or else per sample,
-            so that it is comparable with theirs.
+        out_gram: E[g gᵀ] per token of the model, (out, out) float64, g the gradient at the layer's
+            output of the cross entropy to labels drawn from the model; per site, while `gram` is
+            shared. A layer that is given some tokens of all, such as an expert, counts by that
+            share; for a convolution, summed over positions, per token of the linear layers or else
+            per sample. So errors of all are comparable.
         row_fisher: squared weight gradient of a sequence, summed over each row and averaged over
             sequences (FWSVD), (out,) float64.
     """

@@ -398,8 +398,8 @@ MUTANTS = (
     Mutant(
         "the rest of a budget goes where most is saved, whatever it costs",
         "lowrank/policies/knapsack.py",
-        "_Step(_rate(chosen[sites], point), sites, point)",
-        "_Step(chosen[sites].error - point.error, sites, point)",
+        "_Step(front.rate(chosen[sites], point), sites, point)",
+        "_Step(front.errors[chosen[sites]] - front.errors[point], sites, point)",
         ("tests/policies/test_knapsack.py::test_the_rest_goes_where_a_unit_saves_most",),
     ),
     Mutant(

@@ -23,6 +23,7 @@ from ..recover.recovery import Recovery
 from ..recover.workbench import Workbench
 from ..types import JointMethod, Method
 from ..walk.checks import check_model, ordinary_tensors
+from ..walk.experts import experts_apart, separate_experts
 from ..walk.sites import find_sites
 from ..walk.surgery import copied
 from .applying import carry_out
@@ -35,6 +36,7 @@ from .signatures import flat
 
 
 @flat(Request)
+@experts_apart
 def plan(model: nn.Module, request: Request) -> Plan:
     """Choose method and size for every layer, without changing the model.
 
@@ -90,6 +92,19 @@ def apply(
     check_alike(model, data, {"plan": hashlib.sha256(plan.to_json().encode()).hexdigest()})
     progress = progress and is_main()
     model = copied(model) if copy else model
+    feed = Feed(data, tokenizer, rows, plan.seed, progress)
+    with separate_experts(model):
+        return _applied(model, plan, feed, method, started)
+
+
+def _applied(
+    model: nn.Module,
+    plan: Plan,
+    feed: Feed,
+    method: Method | JointMethod | None,
+    started: float,
+) -> tuple[nn.Module, Report]:
+    """`apply` to the model itself."""
     sites = find_sites(model)
     work = matched(sites, plan, model)
     resolved = resolved_for(plan, method)
@@ -98,9 +113,9 @@ def apply(
         resolved.maker(entry.method, site, grouped=entry.name in shared) for site, entry in work
     ]
     recovery = Recovery.from_json(plan.settings.get("recovery"))
-    needed = any(maker.needs for maker in makers) and _wrote(model, plan, rows)
+    needed = any(maker.needs for maker in makers) and _wrote(model, plan, feed.rows)
     calibration = statistics_for(
-        model, sites, Feed(data, tokenizer, rows, plan.seed, progress), needed=needed,
+        model, sites, feed, needed=needed,
         hold_out=0.0 if recovery is None else HOLD_OUT,
     )  # fmt: skip
     read = [site for (site, _), m in zip(work, makers, strict=True) if m.needs & FISHER]
@@ -108,14 +123,14 @@ def apply(
         with stage("gradients"):
             asked = frozenset[str]().union(*(maker.needs for maker in makers))
             calibration = with_fisher(
-                model, calibration, read, needs=asked, seed=plan.seed, progress=progress
+                model, calibration, read, needs=asked, seed=plan.seed, progress=feed.progress
             )
     bench = None
     if recovery is not None and calibration is not None:
         bench = Workbench(model, calibration, recovery.rows)
     return carry_out(
         model, plan, sites, resolved, calibration,
-        bench=bench, curves=None, started=started, progress=progress,
+        bench=bench, curves=None, started=started, progress=feed.progress,
     )  # fmt: skip
 
 
@@ -169,6 +184,14 @@ def _compressed(
     request = asked.request()
     check_model(model)
     model = copied(model) if asked.copy else model
+    with separate_experts(model):
+        return _carried_out(model, request, started, work)
+
+
+def _carried_out(
+    model: nn.Module, request: Request, started: float, work: Work | None
+) -> tuple[nn.Module, Report]:
+    """Decide and carry out in one; the calibration serves both."""
     sites = find_sites(model)
     with spilling(model, sites):
         decision = decide(model, request, sites, work)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import LowrankError
 from ..plans.progress import steps
 from ..types import Site
+from ..walk.experts import experts_apart
 from ..walk.sites import find_sites, select_sites
 from .batches import Batch, Forward, rebatched
 from .by_block import gradients_by_block, one_chain
@@ -41,6 +42,7 @@ from .statistics import Calibration, followed
 ROWS = 16  # rows per backward pass
 
 
+@experts_apart
 def with_fisher(
     model: nn.Module,
     calibration: Calibration,
@@ -83,10 +85,14 @@ def with_fisher(
         needs=needs & FISHER, seed=seed, progress=progress, recordings=recordings,
         whole=calibration.whole,
     )  # fmt: skip
-    added = {
-        name: replace(known[name], **{k: v for k, v in found._asdict().items() if v is not None})
-        for name, found in fishers.items()
-    }
+    linear = {site.name for site in wanted if site.kind == "linear"}
+    added = {}
+    for name, found in fishers.items():
+        count = known[name].count if name in linear else calibration.tokens
+        if found.out_gram is not None and count < calibration.tokens:
+            found.out_gram.mul_(count / calibration.tokens)
+        given = {k: v for k, v in found._asdict().items() if v is not None}
+        added[name] = replace(known[name], **given)
     return replace(calibration, statistics={**known, **added})
 
 

@@ -15,6 +15,7 @@ from ..plans.plan import version
 from ..walk.checks import check_module
 from ..walk.surgery import modules_of, plain_name, swap, unchanged_on_error, unwrapped
 from . import pretrained, tensors
+from .containers import hold_apart
 from .declaration import is_compressed, is_transformers
 from .specs import Spec, check_specs, check_values, prepare, specs_of
 
@@ -136,14 +137,14 @@ def _filled(
 ) -> nn.Module:
     """Swap layers and load tensors from `path`; the model is unchanged on an error."""
     stored, aliases = tensors.header(path), index["aliases"]
-    new = prepare(model, specs, INDEX)
-    named = {name: new[id(module)] for name, module in modules_of(model) if id(module) in new}
-    wanted = tensors.expected(model, named)
-    tensors.check_match(wanted, stored, aliases, path)
-    tensors.check_dtypes(stored, index, path)
-    _check_unsaved_buffers(model)
-    values = tensors.read(path, device or "cpu", dtype)
     with unchanged_on_error(model):
+        new = prepare(model, hold_apart(model, specs, INDEX), INDEX)
+        named = {name: new[id(module)] for name, module in modules_of(model) if id(module) in new}
+        wanted = tensors.expected(model, named)
+        tensors.check_match(wanted, stored, aliases, path)
+        tensors.check_dtypes(stored, index, path)
+        _check_unsaved_buffers(model)
+        values = tensors.read(path, device or "cpu", dtype)
         filled = swap(model, new)
         state = tensors.as_state(values, aliases, wanted)
         filled.load_state_dict(

@@ -19,6 +19,7 @@ from ..walk.checks import declaration_in, mark_of, method_of, sub_configs
 from ..walk.quantized import is_dequantised
 from ..walk.surgery import factored
 from . import card as cards
+from .containers import containers_of
 from .specs import VERSION, specs_of
 from .tensors import check_storable
 from .ties import other_ties, retie, untie
@@ -118,7 +119,7 @@ def is_converted(model: nn.Module) -> bool:
     Some checkpoints hold one weight where the model has several layers, such as q, k and v. Their
     factors have ranks of their own and cannot be joined: the model's own names are kept.
     """
-    names = [f"{name}.weight" for name in factored(model)]
+    names = [*containers_of(model), *(f"{name}.weight" for name in factored(model))]
     if not names or not is_transformers(model):
         return False
     from transformers.conversion_mapping import get_model_conversion_mapping

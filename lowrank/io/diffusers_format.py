@@ -21,6 +21,7 @@ from torch import nn
 from ..errors import LowrankError
 from ..walk.checks import method_of
 from ..walk.surgery import swap
+from .containers import declared_containers, hold_apart
 from .specs import Spec, check_specs, check_version, guards, prepare, specs_of
 
 SOURCE = "config.json: quantization_config"
@@ -68,11 +69,13 @@ class DiffusersLowRank(DiffusersQuantizer):
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Any) -> list[str]:
         """Without the guards, of which diffusers would warn."""
-        ours = {f"{name}.weight" for name in self.quantization_config.modules}
+        modules = self.quantization_config.modules
+        ours = {*declared_containers(modules), *(f"{name}.weight" for name in modules)}
         return [key for key in loaded_keys if key not in ours]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        swap(model, prepare(model, self.quantization_config.modules, SOURCE))
+        specs = hold_apart(model, self.quantization_config.modules, SOURCE)
+        swap(model, prepare(model, specs, SOURCE))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         model.is_quantized = False  # type: ignore[assignment]  # to() and half() work as usual

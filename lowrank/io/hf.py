@@ -25,6 +25,7 @@ from ..errors import LowrankError, listed
 from ..walk.checks import method_of, sub_configs
 from ..walk.surgery import factored, modules_of, swap
 from .card import REMOTE_FILE
+from .containers import declared_containers, hold_apart
 from .import_hooks import install
 from .merging import densify
 from .specs import (
@@ -36,6 +37,7 @@ from .specs import (
     guards,
     prepare,
     specs_of,
+    stands_for,
 )
 from .ties import share_buffers, untie
 
@@ -117,7 +119,11 @@ class LowRankHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
         check_version(config.version, SOURCE)
-        specs = _renamed(model, check_specs(config.modules, SOURCE), config.lowrank.get("saved_as"))
+        specs, saved_as = check_specs(config.modules, SOURCE), config.lowrank.get("saved_as")
+        names = {name: specs[name] for name in declared_containers(specs)}
+        hold_apart(model, _renamed(model, names, saved_as), SOURCE)
+        rest = {name: spec for name, spec in specs.items() if name not in names}
+        specs = _renamed(model, rest, saved_as)
         specs = _with_heads(model, specs)
         swap(model, prepare(model, specs, SOURCE))
         untie(model, factored(model))
@@ -161,7 +167,7 @@ class LowRankHfQuantizer(HfQuantizer):
 
 def _ignore_guards(model: nn.Module) -> None:
     """Let transformers pass over the guards of factored modules in silence."""
-    names = (f"{name}.weight" if name else "weight" for name in factored(model))
+    names = stands_for(model)
     known: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     # Keys in the file may have lost or gained the prefix of the base model.
     ours = {rf"(^|\.){re.escape(name)}$" for name in names}
@@ -190,6 +196,7 @@ def _renamed(model: nn.Module, specs: dict[str, Spec], saved_as: Any) -> dict[st
         saved_as: name of the saved class.
     """
     present = {name for name, _ in modules_of(model)}
+    present |= {name for name, parameter in model.named_parameters() if parameter.ndim > 2}
     prefix = getattr(model, "base_model_prefix", "")
     if type(model).__name__ == saved_as:
         return specs

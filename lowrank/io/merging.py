@@ -9,6 +9,7 @@ from ..errors import LowrankError, listed
 from ..nn import Form, LowRankEmbedding, TiedHead, build, describe
 from ..nn.factored_conv import FactoredConv
 from ..walk import layouts
+from ..walk.experts import join_experts
 from ..walk.surgery import factored, swap
 
 
@@ -38,7 +39,9 @@ def densify(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     whole = {**distinct, **{id(table): table for table in tables.values()}}
     plain = {key: _dense(m, dtype) for key, m in whole.items() if key not in tables}
     readers = {key: _reader(distinct[key], t, plain[id(t)]) for key, t in tables.items()}
-    return swap(model, {**plain, **readers})
+    root = swap(model, {**plain, **readers})
+    join_experts(root)
+    return root
 
 
 def _table_of(module: Form) -> LowRankEmbedding | None:

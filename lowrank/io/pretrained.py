@@ -97,7 +97,7 @@ def _check_factors(where: str, model: nn.Module, info: dict[str, Any]) -> None:
     prefix = getattr(model, "base_model_prefix", "")
     random = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
     layers = {name for name, module in model.named_modules() if layouts.kind(module)}
-    without = {name for name in layers if f"{name}.weight" in random}
+    without = {name for name in layers if f"{name}.weight" in random} | random  # of experts
     lost = set()
     for key in info["unexpected_keys"]:
         for name in {key, key.removeprefix(f"{prefix}."), f"{prefix}.{key}"}:

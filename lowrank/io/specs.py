@@ -13,6 +13,7 @@ from ..nn import Form, Geometry, LowRankEmbedding, build, describe, is_factored
 from ..nn.lowrank_embedding import table_options
 from ..walk import layouts
 from ..walk.surgery import adopt, factored, modules_of
+from .containers import containers_of
 
 Spec = dict[str, Any]
 VERSION = 1  # of the declaration in a config.json
@@ -32,10 +33,11 @@ def specs_of(model: nn.Module) -> dict[str, Spec]:
                 f"{name or '(root)'} is factored, and so is a layer inside it: merge first "
                 "(lowrank.to_dense), or exclude it where it was factored again"
             )
-    return {
+    described = {
         name: {**describe(module), **name_owner(name, module, modules)}
         for name, module in modules.items()
     }
+    return {**containers_of(model), **described}
 
 
 def check_version(version: object, source: str) -> None:
@@ -57,11 +59,18 @@ def guards(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
         state: the tensors saved beside them, whose names are kept free.
     """
     dtypes = [t.dtype for t in state.values() if isinstance(t, Tensor) and t.is_floating_point()]
-    readers = {n for n, m in factored(model).items() if isinstance(m.owner, LowRankEmbedding)}
-    guarded = (name for name in factored(model) if name not in readers)
-    names = (f"{name}.weight" if name else "weight" for name in guarded)
     dtype = dtypes[0] if dtypes else None
+    names = stands_for(model)
     return {name: torch.zeros(1, dtype=dtype) for name in names if name not in state}
+
+
+def stands_for(model: nn.Module) -> list[str]:
+    """The names of the dense weights in whose places factored modules are."""
+    whole, names = list(containers_of(model)), []
+    for name, module in factored(model).items():
+        if not isinstance(module.owner, LowRankEmbedding) and name.rpartition(".")[0] not in whole:
+            names.append(f"{name}.weight" if name else "weight")
+    return [*whole, *names]
 
 
 def check_specs(specs: object, source: str) -> dict[str, Spec]:

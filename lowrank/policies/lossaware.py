@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ..errors import LowrankError
-from ..types import Allocation, Budget, Curve, Probe
+from ..types import Allocation, Budget, Curve, Option, Probe
 from . import knapsack
-from .common import measured
+from .common import measured, spent
 from .uniform import Uniform
 
 COMPARABLE = frozenset({"fisher", "kl"})
@@ -48,20 +48,22 @@ class LossAware:
         self, curves: Sequence[Curve], budget: Budget, probe: Probe | None = None
     ) -> Allocation:
         uniform = Uniform()(curves, budget)
-        knapsack.check_norms(curves)
+        curves, fixed = _of_one_norm(curves, uniform)
+        budget = replace(budget, limit=budget.limit - spent(fixed.values(), budget.unit))
         weights = None
         if curves[0].norm not in COMPARABLE:
             if probe is None:
                 return uniform
+            dense = {curve.sites: curve.dense for curve in curves} | fixed
             weights = {
-                c.sites: _nats_per_error(c, curves, budget, probe, self.share) for c in curves
+                c.sites: _nats_per_error(c, dense, budget, probe, self.share) for c in curves
             }
-        floors = {s: int(self.floor * o.cost.of(budget.unit)) for s, o in uniform.items()}
-        best = knapsack.solve(curves, budget, weights=weights, floors=floors).choice
+        floors = {c.sites: int(self.floor * uniform[c.sites].cost.of(budget.unit)) for c in curves}
+        best = knapsack.solve(curves, budget, weights=weights, floors=floors).choice | fixed
         if probe is None:
             return best
         shares = {curve.sites: 1 / max(curve.total, sys.float_info.min) for curve in curves}
-        relative = knapsack.solve(curves, budget, weights=shares, floors=floors).choice
+        relative = knapsack.solve(curves, budget, weights=shares, floors=floors).choice | fixed
         candidates = [best, uniform, relative]
         distinct = [one for i, one in enumerate(candidates) if one not in candidates[:i]]
         if len(distinct) == 1:
@@ -70,8 +72,21 @@ class LossAware:
         return distinct[values.index(min(values))]
 
 
+def _of_one_norm(
+    curves: Sequence[Curve], uniform: Allocation
+) -> tuple[list[Curve], dict[tuple[str, ...], Option]]:
+    """The curves of the norm in which most of the weights are measured, and uniform options for
+    the others, such as those of layers that no data reached: their errors cannot be added."""
+    sizes: dict[str, int] = {}
+    for curve in curves:
+        sizes[curve.norm] = sizes.get(curve.norm, 0) + curve.dense.cost.params
+    norm = max(sizes, key=sizes.__getitem__)
+    fixed = {curve.sites: uniform[curve.sites] for curve in curves if curve.norm != norm}
+    return [curve for curve in curves if curve.norm == norm], fixed
+
+
 def _nats_per_error(
-    curve: Curve, curves: Sequence[Curve], budget: Budget, probe: Probe, share: float
+    curve: Curve, dense: Allocation, budget: Budget, probe: Probe, share: float
 ) -> float:
     """Nats of KL per unit of this curve's error, measured with all other sites dense."""
     limit = share * curve.dense.cost.of(budget.unit)
@@ -79,5 +94,4 @@ def _nats_per_error(
     option = curve.options[fitting[-1] if fitting else 0]
     if option.dense or option.error <= 0:
         return 1.0
-    alone = {other.sites: other.dense for other in curves} | {curve.sites: option}
-    return min(max(probe(alone), 0.0), MOST) / option.error
+    return min(max(probe({**dense, curve.sites: option}), 0.0), MOST) / option.error

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain as chained
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,9 +23,10 @@ from ..calibration.processes import dealt, in_step
 from ..calibration.running import forward, quiet
 from ..errors import listed
 from ..linalg.mapped import give_back, kept, settled
+from ..nn.expert_weights import ExpertWeights
 from ..nn.few_shapes import even_ranks
 from ..types import Site
-from ..walk.surgery import put
+from ..walk.surgery import module_at, put
 from .streams import MOST, Memo, Moments, Run, Streams
 from .workbench import Workbench
 
@@ -76,6 +78,12 @@ class SequentialPass:
     shared: bool = False
     _whole_chains: dict[str, list[str]] = field(default_factory=dict)  # why -> names
     _unpaired: dict[str, None] = field(default_factory=dict)  # titles
+    _routed: set[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        calibration = self.bench.calibration
+        counts = {name: stats.count for name, stats in calibration.statistics.items()}
+        self._routed = _routed(counts, calibration.observation.chains)
 
     def notes(self) -> list[str]:
         """Sentences about what could not be done as planned, for the report."""
@@ -124,7 +132,7 @@ class SequentialPass:
         for group in groups:
             self.on_block("")
             lean = [runs(student.model) for student in self.students]
-            self._refit(group, runs(self.bench.model), lean)
+            self._refit([group], runs(self.bench.model), lean)
 
     def _chain(self, names: Sequence[str], groups: Sequence[list[Site]]) -> None:
         """Refit the layers of a chain block by block, or those left in whole passes if it cannot
@@ -154,12 +162,14 @@ class SequentialPass:
             if done:
                 self._unpaired |= dict.fromkeys(title for each in known for title in each or ())
                 waiting[:] = [group for group in waiting if group not in mine]
-            for group in () if done else mine:
+            levels = self._levels(mine)
+            for level in () if done else levels:
                 runs, *lean_runs = (lane.runs(index)[: self.fitted] for lane in lanes)
-                after = self._refit(group, runs, lean_runs, to_the_end=group is mine[-1])
-                waiting.remove(group)
-                for lane in lanes:
-                    lane.finished += [site.name for site in group]
+                after = self._refit(level, runs, lean_runs, to_the_end=level is levels[-1])
+                for group in level:
+                    waiting.remove(group)
+                    for lane in lanes:
+                        lane.finished += [site.name for site in group]
             dense.advance(index, after)
             for student, lane in zip(self.students, lean, strict=True):
                 lane.chain.refresh(student.model)
@@ -188,37 +198,63 @@ class SequentialPass:
 
     def _refit(
         self,
-        group: Sequence[Site],
+        level: Sequence[Sequence[Site]],
         dense: Sequence[Run],
         lean: Sequence[Sequence[Run]],
         *,
         to_the_end: bool = False,
     ) -> list[Any]:
-        """Replace sites that read one tensor in all students; see `Streams` for the rest."""
-        concerned = [i for i, student in enumerate(self.students) if student.among(group)]
-        models = [self.students[i].model for i in concerned]
-        calls = self.bench.calibration.observation.calls.get(group[0].name, 0)
-        streams = Streams(group[0], self.bench.model, models, calls=calls, to_the_end=to_the_end)
+        """Replace groups of sites that read one tensor each in all students; see `Streams` for
+        the rest."""
+        every = [site for group in level for site in group]
+        concerned = [i for i, student in enumerate(self.students) if student.among(every)]
+        models, firsts = [self.students[i].model for i in concerned], [group[0] for group in level]
+        observed = self.bench.calibration.observation
+        streams = Streams(
+            firsts, self.bench.model, models,
+            calls=observed.calls.get(firsts[0].name, 0) if len(firsts) == 1 else 0,
+            routed=firsts[0].name in self._routed, to_the_end=to_the_end,
+        )  # fmt: skip
 
         def run() -> list[tuple[int, bool]]:
-            name, numbers = group[0].name, self.numbers[: self.fitted]
-            reals = [self.bench.real(name, number) for number in numbers]
+            numbers = self.numbers[: self.fitted]
+            reals = [[self.bench.real(site.name, number) for site in firsts] for number in numbers]
             streams.run(dense, [lean[i] for i in concerned], reals)
-            return [(sums.count, sums.paired) for sums in streams.sums]
+            return [(sums.count, sums.paired) for each in streams.sums for sums in each]
 
-        every = in_step(run)
+        found = in_step(run)
         if self.shared:
-            for sums, *parts in zip(streams.sums, *every, strict=True):
+            for sums, *parts in zip(chained(*streams.sums), *found, strict=True):
                 sums.add_up(parts)
-        if not all(sums.paired for sums in streams.sums):
+        for group, each in zip(level, streams.sums, strict=True):
+            self._replace(group, dict(zip(concerned, each, strict=True)))
+        return streams.outputs
+
+    def _levels(self, groups: Sequence[list[Site]]) -> list[list[list[Site]]]:
+        """The groups that one run can read, in order: the experts of one weight, or a single
+        one."""
+        levels: dict[str, list[list[Site]]] = {}
+        for group in groups:
+            name = group[0].name
+            weight = name.rpartition(".")[0]
+            is_expert = isinstance(module_at(self.bench.model, weight), ExpertWeights)
+            levels.setdefault(weight if is_expert else name, []).append(group)
+        return list(levels.values())
+
+    def _replace(self, group: Sequence[Site], streams: Mapping[int, Any]) -> None:
+        """Replace sites that read one tensor.
+
+        Args:
+            streams: by student, the sums of its inputs.
+        """
+        if not all(sums.paired for sums in streams.values()):
             self._unpaired[group[0].title] = None
-        moments = {i: sums.moments() for i, sums in zip(concerned, streams.sums, strict=True)}
+        moments = {i: sums.moments() for i, sums in streams.items()}
         # All students' layers of a site in turn: they share its metric of the outputs.
-        pairs = [(i, s) for s in group for i in concerned if s in self.students[i].sites]
+        pairs = [(i, s) for s in group for i in streams if s in self.students[i].sites]
         fits = (partial(self.students[i].fit, site, moments[i]) for i, site in pairs)
         for (i, site), new in zip(pairs, dealt(fits), strict=True):
             put(self.students[i].model, site, settled(new))
-        return streams.outputs
 
 
 class _Lane:
@@ -261,6 +297,25 @@ class _Lane:
 
         in_step(run)
         self.forget()
+
+
+def _routed(counts: Mapping[str, int], chains: Iterable[Sequence[str]]) -> set[str]:
+    """The layers that are given some tokens of all: of those whose names differ in one number
+    inside of a block, such as experts, some were given more than others.
+
+    Args:
+        counts: of tokens, by layer.
+    """
+    siblings: dict[tuple[str, ...], list[str]] = {}
+    for block in (block for blocks in chains for block in blocks):
+        for name in counts:
+            if inside(name, block) and name != block:
+                parts = name[len(block) :].split(".")
+                for place in (i for i, part in enumerate(parts) if part.isdigit()):
+                    key = (block, *parts[:place], "", *parts[place + 1 :])
+                    siblings.setdefault(key, []).append(name)
+    uneven = [names for names in siblings.values() if len({counts[n] for n in names}) > 1]
+    return {name for names in uneven for name in names}
 
 
 def _within(name: str, blocks: Collection[str] | Mapping[str, object]) -> bool:

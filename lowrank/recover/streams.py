@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,33 +50,36 @@ class Moments:
 
 
 class Streams:
-    """The inputs of one layer in the dense model and its students, batch by batch.
+    """The inputs of layers in the dense model and its students, batch by batch.
 
     Attributes:
-        sums: of each student.
+        sums: of each layer, those of each student.
         outputs: what the dense runs returned, if they were to go on `to_the_end`.
     """
 
     def __init__(
         self,
-        site: Site,
+        sites: Sequence[Site],
         dense: nn.Module,
         students: Sequence[nn.Module],
         *,
         calls: int = 0,
+        routed: bool = False,
         to_the_end: bool = False,
     ) -> None:
         """
         Args:
-            calls: how often a run calls the layer; 0 if that is to be seen in the first one.
-            to_the_end: the dense runs go on after the layer.
+            sites: layers none of which feeds another.
+            calls: how often a run calls the layer; 0 if that is to be seen in the first one, or if
+                there are several.
+            routed: each is given some tokens of all, perhaps others in a student.
+            to_the_end: the dense runs go on after the layers.
         """
         self.models = [dense, *students]
-        self.sums = [_Sums(site) for _ in students]
-        layers = [module_at(model, site.name) for model in self.models]
+        self.sums = [[_Sums(site, paired=not routed) for _ in students] for site in sites]
         self._readers = [
-            _Reader(layer, _can_be_left(m), calls)
-            for m, layer in zip(self.models, layers, strict=True)
+            _Reader([module_at(m, site.name) for site in sites], _can_be_left(m), calls)
+            for m in self.models
         ]
         self._readers[0].ends = self._readers[0].ends and not to_the_end
         self._keeps = to_the_end
@@ -85,8 +89,12 @@ class Streams:
         self,
         dense: Sequence[Run],
         lean: Sequence[Sequence[Run]],
-        reals: Sequence[Sequence[Tensor | None]],
+        reals: Sequence[Sequence[Sequence[Tensor | None]]],
     ) -> None:
+        """
+        Args:
+            reals: which positions are no padding: by batch, layer and call.
+        """
         with ExitStack() as stack:
             for model in self.models:
                 stack.enter_context(quiet(model))
@@ -95,8 +103,10 @@ class Streams:
                 x, output = self._readers[0].read(run)
                 if self._keeps:
                     self.outputs.append(kept(output) if isinstance(output, Tensor) else output)
-                for sums, reader, lean_run in zip(self.sums, self._readers[1:], runs, strict=True):
-                    sums.add(x, reader.read(lean_run)[0], real)
+                for student, lean_run in enumerate(runs):
+                    y, _ = self._readers[1 + student].read(lean_run)
+                    for sums, *given in zip(self.sums, x, y, real, strict=True):
+                        sums[student].add(*given)
                     give_back()
 
 
@@ -105,30 +115,37 @@ class _Reached(Exception):
 
 
 class _Reader:
-    """Reads a layer's inputs from runs, which end with its last call once that is known."""
+    """Reads layers' inputs from runs, which end with the last call of a single one once that is
+    known."""
 
-    def __init__(self, layer: nn.Module, ends: bool, calls: int) -> None:
-        self.layer, self.ends, self._calls = layer, ends, calls
+    def __init__(self, layers: Sequence[nn.Module], ends: bool, calls: int) -> None:
+        self.layers, self.ends, self._calls = layers, ends and len(layers) == 1, calls
 
-    def read(self, run: Run) -> tuple[list[Tensor], Any]:
-        """Every input tensor, cloned against later in-place changes, and the run's output."""
-        tensors: list[Tensor] = []
+    def read(self, run: Run) -> tuple[list[list[Tensor]], Any]:
+        """Every input tensor of each, cloned against later in-place changes, and the run's
+        output."""
+        tensors: list[list[Tensor]] = [[] for _ in self.layers]
         last = self._calls if self.ends else 0
 
-        def hook(_module: nn.Module, args: object, kwargs: object) -> None:
+        def hook(own: list[Tensor], _module: nn.Module, args: object, kwargs: object) -> None:
             tensor = first_tensor((args, kwargs))
             if tensor is not None:
-                tensors.append(tensor.clone())
-            if last and len(tensors) == last:
+                own.append(tensor.clone())
+            if last and len(own) == last:
                 raise _Reached
 
-        handle, output = self.layer.register_forward_pre_hook(hook, with_kwargs=True), None
+        handles = [
+            layer.register_forward_pre_hook(partial(hook, own), with_kwargs=True)
+            for layer, own in zip(self.layers, tensors, strict=True)
+        ]
+        output = None
         try:
             with suppress(_Reached):
                 output = run()
         finally:
-            handle.remove()
-        self._calls = self._calls or len(tensors)
+            for handle in handles:
+                handle.remove()
+        self._calls = self._calls or len(tensors[0])
         return tensors, output
 
 
@@ -144,15 +161,15 @@ class _Sums:
     partners: then both streams are the compressed one.
     """
 
-    def __init__(self, site: Site) -> None:
-        self.site, self.count, self.paired = site, 0, True
+    def __init__(self, site: Site, *, paired: bool = True) -> None:
+        self.site, self.count, self.paired = site, 0, paired
         self.sums: list[Tensor] = []  # Gram matrix, cross moments, and the two means
 
     def add(
         self, dense: Sequence[Tensor], lean: Sequence[Tensor], real: Sequence[Tensor | None]
     ) -> None:
         """Add what the layer read in one batch, call by call."""
-        if [t.shape for t in dense] != [t.shape for t in lean]:
+        if not self.paired or [t.shape for t in dense] != [t.shape for t in lean]:
             dense, self.paired, real = lean, False, []
         for x, y in _pairs(self.site.module, dense, lean, real):
             self._begin(y)

@@ -15,6 +15,7 @@ from lowrank import Calibration, LowrankError, Plan
 from lowrank.methods import SVD, Whitened
 from lowrank.types import Curve, Option, Site, Statistics
 from lowrank.walk import layouts
+from lowrank.walk.experts import separate_experts
 from tests.zoo import Custom, calibration, example, make, mlp, said, tokens, unchanged
 
 
@@ -33,9 +34,9 @@ def test_every_site_is_in_the_plan_with_a_reason_if_it_stays_dense(kind: str) ->
 
     model = make(kind)
     made = lowrank.plan(model, 0.6, data=None, exclude_modules=[_some(model)])
-    considered = {
-        n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D | nn.Embedding)
-    }
+    with separate_experts(model):
+        kinds = nn.Linear | Conv1D | nn.Embedding
+        considered = {n for n, m in model.named_modules() if isinstance(m, kinds)}
     assert {name for entry in made.entries for name in entry.sites} == considered
     for entry in made.entries:
         assert (entry.size is None) == bool(entry.reason)

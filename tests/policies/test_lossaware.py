@@ -63,10 +63,22 @@ def test_a_floor_holds() -> None:
     assert found[("calm",)].cost.params >= 0.99 * uniform[("calm",)].cost.params - 1
 
 
+def test_errors_in_other_norms_are_not_added_but_kept_uniform() -> None:
+    """As of layers that no data reached, beside those of the others."""
+    seen = [curve(("calm",), [0.3, 0.2, 0.1], 10), curve(("loud",), [30, 20, 10], 10)]
+    unseen = curve(("unseen",), [1e9, 1e8, 1e7], 10, "weight")
+    curves = [unseen, *seen]
+    uniform = Uniform()(curves, Budget(80))
+    asked: list[Allocation] = []
+    found = LossAware()(curves, Budget(80), lambda a: float(asked.append(a) or len(asked)))
+    assert found[("unseen",)] == uniform[("unseen",)]
+    assert found[("loud",)].cost.params > found[("calm",)].cost.params
+    assert sum(option.cost.params for option in found.values()) <= 80
+    assert all(set(each) == {c.sites for c in curves} for each in asked)
+
+
 def test_refusals() -> None:
-    one, other = curve(("a",), [1.0], 5), curve(("b",), [1.0], 5, "weight")
-    with pytest.raises(LowrankError, match="different norms"):
-        LossAware()([one, other], Budget(15))
+    one = curve(("a",), [1.0], 5)
     with pytest.raises(LowrankError, match="need at least 5 params"):
         LossAware()([one], Budget(4))
     with pytest.raises(LowrankError, match="share of lossaware"):

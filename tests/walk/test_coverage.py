@@ -9,6 +9,7 @@ from torch import nn
 import lowrank
 from lowrank import LowrankError
 from lowrank.walk.coverage import told, uncovered
+from lowrank.walk.experts import separate_experts
 from lowrank.walk.sites import find_sites
 from tests.zoo import make
 
@@ -39,11 +40,11 @@ def test_raw_matrices_are_counted_once_and_vectors_are_not() -> None:
 
 def test_fused_experts_and_factored_layers() -> None:
     model = make("mixtral")
-    counts = uncovered(model, find_sites(model))
-    experts = [m for m in model.modules() if type(m).__name__ == "MixtralExperts"]
-    expected = sum(e.gate_up_proj.numel() for e in experts)
-    assert counts["MixtralExperts.gate_up_proj"] == expected
-    small, _ = lowrank.compress(model, 0.6, data=None)
+    with separate_experts(model):
+        counts = uncovered(model, find_sites(model))
+    assert counts == {"MixtralTopKRouter.weight": 2 * 4 * 32}
+    small, report = lowrank.compress(model, 0.6, data=None)
+    assert report.plan.settings["uncovered"] == counts
     assert uncovered(small, find_sites(small)) == counts
     plain = make("llama")
     assert uncovered(plain, find_sites(plain)) == {}
