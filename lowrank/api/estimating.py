@@ -22,6 +22,7 @@ from ..plans.stages import anonymous_bytes
 from ..recover.recovery import Effort, Recovery
 from ..types import Cost, Method, Policy, Site, Storage, Unit
 from ..walk.checks import check_module
+from ..walk.experts import experts_apart, separate_experts
 from ..walk.layouts import matrix
 from ..walk.sites import ALL_LINEAR, Patterns, find_sites, select_sites
 from .footprint import distillation_bytes, peak_bytes, scratch_bytes
@@ -86,6 +87,13 @@ def estimated(
     files = isinstance(source, str | os.PathLike)
     model = io.skeleton(source) if isinstance(source, str | os.PathLike) else source
     check_module(model)
+    with separate_experts(model):
+        return _estimated(model, request, rows, length, files)
+
+
+def _estimated(
+    model: nn.Module, request: Request, rows: int | None, length: int | None, files: bool
+) -> Estimate:
     written = rows is None
     rows, length = _data(model, request, rows, length)
     sites = find_sites(model)
@@ -120,6 +128,7 @@ def estimated(
     )
 
 
+@experts_apart
 def check_distillation(model: nn.Module, request: Request, rows: int = 2 * ROWS) -> None:
     """Check that memory suffices for distillation, the one stage that takes all layers at once.
 

@@ -36,6 +36,7 @@ from .gradients import (
 from .observation import Observation
 from .padding import Padding
 from .processes import in_step, is_main, mine
+from .rare import routed, shrink
 from .running import Unpadded, forward, quiet
 from .statistics import Calibration, followed
 
@@ -85,14 +86,17 @@ def with_fisher(
         needs=needs & FISHER, seed=seed, progress=progress, recordings=recordings,
         whole=calibration.whole,
     )  # fmt: skip
-    linear = {site.name for site in wanted if site.kind == "linear"}
-    added = {}
-    for name, found in fishers.items():
-        count = known[name].count if name in linear else calibration.tokens
-        if found.out_gram is not None and count < calibration.tokens:
-            found.out_gram.mul_(count / calibration.tokens)
-        given = {k: v for k, v in found._asdict().items() if v is not None}
-        added[name] = replace(known[name], **given)
+    added = {
+        name: replace(known[name], **{k: v for k, v in found._asdict().items() if v is not None})
+        for name, found in fishers.items()
+    }
+    counts = {name: stats.count for name, stats in added.items()}
+    shrink(added, routed(counts, calibration.observation.chains), "out_gram")
+    for site in wanted:
+        gram = added[site.name].out_gram if site.name in added else None
+        share = known[site.name].count / calibration.tokens
+        if gram is not None and site.kind == "linear" and share < 1:
+            gram.mul_(share)
     return replace(calibration, statistics={**known, **added})
 
 

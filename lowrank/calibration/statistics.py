@@ -44,6 +44,7 @@ from .processes import (
     rank,
     world,
 )
+from .rare import routed, shrink
 from .running import Unpadded, few_rows, reads_ids
 
 Fed = tuple[Reading, str, bool]
@@ -150,6 +151,8 @@ def calibrate(
     statistics, groups, lookups = gather_statistics(
         model, share, observation, readers, tables, padding, progress
     )
+    counts = {name: stats.count for name, stats in statistics.items()}
+    shrink(statistics, routed(counts, observation.chains), "gram")
     tokens = _add_lookups(statistics, tables, heads, lookups)
     if tokens == 0:
         hint = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -113,11 +113,14 @@ def declared(
                 vars(part)[name] = value
 
 
-def is_converted(model: nn.Module) -> bool:
+def is_converted(model: nn.Module, rules: Sequence[Any] | None = None) -> bool:
     """Whether transformers would join tensors of factored layers when it saves them.
 
     Some checkpoints hold one weight where the model has several layers, such as q, k and v. Their
     factors have ranks of their own and cannot be joined: the model's own names are kept.
+
+    Args:
+        rules: transformers' rules for its weights; by default those of the model.
     """
     names = [*containers_of(model), *(f"{name}.weight" for name in factored(model))]
     if not names or not is_transformers(model):
@@ -125,8 +128,8 @@ def is_converted(model: nn.Module) -> bool:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
-    given = getattr(model, "_weight_conversions", None)
-    rules = get_model_conversion_mapping(model) if given is None else given
+    rules = getattr(model, "_weight_conversions", None) if rules is None else rules
+    rules = get_model_conversion_mapping(model) if rules is None else rules
     joined = [p for r in rules if isinstance(r, WeightConverter) for p in r.target_patterns]
     return any(re.search(pattern, name) for pattern in joined for name in names)
 

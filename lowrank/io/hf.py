@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -26,6 +26,7 @@ from ..walk.checks import method_of, sub_configs
 from ..walk.surgery import factored, modules_of, swap
 from .card import REMOTE_FILE
 from .containers import declared_containers, hold_apart
+from .declaration import is_converted
 from .import_hooks import install
 from .merging import densify
 from .specs import (
@@ -84,6 +85,7 @@ class LowRankHfQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: LowRankConfig
     state: dict[str, Any] | None = None  # given to save_pretrained, such as FSDP's gathered one
+    left_out = False  # rules that join tensors of the original checkpoints
 
     def is_serializable(self) -> bool:
         return True
@@ -129,7 +131,17 @@ class LowRankHfQuantizer(HfQuantizer):
         untie(model, factored(model))
         _ignore_guards(model)
 
+    def update_weight_conversions(self, weight_conversions: Any, model: nn.Module) -> Any:
+        """Without the rules that join or turn tensors, if the files have the model's own names."""
+        rules = super().update_weight_conversions(weight_conversions, model)
+        if not is_converted(model, rules):
+            return rules
+        self.left_out = True
+        return [rule for rule in rules if not isinstance(rule, WeightConverter)]
+
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.left_out:  # what was used says nothing of how to save it once it is dense again
+            vars(model).pop("_weight_conversions", None)
         share_buffers(model)
         check_values(model, "the weights")
         # The weights are ordinary floating-point: half(), float() and Trainer work as usual.

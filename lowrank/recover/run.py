@@ -230,6 +230,8 @@ class _Job:
         if not self.recovery.refit or moments is None:
             return copy.deepcopy(self._made(site))
         share, bias = self.recovery.dense, layouts.bias(site.module)
+        known = self.bench.calibration.statistics[site.name]
+        moments = moments.shrunk(known)
         gram, cross = moments.gram, moments.cross
         least = NOISE * float(gram.diagonal().mean())
         if bias is not None:  # the bias fits the mean, the factors the deviations from it
@@ -238,7 +240,7 @@ class _Job:
         new = self.resolved.refitted(
             site,
             self.entries[site.name].option(),
-            self.bench.calibration.statistics[site.name],
+            known,
             gram=gram,
             target=gram.lerp(cross, share),
             least=least,

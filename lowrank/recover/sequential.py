@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..calibration.chain import Chain, NotInBlocks
 from ..calibration.observation import inside
 from ..calibration.processes import dealt, in_step
+from ..calibration.rare import routed
 from ..calibration.running import forward, quiet
 from ..errors import listed
 from ..linalg.mapped import give_back, kept, settled
@@ -83,7 +84,8 @@ class SequentialPass:
     def __post_init__(self) -> None:
         calibration = self.bench.calibration
         counts = {name: stats.count for name, stats in calibration.statistics.items()}
-        self._routed = _routed(counts, calibration.observation.chains)
+        groups = routed(counts, calibration.observation.chains)
+        self._routed = {name for names in groups for name in names}
 
     def notes(self) -> list[str]:
         """Sentences about what could not be done as planned, for the report."""
@@ -297,25 +299,6 @@ class _Lane:
 
         in_step(run)
         self.forget()
-
-
-def _routed(counts: Mapping[str, int], chains: Iterable[Sequence[str]]) -> set[str]:
-    """The layers that are given some tokens of all: of those whose names differ in one number
-    inside of a block, such as experts, some were given more than others.
-
-    Args:
-        counts: of tokens, by layer.
-    """
-    siblings: dict[tuple[str, ...], list[str]] = {}
-    for block in (block for blocks in chains for block in blocks):
-        for name in counts:
-            if inside(name, block) and name != block:
-                parts = name[len(block) :].split(".")
-                for place in (i for i, part in enumerate(parts) if part.isdigit()):
-                    key = (block, *parts[:place], "", *parts[place + 1 :])
-                    siblings.setdefault(key, []).append(name)
-    uneven = [names for names in siblings.values() if len({counts[n] for n in names}) > 1]
-    return {name for names in uneven for name in names}
 
 
 def _within(name: str, blocks: Collection[str] | Mapping[str, object]) -> bool:

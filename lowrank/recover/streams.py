@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from ..calibration.gathering import counted_rows
 from ..calibration.processes import summed
+from ..calibration.rare import weight_of
 from ..calibration.running import first_tensor, quiet
 from ..errors import LowrankError
 from ..linalg import cross_sum, gram_sum
 from ..linalg.mapped import give_back, kept, zeros
 from ..nn.few_shapes import even_ranks
-from ..types import Site
+from ..types import Site, Statistics
 from ..walk import layouts
 from ..walk.surgery import module_at
 
@@ -40,6 +41,8 @@ class Moments:
         gram: E[x'x'ᵀ] (in, in) of the compressed stream.
         cross: E[x x'ᵀ] (in, in), x of the dense stream.
         mean, dense_mean: E[x'] and E[x], (in,).
+        paired: whether the same tokens reached the layer in both streams; if not, both are the
+            compressed one.
     """
 
     count: int
@@ -47,6 +50,17 @@ class Moments:
     cross: Tensor
     mean: Tensor
     dense_mean: Tensor
+    paired: bool = True
+
+    def shrunk(self, dense: Statistics) -> Moments:
+        """Those of a layer that is given some tokens of all, shrunk towards what the dense model's
+        layer reads, which its siblings had a part in (calibration/rare.py)."""
+        if self.paired or dense.gram is None or dense.mean is None:
+            return self
+        share = weight_of(self.count, len(self.gram))
+        gram = self.gram.lerp(dense.gram.to(self.gram), share)
+        mean = self.mean.lerp(dense.mean.to(self.mean), share)
+        return Moments(self.count, gram, gram, mean, mean, paired=False)
 
 
 class Streams:
@@ -208,7 +222,7 @@ class _Sums:
         gram, cross, mean, dense_mean = (total.div_(self.count) for total in self.sums)
         if not self.paired:
             cross, dense_mean = gram, mean
-        return Moments(self.count, gram, cross, mean, dense_mean)
+        return Moments(self.count, gram, cross, mean, dense_mean, self.paired)
 
 
 def _pairs(

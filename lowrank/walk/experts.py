@@ -42,17 +42,19 @@ def separate_experts(model: nn.Module) -> Iterator[None]:
     """A context in which every expert of a mixture is a layer of its own, where this is possible.
 
     Afterwards weights of which no expert was replaced are what they were before. Nothing happens
-    inside of another such context, to weights on the meta device, or to what is no model.
+    inside of another such context, or to what is no model. On the meta device, where nothing can be
+    tried, transformers' own mark of the layout counts.
     """
     before: list[tuple[nn.Module, Fused]] = []
     known: dict[object, bool | None] = {}  # kinds of mixtures -> whether transposed
     held = {id(m): m for _, m in modules_of(model)} if isinstance(model, nn.Module) else {}
     for module in held.values():
         fused = _fused(module)
-        if fused and not any(parameter.is_meta for parameter in fused.values()):
+        if fused:
             kind = (type(module), *((n, p.shape, p.dtype) for n, p in fused.items()))
             if kind not in known:  # only the first block of a large model need be read
-                known[kind] = _layout(module, fused)
+                is_meta = any(parameter.is_meta for parameter in fused.values())
+                known[kind] = _mark(module) if is_meta else _layout(module, fused)
             transposed = known[kind]
             if transposed is not None:
                 split(module, dict.fromkeys(fused, transposed))
@@ -136,6 +138,12 @@ def _fused(module: nn.Module) -> Fused:
         if parameter.is_floating_point()
     }
     return held if len({len(parameter) for parameter in held.values()}) == 1 else {}
+
+
+def _mark(module: nn.Module) -> bool | None:
+    """What a mixture of transformers says of its layout; None if it says nothing."""
+    mark = getattr(module, "is_transposed", None)
+    return mark if isinstance(mark, bool) else None
 
 
 def _layout(module: nn.Module, fused: Fused) -> bool | None:

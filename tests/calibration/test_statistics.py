@@ -56,7 +56,8 @@ def test_gram_and_mean_are_per_token(kind: str) -> None:
         oracle = inputs_of(model, names, lambda: [forward(model, batch) for batch in batches])
     assert len(names) >= 8
     for name in names:
-        assert_moments(found.statistics[name], oracle[name])
+        if ".experts." not in name:  # they borrow from each other: test_rare.py
+            assert_moments(found.statistics[name], oracle[name])
     assert found.tokens == max(len(rows) for rows in oracle.values())
 
 

@@ -13,7 +13,9 @@ import torch
 import lowrank
 from lowrank import LowrankError
 from lowrank.io.containers import containers_of, declared_containers, hold_apart
+from lowrank.io.tensors import header
 
+from ..architectures import family_of
 from ..mixtures import mixture
 from ..zoo import tokens, unchanged
 
@@ -103,3 +105,28 @@ def test_merged_it_is_the_model_it_was(small: Any) -> None:
     merged = lowrank.to_dense(copy.deepcopy(small))
     assert list(merged.state_dict()) == list(model.state_dict())
     torch.testing.assert_close(_logits(merged), _logits(small), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_vl_moe"])
+def test_merged_it_is_saved_as_such_checkpoints_are(kind: str, tmp_path: Path) -> None:
+    """Their files hold an expert apart, or turned; factors have the names of the model."""
+    import transformers
+
+    family = family_of(kind)
+    assert family is not None
+    small, _ = lowrank.compress(family.build(), 0.6, data=None, progress=False)
+    small.save_pretrained(tmp_path / "small")
+    loaded = lowrank.from_pretrained(tmp_path / "small")
+    expected = small.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
+    merged = lowrank.to_dense(loaded)
+    merged.save_pretrained(tmp_path / "dense")
+    family.build().save_pretrained(tmp_path / "before")
+    shapes = [
+        {name: entry.shape for name, entry in header(tmp_path / f / "model.safetensors").items()}
+        for f in ("before", "dense")
+    ]
+    assert shapes[0] == shapes[1]
+    again = getattr(transformers, family.cls).from_pretrained(tmp_path / "dense")
+    expected = merged.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())

@@ -82,8 +82,14 @@ def test_what_is_no_mixture_stays_as_it_is() -> None:
     net = nn.ModuleList([Stack(), nn.Conv1d(4, 4, 3), nn.Bilinear(4, 4, 3), nn.LSTM(4, 4)])
     with unchanged(net), separate_experts(net):
         assert not _split(net)
-    with separate_experts(mixture("Mixtral").to("meta")) as nothing:
-        assert nothing is None
+
+
+def test_on_the_meta_device_the_mark_of_the_layout_counts() -> None:
+    for family, transposed in (("Mixtral", False), ("GptOss", True)):
+        model = mixture(family).to("meta")
+        with separate_experts(model):
+            assert [weights.transposed for weights in _split(model)] == [transposed] * 4
+        assert not _split(model)
 
 
 def test_one_trial_serves_all_blocks_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
