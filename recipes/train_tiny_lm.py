@@ -9,8 +9,8 @@ keep 0.8 must cost a mean KL of at least 0.5 nats per token on held-out text.
     python recipes/train_tiny_lm.py --out tiny-lm            # about an hour of two cores
     python recipes/train_tiny_lm.py --out tiny-lm --check    # only the check, on a finished model
 
-With `--experts 8` a small mixture instead, two experts a token, for benchmarks/experts.py; half an
-hour with `--tokens-per-parameter 4`. Muon takes matrices, so each expert is trained as a layer.
+With `--experts 8` a small mixture instead, two experts a token, for benchmarks/experts.py; ten
+minutes with `--tokens-per-parameter 2`. Muon takes matrices, so each expert is trained as a layer.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from lowrank.walk.experts import separate_experts
 
 END = "<|endoftext|>"
 VOCABULARY, CONTEXT, BATCH = 1024, 256, 32
+BALANCE = 0.02  # of the loss that keeps a mixture's experts in use (Switch, arXiv 2101.03961)
 # Modules nobody trained on: the first list measures, the second one calibrates.
 HELD_OUT = [
     "ast.py", "bisect.py", "calendar.py", "fractions.py", "graphlib.py", "heapq.py", "queue.py",
@@ -115,6 +116,7 @@ def new_mixture(end: int, experts: int) -> MixtralForCausalLM:
         num_key_value_heads=2,
         num_local_experts=experts,
         num_experts_per_tok=2,
+        output_router_logits=True,
         max_position_embeddings=2 * CONTEXT,
         tie_word_embeddings=True,
         bos_token_id=end,
@@ -144,8 +146,11 @@ def fit(model: PreTrainedModel, stream: torch.Tensor, steps: int, seed: int) -> 
         starts = torch.randint(len(stream) - CONTEXT - 1, (BATCH,), generator=generator)
         rows = torch.stack([stream[s : s + CONTEXT + 1] for s in starts]).long()
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(input_ids=rows[:, :-1]).logits
-        loss = cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
+            output = model(input_ids=rows[:, :-1])
+        loss = cross_entropy(output.logits.float().flatten(0, 1), rows[:, 1:].flatten())
+        balance = getattr(output, "aux_loss", None)  # of a mixture, so that all experts are used
+        if balance is not None:
+            loss = loss + BALANCE * balance
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -204,6 +209,7 @@ def main() -> None:
     print(f"{parameters:,} parameters, {len(stream):,} tokens of text, {steps:,} steps", flush=True)
     with separate_experts(model):
         loss = fit(model, stream, steps, arguments.seed)
+    model.config.output_router_logits = False  # for training only
     folder = arguments.out
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from ..errors import LowrankError
 from ..nn.expert_weights import ExpertWeights
 from ..walk.experts import split
-from ..walk.surgery import module_at, modules_of
+from ..walk.surgery import factored, module_at, modules_of
 
 TYPE = "ExpertWeights"
 ENTRIES = frozenset({"type", "experts", "transposed"})
@@ -28,6 +29,17 @@ def containers_of(model: nn.Module) -> dict[str, dict[str, Any]]:
 def declared_containers(specs: Mapping[str, Any]) -> list[str]:
     """The names of such weights among specs."""
     return [name for name, spec in specs.items() if spec.get("type") == TYPE]
+
+
+def are_joined(model: nn.Module, rules: Sequence[Any]) -> bool:
+    """Whether transformers' rules for the files of a model join or turn factored weights."""
+    from transformers.core_model_loading import WeightConverter
+
+    names = [*containers_of(model), *(f"{name}.weight" for name in factored(model))]
+    joined = [
+        p for rule in rules if isinstance(rule, WeightConverter) for p in rule.target_patterns
+    ]
+    return any(re.search(pattern, name) for pattern in joined for name in names)
 
 
 def hold_apart(model: nn.Module, specs: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from ..walk.checks import declaration_in, mark_of, method_of, sub_configs
 from ..walk.quantized import is_dequantised
 from ..walk.surgery import factored
 from . import card as cards
-from .containers import containers_of
+from .containers import are_joined
 from .specs import VERSION, specs_of
 from .tensors import check_storable
 from .ties import other_ties, retie, untie
@@ -113,25 +112,18 @@ def declared(
                 vars(part)[name] = value
 
 
-def is_converted(model: nn.Module, rules: Sequence[Any] | None = None) -> bool:
+def is_converted(model: nn.Module) -> bool:
     """Whether transformers would join tensors of factored layers when it saves them.
 
     Some checkpoints hold one weight where the model has several layers, such as q, k and v. Their
     factors have ranks of their own and cannot be joined: the model's own names are kept.
-
-    Args:
-        rules: transformers' rules for its weights; by default those of the model.
     """
-    names = [*containers_of(model), *(f"{name}.weight" for name in factored(model))]
-    if not names or not is_transformers(model):
+    if not is_compressed(model) or not is_transformers(model):
         return False
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
 
-    rules = getattr(model, "_weight_conversions", None) if rules is None else rules
-    rules = get_model_conversion_mapping(model) if rules is None else rules
-    joined = [p for r in rules if isinstance(r, WeightConverter) for p in r.target_patterns]
-    return any(re.search(pattern, name) for pattern in joined for name in names)
+    given = getattr(model, "_weight_conversions", None)
+    return are_joined(model, get_model_conversion_mapping(model) if given is None else given)
 
 
 def _touched(config: Any) -> list[tuple[Any, str]]:

@@ -25,8 +25,7 @@ from ..errors import LowrankError, listed
 from ..walk.checks import method_of, sub_configs
 from ..walk.surgery import factored, modules_of, swap
 from .card import REMOTE_FILE
-from .containers import declared_containers, hold_apart
-from .declaration import is_converted
+from .containers import are_joined, declared_containers, hold_apart
 from .import_hooks import install
 from .merging import densify
 from .specs import (
@@ -134,7 +133,7 @@ class LowRankHfQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: Any, model: nn.Module) -> Any:
         """Without the rules that join or turn tensors, if the files have the model's own names."""
         rules = super().update_weight_conversions(weight_conversions, model)
-        if not is_converted(model, rules):
+        if not are_joined(model, rules):
             return rules
         self.left_out = True
         return [rule for rule in rules if not isinstance(rule, WeightConverter)]
