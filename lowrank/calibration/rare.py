@@ -16,7 +16,7 @@ from torch import Tensor
 from ..types import Statistics
 from .observation import inside
 
-STRENGTH = 1.0  # tokens that the siblings' mean counts for, per feature
+STRENGTH = 0.25  # tokens that the siblings' mean counts for, per feature
 
 
 def routed(counts: Mapping[str, int], chains: Iterable[Sequence[str]]) -> list[list[str]]:

@@ -30,21 +30,21 @@ def test_few_tokens_borrow_much_and_many_little() -> None:
     known = {"a": _stats(2, 8.0), "b": _stats(398, 1.0), "c": Statistics()}
     mean = (2 * 8.0 + 398 * 1.0) / 400
     shrink(known, [["a", "b", "c"]], "gram")
-    for name, own, share in (("a", 8.0, 4 / 6), ("b", 1.0, 4 / 402)):
+    for name, own, share in (("a", 8.0, 1 / 3), ("b", 1.0, 1 / 399)):
         gram = known[name].gram
         assert gram is not None
         expected = (1 - share) * own + share * mean
         torch.testing.assert_close(gram, expected * torch.eye(4, dtype=torch.float64))
     assert known["c"].gram is None
-    assert weight_of(0, 4) == 1.0
+    assert (weight_of(0, 4), weight_of(8, 32)) == (1.0, 0.5)
 
 
 def test_layers_that_read_one_tensor_are_shrunk_once() -> None:
-    shared, other = _stats(4, 3.0), _stats(12, 1.0)
+    shared, other = _stats(1, 3.0), _stats(3, 1.0)
     known = {"a": shared, "b": shared, "c": other}
     shrink(known, [["a", "b", "c"]], "gram")
     assert shared.gram is not None
-    mean = (4 * 3.0 + 12 * 1.0) / 16
+    mean = (1 * 3.0 + 3 * 1.0) / 4
     torch.testing.assert_close(shared.gram[0, 0], torch.tensor(0.5 * 3.0 + 0.5 * mean).double())
 
 
