@@ -36,7 +36,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )  # fmt: skip
 
-from lowrank.walk.experts import separate_experts
+from lowrank.walk.parts import separate_parts
 
 END = "<|endoftext|>"
 VOCABULARY, CONTEXT, BATCH = 1024, 256, 32
@@ -207,7 +207,7 @@ def main() -> None:
     parameters = model.num_parameters()
     steps = math.ceil(arguments.tokens_per_parameter * parameters / (BATCH * CONTEXT))
     print(f"{parameters:,} parameters, {len(stream):,} tokens of text, {steps:,} steps", flush=True)
-    with separate_experts(model):
+    with separate_parts(model):
         loss = fit(model, stream, steps, arguments.seed)
     model.config.output_router_logits = False  # for training only
     folder = arguments.out

@@ -189,6 +189,7 @@ def test_what_stays_dense_says_why() -> None:
         "grouped": nn.Conv2d(8, 8, 3, groups=2),
         "depthwise": nn.Conv2d(8, 8, 3, groups=8),
         "transposed": nn.ConvTranspose2d(8, 8, 3),
+        "small": nn.ConvTranspose2d(2, 8, 3),
         "normed": nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)),
         "odd": Odd(8, 8, 3),
         "own": Own(8, 8, 3),
@@ -198,7 +199,8 @@ def test_what_stays_dense_says_why() -> None:
     said = {entry.name.partition(".")[0]: entry.reason for entry in plan.entries}
     assert "2 groups of 4 channels" in said["grouped"]
     assert "8 groups of 1 channels" in said["depthwise"]
-    assert "transposed" in said["transposed"]
+    assert "72 by 2 is too small" in said["small"]
+    assert said["transposed"] == ""
     assert "parametrized" in said["normed"]
     assert "Odd does not compute what its base nn.Conv2d does" in said["odd"]
     assert said["plain"] == said["own"] == ""

@@ -97,6 +97,7 @@ TOPICS = {
     "test_architectures.py": "a tenth of the table of docs/architectures.md",
     "api/test_bad_efforts.py": "What efforts make of data and models that are of no use.",
     "api/test_crossing.py": "All verbs, and what sensitivity and the probe measure, agree.",
+    "api/test_parts.py": "Modules of torch that fuse their weights, through the verbs.",
     "api/test_mixtures.py": "Mixtures of experts through the verbs, of every family.",
     "api/test_families.py": "Every family of models at every effort.",
     "api/test_joint.py": "A joint method beside pivoted storage, recovery and probing policies.",

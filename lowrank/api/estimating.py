@@ -22,8 +22,8 @@ from ..plans.stages import anonymous_bytes
 from ..recover.recovery import Effort, Recovery
 from ..types import Cost, Method, Policy, Site, Storage, Unit
 from ..walk.checks import check_module
-from ..walk.experts import experts_apart, separate_experts
 from ..walk.layouts import matrix
+from ..walk.parts import parts_apart, separate_parts
 from ..walk.sites import ALL_LINEAR, Patterns, find_sites, select_sites
 from .footprint import distillation_bytes, peak_bytes, scratch_bytes
 from .from_disk import GIB, available_memory
@@ -87,7 +87,7 @@ def estimated(
     files = isinstance(source, str | os.PathLike)
     model = io.skeleton(source) if isinstance(source, str | os.PathLike) else source
     check_module(model)
-    with separate_experts(model):
+    with separate_parts(model):
         return _estimated(model, request, rows, length, files)
 
 
@@ -128,7 +128,7 @@ def _estimated(
     )
 
 
-@experts_apart
+@parts_apart
 def check_distillation(model: nn.Module, request: Request, rows: int = 2 * ROWS) -> None:
     """Check that memory suffices for distillation, the one stage that takes all layers at once.
 

@@ -27,7 +27,7 @@ from ..recover.workbench import Workbench
 from ..tables import aligned
 from ..types import Site
 from ..walk.checks import check_model
-from ..walk.experts import experts_apart
+from ..walk.parts import parts_apart
 from ..walk.sites import find_sites
 from ..walk.surgery import copied, twin
 from .allocating import bench_of
@@ -133,7 +133,7 @@ class Sweep:
 
 
 @flat(Sweeping)
-@experts_apart
+@parts_apart
 def sweep(model: nn.Module, asked: Sweeping) -> Sweep:
     """Compress copies of the model to several ratios, and return size against loss.
 

@@ -23,7 +23,7 @@ from ..recover.recovery import Recovery
 from ..recover.workbench import Workbench
 from ..types import JointMethod, Method
 from ..walk.checks import check_model, ordinary_tensors
-from ..walk.experts import experts_apart, separate_experts
+from ..walk.parts import parts_apart, separate_parts
 from ..walk.sites import find_sites
 from ..walk.surgery import copied
 from .applying import carry_out
@@ -36,7 +36,7 @@ from .signatures import flat
 
 
 @flat(Request)
-@experts_apart
+@parts_apart
 def plan(model: nn.Module, request: Request) -> Plan:
     """Choose method and size for every layer, without changing the model.
 
@@ -93,7 +93,7 @@ def apply(
     progress = progress and is_main()
     model = copied(model) if copy else model
     feed = Feed(data, tokenizer, rows, plan.seed, progress)
-    with separate_experts(model):
+    with separate_parts(model):
         return _applied(model, plan, feed, method, started)
 
 
@@ -184,7 +184,7 @@ def _compressed(
     request = asked.request()
     check_model(model)
     model = copied(model) if asked.copy else model
-    with separate_experts(model):
+    with separate_parts(model):
         return _carried_out(model, request, started, work)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import LowrankError
 from ..plans.progress import steps
 from ..types import Site
-from ..walk.experts import experts_apart
+from ..walk.parts import parts_apart
 from ..walk.sites import find_sites, select_sites
 from .batches import Batch, Forward, rebatched
 from .by_block import gradients_by_block, one_chain
@@ -43,7 +43,7 @@ from .statistics import Calibration, followed
 ROWS = 16  # rows per backward pass
 
 
-@experts_apart
+@parts_apart
 def with_fisher(
     model: nn.Module,
     calibration: Calibration,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import LowrankError, listed
 from ..types import Curve, Site, Statistics
 from ..walk.checks import check_model, ordinary_tensors
-from ..walk.experts import experts_apart
+from ..walk.parts import parts_apart
 from ..walk.sites import find_sites, tied_heads
 from . import self_written
 from .batches import (
@@ -85,7 +85,7 @@ class Calibration:
 
 
 @ordinary_tensors()
-@experts_apart
+@parts_apart
 def calibrate(
     model: nn.Module,
     data: Data | Calibration,

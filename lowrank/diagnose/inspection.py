@@ -22,7 +22,7 @@ from ..tables import aligned
 from ..types import Option, Site
 from ..walk import layouts
 from ..walk.checks import check_model
-from ..walk.experts import experts_apart
+from ..walk.parts import parts_apart
 from ..walk.sites import ALL_LINEAR, Patterns, find_sites, select_sites
 from ..walk.surgery import factored
 from .spectrum import EMPTY, LayerSpectrum
@@ -120,7 +120,7 @@ class Inspection:
         return "\n".join([f"inspection of the {of}", *aligned(self.rows())])
 
 
-@experts_apart
+@parts_apart
 def inspect(
     model: nn.Module,
     data: Data | Calibration | None = None,

@@ -19,7 +19,7 @@ from ..errors import LowrankError
 from ..methods.resolved import Group, Resolved
 from ..plans.plan import versions
 from ..types import JointMethod, Method, Site
-from ..walk.experts import experts_apart
+from ..walk.parts import parts_apart
 from ..walk.sites import ALL_LINEAR, Patterns, find_sites
 from . import cache as disk
 from .one_layer import measure_alone
@@ -28,7 +28,7 @@ from .sensitivity_table import Sensitivity
 RATIOS = (0.9, 0.7, 0.5, 0.3)
 
 
-@experts_apart
+@parts_apart
 def sensitivity(
     model: nn.Module,
     data: Data | Calibration,

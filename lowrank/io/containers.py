@@ -1,4 +1,8 @@
-"""Weights of several experts in a declaration: split up before the layers in them are replaced."""
+"""Weights held as layers, in a declaration: split before the layers in them are replaced.
+
+The fused weights of a mixture's experts, nn.MultiheadAttention, recurrent nets, grouped and
+transposed convolutions: the dense model that is built first knows nothing of their layers.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +14,50 @@ from torch import nn
 
 from ..errors import LowrankError
 from ..nn.expert_weights import ExpertWeights
+from ..nn.splits import KINDS, obstacle_to_split, split_module
+from ..nn.unfused import Unfused
 from ..walk.experts import split
 from ..walk.surgery import factored, module_at, modules_of
 
-TYPE = "ExpertWeights"
+EXPERTS = "ExpertWeights"
 ENTRIES = frozenset({"type", "experts", "transposed"})
+TYPES = frozenset({EXPERTS, *(kind.__name__ for kind in KINDS)})
 
 
 def containers_of(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Name -> spec of the weights of several experts of which some are factored."""
-    return {
-        name: {"type": TYPE, "experts": len(module), "transposed": module.transposed}
-        for name, module in modules_of(model)
-        if isinstance(module, ExpertWeights) and not module.is_dense
-    }
+    """Name -> spec of what holds several layers of which some are factored."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, module in modules_of(model):
+        if isinstance(module, ExpertWeights) and not module.is_dense:
+            sizes = {"experts": len(module), "transposed": module.transposed}
+            found[name] = {"type": EXPERTS, **sizes}
+        elif isinstance(module, Unfused) and not module.is_dense:
+            found[name] = {"type": type(module).__name__, **module.spec()}
+    return found
+
+
+def fused_names(model: nn.Module) -> list[str]:
+    """The names of the weights in whose places such modules hold layers."""
+    names = []
+    for name in containers_of(model):
+        module = module_at(model, name)
+        if isinstance(module, Unfused):
+            cuts = {key for key, cut in module.cuts(module).items() if cut.tensor == "weight"}
+            held = [key for key in module._parameters if key in cuts]
+            names += [f"{name}.{key}" if name else key for key in held]
+        else:
+            names.append(name)
+    return names
 
 
 def declared_containers(specs: Mapping[str, Any]) -> list[str]:
-    """The names of such weights among specs."""
-    return [name for name, spec in specs.items() if spec.get("type") == TYPE]
+    """The names of such modules among specs."""
+    return [name for name, spec in specs.items() if _is_container(spec)]
+
+
+def _is_container(spec: Mapping[str, Any]) -> bool:
+    kind = spec.get("type")  # of a damaged file anything
+    return isinstance(kind, str) and kind in TYPES
 
 
 def are_joined(model: nn.Module, rules: Sequence[Any]) -> bool:
@@ -43,26 +72,53 @@ def are_joined(model: nn.Module, rules: Sequence[Any]) -> bool:
 
 
 def hold_apart(model: nn.Module, specs: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Split the weights that specs declare, in place; the other specs are returned.
+    """Split what specs declare, in place; the other specs are returned.
 
     Raises:
-        LowrankError: the model has no such weight, or with another number of experts.
+        LowrankError: the model has no such weight or module, or of another size.
     """
     for name in declared_containers(specs):
-        spec = specs[name]
-        parent, _, key = name.rpartition(".")
-        transposed, experts = spec.get("transposed"), spec.get("experts")
-        if set(spec) != ENTRIES or not isinstance(transposed, bool):
-            raise LowrankError(f"{source}: {name}: expected {sorted(ENTRIES)}, got {spec!r:.80}")
-        module = module_at(model, parent)
-        if isinstance(module._modules.get(key), ExpertWeights):
-            continue  # this module has another name too
-        weight = module._parameters.get(key)
-        if weight is None or weight.ndim != 3 or len(weight) != experts:
-            shape = None if weight is None else tuple(weight.shape)
+        if specs[name]["type"] == EXPERTS:
+            _hold_experts_apart(model, name, specs[name], source)
+        else:
+            _hold_parts_apart(model, name, specs[name], source)
+    return {name: spec for name, spec in specs.items() if not _is_container(spec)}
+
+
+def _hold_experts_apart(model: nn.Module, name: str, spec: dict[str, Any], source: str) -> None:
+    parent, _, key = name.rpartition(".")
+    transposed, experts = spec.get("transposed"), spec.get("experts")
+    if set(spec) != ENTRIES or not isinstance(transposed, bool):
+        raise LowrankError(f"{source}: {name}: expected {sorted(ENTRIES)}, got {spec!r:.80}")
+    module = module_at(model, parent)
+    if isinstance(module._modules.get(key), ExpertWeights):
+        return  # this module has another name too
+    weight = module._parameters.get(key)
+    if weight is None or weight.ndim != 3 or len(weight) != experts:
+        shape = None if weight is None else tuple(weight.shape)
+        raise LowrankError(
+            f"{source}: {name}: stored as {experts} experts, but {type(module).__name__} has "
+            f"{key} of shape {shape}: the architectures differ"
+        )
+    split(module, {key: transposed})
+
+
+def _hold_parts_apart(model: nn.Module, name: str, spec: dict[str, Any], source: str) -> None:
+    module, where = module_at(model, name), name or "(root)"
+    if not isinstance(module, Unfused):
+        reason = obstacle_to_split(module)
+        if reason is None:
             raise LowrankError(
-                f"{source}: {name}: stored as {experts} experts, but {type(module).__name__} has "
-                f"{key} of shape {shape}: the architectures differ"
+                f"{source}: {where}: stored as {spec['type']}, but the model has a "
+                f"{type(module).__name__} there: the architectures differ"
             )
-        split(module, {key: transposed})
-    return {name: spec for name, spec in specs.items() if spec.get("type") != TYPE}
+        if reason:
+            raise LowrankError(f"{source}: {where}: it cannot be split: {reason}")
+        split_module(module)
+    assert isinstance(module, Unfused)
+    here = {"type": type(module).__name__, **module.spec()}
+    if here != spec:
+        raise LowrankError(
+            f"{source}: {where}: stored as {spec!r:.200}, but the model has {here!r:.200}: the "
+            "architectures differ"
+        )

@@ -9,7 +9,7 @@ from ..errors import LowrankError, listed
 from ..nn import Form, LowRankEmbedding, TiedHead, build, describe
 from ..nn.factored_conv import FactoredConv
 from ..walk import layouts
-from ..walk.experts import join_experts
+from ..walk.parts import join_parts
 from ..walk.surgery import factored, swap
 
 
@@ -40,7 +40,7 @@ def densify(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     plain = {key: _dense(m, dtype) for key, m in whole.items() if key not in tables}
     readers = {key: _reader(distinct[key], t, plain[id(t)]) for key, t in tables.items()}
     root = swap(model, {**plain, **readers})
-    join_experts(root)
+    join_parts(root)
     return root
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration.observation import inside
 from ..errors import LowrankError, listed
 from ..nn import Form, Geometry, LowRankEmbedding, build, describe, is_factored
 from ..nn.lowrank_embedding import table_options
 from ..walk import layouts
 from ..walk.surgery import adopt, factored, modules_of
-from .containers import containers_of
+from .containers import containers_of, fused_names
 
 Spec = dict[str, Any]
 VERSION = 1  # of the declaration in a config.json
@@ -66,9 +67,11 @@ def guards(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def stands_for(model: nn.Module) -> list[str]:
     """The names of the dense weights in whose places factored modules are."""
-    whole, names = list(containers_of(model)), []
+    whole, held = fused_names(model), list(containers_of(model))
+    names = []
     for name, module in factored(model).items():
-        if not isinstance(module.owner, LowRankEmbedding) and name.rpartition(".")[0] not in whole:
+        is_part = any(inside(name, container) for container in held)
+        if not isinstance(module.owner, LowRankEmbedding) and not is_part:
             names.append(f"{name}.weight" if name else "weight")
     return [*whole, *names]
 

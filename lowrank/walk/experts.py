@@ -10,45 +10,31 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..linalg.mapped import kept
 from ..nn.expert_weights import ExpertWeights
 from . import layouts
-from .surgery import modules_of
+from .surgery import modules_of, own_memory
 
-Verb = TypeVar("Verb", bound=Callable[..., Any])
 Fused = dict[str, nn.Parameter]
 CHOSEN = 2  # experts of a token, and rows of an expert, in a trial
 TOKENS = 8
 
 
-def experts_apart(verb: Verb) -> Verb:
-    """A function of a model that meets every expert as a layer, see `separate_experts`."""
+def split_experts(model: nn.Module, undo: list[Callable[[], None]]) -> None:
+    """Make every expert of a mixture a layer of its own, in place, where this is possible.
 
-    @functools.wraps(verb)
-    def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with separate_experts(model):
-            return verb(model, *args, **kwargs)
+    On the meta device, where nothing can be tried, transformers' own mark of the layout counts.
 
-    return cast(Verb, call)
-
-
-@contextmanager
-def separate_experts(model: nn.Module) -> Iterator[None]:
-    """A context in which every expert of a mixture is a layer of its own, where this is possible.
-
-    Afterwards weights of which no expert was replaced are what they were before. Nothing happens
-    inside of another such context, or to what is no model. On the meta device, where nothing can be
-    tried, transformers' own mark of the layout counts.
+    Args:
+        undo: what puts them back is appended: weights of which no expert was replaced are then
+            what they were.
     """
-    before: list[tuple[nn.Module, Fused]] = []
     known: dict[object, bool | None] = {}  # kinds of mixtures -> whether transposed
-    held = {id(m): m for _, m in modules_of(model)} if isinstance(model, nn.Module) else {}
-    for module in held.values():
+    for module in {id(m): m for _, m in modules_of(model)}.values():
         fused = _fused(module)
         if fused:
             kind = (type(module), *((n, p.shape, p.dtype) for n, p in fused.items()))
@@ -57,13 +43,8 @@ def separate_experts(model: nn.Module) -> Iterator[None]:
                 known[kind] = _mark(module) if is_meta else _layout(module, fused)
             transposed = known[kind]
             if transposed is not None:
+                undo.append(functools.partial(_join, module, fused))
                 split(module, dict.fromkeys(fused, transposed))
-                before.append((module, fused))
-    try:
-        yield
-    finally:
-        for module, fused in before:
-            _join(module, fused)
 
 
 def join_experts(model: nn.Module) -> None:
@@ -79,16 +60,18 @@ def _join(module: nn.Module, before: Fused) -> None:
         before: the parameters as they were.
     """
     split_up = {k: c for k, c in module._modules.items() if isinstance(c, ExpertWeights)}
+    away = 0  # weights before this one that stay split
     for key, child in sorted(split_up.items(), key=lambda item: item[1].place):
         if not child.is_dense:
-            _detached(child)
+            own_memory(child.layers())
+            away += 1
             continue
         own = before.get(key)
         if own is None or not _same(own, child):
             own = child.joined()
         del module._modules[key]
         items = list(module._parameters.items())
-        items.insert(child.place, (key, own))
+        items.insert(child.place - away, (key, own))
         module._parameters.clear()
         module._parameters.update(items)
 
@@ -105,16 +88,6 @@ def split(module: nn.Module, transposed: Mapping[str, bool]) -> None:
         assert parameter is not None
         weights = ExpertWeights.split(parameter, transposed=turned, place=places[key])
         module.add_module(key, weights.train(module.training))
-
-
-def _detached(weights: ExpertWeights) -> None:
-    """Let dense layers beside factored ones no longer hold the memory of all experts."""
-    for layer in weights.layers():
-        weight = getattr(layer, "weight", None)
-        if type(layer) is not nn.Linear or not isinstance(weight, nn.Parameter):
-            continue
-        if weight.untyped_storage().nbytes() > weight.nbytes:
-            weight.data = kept(weight.detach().clone(memory_format=torch.contiguous_format))
 
 
 def _same(parameter: nn.Parameter, weights: ExpertWeights) -> bool:

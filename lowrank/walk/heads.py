@@ -6,6 +6,9 @@ features as it writes. Hidden states have a width that some layer reads, so that
 model without a head (GPT2Model, an encoder) is none, nor is that of an autoencoder, which writes
 what the first layer reads. Widths of at most `FEW` are no hidden states: an image, a regression.
 
+The layers inside of a recurrent net or of attention are parts of one module, and no heads; those of
+a transposed or grouped convolution write what the whole writes.
+
 The rule needs no data, so that a plan has the same targets with and without. It misses a head whose
 classes are by chance as many as the features of a layer.
 """
@@ -17,10 +20,12 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..nn import is_factored
+from ..nn.unfused import Unfused
 from ..types import Site
 from . import layouts
 from .surgery import modules_of
 
+CONVS = (*layouts.CONVS, *layouts.TRANSPOSED)
 FEW = 4  # most channels of an image; as many features are an input or an output
 
 
@@ -33,9 +38,14 @@ def named_heads(model: nn.Module) -> set[int]:
 def last_heads(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
     """The last of all sites if it is a head, and the heads beside it, which read the same width."""
     read = _widths_read(model)
+    split = [module for _, module in modules_of(model) if isinstance(module, Unfused)]
+    whole = {id(layer): module for module in split for layer in module.layers().values()}
     heads: list[Site] = []
     for site in reversed([site for site in sites if site.kind != "embedding"]):
-        width, features = _widths(site.module)
+        layer = whole.get(id(site.module), site.module)
+        if isinstance(layer, Unfused) and not isinstance(layer, CONVS):
+            break
+        width, features = _widths(layer)
         if width in read or (heads and features != _widths(heads[0].module)[1]):
             break
         heads.append(site)
@@ -58,7 +68,7 @@ def _widths_read(model: nn.Module) -> set[int]:
 
 def _widths(layer: nn.Module) -> tuple[int, int]:
     """The features that a linear layer or a convolution writes, and those that it reads."""
-    if isinstance(layer, (*layouts.CONVS, *layouts.TRANSPOSED)):
+    if isinstance(layer, CONVS):
         return layer.out_channels, layer.in_channels
     out, features = layouts.matrix(layer).shape
     return out, features

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.utils import parametrize
 
+from ..nn.splits import obstacle_to_split
+from ..nn.unfused import Unfused
 from ..types import Cost
 from .probing import difference
 
@@ -31,7 +33,10 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 def kind(module: nn.Module) -> str | None:
     """ "linear" for nn.Linear and transformers' Conv1D, "embedding" for nn.Embedding and
-    nn.EmbeddingBag, "conv" for convolutions, subclasses included; None otherwise."""
+    nn.EmbeddingBag, "conv" for convolutions, subclasses included; None otherwise, and for what is
+    split into such layers."""
+    if isinstance(module, Unfused):
+        return None
     if isinstance(module, TABLES):
         return "embedding"
     if isinstance(module, (*CONVS, *TRANSPOSED)):
@@ -86,7 +91,7 @@ def obstacle(module: nn.Module) -> str:
     if "weight" not in module._parameters:
         return "its weight is not a plain parameter (weight norm, pruning or the like)"
     if isinstance(module, TRANSPOSED):
-        return "transposed convolutions are not supported"
+        return obstacle_to_split(module) or "transposed convolutions are not supported here"
     hooks = (module._forward_hooks, module._forward_pre_hooks)
     if any((*hooks, module._backward_hooks, module._backward_pre_hooks)):
         return "it has hooks that a new layer would lose"
@@ -98,10 +103,8 @@ def obstacle(module: nn.Module) -> str:
         return f"max_norm={module.max_norm} rescales rows when read, which factors cannot"
     if getattr(module, "mode", None) == "max":
         return "a bag of mode 'max' is not linear in its rows"
-    groups: int = getattr(module, "groups", 1)
-    if groups != 1:
-        each = int(getattr(module, "in_channels", 0)) // groups
-        return f"grouped convolutions are not supported: {groups} groups of {each} channels"
+    if getattr(module, "groups", 1) != 1:
+        return obstacle_to_split(module) or "grouped convolutions are not supported here"
     weight = matrix(module)
     if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
         return f"its weight is stored as {weight.dtype}"

@@ -220,6 +220,10 @@ def address(tensor: Tensor) -> tuple[object, ...]:
     return (id(tensor),) if tensor.is_meta else (str(tensor.device), tensor.data_ptr())
 
 
+def _place(tensor: Tensor | None) -> tuple[object, ...] | None:
+    return None if tensor is None else address(tensor)
+
+
 Holders = dict[tuple[object, ...], list[nn.Module]]
 
 
@@ -255,7 +259,7 @@ def tie_obstacle(module: nn.Module, holders: Holders, names: Mapping[int, list[s
             return f"its weight is tied to {where}, which holds it in another shape or order"
         if layouts.layout(user) != layouts.layout(module):
             return f"its weight is tied to {where}, which stores it transposed"
-        if not pair and layouts.bias(user) is not bias:
+        if not pair and _place(layouts.bias(user)) != _place(bias):
             return f"its weight is tied to {where}, which has another bias"
     others = holders.get(address(bias), []) if bias is not None and not pair else []
     others = [user for user in others if user not in tied]

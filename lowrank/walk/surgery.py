@@ -9,17 +9,20 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from ..errors import LowrankError
+from ..linalg.mapped import kept
 from ..nn import Form, LowRankEmbedding, TiedEmbedding, TiedHead, is_factored, remember_layout
+from ..nn.splits import SPLITS
 from ..types import Site
 from . import layouts
 
@@ -116,6 +119,18 @@ def adopt(new: nn.Module, dense: nn.Module) -> nn.Module:
     return new
 
 
+def own_memory(layers: Iterable[nn.Module]) -> None:
+    """Let dense layers that are views of a larger tensor hold no more memory than they need."""
+    for layer in layers:
+        if not isinstance(layer, Form):
+            for part in filter(_is_view, layer.parameters(recurse=False)):
+                part.data = kept(part.detach().clone(memory_format=torch.contiguous_format))
+
+
+def _is_view(tensor: Tensor) -> bool:
+    return not tensor.is_meta and tensor.untyped_storage().nbytes() > tensor.nbytes
+
+
 def _follow(new: nn.Module, old: nn.Module) -> None:
     """Give `new` the hook that places `old`, whose place it takes, if there is one."""
     hook = getattr(old, "_hf_hook", None)
@@ -191,7 +206,9 @@ def replaced(model: nn.Module, site: Site, new: nn.Module) -> Iterator[nn.Module
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """A context that restores every module's children and tensors if its body raises."""
+    """A context that restores every module's children and tensors if its body raises, and what
+    was split in it."""
+    whole = [(m, type(m), dict(vars(m))) for m in model.modules() if type(m) in SPLITS]
     saved = [
         (live, dict(live))
         for module in model.modules()
@@ -200,6 +217,9 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        for module, cls, attributes in whole:
+            module.__class__ = cls
+            vars(module).update(attributes)
         for live, content in saved:
             live.clear()
             live.update(content)  # type: ignore[arg-type]  # of the same dict

@@ -15,7 +15,7 @@ from lowrank import Calibration, LowrankError, Plan
 from lowrank.methods import SVD, Whitened
 from lowrank.types import Curve, Option, Site, Statistics
 from lowrank.walk import layouts
-from lowrank.walk.experts import separate_experts
+from lowrank.walk.parts import separate_parts
 from tests.zoo import Custom, calibration, example, make, mlp, said, tokens, unchanged
 
 
@@ -34,7 +34,7 @@ def test_every_site_is_in_the_plan_with_a_reason_if_it_stays_dense(kind: str) ->
 
     model = make(kind)
     made = lowrank.plan(model, 0.6, data=None, exclude_modules=[_some(model)])
-    with separate_experts(model):
+    with separate_parts(model):
         kinds = nn.Linear | Conv1D | nn.Embedding
         considered = {n for n, m in model.named_modules() if isinstance(m, kinds)}
     assert {name for entry in made.entries for name in entry.sites} == considered

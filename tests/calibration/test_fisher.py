@@ -16,7 +16,7 @@ from lowrank.calibration import gradients
 from lowrank.calibration.rare import weight_of
 from lowrank.calibration.running import forward, logits_of
 from lowrank.walk import layouts
-from lowrank.walk.experts import separate_experts
+from lowrank.walk.parts import separate_parts
 from lowrank.walk.sites import find_sites
 from tests import zoo
 from tests.zoo import calibration
@@ -101,7 +101,7 @@ def test_both_figures_are_what_autograd_says(kind: str) -> None:
     seen = with_fisher(model, lowrank.calibrate(model, [batch], progress=False), seed=5)
     labels = drawn(logits_of(forward(model, batch)), 5)
     names = [n for n, stats in seen.statistics.items() if stats.out_gram is not None]
-    with separate_experts(model):
+    with separate_parts(model):
         names = [n for n in names if layouts.kind(model.get_submodule(n)) == "linear"]
         assert len(names) >= 8
         for name in names:
@@ -120,7 +120,7 @@ def test_experts_count_by_their_share_and_borrow_from_each_other() -> None:
     names = [name for name in names if seen.statistics[name].count]
     assert len(names) > 1
     counts = {name: seen.statistics[name].count for name in names}
-    with separate_experts(model):
+    with separate_parts(model):
         sums = {name: oracle(model, batch, name, labels)[0] for name in names}
     mean = torch.stack([*sums.values()]).sum(0) / sum(counts.values())
     for name in names:

@@ -7,7 +7,7 @@ import torch
 import lowrank
 from lowrank.calibration.rare import routed, shrink, weight_of
 from lowrank.types import Statistics
-from lowrank.walk.experts import separate_experts
+from lowrank.walk.parts import separate_parts
 
 from .. import zoo
 
@@ -59,7 +59,7 @@ def test_a_calibration_has_shrunk_experts_and_counts_of_their_own() -> None:
     model, ids = zoo.make("mixtral"), zoo.tokens(4, 9)
     found = lowrank.calibrate(model, [ids], progress=False)
     names = [f"model.layers.0.mlp.experts.gate_up_proj.{e}" for e in range(4)]
-    with separate_experts(model):
+    with separate_parts(model):
         rows = zoo.inputs_of(model, names, lambda: model(ids))
     grams = {n: torch.from_numpy(rows[n].T @ rows[n]) / len(rows[n]) for n in names}
     counts = {name: len(rows[name]) for name in names}

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 import lowrank
 from lowrank import LowrankError
 from lowrank.calibration.running import forward
-from lowrank.walk.experts import separate_experts
+from lowrank.walk.parts import separate_parts
 from tests.zoo import (
     Custom,
     Tokenizer,
@@ -50,7 +50,7 @@ def test_gram_and_mean_are_per_token(kind: str) -> None:
     with unchanged(model):
         found = calibration(model, batches)
     names = [name for name, stats in found.statistics.items() if stats.freq is None]
-    with separate_experts(model):
+    with separate_parts(model):
         linear = {n for n, module in model.named_modules() if isinstance(module, nn.Linear)}
         names = [name for name in names if name in linear or kind == "gpt2"]
         oracle = inputs_of(model, names, lambda: [forward(model, batch) for batch in batches])

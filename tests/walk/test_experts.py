@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lowrank.nn.expert_weights import ExpertWeights
 from lowrank.walk import experts
-from lowrank.walk.experts import experts_apart, join_experts, separate_experts
+from lowrank.walk.parts import join_parts, parts_apart, separate_parts
 from lowrank.walk.surgery import copied
 
 from ..mixtures import FAMILIES, mixture
@@ -33,7 +33,7 @@ def test_every_family_computes_the_same_from_layers(family: str, way: str) -> No
     called: set[int] = set()
     with unchanged(model):
         before = dict(model.named_parameters())
-        with separate_experts(model):
+        with separate_parts(model):
             split = _split(model)
             assert len(split) >= 2 * model.config.num_hidden_layers
             for weights in split:
@@ -53,9 +53,9 @@ def test_every_family_computes_the_same_from_layers(family: str, way: str) -> No
 
 def test_a_context_inside_another_leaves_the_layers_to_it() -> None:
     model = mixture("Mixtral")
-    with separate_experts(model):
+    with separate_parts(model):
         count = len(_split(model))
-        with separate_experts(model):
+        with separate_parts(model):
             assert len(_split(model)) == count
         assert len(_split(model)) == count
     assert not _split(model)
@@ -63,7 +63,7 @@ def test_a_context_inside_another_leaves_the_layers_to_it() -> None:
 
 def test_an_error_inside_restores_the_model() -> None:
     model = mixture("Olmoe")
-    with unchanged(model), pytest.raises(KeyError), separate_experts(model):
+    with unchanged(model), pytest.raises(KeyError), separate_parts(model):
         raise KeyError
 
 
@@ -80,14 +80,14 @@ class Stack(nn.Module):
 
 def test_what_is_no_mixture_stays_as_it_is() -> None:
     net = nn.ModuleList([Stack(), nn.Conv1d(4, 4, 3), nn.Bilinear(4, 4, 3), nn.LSTM(4, 4)])
-    with unchanged(net), separate_experts(net):
+    with unchanged(net), separate_parts(net):
         assert not _split(net)
 
 
 def test_on_the_meta_device_the_mark_of_the_layout_counts() -> None:
     for family, transposed in (("Mixtral", False), ("GptOss", True)):
         model = mixture(family).to("meta")
-        with separate_experts(model):
+        with separate_parts(model):
             assert [weights.transposed for weights in _split(model)] == [transposed] * 4
         assert not _split(model)
 
@@ -96,7 +96,7 @@ def test_one_trial_serves_all_blocks_of_a_kind(monkeypatch: pytest.MonkeyPatch) 
     tried: list[nn.Module] = []
     layout = experts._layout
     monkeypatch.setattr(experts, "_layout", lambda m, f: (tried.append(m), layout(m, f))[1])
-    with separate_experts(mixture("Mixtral", num_hidden_layers=3)):
+    with separate_parts(mixture("Mixtral", num_hidden_layers=3)):
         pass
     assert len(tried) == 1
 
@@ -105,7 +105,7 @@ def test_hooks_of_the_mixture_do_not_see_the_trial() -> None:
     model, seen = mixture("Mixtral"), []
     layer = model.model.layers[0].mlp.experts
     handle = layer.register_forward_hook(lambda *_: seen.append(1))
-    with separate_experts(model):
+    with separate_parts(model):
         assert _split(model)
     handle.remove()
     assert not seen
@@ -113,7 +113,7 @@ def test_hooks_of_the_mixture_do_not_see_the_trial() -> None:
 
 def test_a_factored_expert_stays_and_the_others_hold_their_own_memory() -> None:
     model = mixture("Mixtral")
-    with separate_experts(model):
+    with separate_parts(model):
         first = _split(model)[0]
         first._modules["0"] = nn.Sequential(nn.Linear(32, 4, bias=False), nn.Linear(4, 96, False))
         expected = [layer.weight.clone() for layer in list(first.layers())[1:]]
@@ -126,18 +126,18 @@ def test_a_factored_expert_stays_and_the_others_hold_their_own_memory() -> None:
 
 def test_copies_are_joined_where_asked() -> None:
     model = mixture("GptOss")
-    with separate_experts(model):
+    with separate_parts(model):
         copy = copied(model)
     keys = list(model.state_dict())
     assert list(copy.state_dict()) != keys
-    join_experts(copy)
+    join_parts(copy)
     assert list(copy.state_dict()) == keys
     for name, value in model.state_dict().items():
         assert torch.equal(copy.state_dict()[name], value)
 
 
 def test_a_decorated_function_meets_layers() -> None:
-    count = experts_apart(lambda model: len(_split(model)))
+    count = parts_apart(lambda model: len(_split(model)))
     model = mixture("Mixtral")
     assert count(model) == 4
     assert not _split(model)

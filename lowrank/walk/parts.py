@@ -1,0 +1,77 @@
+"""Hold the weights that a model fuses, experts among them, as layers for a while.
+
+Everything that looks for layers does so inside of `separate_parts`: it then meets every expert of a
+mixture, the projections of nn.MultiheadAttention, the matrices of recurrent nets and the groups of
+convolutions as plain layers, and nothing else needs to know of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+from torch import nn
+
+from ..nn.splits import obstacle_to_split, split_module
+from ..nn.unfused import Parameters, Unfused, fuse
+from .experts import join_experts, split_experts
+from .surgery import modules_of, own_memory
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+
+def parts_apart(verb: Verb) -> Verb:
+    """A function of a model that meets every part as a layer, see `separate_parts`."""
+
+    @functools.wraps(verb)
+    def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with separate_parts(model):
+            return verb(model, *args, **kwargs)
+
+    return cast(Verb, call)
+
+
+@contextmanager
+def separate_parts(model: nn.Module) -> Iterator[None]:
+    """A context in which fused weights are layers of their own, where this is possible.
+
+    Afterwards what was not replaced is what it was before. Nothing happens inside of another such
+    context, or to what is no model.
+    """
+    undo: list[Callable[[], None]] = []
+    try:
+        if isinstance(model, nn.Module):
+            _split_modules(model, undo)
+            split_experts(model, undo)
+        yield
+    finally:
+        for step in reversed(undo):
+            step()
+
+
+def join_parts(model: nn.Module) -> None:
+    """Put parts of which none is factored back together, in all of a model."""
+    join_experts(model)
+    for module in {id(m): m for _, m in modules_of(model)}.values():
+        if isinstance(module, Unfused):
+            _join(module, {})
+
+
+def _split_modules(model: nn.Module, undo: list[Callable[[], None]]) -> None:
+    for module in {id(m): m for _, m in modules_of(model)}.values():
+        if obstacle_to_split(module) == "":
+            before: Parameters = {}
+            undo.append(functools.partial(_join, module, before))
+            before.update(split_module(module))
+
+
+def _join(module: nn.Module, before: Parameters) -> None:
+    """Make one module whole again, if all of its layers are dense."""
+    if not isinstance(module, Unfused):
+        return
+    if module.is_dense:
+        fuse(module, before)
+    else:
+        own_memory(module.layers().values())
