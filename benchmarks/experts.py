@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from expert_rivals import RIVALS, Way
 from machine import keep
 
 import lowrank
 from lowrank import Recovery, demo
 from lowrank.demo import judge
+from lowrank.walk.surgery import copied
 
 PLAIN = {"policy": "uniform", "storage": "factors"}
 WAYS: dict[str, dict[str, Any]] = {
@@ -38,6 +40,29 @@ WAYS: dict[str, dict[str, Any]] = {
     "fast": {"effort": "fast"},
     "balanced": {"effort": "balanced"},
 }  # fmt: skip
+
+
+def with_rival(model: Any, calibration: Any, way: Way, ratio: float, data: Any) -> Any:
+    """The experts in a rival's way, attention whitened and pivoted, both at the ratio; None where
+    the rival cannot be that small. The numbers of a rival's weights are counted, not stored."""
+    small = copied(model)
+    for name, parameter in small.named_parameters():
+        if parameter.ndim != 3:
+            continue
+        layers = [calibration.statistics[f"{name}.{e}"] for e in range(len(parameter))]
+        if any(layer.gram is None for layer in layers):
+            raise SystemExit(f"an expert of {name} was given no token")
+        grams = torch.stack([layer.gram.double() for layer in layers])
+        counts = torch.tensor([layer.count for layer in layers], dtype=torch.float64)
+        found = way(parameter.detach().double(), grams, counts, ratio)
+        if found is None:
+            return None
+        parameter.data.copy_(found)
+    options = {"method": "whitened", "policy": "uniform", "storage": "pivoted", "align": 1}
+    attention = r".*self_attn.*"
+    return lowrank.compress(
+        small, ratio, data=data, target_modules=attention, progress=False, **options
+    )[0]
 
 
 def speed() -> None:
@@ -86,7 +111,8 @@ def main() -> None:
     calibration = lowrank.calibrate(model, data, hold_out=0.2, progress=False)
     counts = [s.count for n, s in calibration.statistics.items() if ".experts.gate_up_proj." in n]
     print(f"{len(counts)} experts, given {min(counts):,} to {max(counts):,} tokens")
-    ways = {name: WAYS[name] for name in given.only or WAYS}
+    names = given.only or [*WAYS, *RIVALS]
+    ways = {name: WAYS[name] for name in names if name in WAYS}
     rows = []
     for ratio in given.ratios:
         for name, options in ways.items():
@@ -99,6 +125,18 @@ def main() -> None:
             _, (perplexity, kl) = judge([model, small], held)
             row = {"ratio": ratio, "way": name, "kl": kl, "perplexity": perplexity}
             rows.append({**row, "kept": report.achieved, "seconds": seconds})
+            print(f"{ratio:4} {name:24} KL {kl:.4f}  ppl {perplexity:7.2f}  {seconds:5.0f} s",
+                  flush=True)  # fmt: skip
+        for name in (name for name in names if name in RIVALS):
+            start = time.perf_counter()
+            rival = with_rival(model, calibration, RIVALS[name], ratio, data)
+            seconds = time.perf_counter() - start
+            if rival is None:
+                print(f"{ratio:4} {name:24} cannot be that small", flush=True)
+                continue
+            _, (perplexity, kl) = judge([model, rival], held)
+            row = {"ratio": ratio, "way": name, "kl": kl, "perplexity": perplexity}
+            rows.append({**row, "kept": ratio, "seconds": seconds})
             print(f"{ratio:4} {name:24} KL {kl:.4f}  ppl {perplexity:7.2f}  {seconds:5.0f} s",
                   flush=True)  # fmt: skip
     if not given.only:

@@ -125,12 +125,14 @@ def linear_case(
     conv1d: bool = False,
     tokens: int = 64,
     dead: int | None = None,
+    part: bool = False,
 ) -> Case:
     """A case around a weight (out, in): an nn.Linear, or transformers' Conv1D.
 
     Args:
         tokens: fewer than `in` make the Gram matrix singular.
         dead: an input that is always zero.
+        part: the weight is a transposed view of one of several, as that of an expert may be.
     """
     out_features, in_features = weight.shape
     inputs = _normal(tokens, in_features, 1) @ _normal(in_features, in_features, 2) / in_features
@@ -144,6 +146,8 @@ def linear_case(
         shift = layouts.bias(module)
         if shift is not None:
             shift.copy_(_normal(out_features, 1, 3)[:, 0])
+    if part:
+        _hold_part(module, transposed=True)
     exact = inputs.double()
     gradients = _normal(tokens, out_features, 21) @ _normal(out_features, out_features, 22)
     gradients = gradients.to(device)
@@ -168,6 +172,7 @@ def conv_case(
     device: torch.device | str = "cpu",
     kernel: tuple[int, ...] = (3, 2),
     space: int = 5,
+    part: bool = False,
     **options: Any,
 ) -> Case:
     """A case around a convolution with the matrix `weight` (O, I · K).
@@ -175,6 +180,7 @@ def conv_case(
     Args:
         kernel: one number a dimension.
         space: extent of the samples in each dimension.
+        part: the weight and the bias are views of those of several groups.
         options: stride, padding, dilation, padding_mode and bias, as of nn.Conv2d.
     """
     channels = weight.shape[1] // math.prod(kernel)
@@ -184,6 +190,8 @@ def conv_case(
         layouts.matrix(module).copy_(weight)
         if module.bias is not None:
             module.bias.copy_(_normal(len(weight), 1, 3)[:, 0])
+    if part:
+        _hold_part(module)
     rng = torch.Generator().manual_seed(23)
     inputs = torch.randn(6, channels, *[space] * len(kernel), generator=rng, dtype=torch.float64)
     inputs = inputs.to(device, dtype)
@@ -201,6 +209,16 @@ def conv_case(
     shape = (len(weight), weight.shape[1])
     site = Site("conv", ("conv", "alias"), "conv", (module,), shape, cost)
     return Case(f"{name}, {str(dtype).removeprefix('torch.')}", site, stats, inputs)
+
+
+def _hold_part(module: nn.Module, *, transposed: bool = False) -> None:
+    """Let a layer's parameters be the second third of larger ones, with the same values."""
+    for name, own in list(module.named_parameters()):
+        value = own.detach()
+        turn = transposed and value.ndim > 1
+        several = torch.stack([torch.full_like(value.T if turn else value, 7.0)] * 3)
+        several[1] = value.T if turn else value
+        setattr(module, name, nn.Parameter(several[1].T if turn else several[1]))
 
 
 def low_rank_weight(rank: int, *, positive: bool = False) -> Planted:
@@ -310,6 +328,7 @@ CASES: Mapping[str, Callable[..., Case]] = {
     "orthogonal": partial(linear_case, "orthogonal", torch.linalg.qr(_normal(12, 12, 10)).Q),
     "dead input": partial(linear_case, "dead input", _normal(14, 10, 11), dead=3),
     "few tokens": partial(linear_case, "few tokens", _normal(10, 14, 12), tokens=5),
+    "expert": partial(linear_case, "expert", _normal(10, 14, 29), part=True),
     "embedding": partial(embedding_case, "embedding", _normal(18, 10, 17)),
     "few rows": partial(embedding_case, "few rows", _normal(8, 12, 18)),
     "padding": partial(embedding_case, "padding", _normal(14, 10, 19), padding=2),
@@ -324,5 +343,6 @@ CASES: Mapping[str, Callable[..., Case]] = {
         conv_case, "1-d conv", _normal(8, 9, 26), kernel=(3,), padding=2, padding_mode="circular"
     ),
     "3-d conv": partial(conv_case, "3-d conv", _normal(6, 16, 27), kernel=(2, 2, 2), space=3),
+    "group": partial(conv_case, "group", _normal(8, 12, 30), part=True, padding=1),
     "1x1 conv": partial(conv_case, "1x1 conv", _normal(10, 8, 28), kernel=(1, 1)),
 }
