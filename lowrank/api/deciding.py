@@ -27,6 +27,7 @@ from ..types import Site
 from ..walk import layouts
 from ..walk.sites import check_rank_pattern, select_sites
 from .allocating import Curves, bench_of
+from .parting import Parted, of_calibration, of_sites, parted, split_as_planned
 from .planning import hold_out_of, make_plan
 from .request import Request, Source
 from .resuming import Work
@@ -57,18 +58,27 @@ def decide(
     if request.progress and is_main():
         expect(_stages(request, files=work is not None))
     calibration, recordings = _calibrated(model, sites, wanted, request, work)
+    chosen = None if work is None else work.plan()
+    if chosen is None:
+        fused = parted(model, sites, wanted, calibration, request)
+    else:
+        sizes = split_as_planned(model, chosen)
+        fused = Parted(of_sites(sites, sizes), [], of_calibration(calibration, sizes), {})
+    sites, calibration = fused.sites, fused.calibration
     bench = bench_of(model, calibration, request, recordings)
     if bench is not None and work is not None and work.data:
         bench.journal = work.journal
-    chosen = None if work is None else work.plan()
     if chosen is not None:
         resolved = resolved_for(chosen, None if isinstance(request.method, str) else request.method)
         return Decision(chosen, {}, resolved, sites, calibration, bench)
     remember = isinstance(request.data, Calibration)
-    planned = make_plan(model, request, wanted, calibration, bench, remember=remember)
+    made, curves, resolved = make_plan(
+        model, request, fused.wanted, calibration, bench, remember=remember
+    )
+    plan = fused.noted(made)
     if work is not None:
-        work.keep_plan(planned[0])
-    return Decision(*planned, sites, calibration, bench)
+        work.keep_plan(plan)
+    return Decision(plan, curves, resolved, sites, calibration, bench)
 
 
 def _stages(request: Request, *, files: bool) -> list[str]:

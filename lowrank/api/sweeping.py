@@ -27,12 +27,13 @@ from ..recover.workbench import Workbench
 from ..tables import aligned
 from ..types import Site
 from ..walk.checks import check_model
-from ..walk.parts import parts_apart
+from ..walk.parts import parts_apart, separate_parts
 from ..walk.sites import find_sites
 from ..walk.surgery import copied, twin
 from .allocating import bench_of
 from .applying import carry_out
 from .deciding import Feed, check_alike, statistics_for, targets_among
+from .parting import parted
 from .planning import hold_out_of, make_plan
 from .request import Request, Sweeping
 from .signatures import flat
@@ -195,16 +196,25 @@ class _Swept:
     judge: Reference | None
 
     def point(self, request: Request) -> Point:
+        with separate_parts(self.model):  # fused layers that this ratio has by parts
+            return self._point(request)
+
+    def _point(self, request: Request) -> Point:
         started = time.perf_counter()
+        fused = parted(self.model, self.sites, self.wanted, self.calibration, request)
+        bench = self.bench
+        if fused.sizes:
+            bench = bench_of(self.model, fused.calibration, request)
         plan, curves, resolved = make_plan(
-            self.model, request, self.wanted, self.calibration, self.bench, remember=True
+            self.model, request, fused.wanted, fused.calibration, bench, remember=True
         )
+        plan = fused.noted(plan)
         # Recovery writes trained norms and biases into the student, so it needs its own copy.
         recovers = request.recovery is not None
         student = copied(self.model) if recovers else twin(self.model)
         student, report = carry_out(
-            student, plan, self.sites, resolved, self.calibration,
-            bench=self.bench, curves=curves, started=started, progress=request.progress,
+            student, plan, fused.sites, resolved, fused.calibration,
+            bench=bench, curves=curves, started=started, progress=request.progress,
         )  # fmt: skip
         kl = None if self.judge is None else self.judge.kl(student)
         return Point(float(request.ratio or 0), report, kl, time.perf_counter() - started)

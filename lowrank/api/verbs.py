@@ -30,6 +30,7 @@ from .applying import carry_out
 from .deciding import Feed, check_alike, decide, resolved_for, statistics_for
 from .estimating import check_distillation
 from .from_disk import check_apart, spilling, working_in, write
+from .parting import of_calibration, split_as_planned
 from .request import HOLD_OUT, Compression, Request, Source
 from .resuming import Work, unfinished
 from .signatures import flat
@@ -105,6 +106,7 @@ def _applied(
     started: float,
 ) -> tuple[nn.Module, Report]:
     """`apply` to the model itself."""
+    sizes = split_as_planned(model, plan)
     sites = find_sites(model)
     work = matched(sites, plan, model)
     resolved = resolved_for(plan, method)
@@ -118,6 +120,7 @@ def _applied(
         model, sites, feed, needed=needed,
         hold_out=0.0 if recovery is None else HOLD_OUT,
     )  # fmt: skip
+    calibration = of_calibration(calibration, sizes)
     read = [site for (site, _), m in zip(work, makers, strict=True) if m.needs & FISHER]
     if calibration is not None and read:
         with stage("gradients"):

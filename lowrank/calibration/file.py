@@ -89,6 +89,7 @@ def _body(calibration: Calibration, store: _Store, folder: Path | None) -> dict[
         "order": observation.order, "groups": observation.groups, "chains": observation.chains,
         "bypassed": observation.bypassed, "calls": observation.calls,
         "shapes": {name: list(shape) for name, shape in observation.shapes.items()},
+        "cuts": {name: list(sizes) for name, sizes in observation.cuts.items()},
         "batches": [_batch(batch, store) for batch in calibration.batches],
         "held_out": [_batch(batch, store) for batch in calibration.held_out],
         "tokens": calibration.tokens, "min_tokens": calibration.min_tokens,
@@ -240,6 +241,7 @@ def _restored(body: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Pa
     observed = Observation(
         tuple(body["order"]), _names(body["groups"]), _names(body["chains"]), shapes,
         tuple(body["bypassed"]), dict(body.get("calls", {})),
+        {name: tuple(sizes) for name, sizes in body.get("cuts", {}).items()},
     )  # fmt: skip
     return Calibration(
         statistics={name: parts[number] for name, number in body["sites"].items()},

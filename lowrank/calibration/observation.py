@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import LowrankError
 from ..types import Site, Statistics
 from ..walk import layouts
+from .cuts import Cuts
 from .padding import Padding
 from .processes import gathered, summed
 from .running import SameTensor, Unpadded, first_tensor, quiet, tensors_in
@@ -36,6 +37,7 @@ class Observation:
         shapes: shape of each site's input at its first call.
         bypassed: sites that are never called, while their weights are read.
         calls: how often each site was called.
+        cuts: of linear layers, the sizes of the parts into which the model cuts what they return.
     """
 
     order: tuple[str, ...]
@@ -44,11 +46,12 @@ class Observation:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     bypassed: tuple[str, ...] = ()
     calls: dict[str, int] = field(default_factory=dict)
+    cuts: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
     """Run the model once under hooks; the model and its modes are restored."""
-    reads = _Reads()
+    reads, cuts = _Reads(), Cuts()
     containers = {
         name: module
         for name, module in model.named_modules()
@@ -63,10 +66,12 @@ def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
                 for module in site.modules
                 if site.kind != "embedding"  # ids are not multiplied
             ]
+            if site.kind == "linear":
+                handles += cuts.hooks(site)
         for name, container in containers.items():
             for index, member in enumerate(container):
                 handles += chains[name].hooks(index, member)
-        with quiet(model):
+        with quiet(model), cuts:
             run()
     finally:
         for handle in handles:
@@ -86,6 +91,7 @@ def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
         shapes=reads.shapes,
         bypassed=_bypassed(model, unseen, run) if unseen else (),
         calls=reads.counts(),
+        cuts=cuts.sizes(),
     )
 
 

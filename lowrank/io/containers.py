@@ -14,14 +14,17 @@ from torch import nn
 
 from ..errors import LowrankError
 from ..nn.expert_weights import ExpertWeights
+from ..nn.split_linear import SplitLinear, split_linear
 from ..nn.splits import KINDS, obstacle_to_split, split_module
 from ..nn.unfused import Unfused
+from ..walk import layouts
 from ..walk.experts import split
 from ..walk.surgery import factored, module_at, modules_of
 
 EXPERTS = "ExpertWeights"
 ENTRIES = frozenset({"type", "experts", "transposed"})
-TYPES = frozenset({EXPERTS, *(kind.__name__ for kind in KINDS)})
+LINEAR = SplitLinear.__name__
+TYPES = frozenset({EXPERTS, LINEAR, *(kind.__name__ for kind in KINDS)})
 
 
 def containers_of(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -105,6 +108,9 @@ def _hold_experts_apart(model: nn.Module, name: str, spec: dict[str, Any], sourc
 
 def _hold_parts_apart(model: nn.Module, name: str, spec: dict[str, Any], source: str) -> None:
     module, where = module_at(model, name), name or "(root)"
+    if spec["type"] == LINEAR and not isinstance(module, Unfused):
+        _check_sizes(module, spec, f"{source}: {where}")
+        split_linear(module, spec["sizes"])
     if not isinstance(module, Unfused):
         reason = obstacle_to_split(module)
         if reason is None:
@@ -120,5 +126,24 @@ def _hold_parts_apart(model: nn.Module, name: str, spec: dict[str, Any], source:
     if here != spec:
         raise LowrankError(
             f"{source}: {where}: stored as {spec!r:.200}, but the model has {here!r:.200}: the "
+            "architectures differ"
+        )
+
+
+def _check_sizes(module: nn.Module, spec: dict[str, Any], where: str) -> None:
+    """Raises LowrankError unless a linear layer has the outputs that a spec of its parts names."""
+    if layouts.kind(module) != "linear":
+        raise LowrankError(
+            f"{where}: stored as parts of a linear layer, but the model has a "
+            f"{type(module).__name__} there: the architectures differ"
+        )
+    if reason := layouts.obstacle(module):
+        raise LowrankError(f"{where}: it cannot be split: {reason}")
+    sizes = spec.get("sizes")
+    rows = len(layouts.matrix(module))
+    listed = sizes if isinstance(sizes, list) else []
+    if not all(type(size) is int and size > 0 for size in listed) or sum(listed) != rows:
+        raise LowrankError(
+            f"{where}: stored as parts of {sizes!r:.80} outputs, but the layer has {rows}: the "
             "architectures differ"
         )

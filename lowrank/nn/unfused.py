@@ -22,10 +22,14 @@ Parameters = dict[str, nn.Parameter]
 
 
 class Cut(NamedTuple):
-    """How a fused parameter is cut: into equal rows, each the weight or the bias of a layer."""
+    """How a fused parameter is cut: into rows, each the weight or the bias of a layer."""
 
     tensor: str  # "weight" or "bias"
     layers: tuple[str, ...]
+    sizes: tuple[int, ...] = ()  # how many rows each has; all as many, if they are not given
+
+    def parts(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return rows.split(list(self.sizes)) if self.sizes else rows.chunk(len(self.layers))
 
 
 class Unfused(nn.Module):
@@ -50,6 +54,11 @@ class Unfused(nn.Module):
     def empty(cls, module: nn.Module, weight: Tensor, bias: bool) -> nn.Module:
         """The layer that multiplies by this weight, on the meta device."""
         return nn.Linear(weight.shape[1], weight.shape[0], bias=bias, device="meta")
+
+    @classmethod
+    def rows(cls, module: nn.Module, fused: Tensor) -> Tensor:
+        """A fused weight or bias, by rows of outputs; its own inverse."""
+        return fused
 
     @classmethod
     def opened(cls, module: nn.Module, rows: Tensor) -> Tensor:
@@ -96,7 +105,8 @@ def unfuse(module: nn.Module, kind: type[Unfused]) -> Parameters:
         if parameter is None:
             continue
         before[name] = parameter
-        for key, rows in zip(cut.layers, parameter.detach().chunk(len(cut.layers)), strict=True):
+        whole = kind.rows(module, parameter.detach())
+        for key, rows in zip(cut.layers, cut.parts(whole), strict=True):
             view = kind.opened(module, rows) if cut.tensor == "weight" else rows
             part = nn.Parameter(view, requires_grad=parameter.requires_grad)
             parts.setdefault(key, {})[cut.tensor] = part
@@ -117,13 +127,13 @@ def fuse(module: Unfused, before: Mapping[str, nn.Parameter]) -> None:
     Args:
         before: its parameters, as `unfuse` returned them; none where it comes from elsewhere.
     """
-    kind = type(module)
+    kind, wanted = type(module), module.WHOLE
     cuts = kind.cuts(module)
     whole = {name: _joined(module, cut, before.get(name)) for name, cut in cuts.items()}
     for key in {key for cut in cuts.values() for key in cut.layers}:
         del module._modules[key]
     module._parameters.update(whole)
-    module.__class__ = kind.WHOLE  # type: ignore[assignment]
+    module.__class__ = wanted  # type: ignore[assignment]
     kind.left(module)
 
 
@@ -137,13 +147,13 @@ def _joined(module: Unfused, cut: Cut, before: nn.Parameter | None) -> nn.Parame
     rows = [p.detach() for p in own]
     if cut.tensor == "weight":
         rows = [module.closed(module, weight) for weight in rows]
-    if before is not None and _are_views(rows, before):
+    if before is not None and _same(rows, cut.parts(module.rows(module, before.detach()))):
         return before
-    return nn.Parameter(torch.cat(rows), requires_grad=any(p.requires_grad for p in own))
+    whole = module.rows(module, torch.cat(rows)).contiguous()
+    return nn.Parameter(whole, requires_grad=any(p.requires_grad for p in own))
 
 
-def _are_views(rows: Sequence[Tensor], whole: Tensor) -> bool:
-    parts = whole.detach().chunk(len(rows))
+def _same(rows: Sequence[Tensor], parts: Sequence[Tensor]) -> bool:
     return all(
         (part.data_ptr(), part.dtype, part.shape) == (row.data_ptr(), row.dtype, row.shape)
         for part, row in zip(parts, rows, strict=True)

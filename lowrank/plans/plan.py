@@ -25,7 +25,17 @@ from ..walk import coverage, layouts
 from ..walk.surgery import factored
 from . import shared_basis
 from .entry import Entry
-from .schema import COST, Checks, is_cost, is_counts, is_integer, is_number, is_text, require_fields
+from .schema import (
+    COST,
+    Checks,
+    are_parts,
+    is_cost,
+    is_counts,
+    is_integer,
+    is_number,
+    is_text,
+    require_fields,
+)
 
 FORMAT = 1
 Work = list[tuple[Site, Entry]]
@@ -229,6 +239,7 @@ _SETTINGS: Checks = {
         "a list of texts",
     ),
     "uncovered": (is_counts, "an object of counts"),
+    "parts": (are_parts, "an object of lists of outputs"),
 }
 
 

@@ -51,6 +51,14 @@ def is_cost(value: Any) -> bool:
     return isinstance(value, dict) and set(value) == names and are_integers(list(value.values()))
 
 
+def are_parts(value: Any) -> bool:
+    """An object of lists of at least two integers > 0, or None."""
+    return value is None or (
+        isinstance(value, dict)
+        and all(are_integers(cut) and len(cut) > 1 and all(cut) for cut in value.values())
+    )
+
+
 def is_counts(value: Any) -> bool:
     """An object of integers >= 0, or None."""
     return value is None or (isinstance(value, dict) and are_integers(list(value.values())))

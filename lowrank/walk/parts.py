@@ -8,17 +8,21 @@ convolutions as plain layers, and nothing else needs to know of them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from ..nn.split_linear import split_linear
 from ..nn.splits import obstacle_to_split, split_module
 from ..nn.unfused import Parameters, Unfused, fuse
 from .experts import join_experts, split_experts
-from .surgery import modules_of, own_memory
+from .surgery import module_at, modules_of, own_memory
 
+Undo = list[Callable[[], None]]
+_UNDO: ContextVar[Undo | None] = ContextVar("undo", default=None)  # of the innermost context
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 
@@ -37,18 +41,37 @@ def parts_apart(verb: Verb) -> Verb:
 def separate_parts(model: nn.Module) -> Iterator[None]:
     """A context in which fused weights are layers of their own, where this is possible.
 
-    Afterwards what was not replaced is what it was before. Nothing happens inside of another such
-    context, or to what is no model.
+    Afterwards what was not replaced is what it was before. Inside of another such context all is
+    split already; to what is no model nothing happens.
     """
-    undo: list[Callable[[], None]] = []
+    undo: Undo = []
+    token = _UNDO.set(undo)
     try:
         if isinstance(model, nn.Module):
             _split_modules(model, undo)
             split_experts(model, undo)
         yield
     finally:
+        _UNDO.reset(token)
         for step in reversed(undo):
             step()
+
+
+def separate_linear(model: nn.Module, name: str, sizes: Sequence[int]) -> Callable[[], None]:
+    """Hold one linear layer as several until the end of the innermost `separate_parts`.
+
+    Args:
+        sizes: of their outputs; together those of the layer.
+
+    Returns:
+        What puts it back before.
+    """
+    undo, module, before = _UNDO.get(), module_at(model, name), Parameters()
+    put_back = functools.partial(_join, module, before)
+    if undo is not None:
+        undo.append(put_back)
+    before.update(split_linear(module, sizes))
+    return put_back
 
 
 def join_parts(model: nn.Module) -> None:
@@ -59,10 +82,10 @@ def join_parts(model: nn.Module) -> None:
             _join(module, {})
 
 
-def _split_modules(model: nn.Module, undo: list[Callable[[], None]]) -> None:
+def _split_modules(model: nn.Module, undo: Undo) -> None:
     for module in {id(m): m for _, m in modules_of(model)}.values():
         if obstacle_to_split(module) == "":
-            before: Parameters = {}
+            before = Parameters()
             undo.append(functools.partial(_join, module, before))
             before.update(split_module(module))
 

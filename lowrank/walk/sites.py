@@ -166,6 +166,11 @@ def check_rank_pattern(patterns: Mapping[str, object], sites: Sequence[Site]) ->
             )
 
 
+def site_of(layer: nn.Module, names: tuple[str, ...]) -> Site:
+    """The site of one layer that may be factored, under these names."""
+    return _site((layer,), names, "")
+
+
 def _site(modules: tuple[nn.Module, ...], names: tuple[str, ...], reason: str) -> Site:
     weight = layouts.matrix(modules[0])
     shape = (weight.shape[0], weight.shape[-1])
