@@ -33,6 +33,51 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "keys taken for queries in attention from layers",
+        "lowrank/nn/split_attention.py",
+        "q, k, v = projected  #",
+        "k, q, v = projected  #",
+        ("tests/nn/test_split_attention.py::test_without_a_batch",),
+    ),
+    Mutant(
+        "the states of sequences that ended dropped",
+        "lowrank/nn/split_recurrent.py",
+        "rest = [s[rows:] for s in state]",
+        "rest = [s[rows:] * 0 for s in state]",
+        ("tests/nn/test_split_recurrent.py::test_equals_torch",),
+    ),
+    Mutant(
+        "the reset gate of a GRU before the product with the hidden state",
+        "lowrank/nn/split_recurrent.py",
+        "(n + (r + hr).sigmoid() * hn).tanh()",
+        "((n + hn) * (r + hr).sigmoid()).tanh()",
+        ("tests/nn/test_split_recurrent.py::test_equals_torch",),
+    ),
+    Mutant(
+        "the padding of a transposed convolution cut on one side",
+        "lowrank/nn/split_conv.py",
+        "slice(p, side - p)",
+        "slice(0, side - 2 * p)",
+        ("tests/nn/test_split_conv.py::test_transposed_equals_torch",),
+    ),
+    Mutant(
+        "fused layers split where the whole is nearer",
+        "lowrank/api/parting.py",
+        "if after < before:",
+        "if after > before:",
+        (
+            "tests/api/test_parting.py::test_by_parts_it_is_nearer_than_as_a_whole",
+            "tests/api/test_parting.py::test_one_that_is_nearer_as_a_whole_stays_whole",
+        ),
+    ),
+    Mutant(
+        "the layers of one part for those of another when fused again",
+        "lowrank/nn/unfused.py",
+        "return nn.Parameter(whole, requires_grad",
+        "return nn.Parameter(whole.flip(0), requires_grad",
+        ("tests/nn/test_unfused.py::test_layers_are_views_and_changes_of_them_come_back",),
+    ),
+    Mutant(
         "an error below its own rounding called nothing",
         "lowrank/linalg/gram.py",
         "return max(error, torch.finfo(metric.dtype).eps * size",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -62,7 +63,8 @@ class Cuts(TorchFunctionMode):
     ) -> Any:
         found = func(*args, **(kwargs or {}))
         if args and isinstance(args[0], Tensor):
-            self._note(getattr(func, "__name__", ""), args[0], args[1:], kwargs or {}, found)
+            with suppress(TypeError, ValueError, IndexError, RuntimeError):  # odd arguments
+                self._note(getattr(func, "__name__", ""), args[0], args[1:], kwargs or {}, found)
         return found
 
     def _note(
@@ -85,9 +87,9 @@ class Cuts(TorchFunctionMode):
             ends.update((int(rest[1]), int(rest[1]) + int(rest[2])))
         elif name == "__getitem__":
             ends.update(_sliced(rest[0], tensor, place))
-        elif name in ("transpose", "swapaxes", "mT") and isinstance(found, Tensor):
-            axes = [a % tensor.ndim for a in rest] or [tensor.ndim - 2, tensor.ndim - 1]
-            if place in axes and len(axes) == 2:
+        elif name in ("transpose", "swapaxes") and len(rest) == 2:
+            axes = [axis % tensor.ndim for axis in rest]
+            if place in axes:
                 place = axes[1] if place == axes[0] else axes[0]
             self._follow(found, layer, place - tensor.ndim)
 

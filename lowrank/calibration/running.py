@@ -6,13 +6,14 @@ import inspect
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LowrankError
+from ..walk.surgery import COMPILED
 from .batches import ROWS, Batch
 
 LOGITS = 1 << 27  # bytes of logits that are held at once
@@ -26,7 +27,8 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
     Models keep no key–value cache: nobody reads it, and it takes memory for every layer. Torch's
     fast path of attention is off too: it makes nested tensors of padded ones, and reads weights
-    without calling their layers.
+    without calling their layers. What torch.compile wraps runs uncompiled, so that hooks are called
+    as they are added.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     training = [module for module in model.modules() if module.training]
@@ -34,12 +36,19 @@ def quiet(model: nn.Module) -> Iterator[None]:
     model.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=cuda), _without_cache(model):
+        random = torch.random.fork_rng(devices=cuda)
+        with torch.no_grad(), random, _without_cache(model), _uncompiled(model):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for module in training:
             module.training = True
+
+
+def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """A context without torch.compile; of a model that has none, nothing is imported for it."""
+    is_compiled = any(COMPILED in module._modules for module in model.modules())
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import LowrankError
 from ..nn.expert_weights import ExpertWeights
-from ..nn.split_linear import SplitLinear, split_linear
+from ..nn.split_linear import SplitLinear, split_outputs
 from ..nn.splits import KINDS, obstacle_to_split, split_module
 from ..nn.unfused import Unfused
 from ..walk import layouts
@@ -110,7 +110,7 @@ def _hold_parts_apart(model: nn.Module, name: str, spec: dict[str, Any], source:
     module, where = module_at(model, name), name or "(root)"
     if spec["type"] == LINEAR and not isinstance(module, Unfused):
         _check_sizes(module, spec, f"{source}: {where}")
-        split_linear(module, spec["sizes"])
+        split_outputs(module, spec["sizes"])
     if not isinstance(module, Unfused):
         reason = obstacle_to_split(module)
         if reason is None:

@@ -58,7 +58,7 @@ class SplitLinear(Unfused):
         return f"sizes={self.sizes}"
 
 
-def split_linear(module: nn.Module, sizes: Sequence[int]) -> Parameters:
+def split_outputs(module: nn.Module, sizes: Sequence[int]) -> Parameters:
     """Hold a linear layer as several, in place; returns the parameters that it held.
 
     Args:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from ..nn.split_linear import split_linear
+from ..nn.split_linear import split_outputs
 from ..nn.splits import obstacle_to_split, split_module
 from ..nn.unfused import Parameters, Unfused, fuse
 from .experts import join_experts, split_experts
@@ -70,7 +70,7 @@ def separate_linear(model: nn.Module, name: str, sizes: Sequence[int]) -> Callab
     put_back = functools.partial(_join, module, before)
     if undo is not None:
         undo.append(put_back)
-    before.update(split_linear(module, sizes))
+    before.update(split_outputs(module, sizes))
     return put_back
 
 

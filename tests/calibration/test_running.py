@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+from torch import nn
 
 import lowrank
 from lowrank.calibration.running import quiet
@@ -36,3 +38,14 @@ def test_no_pass_over_the_whole_model_keeps_a_cache_of_every_layer() -> None:
     handle.remove()
     assert len(kept) > 8
     assert not any(kept)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_torch_compile_wraps_is_reached(whole: bool) -> None:
+    inner = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    compiled = torch.compile(inner, backend="eager")
+    model = compiled if whole else nn.Sequential(compiled, nn.Linear(8, 8))
+    x = torch.randn(16, 8)
+    model(x)  # compiled, without any hook
+    found = lowrank.calibrate(model, [x], progress=False)
+    assert [stats.count for stats in found.statistics.values()] == [16] * (2 if whole else 3)
