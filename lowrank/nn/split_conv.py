@@ -28,6 +28,10 @@ RANKS = 2  # at which it has to be smaller
 class _SplitConv(Unfused):
     """What both kinds have in common: a layer for each group, named by its number."""
 
+    @classmethod
+    def closed(cls, module: Any, weight: Tensor) -> Tensor:
+        return weight.view(len(weight), -1, *module.kernel_size)
+
     def spec(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in (*SIZES, "padding_mode")}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
@@ -113,7 +117,7 @@ class SplitTransposed(_SplitConv):
         """x (B, I, *space) or (I, *space) -> (B, O, *space')."""
         dims = len(self.kernel_size)
         batched = x if x.dim() == dims + 2 else x[None]
-        more = self._output_padding(  # type: ignore[operator]
+        more = self._output_padding(
             batched, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
         )
         parts = batched.chunk(self.groups, dim=1)

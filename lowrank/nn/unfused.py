@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .children import is_bare
+from .form import Form
 
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Parameters = dict[str, nn.Parameter]
@@ -35,7 +36,8 @@ class Cut(NamedTuple):
 class Unfused(nn.Module):
     """A module in place of one of class `WHOLE`, of torch, that holds its weights as layers.
 
-    The parameters that it no longer holds are None.
+    The parameters that it no longer holds are computed where code reads them, for a look: what is
+    written to them is lost.
     """
 
     WHOLE: ClassVar[type[nn.Module]]
@@ -86,6 +88,28 @@ class Unfused(nn.Module):
         """The layers that it computes from, by name; those that it has anyway included."""
         names = dict.fromkeys(name for cut in self.cuts(self).values() for name in cut.layers)
         return {name: cast(nn.Module, self._modules[name]) for name in names}
+
+    def reset_parameters(self) -> None:
+        """Nothing: its layers are initialised as layers are, by whoever initialises modules."""
+
+    _reset_parameters = reset_parameters  # torch's name in attention
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        if found is not None or name not in self._parameters:
+            return found
+        cut = self.cuts(self).get(name)
+        return None if cut is None else self._computed(cut)
+
+    def _computed(self, cut: Cut) -> Tensor | None:
+        """A fused parameter; None if the layers have no such."""
+        layers = [cast(Any, self._modules[key]) for key in cut.layers]
+        if cut.tensor == "bias":
+            own = [layer.bias for layer in layers]
+            return None if any(bias is None for bias in own) else torch.cat(own)
+        weights = [x.dense_weight() if isinstance(x, Form) else x.weight for x in layers]
+        rows = [self.closed(self, weight.reshape(len(weight), -1)) for weight in weights]
+        return self.rows(self, torch.cat(rows))
 
     @property
     def is_dense(self) -> bool:

@@ -138,3 +138,23 @@ def test_tied_recurrent_nets_stay_tied() -> None:
     small, report = lowrank.compress(net, 0.6, data=[x], progress=False)
     assert len([e for e in report.plan.entries if e.target]) == 2
     assert small.one.hh_l0 is small.other.hh_l0
+
+
+def test_a_model_of_transformers_that_uses_torchs_attention(tmp_path: Path) -> None:
+    """It initialises attention's parameters by their names when it loads."""
+    import transformers as tf
+
+    torch.manual_seed(0)
+    config = tf.SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    model: Any = tf.SiglipVisionModel(config).eval()
+    images = torch.randn(8, 3, 16, 16)
+    small, report = lowrank.compress(model, 0.5, data=[{"pixel_values": images}], progress=False)
+    assert any(e.name.endswith("head.attention.v_proj") for e in report.plan.entries if e.target)
+    small.save_pretrained(tmp_path)
+    loaded = lowrank.from_pretrained(tmp_path)
+    with torch.no_grad():
+        found, expected = (m(pixel_values=images).pooler_output for m in (loaded, small))
+    assert torch.equal(found, expected)

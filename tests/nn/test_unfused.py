@@ -34,7 +34,9 @@ def test_split_and_whole_again_it_holds_the_very_parameters(module: nn.Module) -
     names = split_module(module)
     assert isinstance(module, Unfused)
     assert isinstance(module, cls)  # whoever asks for the class is answered as before
-    assert all(getattr(module, name) is None for name in names)
+    assert all(module._parameters[name] is None for name in names)
+    for name, held in names.items():  # who reads them is given what they would be
+        assert torch.equal(getattr(module, name), held)
     assert sum(p.numel() for p in module.parameters()) == sum(p.numel() for _, p in before)
     assert module.is_dense
     fuse(module, names)
@@ -91,3 +93,13 @@ def test_a_layer_that_is_hooked_or_replaced_is_not_dense(module: nn.Module) -> N
     assert module.is_dense
     module._modules[key] = nn.Identity()
     assert not module.is_dense
+
+
+def test_initialising_it_leaves_its_layers_alone(module: nn.Module) -> None:
+    split_module(module)
+    held = {name: value.clone() for name, value in module.state_dict().items()}
+    for name in ("reset_parameters", "_reset_parameters"):  # transformers calls torch's own
+        if hasattr(type(module), name):
+            getattr(module, name)()
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, held[name])
