@@ -83,7 +83,7 @@ class Blanks(nn.Module):
         self.embedding = nn.Embedding(256, width)
         self.place = nn.Parameter(torch.randn(LENGTH, width) * 0.02)
         layer = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
         self.head = nn.Linear(width, 256)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ def encoder(text: Path) -> Task:
         return _share(output[asked], y[asked])
 
     data = (*blanked(_bytes(_wiki(text, "valid"))), *blanked(_bytes(_wiki(text, "test"))[:1200]))
-    return Task(Blanks(192), *data, _next, score, "% of blanks", 1200)
+    return Task(Blanks(128), *data, _next, score, "% of blanks", 600, 32)
 
 
 def mobile(_: Path) -> Task:
@@ -216,7 +216,7 @@ def unet(images: Path) -> Task:
     def decibels(output: Tensor, y: Tensor) -> float:
         return float(-10 * (output - y).square().mean().log10())
 
-    return Task(UNet(24), *rows(train), *rows(test), F.mse_loss, decibels, "dB", 250, 32)
+    return Task(UNet(24), *rows(train), *rows(test), F.mse_loss, decibels, "dB", 800, 32)
 
 
 def train(task: Task) -> None:
