@@ -126,15 +126,16 @@ class SplitRecurrent(Unfused, nn.RNNBase):
         outputs: list[Tensor] = [data] * len(sizes)
         steps = range(len(sizes))
         for step in reversed(steps) if suffix.endswith("_reverse") else steps:
-            rows = sizes[step]
-            now = tuple(s[:rows] for s in state)
+            rows, running = sizes[step], len(state[0])
+            now = state if rows == running else tuple(s[:rows] for s in state)
             new = self._cell(inputs[step], recur(now[0]), now)
             if project is not None:
                 new = (project(new[0]), *new[1:])
             outputs[step] = new[0]
-            rest = [s[rows:] for s in state]
-            pairs = zip(new, rest, strict=True)
-            state = tuple(torch.cat([n, r.to(n)]) if len(r) else n for n, r in pairs)
+            if rows < running:
+                rest = [s[rows:] for s in state]
+                new = tuple(torch.cat([n, r.to(n)]) for n, r in zip(new, rest, strict=True))
+            state = new
         return torch.cat(outputs), state
 
     def _cell(self, x: Tensor, h: Tensor, state: State) -> State:
@@ -149,9 +150,11 @@ class SplitLSTM(SplitRecurrent, nn.LSTM):
     STATES = 2
 
     def _cell(self, x: Tensor, h: Tensor, state: State) -> State:
-        i, f, g, o = (x + h).chunk(4, dim=-1)
-        cell = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
-        return o.sigmoid() * cell.tanh(), cell
+        gates = x + h
+        i, f, _, o = gates.sigmoid().chunk(4, dim=-1)  # one call for all, g's unused
+        g = gates.chunk(4, dim=-1)[2].tanh()
+        cell = f * state[1] + i * g
+        return o * cell.tanh(), cell
 
 
 class SplitGRU(SplitRecurrent, nn.GRU):
@@ -160,9 +163,9 @@ class SplitGRU(SplitRecurrent, nn.GRU):
     WHOLE = nn.GRU
 
     def _cell(self, x: Tensor, h: Tensor, state: State) -> State:
-        (r, z, n), (hr, hz, hn) = x.chunk(3, dim=-1), h.chunk(3, dim=-1)
-        z = (z + hz).sigmoid()
-        new = (n + (r + hr).sigmoid() * hn).tanh()
+        (both, n), (hidden, hn) = (t.tensor_split([2 * self.hidden_size], -1) for t in (x, h))
+        r, z = (both + hidden).sigmoid().chunk(2, dim=-1)
+        new = (n + r * hn).tanh()
         return (new + z * (state[0] - new),)
 
 
