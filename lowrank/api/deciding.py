@@ -60,7 +60,8 @@ def decide(
     calibration, recordings = _calibrated(model, sites, wanted, request, work)
     chosen = None if work is None else work.plan()
     if chosen is None:
-        fused = parted(model, sites, wanted, calibration, request)
+        with stage("decompositions"):
+            fused = parted(model, sites, wanted, calibration, request)
     else:
         sizes = split_as_planned(model, chosen)
         fused = Parted(of_sites(sites, sizes), [], of_calibration(calibration, sizes), {})
@@ -73,8 +74,9 @@ def decide(
         return Decision(chosen, {}, resolved, sites, calibration, bench)
     remember = isinstance(request.data, Calibration)
     made, curves, resolved = make_plan(
-        model, request, fused.wanted, calibration, bench, remember=remember
-    )
+        model, request, fused.wanted, calibration, bench,
+        remember=remember, known=fused.curves,
+    )  # fmt: skip
     plan = fused.noted(made)
     if work is not None:
         work.keep_plan(plan)

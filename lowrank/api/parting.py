@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 from torch import nn
@@ -39,6 +40,7 @@ class Parted(NamedTuple):
     Attributes:
         sizes: of the layers that were split.
         whole: names of those that were compared, and stay.
+        curves: of the sites that were compared, by name: nothing is decomposed twice.
     """
 
     sites: list[Site]
@@ -46,6 +48,7 @@ class Parted(NamedTuple):
     calibration: Calibration | None
     sizes: dict[str, list[int]]
     whole: tuple[str, ...] = ()
+    curves: Mapping[str, Curve] = MappingProxyType({})
 
     def noted(self, plan: Plan) -> Plan:
         """The plan with the layers that were split, which `apply` has to split again."""
@@ -81,6 +84,7 @@ def parted(
         return same
     sizes: dict[str, list[int]] = {}
     whole: list[str] = []
+    curves: dict[str, Curve] = {}
     inner = _parts_of_others(model)
     for site in wanted:
         cut = calibration.observation.cuts.get(site.name, ())
@@ -88,19 +92,21 @@ def parted(
             continue
         if not resolved.is_seen(site, calibration):
             continue
-        before = _error([resolved.curve([site], calibration)], site, request)
+        one = resolved.curve([site], calibration)
         put_back = separate_linear(model, site.name, cut)
-        parts = _parts(site, cut)
+        parts = _parts(site)
         seen = of_calibration(calibration, {site.name: cut})
-        after = _error([resolved.curve([part], seen) for part in parts], site, request)
-        if after < before:
+        each = {part.name: resolved.curve([part], seen) for part in parts}
+        if _error(list(each.values()), site, request) < _error([one], site, request):
             sizes[site.name] = list(cut)
+            curves |= each
         else:
             put_back()
             whole.append(site.name)
+            curves[site.name] = one
     return Parted(
         of_sites(sites, sizes), of_sites(wanted, sizes), of_calibration(calibration, sizes), sizes,
-        tuple(whole),
+        tuple(whole), curves,
     )  # fmt: skip
 
 
@@ -116,6 +122,7 @@ def split_as_planned(model: nn.Module, plan: Plan) -> Sizes:
         if isinstance(module, SplitLinear) and list(module.sizes) == list(cut):
             continue
         fits = layouts.kind(module) == "linear" and not layouts.obstacle(module)
+        fits = fits and "forward" not in vars(module)
         if not fits or len(layouts.matrix(module)) != sum(cut):
             raise LowrankError(
                 f"the plan was made for another model: it has {name} in parts of {list(cut)} "
@@ -130,7 +137,7 @@ def of_sites(sites: Sequence[Site], sizes: Sizes) -> list[Site]:
     found: list[Site] = []
     for site in sites:
         cut = sizes.get(site.name)
-        parts = [] if cut is None else _parts(site, cut)
+        parts = [] if cut is None else _parts(site)
         found += [replace(part, reason=site.reason) for part in parts] or [site]
     return found
 
@@ -185,7 +192,7 @@ def _statistics(whole: Statistics, cut: Sequence[int]) -> list[Statistics]:
     return found
 
 
-def _parts(site: Site, cut: Sequence[int]) -> list[Site]:
+def _parts(site: Site) -> list[Site]:
     """The sites of a layer that is split."""
     return [
         site_of(part, tuple(f"{name}.{i}" for name in site.names))

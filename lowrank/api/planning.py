@@ -67,6 +67,7 @@ def make_plan(
     bench: Workbench | None,
     *,
     remember: bool = False,
+    known: Mapping[str, Curve] | None = None,
 ) -> tuple[Plan, Curves, Resolved]:
     """Returns the plan, its curves by the name of each group's first site, and the resolved method.
 
@@ -74,12 +75,13 @@ def make_plan(
         sites: all sites considered; those without a reason are the targets.
         bench: workbench to judge candidates on; None if nothing can be judged.
         remember: cache the curves in the calibration, for the next plan.
+        known: curves of some sites alone, by name, of this method and this calibration.
     """
     resolved = request.resolved(data=calibration is not None)
     _check_data(request, resolved, calibration)
     taken, notes = _workable(sites, resolved, calibration, request)
     with stage("decompositions"):
-        parts = _decomposed(taken, resolved, calibration, request, remember)
+        parts = _decomposed(taken, resolved, calibration, request, remember, known or {})
     is_layer = any(site.name == "" for site in parts.sites)  # no model around it to judge
     bench = None if is_layer else bench
     if request.policy is None and request.ratio is not None:
@@ -215,6 +217,7 @@ def _decomposed(
     calibration: Calibration | None,
     request: Request,
     remember: bool,
+    known: Mapping[str, Curve],
 ) -> Decomposed:
     """The curve of every group of targets, and of each form if the method compares forms."""
     targets = [site for site in sites if not site.reason]
@@ -228,6 +231,8 @@ def _decomposed(
 
     def measure(group: Group) -> tuple[Curve, list[Curve]]:
         """A group's curve, and those of the forms that it joins."""
+        if several is None and group[0].name in known:
+            return known[group[0].name], []
         if several is None:
             return _curve(group, resolved, calibration, request, remember), []
         each = [replace(resolved, method=method) for method in methods.values()]

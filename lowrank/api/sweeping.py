@@ -206,8 +206,9 @@ class _Swept:
         if fused.sizes:
             bench = bench_of(self.model, fused.calibration, request)
         plan, curves, resolved = make_plan(
-            self.model, request, fused.wanted, fused.calibration, bench, remember=True
-        )
+            self.model, request, fused.wanted, fused.calibration, bench,
+            remember=True, known=fused.curves,
+        )  # fmt: skip
         plan = fused.noted(plan)
         # Recovery writes trained norms and biases into the student, so it needs its own copy.
         recovers = request.recovery is not None

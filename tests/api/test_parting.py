@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank import LowrankError
+from lowrank.methods.whitened import Whitened
 from lowrank.nn.split_linear import SplitLinear
 
 from ..zoo import said, unchanged
@@ -174,3 +175,16 @@ def test_a_damaged_declaration_is_one_error(sizes: Any, tmp_path: Path) -> None:
     with pytest.raises(LowrankError, match="architectures differ") as caught:
         lowrank.from_pretrained(tmp_path)
     said(caught)
+
+
+def test_nothing_is_decomposed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = _model("Phi3")
+    calibration = lowrank.calibrate(dense, [DATA], progress=False)
+    seen: list[tuple[str, ...]] = []
+    curve = Whitened.curve
+    monkeypatch.setattr(
+        Whitened, "curve", lambda *args: (seen.append(args[1].names), curve(*args))[1]
+    )
+    lowrank.plan(dense, 0.6, data=calibration, policy="spectrum", progress=False)
+    assert any(names[0].endswith("qkv_proj.2") for names in seen)
+    assert len(seen) == len(set(seen))
