@@ -63,8 +63,8 @@ MUTANTS = (
     Mutant(
         "fused layers split where the whole is nearer",
         "lowrank/api/parting.py",
-        "if after < before:",
-        "if after > before:",
+        "site, request) < _error([one], site, request)",
+        "site, request) > _error([one], site, request)",
         (
             "tests/api/test_parting.py::test_by_parts_it_is_nearer_than_as_a_whole",
             "tests/api/test_parting.py::test_one_that_is_nearer_as_a_whole_stays_whole",

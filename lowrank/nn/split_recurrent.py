@@ -2,7 +2,7 @@
 
 `ih_l0` reads the input of a layer, for all steps at once; `hh_l0` the hidden state, step by step;
 `hr_l0` projects it (proj_size). The other direction's names end in "_reverse". Steps run in Python:
-compare `lowrank.bench` with the whole module, which runs them in one kernel.
+`lowrank.benchmark` compares it with the whole module, which runs them in one kernel.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from lowrank.methods.whitened import Whitened
 from lowrank.nn.split_linear import SplitLinear
 
 from ..zoo import said, unchanged
+from .test_resuming import call, digests, stopped
 
 WORDS = 60
 SIZE = {
@@ -188,3 +189,18 @@ def test_nothing_is_decomposed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     lowrank.plan(dense, 0.6, data=calibration, policy="spectrum", progress=False)
     assert any(names[0].endswith("qkv_proj.2") for names in seen)
     assert len(seen) == len(set(seen))
+
+
+def test_a_call_that_was_stopped_goes_on_with_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "dense"
+    _model("Phi3").save_pretrained(source)
+    for place in ("whole", "stopped"):
+        (tmp_path / place).mkdir()
+    call(source, tmp_path / "whole" / "out")
+    stopped(monkeypatch, source, tmp_path / "stopped" / "out")
+    call(source, tmp_path / "stopped" / "out")
+    found, expected = (digests(tmp_path / place / "out") for place in ("stopped", "whole"))
+    assert found == expected
+    assert _split(lowrank.from_pretrained(tmp_path / "whole" / "out"))
