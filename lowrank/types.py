@@ -315,6 +315,13 @@ class WeighsOutputs(Protocol):
 
 
 @runtime_checkable
+class Nested(Protocol):
+    """A method whose plain factors of a rank are the leading ones of any larger rank."""
+
+    nested: bool
+
+
+@runtime_checkable
 class OwnForm(Protocol):
     """A method with its own form of layer, sized by several numbers instead of a rank."""
 

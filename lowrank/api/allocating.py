@@ -29,15 +29,18 @@ from ..policies.common import (
     smallest,
 )
 from ..recover.recovery import Recovery
-from ..recover.run import refit_makes, refitted_twins
+from ..recover.run import ROUNDING, refit_makes, refitted_twins
 from ..recover.workbench import Workbench
 from ..types import Allocation, Budget, Cost, Curve, Option, Probe, Site
+from ..walk.layouts import keeps_moments
 from ..walk.sites import pattern_value
 from ..walk.surgery import put, twin
 from .grouping import Group
 from .request import Request
 
 Curves = dict[str, Curve]
+Work = list[tuple[Site, Entry, nn.Module | None]]
+NEAR = 1.5  # times the least KL before the refit: candidates up to it are refitted and compared
 LEAST_TOKENS = 4096  # to refit a candidate to, enough for a comparison
 LEAST_ROWS, MOST_ROWS = 16, 96  # an image is a single token to the layers behind its pooling
 
@@ -139,8 +142,9 @@ def bench_of(
 class Judge:
     """The held-out KL of allocations, measured in twins.
 
-    If recovery follows, each candidate gets its closed-form part, since that can change the order
-    of candidates.
+    If recovery follows, its closed-form part can change the order of candidates. So those that are
+    near the best one before it get it too, on a few rows: refitting all of them would take the
+    longest of a whole compression, and those left behind before it were so after it, too.
 
     Attributes:
         groups: by the names under which an allocation lists them.
@@ -155,46 +159,91 @@ class Judge:
         return self.compare([allocation])[0]
 
     def compare(self, allocations: Sequence[Allocation]) -> list[float]:
-        """The held-out KL of each; the dense model runs once for all."""
-        works = [self._work(allocation) for allocation in allocations]
-        recovery = self.recovery
-        if recovery is None:
-            twins = [self._put(work) for work in works]
-        else:
-            rows = sum(map(rows_in, self.bench.batches[: self.bench.fitted]))
-            tokens = self.bench.calibration.tokens / max(rows, 1)
-            few = math.ceil(probed_rows(tokens) / recovery.rows)
-            twins = refitted_twins(self.bench, works, recovery, self.resolved, most=few)
-        return list(dealt(partial(self._judged, lean) for lean in twins))
+        """The held-out KL of each; the dense model runs once for all.
 
-    def _work(self, allocation: Allocation) -> list[tuple[Site, Entry, nn.Module | None]]:
-        work: list[tuple[Site, Entry, nn.Module | None]] = []
+        Where several are near the best before the refit: theirs after it, and for others theirs
+        before it, or the largest of those if that is more.
+        """
+        allocations = [self._plain(each) for each in allocations]
+        if self.recovery is None:
+            return self._judged(self._made(allocations))
+        normed = self.recovery.batchnorm and any(map(keeps_moments, self.bench.model.modules()))
+        if len(allocations) == 1 or normed:  # batch norms off their moments hide what is near
+            return self._judged(self._refitted(allocations, self.recovery))
+        values = self._judged(self._made(allocations))
+        least = min(values)
+        near = [i for i, value in enumerate(values) if value <= NEAR * max(least, ROUNDING)]
+        if len(near) == 1:
+            return values
+        after = self._judged(self._refitted([allocations[i] for i in near], self.recovery))
+        values = [max(value, *after) for value in values]
+        for i, value in zip(near, after, strict=True):
+            values[i] = value
+        return values
+
+    def _plain(self, allocation: Allocation) -> Allocation:
+        """The same with plain factors: pivoted ones are the same product, in fewer numbers."""
+        return {
+            names: replace(o, storage="factors") if o.storage == "pivoted" else o
+            for names, o in allocation.items()
+        }
+
+    def _made(self, allocations: Sequence[Allocation]) -> list[nn.Module]:
+        """A twin of each, its layers factored from the dense model's statistics."""
+        works: list[Work] = [[] for _ in allocations]
+        chosen = [(names, [each[names] for each in allocations]) for names in self.groups]
+        made = dealt(partial(self._factored, names, options) for names, options in chosen)
+        for (names, options), layers in zip(chosen, made, strict=True):
+            for work, option, new in zip(works, options, layers, strict=True):
+                sites = zip(self.groups[names], new, strict=True) if new else ()
+                work += [(s, Entry.of(s, option), settled(module)) for s, module in sites]
+        return [self._put(work) for work in works]
+
+    def _factored(self, names: tuple[str, ...], options: Sequence[Option]) -> list[list[nn.Module]]:
+        """A group's layers of each option; none of dense ones."""
+        group = self.groups[names]
+        stats = statistics_of(group[0], self.bench.calibration)
+        factored = [option for option in options if not option.dense]
+        made = iter(self.resolved.factor_each(group, factored, stats))
+        return [[] if option.dense else next(made) for option in options]
+
+    def _refitted(self, allocations: Sequence[Allocation], recovery: Recovery) -> list[nn.Module]:
+        """A twin of each after closed-form recovery on a few rows."""
+        rows = sum(map(rows_in, self.bench.batches[: self.bench.fitted]))
+        tokens = self.bench.calibration.tokens / max(rows, 1)
+        few = math.ceil(probed_rows(tokens) / recovery.rows)
+        works = [self._work(allocation, recovery) for allocation in allocations]
+        return refitted_twins(self.bench, works, recovery, self.resolved, most=few)
+
+    def _work(self, allocation: Allocation, recovery: Recovery) -> Work:
+        """What is to be refitted, and the layers that the refit does not make."""
+        work: Work = []
         for names, group in self.groups.items():
             option = allocation[names]
             if option.dense:
                 continue
             entry = Entry.of(group[0], option)
-            if self.recovery is not None and refit_makes(self.recovery, group[0], entry):
-                # Pivoted factors are the same product, in fewer numbers.
-                plain = replace(option, storage="factors")
-                work.append((group[0], Entry.of(group[0], plain), None))
+            if refit_makes(recovery, group[0], entry):
+                work.append((group[0], entry, None))
                 continue
-            stats = statistics_of(group[0], self.bench.calibration)
-            new = [settled(module) for module in self.resolved.factor(group, option, stats)]
+            (new,) = self._factored(names, [option])
             work += [
-                (site, Entry.of(site, option), module)
+                (site, Entry.of(site, option), settled(module))
                 for site, module in zip(group, new, strict=True)
             ]
         return work
 
-    def _put(self, work: Sequence[tuple[Site, Entry, nn.Module | None]]) -> nn.Module:
+    def _put(self, work: Work) -> nn.Module:
         lean = twin(self.bench.model)
         for site, _, new in work:
             if new is not None:
                 lean = put(lean, site, new)
         return lean
 
-    def _judged(self, lean: nn.Module) -> float:
+    def _judged(self, twins: Sequence[nn.Module]) -> list[float]:
+        return list(dealt(partial(self._value, lean) for lean in twins))
+
+    def _value(self, lean: nn.Module) -> float:
         try:
             return self.bench.judge.judged(lean)
         except NotFinite:

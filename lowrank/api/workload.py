@@ -2,21 +2,18 @@
 
 Products count 2mnk FLOPs, a Cholesky factor n³/3, a QR factorisation of (m, n) with its Q
 4n²(m − n/3), an eigenproblem 4n³/3 without and 9n³ with vectors (Golub and Van Loan, Matrix
-Computations). Products of factored layers count as dense ones, and every candidate as decomposed
-anew, so that the count is rather too high.
+Computations). Products of factored layers count as dense ones, so that it is rather too much.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 from ..calibration.fisher import FISHER
 from ..linalg.gram import PART
 from ..measure.rates import Rates
 from ..recover.streams import MOST
-from .allocating import probed_rows
 from .jobs import Job, Layer
 
 CHECKS = 7  # passes over the held-out rows while a block trains
@@ -153,9 +150,9 @@ def _error(job: Job, layer: Layer) -> Work:
     return Work(double=flops)
 
 
-def _refit(job: Job, students: int = 1) -> Work:
-    """The dense stream and those of the students, block by block: up to every distinct input, and
-    once through for the outputs; moments at every input; for every layer a Cholesky factor and new
+def _refit(job: Job) -> Work:
+    """The dense stream and the student's, block by block: up to every distinct input, and once
+    through for the outputs; moments at every input; for every layer a Cholesky factor and new
     factors."""
     if job.recovery is None or not job.recovery.refit:
         return Work()
@@ -163,12 +160,12 @@ def _refit(job: Job, students: int = 1) -> Work:
     passes = 0.0
     for name, flops in job.outline.blocks.items():
         ends = [_until(job, read) for read in job.groups if read.block == name]
-        again = _unkept(job, name, students)
+        again = _unkept(job, name)
         runs = sum(ends[:-1]) * again + job.rows * flops
         student_runs = sum(ends) * again + job.rows * flops
-        passes += runs + students * student_runs + (1 + students) * trained * flops
+        passes += runs + student_runs + 2 * trained * flops
     outside = sum(not read.block for read in job.groups) * job.outline.flops
-    passes += (1 + students) * job.rows * outside
+    passes += 2 * job.rows * outside
     moments = sum(
         job.rows * read.tokens * (2 * read.inputs**2 + _squared(read.inputs)) for read in job.groups
     )
@@ -176,16 +173,16 @@ def _refit(job: Job, students: int = 1) -> Work:
         _factor(job, layer) + Work(double=layer.inputs**3 / 3 + 4 * layer.outputs * layer.inputs**2)
         for layer in job.layers
     )
-    return Work(product=passes) + (Work(single=moments) + solved).often(students)
+    return Work(product=passes, single=moments) + solved
 
 
-def _unkept(job: Job, block: str, students: int) -> float:
+def _unkept(job: Job, block: str) -> float:
     """The products of a block that every further run of it computes again: those outside of its
     layers, and of the layers whose outputs are too much to be kept."""
     mine = [layer for layer in job.layers if layer.block == block]
     layers = sum(2 * layer.tokens * layer.outputs * layer.inputs for layer in mine)
     outputs = job.rows * job.itemsize * sum(layer.tokens * layer.outputs for layer in mine)
-    kept = min(MOST / (1 + students) / max(outputs, 1), 1.0)
+    kept = min(MOST / 2 / max(outputs, 1), 1.0)
     return job.rows * (job.outline.blocks[block] - kept * layers)
 
 
@@ -205,12 +202,9 @@ def _training(job: Job, steps: int) -> Work:
 
 
 def _choosing(job: Job, candidates: int) -> Work:
-    """Candidates are refitted together on few rows, or else made; then each is judged."""
+    """Every candidate is made and judged. Those near the best are refitted on a few rows, too:
+    which ones is known only then, so that this is not counted."""
     if not candidates:
         return Work()
     judging = _forward(job, (1 + candidates) * job.held)  # the dense model's predictions too
-    if job.recovery is None or not job.recovery.refit:
-        return judging + _over(_factor(job, layer) for layer in job.layers).often(candidates)
-    batches = math.ceil(probed_rows(max(layer.tokens for layer in job.layers)) / job.batch)
-    few = replace(job, rows=min(job.rows, batches * job.batch))
-    return judging + _refit(few, candidates)
+    return judging + _over(_factor(job, layer) for layer in job.layers)

@@ -161,7 +161,11 @@ def shifted_root(matrix: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         LowrankError: the matrix holds NaN or Inf.
     """
     while True:
-        root, failed = torch.linalg.cholesky_ex(raised(matrix, shift))
+        root = raised(
+            matrix, shift
+        ).mT  # symmetric; LAPACK's order, so that it is factored in place
+        failed = torch.empty(root.shape[:-2], dtype=torch.int32, device=root.device)
+        torch.linalg.cholesky_ex(root, out=(root, failed))
         again = (failed > 0)[..., None]
         if not bool(again.any()):
             return root, shift

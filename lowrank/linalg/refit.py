@@ -19,18 +19,26 @@ RIDGE = 1e-4  # of the mean diagonal of H'
 
 
 def regressed(
-    weight: Tensor, gram: Tensor, target: Tensor, *, ridge: float = RIDGE, least: float = 0.0
+    weight: Tensor,
+    gram: Tensor,
+    cross: Tensor,
+    *,
+    share: float = 1.0,
+    ridge: float = RIDGE,
+    least: float = 0.0,
 ) -> Tensor:
-    """W K H'⁻¹ (out, in), with the same ridge on K and H', so that K = H' gives W.
+    """W K H'⁻¹ (out, in), with the same ridge on K and H', so that C = H' gives W.
 
     The one decomposition of size `in` even where out is smaller: Cholesky, in³/3 multiplications,
-    and two triangular solves for the rows of W; no eigenproblem. If rounding has made H'
-    indefinite, the ridge grows until it is not; in the limit the result is W.
+    and two triangular solves for the rows of W; no eigenproblem. It is the one matrix of size `in`
+    that is held beside those given. If rounding has made H' indefinite, the ridge grows until it is
+    not; in the limit the result is W.
 
     Args:
         weight: W (out, in).
         gram: H' (in, in), symmetric positive semi-definite up to rounding; zero gives W.
-        target: K (in, in).
+        cross: C (in, in).
+        share: λ, in [0, 1].
         least: lower bound of the ridge, in the unit of H'; for an H' with large relative rounding
             errors.
 
@@ -44,17 +52,19 @@ def regressed(
         return matrix
     with full_precision(gram):
         root, grown = shifted_root(gram, gram.new_tensor([shift]))
-        rows = matrix @ target + grown * matrix
-        solved: Tensor = torch.cholesky_solve(rows.T, root).T
-    return solved
+        rows = (matrix @ cross).add_(grown * matrix)
+        half = torch.linalg.solve_triangular(root.mT, rows, upper=True, left=False)
+        solved = torch.linalg.solve_triangular(root, half, upper=False, left=False)
+        return matrix.lerp(solved, share)
 
 
 def refit_factors(
     weight: Tensor,
     rank: int,
     gram: Tensor,
-    target: Tensor,
+    cross: Tensor,
     *,
+    share: float = 1.0,
     root: Tensor | None = None,
     ridge: float = RIDGE,
     least: float = 0.0,
@@ -65,7 +75,8 @@ def refit_factors(
     Args:
         weight: W (out, in).
         gram: H' = E[x'x'ᵀ] (in, in).
-        target: K = (1 − λ)H' + λE[x x'ᵀ] (in, in).
+        cross: C = E[x x'ᵀ] (in, in).
+        share: λ: the target's share of the dense stream, in [0, 1].
         root: S (out, out) from `output_root`, upper triangular: SᵀS is the metric of the outputs;
             None stands for the identity.
         ridge, least: see `regressed`.
@@ -75,10 +86,10 @@ def refit_factors(
     """
     dtype = compute_dtype(min(weight.shape))
     with full_precision(weight):
-        moved = regressed(weight, gram, target, ridge=ridge, least=least).to(dtype)
-        metric = gram.to(dtype, copy=True)
-        metric.diagonal().add_(max(ridge * float(metric.diagonal().mean()), least))
+        moved = regressed(weight, gram, cross, share=share, ridge=ridge, least=least).to(dtype)
+        metric = gram.to(dtype)
+        shift = max(ridge * float(metric.diagonal().mean()), least)
         if root is None:
-            return factor(moved, rank, metric, seed=seed)
-        up, down = factor(root.to(dtype) @ moved, rank, metric, seed=seed)
+            return factor(moved, rank, metric, shift=shift, seed=seed)
+        up, down = factor(root.to(dtype) @ moved, rank, metric, shift=shift, seed=seed)
         return unrooted(root, up), down

@@ -49,7 +49,12 @@ def tails(energy: Tensor) -> Tensor:
 
 
 def factor(
-    weight: Tensor, rank: int, gram: Tensor | None = None, *, seed: int = 0
+    weight: Tensor,
+    rank: int,
+    gram: Tensor | None = None,
+    *,
+    shift: float = 0.0,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The best rank-`rank` factors of W in the norm ‖· H^½‖.
 
@@ -57,6 +62,7 @@ def factor(
         weight: W (out, in).
         rank: in [1, min(out, in)].
         gram: H (in, in), its diagonal (in,), or None for the identity.
+        shift: added to the diagonal of H, which is not copied for it.
         seed: of the randomised SVD, used only above `RANDOMISED_FROM`.
 
     Returns:
@@ -66,12 +72,19 @@ def factor(
     if gram is None and weight.shape[0] > weight.shape[1]:
         down, up = factor(weight.T, rank, seed=seed)
         return up.T, down.T
-    basis = output_basis(weight, rank, gram, seed=seed)
+    basis = output_basis(weight, rank, gram, shift=shift, seed=seed)
     with full_precision(weight):
         return balance(basis, basis.T @ weight.detach().to(basis.dtype))
 
 
-def output_basis(weight: Tensor, rank: int, gram: Tensor | None = None, *, seed: int = 0) -> Tensor:
+def output_basis(
+    weight: Tensor,
+    rank: int,
+    gram: Tensor | None = None,
+    *,
+    shift: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
     """Orthonormal (out, rank): the leading left singular vectors of W H^½, signs fixed.
 
     At rank min(out, in) it spans all outputs of W, whatever the rank of H. Arguments as for
@@ -79,9 +92,9 @@ def output_basis(weight: Tensor, rank: int, gram: Tensor | None = None, *, seed:
     """
     side = min(weight.shape)
     if side > RANDOMISED_FROM and rank <= side // 8:
-        return randomised_basis(weight, rank, gram, seed=seed)
+        return randomised_basis(weight, rank, gram, shift=shift, seed=seed)
     with full_precision(weight):
-        problem, turn = _reduced(weight, gram)
+        problem, turn = _reduced(weight, gram, shift)
         vectors = torch.linalg.eigh(problem).eigenvectors[:, -rank:].flip(1)
         return _fix_signs(vectors if turn is None else turn @ vectors)
 
@@ -104,6 +117,7 @@ def randomised_basis(
     *,
     oversample: int = 10,
     power: int = 2,
+    shift: float = 0.0,
     seed: int = 0,
 ) -> Tensor:
     """Orthonormal (out, rank): approximate leading left singular vectors of W H^½.
@@ -120,8 +134,8 @@ def randomised_basis(
     basis = probe.to(matrix.device)
     with full_precision(matrix):
         for _ in range(power + 1):
-            basis = torch.linalg.qr(_apply(matrix, metric, basis)).Q
-        ritz = torch.linalg.eigh(basis.T @ _apply(matrix, metric, basis)).eigenvectors
+            basis = torch.linalg.qr(_apply(matrix, metric, basis, shift)).Q
+        ritz = torch.linalg.eigh(basis.T @ _apply(matrix, metric, basis, shift)).eigenvectors
         return _fix_signs(basis @ ritz[:, -rank:].flip(1))
 
 
@@ -139,23 +153,28 @@ def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return up * scale, down / scale.where(alive, 1)[:, None]
 
 
-def _reduced(weight: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _reduced(
+    weight: Tensor, gram: Tensor | None, shift: float = 0.0
+) -> tuple[Tensor, Tensor | None]:
     """The eigenproblem on the smaller side, and the Q that maps its vectors back, if any."""
     core, turn = weight.detach().to(compute_dtype(min(weight.shape))), None
     if core.shape[0] > core.shape[1]:
         turn, core = torch.linalg.qr(core)
-    return (core @ core.T if gram is None else _symmetric(_times(core, gram) @ core.T)), turn
+    if gram is None:
+        return core @ core.T, turn
+    return _symmetric(_times(core, gram, shift) @ core.T), turn
 
 
-def _apply(matrix: Tensor, metric: Tensor | None, basis: Tensor) -> Tensor:
+def _apply(matrix: Tensor, metric: Tensor | None, basis: Tensor, shift: float) -> Tensor:
     """W H Wᵀ · basis."""
     inner = matrix.T @ basis
-    return matrix @ (inner if metric is None else _times(inner.T, metric).T)
+    return matrix @ (inner if metric is None else _times(inner.T, metric, shift).T)
 
 
-def _times(rows: Tensor, gram: Tensor) -> Tensor:
-    """rows · H, of H or its diagonal."""
-    return rows * gram.to(rows) if gram.ndim == 1 else rows @ gram.to(rows)
+def _times(rows: Tensor, gram: Tensor, shift: float = 0.0) -> Tensor:
+    """rows · (H + shift · I), of H or its diagonal."""
+    product = rows * gram.to(rows) if gram.ndim == 1 else rows @ gram.to(rows)
+    return product.add_(rows, alpha=shift) if shift else product
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

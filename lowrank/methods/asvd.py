@@ -32,6 +32,7 @@ class ASVD:
     alpha: float = 0.5
     kinds = frozenset({"linear", "conv"})
     needs = frozenset({"gram"})
+    nested = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:

@@ -26,6 +26,7 @@ class FWSVD:
     seed: int = 0
     kinds = frozenset({"linear", "conv"})
     needs = frozenset({"row_fisher"})
+    nested = True
 
     def curve(self, site: Site, stats: Statistics) -> Curve:
         rows = row_fisher_of(stats, site.shape[0])

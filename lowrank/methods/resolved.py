@@ -25,6 +25,7 @@ from ..types import (
     JointMethod,
     Method,
     Named,
+    Nested,
     Option,
     OwnError,
     OwnForm,
@@ -133,6 +134,30 @@ class Resolved:
             made = [pivoted_layer(new, option.method) for new in made]
         return made
 
+    def factor_each(
+        self, group: Group, options: Sequence[Option], stats: Statistics
+    ) -> list[list[nn.Module]]:
+        """The new modules of several options; as `factor`, but where a method's factors are
+        nested, plain ones are cut from the largest, which alone is decomposed."""
+        made: dict[Option, list[nn.Module]] = {}
+        for option in sorted(options, key=_size, reverse=True):
+            if option not in made:
+                larger = next((o for o in made if self._is_within(option, o, group)), None)
+                if larger is None:
+                    made[option] = self.factor(group, option, stats)
+                else:
+                    assert option.size is not None
+                    made[option] = [_leading(cast(Any, m), option.size[0]) for m in made[larger]]
+        return [made[option] for option in options]
+
+    def _is_within(self, option: Option, larger: Option, group: Group) -> bool:
+        """Whether the factors of an option are the leading ones of a larger one."""
+        plain = len(group) == 1 and group[0].kind == "linear" and option.storage == "factors"
+        if not plain or (option.method, option.storage) != (larger.method, larger.storage):
+            return False
+        method = self.maker(option.method, group[0], grouped=False)
+        return isinstance(method, Nested) and method.nested
+
     def error(self, site: Site, curve: Curve, new: nn.Module, stats: Statistics) -> float | None:
         """Error of the stored factors, rounding included, in the norm of the site's curve; None
         if the module or the norm does not allow it."""
@@ -160,7 +185,8 @@ class Resolved:
         stats: Statistics,
         *,
         gram: Tensor,
-        target: Tensor,
+        cross: Tensor,
+        share: float = 1.0,
         least: float = 0.0,
         seed: int = 0,
     ) -> Any:
@@ -168,16 +194,16 @@ class Resolved:
 
         Args:
             stats: of the dense model, for the metric of the outputs.
-            gram, target: H' and K, (in, in); see linalg/refit.py.
+            gram, cross, share: H' and C, (in, in), and λ; see linalg/refit.py.
         """
         method = cast(Method, self.maker(option.method, site, grouped=False))
         root = method.output_metric(stats) if isinstance(method, WeighsOutputs) else None
         if site.kind == "conv" or option.storage in PLAIN:
             return refitted_layer(
-                site.module, option.size or (1,), option.storage, gram, target, root=root,
-                least=least, seed=seed,
+                site.module, option.size or (1,), option.storage, gram, cross, share=share,
+                root=root, least=least, seed=seed,
             )  # fmt: skip
-        return refitted_form(method, site.module, option, gram, target, least=least)
+        return refitted_form(method, site.module, option, gram, cross, share=share, least=least)
 
     def maker(self, named: str, site: Site, *, grouped: bool) -> Method | JointMethod:
         """The method that an option or an entry calls `named`.
@@ -257,6 +283,16 @@ def declared(given: Given) -> object:
     return METHODS.get(given) if isinstance(given, str) else given
 
 
+def _size(option: Option) -> Size:
+    return option.size or ()
+
+
+def _leading(layer: LowRankLinear, rank: int) -> LowRankLinear:
+    """The layer of the leading factors, copied."""
+    down, up = layer.down.weight[:rank], layer.up.weight[:, :rank]
+    return LowRankLinear.from_factors(down, up, layer.bias)
+
+
 def names_of(method: Method | JointMethod) -> list[str]:
     """The names of a method: its own, or those in the registry."""
     if isinstance(method, Named):
@@ -270,8 +306,9 @@ def refitted_layer(
     size: Size,
     storage: str,
     gram: Tensor,
-    target: Tensor,
+    cross: Tensor,
     *,
+    share: float = 1.0,
     root: Tensor | None = None,
     least: float = 0.0,
     seed: int = 0,
@@ -283,15 +320,17 @@ def refitted_layer(
 
     Args:
         size, storage: of the option that was chosen.
-        gram, target: H' and K, (in, in).
+        gram, cross, share: H' and C, (in, in), and λ.
         root: S (out, out), see `linalg.output_root`.
     """
     weight = layouts.matrix(module)
     if storage in FORMS:
-        moved = linalg.regressed(weight, gram, target, least=least)
+        moved = linalg.regressed(weight, gram, cross, share=share, least=least)
         shape: torch.Size = module.weight.shape  # type: ignore[assignment]
         return fitted(module, moved.view(shape), size, storage, Metric(gram, root))
-    factors = linalg.refit_factors(weight, size[0], gram, target, root=root, least=least, seed=seed)
+    factors = linalg.refit_factors(
+        weight, size[0], gram, cross, share=share, root=root, least=least, seed=seed
+    )
     up, down = linalg.balance(*factors)
     if layouts.kind(module) == "conv":
         return ChannelConv.from_factors(module, down.to(weight), up.to(weight))
@@ -303,8 +342,9 @@ def refitted_form(
     module: nn.Module,
     option: Option,
     gram: Tensor,
-    target: Tensor,
+    cross: Tensor,
     *,
+    share: float = 1.0,
     least: float = 0.0,
 ) -> Any:
     """A linear layer in the method's own form, refitted to its inputs in the compressed model.
@@ -312,10 +352,10 @@ def refitted_form(
     The method factors the regressed weight W K H'⁻¹ in the metric H'.
 
     Args:
-        gram, target: H' and K, (in, in).
+        gram, cross, share: H' and C, (in, in), and λ.
     """
     weight, bias = layouts.matrix(module), layouts.bias(module)
-    moved = linalg.regressed(weight, gram, target, least=least).to(weight.device)
+    moved = linalg.regressed(weight, gram, cross, share=share, least=least).to(weight.device)
     wanted = nn.Linear(moved.shape[1], len(moved), bias=bias is not None, device="meta")
     wanted.weight = nn.Parameter(moved, requires_grad=False)
     if bias is not None:

@@ -23,6 +23,7 @@ class SVD:
     seed: int = 0
     kinds = frozenset({"linear", "conv", "embedding"})
     needs = frozenset[str]()
+    nested = True
 
     def curve(self, site: Site, stats: Statistics) -> Curve:
         energy = linalg.energies(layouts.matrix(site.module))

@@ -36,6 +36,7 @@ class TwoSided:
     seed: int = 0
     kinds = frozenset({"linear", "conv"})
     needs = frozenset({"gram", "out_gram"})
+    nested = True
 
     def __post_init__(self) -> None:
         if not 0 < self.damp < math.inf:

@@ -33,6 +33,7 @@ class Whitened:
     seed: int = 0
     kinds = frozenset({"linear", "conv"})
     needs = frozenset({"gram"})
+    nested = True
 
     def curve(self, site: Site, stats: Statistics) -> Curve:
         gram = gram_of(stats, site.shape[1])

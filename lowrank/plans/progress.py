@@ -18,9 +18,9 @@ T = TypeVar("T")
 SHARES: Mapping[str, float] = {
     "loading": 1.0,
     "calibration": 45.0,
-    "gradients": 70.0,
+    "gradients": 110.0,
     "decompositions": 15.0,
-    "choosing ranks": 120.0,
+    "choosing ranks": 65.0,
     "factoring": 25.0,
     "refit by block": 130.0,
     "batch norms": 10.0,

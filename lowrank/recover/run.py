@@ -242,7 +242,8 @@ class _Job:
             self.entries[site.name].option(),
             known,
             gram=gram,
-            target=gram.lerp(cross, share),
+            cross=cross,
+            share=share,
             least=least,
             seed=self.seed,
         )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..types import Factored, Method
+from ..nn import LowRankLinear
+from ..types import Factored, Method, Nested
 from ..walk import layouts
 from .cases import MANY, Case, module_of, require
 
@@ -38,6 +39,20 @@ def check_macs(method: Method, case: Case) -> None:
         counted = counter.get_total_flops() // 2 // case.positions(output)
         text = f"{case.at(option)}: {counted} products are computed, it costs {option.cost}"
         require(counted == option.cost.macs, text)
+
+
+def check_nested(method: Method, case: Case) -> None:
+    """Where a method says so, its plain factors of a rank are the leading ones of the largest."""
+    if not (isinstance(method, Nested) and method.nested):
+        return
+    built = [(o, new) for o, new in case.built(method, MANY) if isinstance(new, LowRankLinear)]
+    for option, new in built:
+        largest, weight = built[-1][1], new.dense_weight(torch.float64)
+        down, up = largest.down.weight[: new.rank], largest.up.weight[:, : new.rank]
+        product = (up.double() @ down.double()).detach()
+        error = float((product - weight.detach()).norm() / weight.detach().norm())
+        text = f"{case.at(option)}: the leading factors of a larger rank differ by {error:.3g}"
+        require(error <= case.rounding, text)
 
 
 def check_forward(method: Method, case: Case) -> None:

@@ -30,6 +30,7 @@ from .modules import (
     check_forward,
     check_gradients,
     check_macs,
+    check_nested,
     check_rebuilt,
 )
 from .purity import check_deterministic, check_untouched
@@ -51,6 +52,7 @@ def laws(
         "exact": check_exact,
         "cost": check_cost,
         "forward": check_forward,
+        "nested": check_nested,
         "dtype": check_dtype,
         "rebuilt": check_rebuilt,
         "gradients": check_gradients,

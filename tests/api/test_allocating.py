@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -12,9 +13,15 @@ import torch
 from torch import nn
 
 import lowrank
-from lowrank import LowrankError, Plan
+from lowrank import LowrankError, Plan, Recovery
+from lowrank.api import allocating
+from lowrank.api.allocating import NEAR, Judge
+from lowrank.methods.resolved import resolve
 from lowrank.plans.entry import break_even
-from lowrank.types import Option
+from lowrank.policies.common import at_most
+from lowrank.recover.workbench import Workbench
+from lowrank.types import Allocation, Option
+from lowrank.walk.sites import find_sites, select_sites
 from tests.zoo import calibration, make, mlp, said, tokens
 
 SIZES = (24, 40, 16, 30)
@@ -349,3 +356,59 @@ def test_the_same_curves_serve_every_ratio() -> None:
     kept = [lowrank.plan(model, ratio, data=found).kept() for ratio in (0.3, 0.6, 0.9)]
     assert kept == sorted(kept)
     assert len(set(kept)) == 3
+
+
+# Candidates
+
+
+def judge_of(model: nn.Module, *ranks: int) -> tuple[Judge, list[Allocation]]:
+    """A judge, and an allocation of each rank for all layers of the blocks."""
+    data = lowrank.calibrate(model, tokens(24, 12), hold_out=0.125, progress=False)
+    sites = select_sites(find_sites(model), model)
+    resolved = resolve("whitened", data=True)
+    targets = [site for site in sites if not site.reason]
+    curves = [resolved.curve([site], data) for site in targets]
+    groups = {site.names: (site,) for site in targets}
+    judge = Judge(Workbench(model, data), groups, resolved.knowing(curves), Recovery())
+    return judge, [
+        {curve.sites: at_most(curve, rank) or curve.dense for curve in curves} for rank in ranks
+    ]
+
+
+def test_what_is_far_behind_before_the_refit_is_not_refitted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, real, asked = make("llama").eval(), allocating.refitted_twins, []
+
+    def spy(bench: Any, works: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append([{entry.size for _, entry, _ in work} for work in works])
+        return real(bench, works, *args, **kwargs)
+
+    monkeypatch.setattr(allocating, "refitted_twins", spy)
+    judge, allocations = judge_of(model, 5, 1, 5)
+    good, bad, same = judge.compare(allocations)
+    assert asked == [[{(5,)}, {(5,)}]]  # those that are near, together
+    assert good == same == pytest.approx(judge(allocations[0]))
+    without = replace(judge, recovery=None)
+    assert bad == max(without(allocations[1]), good)
+    assert without(allocations[1]) > NEAR * without(allocations[0])
+    asked.clear()
+    assert judge.compare(allocations[:2]) == without.compare(allocations[:2])
+    assert asked == []  # one is ahead: what the refit makes of it decides nothing
+
+
+def test_batch_norms_are_re_estimated_before_candidates_are_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Off their moments they hide which of two candidates is near."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Linear(16, 5)).eval()
+    calls = []
+    monkeypatch.setattr(
+        allocating, "refitted_twins",
+        lambda bench, works, *_, **__: calls.append(len(works)) or [bench.model for _ in works],
+    )  # fmt: skip
+    x = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+    lowrank.plan(model, 0.6, data=x, effort="fast", target_modules="all")
+    assert calls
+    assert all(count > 1 for count in calls)

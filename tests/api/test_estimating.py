@@ -145,7 +145,7 @@ def test_products_are_those_that_torch_counts(monkeypatch: pytest.MonkeyPatch) -
     assert expected["choosing ranks"] == 0
 
 
-def test_candidates_are_made_refitted_and_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_are_made_and_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = lowrank.estimate(llama(), 0.7, effort="fast", rows=ROWS, length=LENGTH)
     (stage,) = [each for each in expected.stages if each.name == "choosing ranks"]
     with counted(monkeypatch) as found:

@@ -107,8 +107,7 @@ def test_refit_is_the_optimum(shape: tuple[int, int], dense: float, sided: bool)
     lean = x @ normal(inner, inner, seed=5) / 4 + 0.3 * normal(200, inner, seed=6)
     h, cross = lean.T @ lean / 200, x.T @ lean / 200
     root = linalg.output_root(gram(out, 7)) if sided else None
-    mixed = (1 - dense) * h + dense * cross
-    up, down = linalg.refit_factors(weight, 4, h, mixed, root=root, ridge=1e-12)
+    up, down = linalg.refit_factors(weight, 4, h, cross, share=dense, root=root, ridge=1e-12)
     metric = torch.eye(out, dtype=torch.float64) if root is None else root
     targets = ((1 - dense) * lean + dense * x) @ weight.T
     found = ((targets - lean @ (up @ down).T) @ metric.T).square().sum() / 200

@@ -168,3 +168,33 @@ def test_what_is_no_plain_factor_is_refused() -> None:
     option = other.curve(site(layer), Statistics()).options[0]
     with pytest.raises(LowrankError, match="svd gives Identity: omit storage"):
         other.factor(layer, option, Statistics())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_several_ranks_are_cut_from_the_largest(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = linear(12, 16, bias=bias)
+    stats, place, sizes = statistics(inputs(16)), site(layer), (2, 6, 4, 6)
+    resolved = Resolved(METHODS["whitened"]())
+    curve = resolved.curve(
+        [place], Calibration({place.name: stats}, Observation((), (), ()), [], stats.count)
+    )
+    resolved = resolved.knowing([curve])
+    options = [at_rank(curve, rank) for rank in sizes]
+    alone = [resolved.factor([place], option, stats)[0] for option in options]
+    real, seen = torch.linalg.eigh, []
+    monkeypatch.setattr(torch.linalg, "eigh", lambda m: seen.append(m.shape) or real(m))
+    each = resolved.factor_each([place], options, stats)
+    assert seen == [(12, 12)]
+    for rank, [new], other in zip(sizes, each, alone, strict=True):
+        assert new.rank == rank
+        torch.testing.assert_close(new.dense_weight(), other.dense_weight())
+        assert (new.bias is None) == (not bias)
+        assert not bias or torch.equal(new.bias, layer.bias)
+    # Pivots are not nested: such layers are made one by one.
+    seen.clear()
+    pivoted = [replace(option, storage="pivoted") for option in options]
+    made = [new for (new,) in resolved.factor_each([place], pivoted, stats)]
+    assert [type(new) for new in made] == [PivotedLinear] * 4
+    assert len(seen) == 3

@@ -94,6 +94,10 @@ def draw(module: nn.Module, new: LowRankLinear) -> LowRankLinear:
     return with_factors(new, new.down.weight, new.up.weight + noise)
 
 
+def turn_over(module: nn.Module, new: LowRankLinear) -> LowRankLinear:
+    return with_factors(new, new.down.weight.flip(0), new.up.weight.flip(1))
+
+
 CALLS = itertools.count()
 
 
@@ -175,6 +179,7 @@ BROKEN = {
     "slightly wrong factor, planted": ("planted", Broken(spoil=scale_up)),
     "dropped bias": ("forward", Broken(spoil=drop_bias)),
     "zero bias": ("forward", Broken(spoil=zero_bias)),
+    "not nested": ("nested", Broken(spoil=turn_over)),
     "rank too small": ("cost", Broken(choose=smaller)),
     "rank too large": ("bound", Broken(choose=larger)),
     "another curve's sites": ("curve", Broken(bend=lambda c: replace(c, sites=("else",)))),
