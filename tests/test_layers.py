@@ -31,6 +31,7 @@ ORDER = """
     methods
     measure
     io
+    engines
     recover
     train
     page

@@ -40,6 +40,8 @@ ELSEWHERE = {
     "diagnose/one_layer.py": ("diagnose/test_sensitivities.py", "sensitivity"),
     "diagnose/sensitivity_table.py": ("diagnose/test_sensitivities.py", "Sensitivity"),
     "diagnose/spectrum.py": ("diagnose/test_inspection.py", "inspect"),
+    "engines/vllm.py": ("engines/test_plugin.py", "vllm"),
+    "engines/sglang.py": ("engines/test_plugin.py", "sglang"),
     "io/adapters.py": ("seams/test_peft.py", "name_children"),
     "io/card.py": ("io/test_pretrained.py", "from_pretrained"),
     "io/diffusers_format.py": ("seams/test_diffusers.py", "DiffusersConfig"),
