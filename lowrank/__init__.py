@@ -25,6 +25,7 @@ from .io import from_pretrained as from_pretrained
 from .io import load as load
 from .io import save as save
 from .io import to_dense as to_dense
+from .io.registration import VERBS as _VERBS
 from .io.registration import install as _install
 from .measure.bench import Benchmark as Benchmark
 from .measure.bench import benchmark as benchmark
@@ -43,5 +44,16 @@ from .recover.recovery import Recovery as Recovery
 
 __version__ = "0.1.0"
 
+
+def __getattr__(name: str) -> object:
+    """`LowRankConfig` derives from a class of transformers, which is imported only when needed."""
+    if name == "LowRankConfig":
+        from .io.hf import LowRankConfig
+
+        return LowRankConfig
+    raise AttributeError(f"module 'lowrank' has no attribute {name!r}")
+
+
 # The one side effect on import: registers with transformers, to load what this library saved.
+_VERBS["compress"] = compress
 _install()

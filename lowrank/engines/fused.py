@@ -112,7 +112,7 @@ def parts_of(names: Sequence[str], specs: Mapping[str, Spec], engine: str) -> li
             raise LowrankError(refusal(part, engine))
         if part.spec is not None and part.spec.get("layout", "linear") != "linear":
             raise LowrankError(
-                f"{part.name} stands for a layer that holds its matrix transposed, as GPT-2's do, "
+                f"{part.name} stands for a layer that holds its matrix transposed, "
                 f"and {engine} turns all its tensors: serve what `lowrank merge` writes"
             )
         owner = None if part.spec is None else part.spec.get("shared")

@@ -29,14 +29,14 @@ class Declared:
 
     ENGINE: ClassVar[str]
     LINEAR: ClassVar[type]  # the engine's class of linear layers
-    METHOD: ClassVar[Callable[..., Any]]  # its plug-in's, from (arriving, config)
-    DENSE: ClassVar[Callable[[], Any]]  # its own, of dense layers
+    METHOD: ClassVar[Any]  # the plug-in's class of how they compute, from (arriving, config)
+    DENSE: ClassVar[Any]  # the engine's own, of dense layers
 
     packed_modules_mapping: Mapping[str, list[str]]
 
     def __init__(self, modules: Mapping[str, Spec]) -> None:
         super().__init__()
-        self.modules = dict(modules)
+        self.modules: dict[str, Spec] = dict(modules)
         self._claimed: set[str] = set()
 
     @classmethod
@@ -69,11 +69,10 @@ class Declared:
             renamed: changes the keys of a dict.
         """
         names = {old: new for new, old in renamed({name: name for name in self.modules}).items()}
-        specs = {name: dict(spec) for name, spec in renamed(self.modules).items()}
-        for spec in specs.values():
-            if "shared" in spec:
-                spec["shared"] = names[spec["shared"]]
-        self.modules = specs
+        self.modules = {
+            name: {**spec, **({"shared": names[spec["shared"]]} if "shared" in spec else {})}
+            for name, spec in renamed(self.modules).items()
+        }
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """How a layer computes; None: as the engine does without a config.

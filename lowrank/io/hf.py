@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from ..walk.checks import method_of, sub_configs
 from ..walk.surgery import factored, modules_of, swap
 from .card import REMOTE_FILE
 from .containers import are_joined, declared_containers, hold_apart
-from .import_hooks import install
+from .import_hooks import VERBS, install
 from .merging import densify
 from .specs import (
     VERSION,
@@ -42,6 +42,7 @@ from .specs import (
 from .ties import share_buffers, untie
 
 SOURCE = "config.json: quantization_config"
+SIZES = frozenset({"ratio", "rank", "rank_pattern"})  # one of them says how small
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +50,17 @@ logger = logging.getLogger(__name__)
 class LowRankConfig(QuantizationConfigMixin):
     """`config.json["quantization_config"]` of a factored model.
 
+    Or what is asked of a dense one, to be compressed as it is loaded:
+    `from_pretrained(…, quantization_config=LowRankConfig(ratio=0.6))`.
+
     Args:
         modules: full module name -> spec that rebuilds the factored module, empty.
         version: format version.
         lowrank: provenance for human readers: library version, what was asked for.
+        ratio: the share of the targets to keep; the dense model is compressed once its weights are
+            there, and `model.hf_quantizer.report` says what became of it.
+        asked: other arguments of `lowrank.compress`, such as `data`, `effort`, or `rank` instead of
+            a ratio.
     """
 
     def __init__(
@@ -61,13 +69,17 @@ class LowRankConfig(QuantizationConfigMixin):
         version: int = VERSION,
         lowrank: dict[str, Any] | None = None,
         quant_method: str = "lowrank",
-        **unknown: Any,
+        *,
+        ratio: float | None = None,
+        **asked: Any,
     ) -> None:
-        if unknown:
+        wanted = {**({} if ratio is None else {"ratio": ratio}), **asked}
+        if wanted and not wanted.keys() & SIZES:
             raise LowrankError(
-                f"{SOURCE}: unknown entries {listed(sorted(unknown))}, perhaps written by a newer "
+                f"{SOURCE}: unknown entries {listed(sorted(wanted))}, perhaps written by a newer "
                 f"version of lowrank"
             )
+        self._asked = wanted
         self.quant_method = quant_method
         self.version = version
         self.modules = {} if modules is None else modules
@@ -75,7 +87,12 @@ class LowRankConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON-serialisable values; empty entries are left out."""
-        return {key: copy.deepcopy(value) for key, value in vars(self).items() if value != {}}
+        held = {key: value for key, value in vars(self).items() if key != "_asked" and value != {}}
+        return copy.deepcopy(held)
+
+    def asked(self) -> dict[str, Any]:
+        """The arguments of `lowrank.compress` for a dense model; none of a factored one."""
+        return dict(self._asked)
 
 
 class LowRankHfQuantizer(HfQuantizer):
@@ -110,15 +127,19 @@ class LowRankHfQuantizer(HfQuantizer):
         """
         config = self.quantization_config
         if not self.pre_quantized:
+            if config.asked():
+                return
             raise LowrankError(
-                "a LowRankConfig cannot be given to from_pretrained: load the dense model, "
-                "then use lowrank.compress"
+                "this LowRankConfig asks for nothing: give it a ratio, as in "
+                "LowRankConfig(ratio=0.6), to compress the dense model that from_pretrained loads"
             )
         check_version(config.version, SOURCE)
         check_specs(config.modules, SOURCE)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
+        if not self.pre_quantized:
+            return
         check_version(config.version, SOURCE)
         specs, saved_as = check_specs(config.modules, SOURCE), config.lowrank.get("saved_as")
         names = {name: specs[name] for name in declared_containers(specs)}
@@ -139,6 +160,8 @@ class LowRankHfQuantizer(HfQuantizer):
         return [rule for rule in rules if not isinstance(rule, WeightConverter)]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if not self.pre_quantized:
+            return _compressed(model, self.quantization_config.asked())
         if self.left_out:  # what was used says nothing of how to save it once it is dense again
             vars(model).pop("_weight_conversions", None)
         share_buffers(model)
@@ -174,6 +197,18 @@ class LowRankHfQuantizer(HfQuantizer):
             model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
         else:
             self.remove_quantization_config(model)
+
+
+def _compressed(model: Any, asked: dict[str, Any]) -> nn.Module:
+    """A dense model that was just loaded, compressed; it declares its factored modules itself."""
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    vars(model).pop("quantization_method", None)
+    small: Any
+    small, report = VERBS["compress"](model, **asked)
+    if small.hf_quantizer is not None:
+        small.hf_quantizer.report = report
+    return cast(nn.Module, small)
 
 
 def _ignore_guards(model: nn.Module) -> None:

@@ -12,8 +12,10 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 STEPS: dict[str, Callable[[ModuleType], None]] = {}  # by the name of the module
+VERBS: dict[str, Callable[..., Any]] = {}  # from the rooms above, for what other libraries call
 
 
 def install() -> None:

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from .import_hooks import STEPS
+from .import_hooks import VERBS as VERBS
 from .import_hooks import install as install
 
 METHOD = "lowrank"

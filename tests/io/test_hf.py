@@ -10,8 +10,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import lowrank
+from lowrank import LowrankError
 from lowrank.io import attach
-from lowrank.nn import LowRankLinear
+from lowrank.io.hf import LowRankConfig
+from lowrank.nn import LowRankLinear, PivotedLinear
+from tests.zoo import tokens
 
 KINDS = ("llama", "llama-tied", "gpt2", "bert", "mixtral")
 Q = "model.layers.0.self_attn.q_proj"
@@ -174,3 +178,59 @@ def test_base_model_into_a_head(zoo, tmp_path: Path) -> None:
     model, info = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert info["missing_keys"] == {"lm_head.weight"}
     assert isinstance(model.get_submodule(Q), LowRankLinear)
+
+
+# A dense model, compressed as it is loaded
+
+
+@pytest.fixture
+def dense(zoo, tmp_path: Path) -> Path:
+    zoo.make("llama").save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LowRankConfig(ratio=0.6, progress=False),
+        {"quant_method": "lowrank", "ratio": 0.6, "progress": False},
+    ],
+)
+def test_a_dense_model_is_compressed_as_it_is_loaded(
+    zoo, dense: Path, tmp_path: Path, config
+) -> None:
+    model = type(zoo.make("llama")).from_pretrained(dense, quantization_config=config)
+    other, report = lowrank.compress(zoo.make("llama"), 0.6, progress=False)
+    for (name, ours), (_, wanted) in zip(
+        model.named_parameters(), other.named_parameters(), strict=True
+    ):
+        assert torch.equal(ours, wanted), name
+    assert model.hf_quantizer.report.achieved == report.achieved
+    model.save_pretrained(tmp_path / "out")
+    again = type(model).from_pretrained(tmp_path / "out")
+    x = tokens()
+    assert torch.equal(again(x).logits, model(x).logits)
+    assert again.config.quantization_config.asked() == {}
+
+
+def test_with_data_and_an_effort(zoo, dense: Path) -> None:
+    config = LowRankConfig(ratio=0.7, data=tokens(16, 12), effort="fast", progress=False)
+    model = type(zoo.make("llama")).from_pretrained(dense, quantization_config=config)
+    assert model.hf_quantizer.report.tokens > 0
+    assert any(type(part) is PivotedLinear for part in model.modules())
+
+
+def test_what_cannot_be_asked_as_it_is_loaded(zoo, dense: Path) -> None:
+    load = type(zoo.make("llama")).from_pretrained
+    with pytest.raises(LowrankError, match="asks for nothing: give it a ratio"):
+        load(dense, quantization_config=LowRankConfig())
+    with pytest.raises(LowrankError, match="ratio is the fraction kept and must be"):
+        load(dense, quantization_config=LowRankConfig(ratio=7.0))
+    with pytest.raises(LowrankError, match="unknown entries effort, perhaps written by a newer"):
+        LowRankConfig(effort="fast")
+
+
+def test_the_config_is_at_the_door() -> None:
+    assert lowrank.LowRankConfig is LowRankConfig
+    with pytest.raises(AttributeError, match="has no attribute 'LowRank'"):
+        _ = lowrank.LowRank
