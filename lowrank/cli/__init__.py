@@ -26,6 +26,7 @@ a UTF-8 text file.
   lowrank sweep PATH --data TEXT              size against loss for several ratios
   lowrank report plan.json -o plan.html       draw a plan as an HTML page
   lowrank compress PATH --ratio 0.8 --effort fast --data TEXT --out out
+  lowrank run recipe.yaml                     the same from a file; `out` holds one, too
   lowrank eval out --text TEXT --reference PATH
   lowrank verify out                          check the files of a saved model
   lowrank merge out --out dense               convert back to dense layers

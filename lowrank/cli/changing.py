@@ -1,4 +1,4 @@
-"""plan, compress and merge."""
+"""plan, compress and merge, and recipes of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..plans.estimates import GIB
 from ..plans.report import Report
 from ..plans.stages import recording, stage
 from ..tables import aligned
-from . import inputs, launched, options
+from . import inputs, launched, options, recipes
 from .console import hushed, on_terminal, say, say_reasons, show
 from .inputs import Force, Length, Out, Source
 from .options import arguments_of
@@ -155,9 +155,57 @@ def compress_command(
         with hushed():
             report = into_folder(model, path, out, Compression(**keywords, tokenizer=tokenizer))
     if launched.writes():
+        saved_as = None if saved is None else str(saved)
+        recipe = recipes.Recipe(path, "", saved_as, length, not room.in_memory, chosen)
+        recipes.write(out, recipe)
         _tell(report, path, out, has_tokenizer=tokenizer is not None)
     if room.in_memory:
         say(f"ran {why}")
+
+
+def run_command(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RECIPE", help="YAML file, or a folder that holds one.", show_default=False
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FOLDER",
+            help="Output folder, if not in the recipe.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Compress as a recipe says.
+
+    \b
+      lowrank run recipe.yaml
+      lowrank run out --out again          # what made `out`, again
+    """  # fmt: skip
+    recipe = recipes.read(file)
+    if out is None and not recipe.out:
+        raise LowrankError(f"{file} says no `out`: add --out FOLDER")
+    compress_command(
+        recipe.model, out or Path(recipe.out),
+        length=recipe.length, saved=None if recipe.plan is None else Path(recipe.plan),
+        force=force, from_disk=recipe.from_disk, dry_run=False, **recipe.chosen,
+    )  # fmt: skip
+
+
+def recipe_command(path: Source) -> None:
+    """Print the recipe of a compressed model.
+
+    \b
+      lowrank recipe out > recipe.yaml
+    """
+    recipes.read(Path(path))
+    say((Path(path) / recipes.FILE).read_text(encoding="utf-8").rstrip())
 
 
 def merge_command(
@@ -186,6 +234,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "plan": plan_command,
     "compress": compress_command,
     "merge": merge_command,
+    "run": run_command,
+    "recipe": recipe_command,
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import LowrankError
 
-SHARED = ("compress", "plan")  # the commands whose work is divided
+SHARED = ("compress", "plan", "run")  # the commands whose work is divided
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def check_shared(command: str) -> None:
     if _several() and command not in SHARED:
         raise LowrankError(
             f"{command} runs in one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}: start it "
-            f"without a launcher; only {' and '.join(SHARED)} divide their work"
+            f"without a launcher; only {', '.join(SHARED)} divide their work"
         )
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..calibration.batches import Batch
 from ..errors import LowrankError
@@ -14,6 +13,7 @@ from ..walk.checks import check_module, ordinary_tensors
 from ..walk.surgery import copied, twin
 from . import tensors
 from .declaration import detach, is_transformers
+from .graphs import write_graph
 from .merging import densify
 
 FORMATS = ("dense", "torch.export", "onnx")
@@ -52,15 +52,21 @@ def export(
     *,
     tokenizer: Any = None,
     example: Batch | None = None,
+    cache: bool = False,
 ) -> None:
     """Export a model to files that load without lowrank; the model is unchanged.
 
     "dense": merged, as a transformers folder or as `model.safetensors` with the dense names.
     "torch.export" writes `model.pt2` and "onnx" `model.onnx` (extra: lowrank[onnx]): the graph in
-    evaluation mode, layers still factored; the first axis of all inputs is dynamic.
+    evaluation mode, layers still factored. The first axis of all inputs is dynamic, and the length
+    of a transformers model's ids and masks. Its outputs are the tensors that it returns, without a
+    cache.
 
     Args:
-        example: for a graph: an input batch of at least two samples.
+        example: for a graph: an input batch of at least two samples; ids of two tokens or more.
+        cache: for the graph of a language model: keys and values of earlier tokens are inputs
+            (`past_key_values.0.key`, …), those of all tokens outputs (`present.0.key`, …); the
+            attention mask is of all tokens.
 
     Raises:
         LowrankError: the format is unknown, `folder` is a file, or a graph has no example or
@@ -72,8 +78,10 @@ def export(
     if target.exists() and not target.is_dir():
         raise LowrankError(f"{target} is a file, expected a folder")
     if format != "dense":
-        _graph(model, target, format, example)
+        write_graph(model, target, format, example, cache=cache)
         return
+    if cache:
+        raise LowrankError("cache is for a graph: format 'torch.export' or 'onnx'")
     if tokenizer is not None and not is_transformers(model):
         raise LowrankError(f"tokenizer is for transformers models, got {type(model).__name__}")
     # Copies the modules but not the tensors: only merged layers take new memory.
@@ -88,51 +96,3 @@ def export(
     # load_state_dict(strict=True) wants every name, so aliases are written out.
     whole = {**stored, **{name: stored[owner].clone() for name, owner in aliases.items()}}
     tensors.write(whole, target / "model.safetensors")
-
-
-def _graph(model: nn.Module, target: Path, format: str, example: Batch | None) -> None:
-    """Trace the model on an example and write the graph."""
-    if example is None:
-        raise LowrankError(f"format {format!r} traces the model: pass an input batch as example=…")
-    if format == "onnx":
-        _require_onnx()
-    positional = isinstance(example, Tensor)
-    args: tuple[Any, ...] = (example,) if positional else ()
-    named: dict[str, Any] = {} if positional else dict(example)
-    axes = {0: torch.export.Dim.AUTO}
-    shapes = tuple(axes for _ in args) or {k: _axes(v, axes) for k, v in named.items()}
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            program = torch.export.export(model, args, named, dynamic_shapes=shapes)
-            target.mkdir(parents=True, exist_ok=True)
-            if format == "torch.export":
-                torch.export.save(program, target / "model.pt2")
-            else:
-                torch.onnx.export(
-                    program,
-                    f=target / "model.onnx",
-                    dynamo=True,
-                    external_data=False,
-                    verbose=False,
-                )
-    except LowrankError:
-        raise
-    except Exception as error:  # tracing runs arbitrary model code
-        what = " ".join(str(error).split())[:200]
-        raise LowrankError(f"{type(model).__name__} cannot be traced ({what})") from error
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _axes(value: Any, axes: dict[int, Any]) -> Any:
-    return axes if isinstance(value, Tensor) and value.ndim else None
-
-
-def _require_onnx() -> None:
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise LowrankError("format 'onnx' needs onnxscript: pip install 'lowrank[onnx]'") from error

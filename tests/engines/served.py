@@ -27,9 +27,13 @@ SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 FORMS: dict[str, dict[str, Any]] = {
     "plain-factors": {"ratio": 0.6, "method": "whitened"},
-    "pivoted-factors-some-layers-dense": {"ratio": 0.8, "effort": "fast"},
+    "pivoted-factors": {"ratio": 0.8, "method": "whitened", "storage": "pivoted"},
+    "pivoted-and-dense-layers": {
+        "ratio": 0.8, "method": "whitened", "storage": "pivoted", "policy": "energy",
+        "exclude_modules": ["k_proj", "gate_proj"],
+    },
     "factors-and-dense-layers": {
-        "ratio": 0.8, "method": "two-sided", "policy": "lossaware", "storage": "factors",
+        "ratio": 0.6, "method": "whitened", "exclude_modules": ["v_proj", "up_proj"],
     },
     "shared-bases": {"ratio": 0.6, "method": "basis-sharing"},
 }  # fmt: skip
