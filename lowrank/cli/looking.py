@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +15,7 @@ from ..errors import LowrankError
 from ..methods import JOINT, METHODS
 from ..policies import POLICIES
 from . import inputs, layers, options
-from .console import on_terminal, say, say_reasons, show, table_of
+from .console import hushed, on_terminal, say, say_reasons, show, table_of
 from .inputs import Length, Source
 from .options import arguments_of
 
@@ -77,41 +77,101 @@ def inspect_command(
 def eval_command(
     path: Source,
     text: Annotated[
-        Path, typer.Option(metavar="TEXT", help="Text to predict.", show_default=False)
-    ],
+        Path | None, typer.Option(metavar="TEXT", help="Text to predict.", show_default=False)
+    ] = None,
     reference: Reference = None,
     length: Length = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            show_default=False,
+            help="Tasks of lm-eval, parted by commas (extra: lowrank[eval]).",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(metavar="INT", min=1, help="Examples of each task.", show_default=False),
+    ] = None,
+    task_folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--task-folder",
+            metavar="FOLDER",
+            show_default=False,
+            help="Tasks of your own, as lm-eval's YAML files.",
+        ),
+    ] = None,
 ) -> None:
-    """Measure perplexity on a text, and KL from a reference model.
+    """Measure perplexity on a text, KL from a reference model, and scores on tasks.
 
     \b
       lowrank eval out --text TEXT
       lowrank eval out --text TEXT --reference PATH
-    """
-    from ..measure.eval import kl, perplexity
-    from ..measure.size import model_cost
-
-    content = inputs.read_text(text)
+      lowrank eval out --tasks arc_easy,hellaswag --limit 200 --reference PATH
+    """  # fmt: skip
+    if text is None and tasks is None:
+        raise LowrankError("nothing to measure: add --text TEXT or --tasks NAMES")
     names = [path] if reference is None else [path, reference]
+    content = None if text is None else inputs.read_text(text)
     models = [inputs.load_model(name) for name in names]
     for model in models:
         inputs.check_reads_tokens(model, "eval", causal=True)
+    if content is not None:
+        _show_text(names, models, content, str(text), length)
+    if tasks is not None:
+        _show_tasks(names, models, tasks.split(","), limit, task_folder)
+
+
+def _show_text(
+    names: Sequence[str], models: Sequence[Any], content: str, source: str, length: int | None
+) -> None:
+    """Perplexity of each model, and the first one's KL from the second."""
+    from ..measure.eval import kl, perplexity
+    from ..measure.size import model_cost
+
     rows = min(inputs.row_length(model, length, option="--length") for model in models)
-    tokenizer = inputs.load_tokenizer(path, "text")
+    tokenizer = inputs.load_tokenizer(names[0], "text")
     shown, table = on_terminal(), []
     for name, model in zip(names, models, strict=True):
         cost = model_cost(model, [])
         value = perplexity(model, tokenizer, content, length=rows, progress=shown)
         sizes = {"path": name, "parameters": f"{cost.params:,}", "bytes": f"{cost.bytes:,}"}
         table.append({**sizes, "perplexity": f"{value:.3f}", "KL": ""})
-    if reference is not None:
+    if len(models) > 1:
         value = kl(models[0], models[1], content, tokenizer=tokenizer, length=rows, progress=shown)
         table[0]["KL"] = f"{value:.4f}"
     show(table_of(table))
     tokens = len(tokenizer(content, verbose=False)["input_ids"])
-    say(f"{tokens:,} tokens of {text}, in rows of {rows}")
-    if reference is not None:
+    say(f"{tokens:,} tokens of {source}, in rows of {rows}")
+    if len(models) > 1:
         say("KL: divergence from the reference's predictions, in nats per token; 0 is equal")
+
+
+def _show_tasks(
+    names: Sequence[str],
+    models: Sequence[Any],
+    tasks: Sequence[str],
+    limit: int | None,
+    folder: Path | None,
+) -> None:
+    """Scores of each model, side by side."""
+    from ..measure.tasks import task_scores
+
+    tokenizer = inputs.load_tokenizer(names[0], "a task")
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for name, model in zip(names, models, strict=True):
+        with hushed():
+            scores = task_scores(model, tokenizer, tasks, limit=limit, folder=folder)
+        for score in scores:
+            row = rows.setdefault(
+                (score.task, score.metric), {"task": score.task, "metric": score.metric}
+            )
+            error = "" if score.error is None else f" ± {score.error:.4f}"
+            row[name] = f"{score.value:.4f}{error}"
+    show(table_of(list(rows.values())))
+    if limit is not None:
+        say(f"the first {limit} examples of each task; ±: standard error")
 
 
 def bench_command(

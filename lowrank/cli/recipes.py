@@ -134,6 +134,4 @@ def _sha256(path: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    return {
-        name: str(version) for name, version in versions().items()
-    }  # torch's is a class
+    return {name: str(version) for name, version in versions().items()}  # torch's is a class
