@@ -81,7 +81,6 @@ def _report(error: Exception) -> int:
 
 app = typer.Typer(
     cls=_Group,
-    add_completion=False,
     rich_markup_mode=None,
     help=OVERVIEW,
     context_settings={"max_content_width": 100, "help_option_names": ["--help", "-h"]},

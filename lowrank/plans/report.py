@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ..errors import LowrankError
 from ..tables import aligned, rich_table
 from .entry import COLUMNS, relative
 from .plan import FORMAT, Plan, parsed
@@ -87,6 +88,40 @@ class Report:
                 row["measured"] = relative(site.measured, site.total)
             rows.append({column: row[column] for column in (*COLUMNS[:-1], "measured", "reason")})
         return rows
+
+    def to_pandas(self) -> Any:
+        """A DataFrame with a row per site: its plan, its size in numbers, and its errors.
+
+        Raises:
+            LowrankError: pandas is not installed.
+        """
+        try:
+            from pandas import DataFrame
+        except ImportError as error:
+            raise LowrankError("to_pandas needs pandas: pip install pandas") from error
+        measured = {site.name: site for site in self.sites}
+        rows = []
+        for entry in self.plan.entries:
+            site = measured.get(entry.name)
+            left = site is not None and bool(site.reason)
+            stored = entry.dense if left else entry.cost
+            rows.append(
+                {
+                    "site": entry.title,
+                    "outputs": entry.shape[0],
+                    "inputs": entry.shape[1],
+                    "method": "dense" if left else entry.method,
+                    "storage": "dense" if left else entry.storage,
+                    "size": None if left else entry.size,
+                    "params": stored.params,
+                    "dense params": entry.dense.params,
+                    "planned error": None if site is None else site.planned,
+                    "measured error": None if site is None else site.measured,
+                    "zero's error": None if site is None else site.total,
+                    "reason": site.reason if site is not None and left else entry.reason,
+                }
+            )
+        return DataFrame(rows)
 
     def times(self) -> list[dict[str, str]]:
         """One row per stage, as text: seconds, and the peak of memory that lies in no file."""

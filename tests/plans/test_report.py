@@ -227,3 +227,17 @@ def test_an_edited_report_is_checked(key: str, value: object, words: str) -> Non
     body = {**json.loads(report.to_json()), key: value}
     with pytest.raises(lowrank.LowrankError, match=words):
         Report.from_json(json.dumps(body))
+
+
+def test_as_a_table_of_pandas() -> None:
+    pytest.importorskip("pandas", reason="pandas is no dependency")
+    _, report = lowrank.compress(make("llama"), 0.6, data=None, method="svd", progress=False)
+    table = report.to_pandas()
+    assert list(table["site"]) == [entry.title for entry in report.plan.entries]
+    factored = table[table["storage"] == "factors"]
+    assert (factored["params"] < factored["dense params"]).all()
+    assert factored["measured error"].notna().all()
+    dense = table[table["storage"] == "dense"]
+    assert (dense["params"] == dense["dense params"]).all()
+    saved = int((table["dense params"] - table["params"]).sum())
+    assert saved == report.params_before - report.params_after
