@@ -266,11 +266,11 @@ class Fused(nn.Module):
         super().__init__()
         own = [part for part in rows if part is not None]
         self.sizes = [0 if part is None else len(part) for part in rows]
-        self.first = _parameter(torch.cat(own)) if own else None
+        self.first = Matrix(torch.cat(own)) if own else None
         self.pieces = pieces
 
     def forward(self, x: Tensor) -> Tensor:
-        stacked = () if self.first is None else linear(x, self.first).split(self.sizes, -1)
+        stacked = () if self.first is None else self.first(x).split(self.sizes, -1)
         outputs = [piece(x, stacked) for piece in self.pieces]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
@@ -280,10 +280,10 @@ class Product(nn.Module):
 
     def __init__(self, at: int, up: Tensor | None = None) -> None:
         super().__init__()
-        self.at, self.up = at, None if up is None else _parameter(up)
+        self.at, self.up = at, None if up is None else Matrix(up)
 
     def forward(self, x: Tensor, stacked: Sequence[Tensor]) -> Tensor:
-        return stacked[self.at] if self.up is None else linear(stacked[self.at], self.up)
+        return stacked[self.at] if self.up is None else self.up(stacked[self.at])
 
 
 class PivotedOutputs(nn.Module):
@@ -291,11 +291,11 @@ class PivotedOutputs(nn.Module):
 
     def __init__(self, at: int, mix: Tensor, order: Tensor) -> None:
         super().__init__()
-        self.at, self.mix, self.order = at, _parameter(mix), nn.Buffer(order)
+        self.at, self.mix, self.order = at, Matrix(mix), nn.Buffer(order)
 
     def forward(self, x: Tensor, stacked: Sequence[Tensor]) -> Tensor:
         kept = stacked[self.at]
-        return torch.cat((kept, linear(kept, self.mix)), -1).index_select(-1, self.order)
+        return torch.cat((kept, self.mix(kept)), -1).index_select(-1, self.order)
 
 
 class PivotedInputs(nn.Module):
@@ -303,16 +303,37 @@ class PivotedInputs(nn.Module):
 
     def __init__(self, mix: Tensor, order: Tensor, up: Tensor) -> None:
         super().__init__()
-        self.mix, self.up = _parameter(mix), _parameter(up)
+        self.mix, self.up = Matrix(mix), Matrix(up)
         self.kept, self.mixed = nn.Buffer(order[: len(mix)]), nn.Buffer(order[len(mix) :])
 
     def forward(self, x: Tensor, stacked: Sequence[Tensor]) -> Tensor:
-        mixed = linear(x.index_select(-1, self.mixed), self.mix)
-        return linear(x.index_select(-1, self.kept) + mixed, self.up)
+        mixed = self.mix(x.index_select(-1, self.mixed))
+        return self.up(x.index_select(-1, self.kept) + mixed)
 
 
-def _parameter(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.contiguous(), requires_grad=False)
+class Matrix(nn.Module):
+    """x (..., in) -> (..., out), by the engine's own product if it gives one: its kernels may want
+    the weight in an order of theirs.
+
+    Attributes:
+        weight: (out, in); the engine's to change once it gives its product.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        self._dense: Any = None
+
+    def give(self, dense: Any) -> None:
+        """Compute by `dense.apply(self, x, None)`, the engine's method of dense layers."""
+        dense.process_weights_after_loading(self)
+        self._dense = dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._dense is None:
+            return linear(x, self.weight)
+        product: Tensor = self._dense.apply(self, x.contiguous(), None)
+        return product
 
 
 def placeholders(layer: nn.Module, arriving: Arriving, dtype: torch.dtype) -> None:
@@ -338,18 +359,27 @@ def _arrive(arriving: Arriving, name: str, _: Tensor, tensor: Tensor, shard: Any
 
 
 def put_fused(
-    layer: Any, arriving: Arriving, cut: Cut, inputs: int, outputs: Sequence[int]
+    layer: Any,
+    arriving: Arriving,
+    cut: Cut,
+    inputs: int,
+    outputs: Sequence[int],
+    dense: Any = None,
 ) -> None:
     """Put what arrived into an engine's layer, as `layer.lowrank`, in place of the placeholders.
 
     Args:
         inputs, outputs: the layer's width on this device, and that of each part of its outputs.
+        dense: the engine's method of dense layers, for the products; None: torch's.
 
     Raises:
         LowrankError: a tensor is missing, or the widths differ.
     """
     device, dtype = layer.weight.device, layer.weight.dtype
     fused, biases = arriving.fused(cut, dtype, device)
+    for matrix in fused.modules():
+        if isinstance(matrix, Matrix) and dense is not None:
+            matrix.give(dense)
     with torch.no_grad():
         width = fused(torch.zeros(1, inputs, dtype=dtype, device=device)).shape[-1]
         if width != sum(outputs):

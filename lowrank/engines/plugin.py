@@ -146,7 +146,8 @@ class FactoredMethod:
             world=self.device_count() if world is None else world,
             replicas=getattr(layer, "num_kv_head_replicas", 1),
         )  # fmt: skip
-        put_fused(layer, self._arriving, cut, self._inputs[0], self._outputs)
+        dense = self._config.DENSE()
+        put_fused(layer, self._arriving, cut, self._inputs[0], self._outputs, dense)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (tokens, in) -> (tokens, out)."""

@@ -188,13 +188,17 @@ def test_one_basis_for_all(world: int) -> None:
     x = torch.randn(4, WIDTH, dtype=torch.float64)
     for name, found in heads_of(layers, world, x).items():
         torch.testing.assert_close(found, x @ weight_of(layers[name]).T)
-    assert len(served(layers, tuple(SIZES.values())).lowrank.first) == 9  # held once
+    assert len(served(layers, tuple(SIZES.values())).lowrank.first.weight) == 9  # held once
 
 
 def test_what_reads_one_input_is_one_product() -> None:
     layer = served(attention(("plain", "dense", "plain")), tuple(SIZES.values())).lowrank
-    assert layer.first.shape == (9 + SIZES["k"] + 5, WIDTH)
-    assert [None if p.up is None else p.up.shape for p in layer.pieces] == [(32, 9), None, (8, 5)]
+    assert layer.first.weight.shape == (9 + SIZES["k"] + 5, WIDTH)
+    assert [None if p.up is None else p.up.weight.shape for p in layer.pieces] == [
+        (32, 9),
+        None,
+        (8, 5),
+    ]
 
 
 def test_placeholders_are_gone_but_for_the_weight() -> None:

@@ -38,8 +38,19 @@ class Base(nn.Module):
 
 
 class Dense:
+    """Its method of dense layers, which keeps weights turned."""
+
     def create_weights(self, layer: nn.Module, *_: Any, **__: Any) -> None:
         layer.weight = nn.Parameter(torch.empty(0))
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        layer.turned = layer.weight.data.T.contiguous()
+        layer.weight = nn.Parameter(torch.empty(0))
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        assert x.is_contiguous()
+        assert bias is None
+        return x @ layer.turned
 
 
 class Abstract:
@@ -170,6 +181,8 @@ def test_the_parts_of_a_fused_layer(engine: Any) -> None:
         layer.quant_method.process_weights_after_loading(layer)
     y = layer.quant_method.apply(layer, x)
     torch.testing.assert_close(y, product(layers, x))
+    # All products are the engine's own.
+    assert all(not p.numel() for p in layer.lowrank.parameters())
     shift = torch.randn(14)
     torch.testing.assert_close(layer.quant_method.apply(layer, x, shift), y + shift)
 
