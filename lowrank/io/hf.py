@@ -101,6 +101,7 @@ class LowRankHfQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: LowRankConfig
     state: dict[str, Any] | None = None  # given to save_pretrained, such as FSDP's gathered one
+    loading: nn.Module | None = None  # the model whose weights are being loaded
     left_out = False  # rules that join tensors of the original checkpoints
 
     def is_serializable(self) -> bool:
@@ -140,6 +141,7 @@ class LowRankHfQuantizer(HfQuantizer):
         config = self.quantization_config
         if not self.pre_quantized:
             return
+        self.loading = model
         check_version(config.version, SOURCE)
         specs, saved_as = check_specs(config.modules, SOURCE), config.lowrank.get("saved_as")
         names = {name: specs[name] for name in declared_containers(specs)}
@@ -151,10 +153,11 @@ class LowRankHfQuantizer(HfQuantizer):
         untie(model, factored(model))
         _ignore_guards(model)
 
-    def update_weight_conversions(self, weight_conversions: Any, model: nn.Module) -> Any:
+    def update_weight_conversions(self, weight_conversions: Any, *model: nn.Module) -> Any:
         """Without the rules that join or turn tensors, if the files have the model's own names."""
-        rules = super().update_weight_conversions(weight_conversions, model)
-        if not are_joined(model, rules):
+        rules = super().update_weight_conversions(weight_conversions, *model)
+        loading = model[0] if model else self.loading  # not said before transformers 5.21
+        if loading is None or not are_joined(loading, rules):
             return rules
         self.left_out = True
         return [rule for rule in rules if not isinstance(rule, WeightConverter)]
@@ -162,6 +165,7 @@ class LowRankHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if not self.pre_quantized:
             return _compressed(model, self.quantization_config.asked())
+        self.loading = None
         if self.left_out:  # what was used says nothing of how to save it once it is dense again
             vars(model).pop("_weight_conversions", None)
         share_buffers(model)
