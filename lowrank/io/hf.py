@@ -131,8 +131,8 @@ class LowRankHfQuantizer(HfQuantizer):
             if config.asked():
                 return
             raise LowrankError(
-                "this LowRankConfig asks for nothing: give it a ratio, as in "
-                "LowRankConfig(ratio=0.6), to compress the dense model that from_pretrained loads"
+                "a LowRankConfig without a size only says how a factored model was saved: give it "
+                "a ratio, as in LowRankConfig(ratio=0.6), to compress the dense model as it is loaded"
             )
         check_version(config.version, SOURCE)
         check_specs(config.modules, SOURCE)

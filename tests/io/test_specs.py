@@ -113,13 +113,13 @@ def test_one_module_with_two_specs_is_refused(zoo) -> None:
         prepare(zoo.Net(), {"shared": spec, "again": {**spec, "rank": 4}}, "test")
 
 
-def test_config_is_no_way_to_compress_while_loading(zoo, tmp_path: Path) -> None:
+def test_specs_alone_are_no_way_to_compress_while_loading(zoo, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from lowrank.io.hf import LowRankConfig
 
     zoo.make("llama").save_pretrained(tmp_path)
-    with pytest.raises(LowrankError, match=r"load the dense model, then use lowrank\.compress"):
+    with pytest.raises(LowrankError, match="give it a ratio, as in LowRankConfig"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=LowRankConfig({Q: SPEC}))
 
 
