@@ -131,8 +131,9 @@ class LowRankHfQuantizer(HfQuantizer):
             if config.asked():
                 return
             raise LowrankError(
-                "a LowRankConfig without a size only says how a factored model was saved: give it "
-                "a ratio, as in LowRankConfig(ratio=0.6), to compress the dense model as it is loaded"
+                "a LowRankConfig without a size only says how a factored model was saved: to "
+                "compress the dense model as it is loaded, give it a ratio, as in "
+                "LowRankConfig(ratio=0.6)"
             )
         check_version(config.version, SOURCE)
         check_specs(config.modules, SOURCE)
