@@ -57,7 +57,6 @@ VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check -q
 vllm-check: $(VENV)/.dev $(VLLM)/.ready
 	rm -rf build/served
 	OMP_NUM_THREADS=2 $(BIN)/python -m tests.engines.served build/served
-	$(VLLM_PIP) install .
 	$(VLLM_PIP) install --no-deps --force-reinstall .
 	OMP_NUM_THREADS=2 $(VLLM)/bin/python tests/engines/check_vllm.py build/served
 

@@ -33,6 +33,48 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "candidates that are far behind refitted, and the near ones left",
+        "lowrank/api/allocating.py",
+        "if value <= NEAR * max(least, ROUNDING)]",
+        "if not value <= NEAR * max(least, ROUNDING)] or [0]",
+        ("tests/api/test_allocating.py::test_what_is_far_behind_before_the_refit_is_not_refitted",),
+    ),
+    Mutant(
+        "the last components of a larger rank taken for the first",
+        "lowrank/methods/resolved.py",
+        "layer.down.weight[:rank], layer.up.weight[:, :rank]",
+        "layer.down.weight[-rank:], layer.up.weight[:, -rank:]",
+        ("tests/methods/test_resolved.py::test_several_ranks_are_cut_from_the_largest",),
+    ),
+    Mutant(
+        "keys that several devices share cut as if each had its own",
+        "lowrank/engines/fused.py",
+        "first = (rank // times) * size",
+        "first = rank * size",
+        ("tests/engines/test_fused.py::test_queries_keys_and_values",),
+    ),
+    Mutant(
+        "the bias of a fused layer's second part put over the first one's",
+        "lowrank/engines/fused.py",
+        "            start += size\n    for name",
+        "    for name",
+        ("tests/engines/test_fused.py::test_biases_that_come_with_the_factors",),
+    ),
+    Mutant(
+        "the length of text fixed in a graph",
+        "lowrank/io/graphs.py",
+        "return {0: AUTO, 1: AUTO} if is_text else {0: AUTO}",
+        "return {0: AUTO}",
+        ("tests/io/test_graphs.py::test_encoders_at_other_sizes",),
+    ),
+    Mutant(
+        "a recipe run on a text that has changed",
+        "lowrank/cli/recipes.py",
+        "if wanted and Path(data)",
+        "if not wanted and Path(data)",
+        ("tests/cli/test_recipes.py::test_a_text_that_changed_is_refused",),
+    ),
+    Mutant(
         "keys taken for queries in attention from layers",
         "lowrank/nn/split_attention.py",
         "q, k, v = projected  #",
