@@ -21,9 +21,11 @@ from torch.nn.functional import linear
 
 from ..errors import LowrankError, listed
 from ..nn import FACTORED, LowRankLinear, PivotedLinear, SharedLowRankLinear, build
+from ..nn.split_linear import SplitLinear
 
 Spec = Mapping[str, Any]
 SERVED = (LowRankLinear, PivotedLinear, SharedLowRankLinear)
+SPLIT = SplitLinear.__name__
 SHARDS: Mapping[Any, int] = {None: 0, "q": 0, "k": 1, "v": 2}  # others are numbers
 
 
@@ -79,10 +81,16 @@ def cut_of(
 
 @dataclass(frozen=True)
 class Part:
-    """A layer of the checkpoint; its `spec` is None where it is dense."""
+    """A layer of the checkpoint.
+
+    Attributes:
+        spec: None where it is dense.
+        path: its name below the engine's layer, if the checkpoint fuses and lowrank split it.
+    """
 
     name: str
     spec: Spec | None
+    path: str = ""
 
     @property
     def kind(self) -> str:
@@ -103,7 +111,12 @@ def parts_of(names: Sequence[str], specs: Mapping[str, Spec], engine: str) -> li
     Raises:
         LowrankError: one has a form that is not served, or shares a basis outside of the layer.
     """
-    parts = [Part(name, specs.get(name)) for name in names]
+    whole = specs.get(names[0]) if len(names) == 1 else None
+    if whole is not None and whole["type"] == SPLIT:
+        paths = [str(i) for i in range(len(whole["sizes"]))]
+        parts = [Part(f"{names[0]}.{i}", specs.get(f"{names[0]}.{i}"), i) for i in paths]
+    else:
+        parts = [Part(name, specs.get(name)) for name in names]
     if all(part.spec is None for part in parts):
         return []
     served = {cls.__name__ for cls in SERVED}
@@ -145,8 +158,10 @@ class Arriving:
     def names(self) -> list[str]:
         """Where tensors may arrive, `weight` among them: dense parts' and those that guard the
         place of a factored layer. A bias of the layer's own name is the engine's to load."""
-        held = (key for part in self.parts for key in part.tensors() if key != "bias")
-        return list(dict.fromkeys(["weight", *held]))
+        held = [key for part in self.parts if not part.path for key in part.tensors()]
+        own = [key for key in held if key != "bias"]
+        below = [f"{p.path}.{k}" for p in self.parts if p.path for k in (*p.tensors(), "bias")]
+        return list(dict.fromkeys(["weight", *own, *below]))
 
     def keep(self, name: str, tensor: Tensor, shard: Any = None) -> None:
         """Take one tensor of the part that `shard` says.
@@ -154,13 +169,20 @@ class Arriving:
         Raises:
             LowrankError: there is no such part, or tensor of it, or it has another shape.
         """
+        if self.parts[0].path and name == "weight" and tensor.numel() == 1:
+            return  # the guard of a split layer's place
+        path, _, rest = name.partition(".")
         index = SHARDS.get(shard, shard)
+        if self.parts[0].path and path.isdecimal():
+            index, name = int(path), rest
         if not isinstance(index, int) or not 0 <= index < len(self.parts):
             raise LowrankError(f"{self.prefix}: no part {shard!r} among {len(self.parts)}")
         part = self.parts[index]
         if part.spec is not None and name == "weight" and tensor.numel() == 1:
             return  # the guard of a factored layer's place
         shapes = part.tensors()
+        if part.path:
+            shapes = {"bias": None, **shapes}
         if name not in shapes:
             raise LowrankError(
                 f"{part.name}.{name} is in the files, but the config says {part.kind or 'dense'}"
@@ -195,7 +217,7 @@ class Arriving:
             first, piece = _piece(part, held, _tensors(held, dtype, device), cut, index, at)
             pieces.append(piece)
             rows.append(first)
-            bias = held.get("up.bias")
+            bias = held.get("up.bias", held.get("bias"))
             biases.append(
                 None if bias is None else _rows(bias.to(device, dtype), cut.outputs[index])
             )

@@ -90,6 +90,7 @@ class Declared:
         names = [prefix] if prefix in self.modules else fused
         self._claimed.update(names)
         parts = parts_of(names, self.modules, self.ENGINE)
+        self._claimed.update(part.name for part in parts)
         return self.METHOD(Arriving(prefix, parts), self) if parts else self.DENSE()
 
     def check_claimed(self, staged: bool) -> None:

@@ -344,3 +344,31 @@ def test_the_shard_may_be_said_by_the_tensor() -> None:
     x = torch.randn(2, WIDTH, dtype=torch.float64)
     want = torch.cat([x @ weight_of(module).T for module in layers.values()], -1)
     torch.testing.assert_close(layer.lowrank(x), want)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("kinds", [("plain", "out", "in"), ("out", "dense", "plain")])
+def test_a_layer_that_the_checkpoint_fuses_and_lowrank_split(
+    kinds: tuple[str, ...], world: int
+) -> None:
+    """Parts lie below the layer's name, by their numbers, with their biases."""
+    sizes = list(SIZES.values())
+    each = enumerate(zip(sizes, kinds, strict=True))
+    layers = [made(kind, out, WIDTH, 5, bias=True, seed=i) for i, (out, kind) in each]
+    specs: dict[str, Any] = {"all": {"type": "SplitLinear", "sizes": sizes}}
+    x = torch.randn(4, WIDTH, dtype=torch.float64)
+    for i, module in enumerate(layers):
+        if not isinstance(module, nn.Linear):
+            specs[f"all.{i}"] = describe(module)
+    for rank in range(world):
+        here = [size // world for size in sizes]
+        layer = Layer(["all"], specs, sum(here))
+        layer.load("weight", torch.zeros(1))  # the guard
+        for i, module in enumerate(layers):
+            for key, tensor in module.state_dict().items():
+                layer.load(f"{i}.{key}", tensor)
+        cut = cut_of(3, (WIDTH, WIDTH), here, sum(sizes), rank=rank, world=world)
+        put_fused(layer, layer.parts, cut, WIDTH, here)
+        found = (layer.lowrank(x) + layer.bias).split(here, -1)
+        for module, got, size in zip(layers, found, here, strict=True):
+            torch.testing.assert_close(got, module(x)[:, rank * size : (rank + 1) * size])
