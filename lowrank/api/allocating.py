@@ -143,8 +143,8 @@ class Judge:
     """The held-out KL of allocations, measured in twins.
 
     If recovery follows, its closed-form part can change the order of candidates. So those that are
-    near the best one before it get it too, on a few rows: refitting all of them would take the
-    longest of a whole compression, and those left behind before it were so after it, too.
+    near the best one before it get it too, on a few rows. Others do not: benchmarks/candidates.py
+    prints that they stay behind.
 
     Attributes:
         groups: by the names under which an allocation lists them.

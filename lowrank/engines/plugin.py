@@ -113,6 +113,8 @@ class Declared:
 class FactoredMethod:
     """Computes one of an engine's linear layers from the parts that it fuses."""
 
+    DISTRIBUTED: ClassVar[Any]  # the engine's module of process groups
+
     def __init__(self, arriving: Arriving, config: Declared) -> None:
         self._arriving, self._config = arriving, config
 
@@ -139,12 +141,13 @@ class FactoredMethod:
         """
         if hasattr(layer, "lowrank"):
             return
-        self._config.check_claimed(self.is_staged())
+        self._config.check_claimed(self._is_staged())
+        groups = self.DISTRIBUTED
         rank, world = getattr(layer, "tp_rank", None), getattr(layer, "tp_size", None)
         cut = cut_of(
             len(self._arriving.parts), self._inputs, self._outputs, self._whole,
-            rank=self.device_rank() if rank is None else rank,
-            world=self.device_count() if world is None else world,
+            rank=groups.get_tensor_model_parallel_rank() if rank is None else rank,
+            world=groups.get_tensor_model_parallel_world_size() if world is None else world,
             replicas=getattr(layer, "num_kv_head_replicas", 1),
         )  # fmt: skip
         dense = self._config.DENSE()
@@ -155,13 +158,9 @@ class FactoredMethod:
         y: Tensor = layer.lowrank(x)
         return y if bias is None else y + bias
 
-    # The engine's:
-
-    def device_rank(self) -> int:
-        raise NotImplementedError
-
-    def device_count(self) -> int:
-        raise NotImplementedError
-
-    def is_staged(self) -> bool:
-        raise NotImplementedError
+    def _is_staged(self) -> bool:
+        """Whether other processes hold other layers (pipeline parallel)."""
+        try:
+            return bool(self.DISTRIBUTED.get_pp_group().world_size > 1)
+        except AssertionError:  # layers outside of an engine: there are no groups
+            return False

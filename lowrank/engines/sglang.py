@@ -7,11 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang.srt.distributed import (
-    get_pp_group,
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-)
+from sglang.srt import distributed
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization import QUANTIZATION_METHODS
 from sglang.srt.layers.quantization.base_config import LinearMethodBase, QuantizationConfig
@@ -28,17 +24,7 @@ def register() -> None:
 class LowRankMethod(FactoredMethod, LinearMethodBase):
     """The plug-in's linear method."""
 
-    def device_rank(self) -> int:
-        return int(get_tensor_model_parallel_rank())
-
-    def device_count(self) -> int:
-        return int(get_tensor_model_parallel_world_size())
-
-    def is_staged(self) -> bool:
-        try:
-            return bool(get_pp_group().world_size > 1)
-        except AssertionError:  # layers outside of an engine
-            return False
+    DISTRIBUTED = distributed
 
 
 class LowRankConfig(Declared, QuantizationConfig):

@@ -8,11 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.distributed import (
-    get_pp_group,
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-)
+from vllm import distributed
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -36,17 +32,7 @@ def register() -> None:
 class LowRankMethod(FactoredMethod, LinearMethodBase):
     """The plug-in's linear method."""
 
-    def device_rank(self) -> int:
-        return int(get_tensor_model_parallel_rank())
-
-    def device_count(self) -> int:
-        return int(get_tensor_model_parallel_world_size())
-
-    def is_staged(self) -> bool:
-        try:
-            return bool(get_pp_group().world_size > 1)
-        except AssertionError:  # layers outside of an engine
-            return False
+    DISTRIBUTED = distributed
 
 
 class LowRankConfig(Declared, QuantizationConfig):
