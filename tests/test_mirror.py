@@ -40,6 +40,7 @@ ELSEWHERE = {
     "diagnose/one_layer.py": ("diagnose/test_sensitivities.py", "sensitivity"),
     "diagnose/sensitivity_table.py": ("diagnose/test_sensitivities.py", "Sensitivity"),
     "diagnose/spectrum.py": ("diagnose/test_inspection.py", "inspect"),
+    "engines/products.py": ("engines/test_fused.py", "put_fused"),
     "engines/vllm.py": ("engines/test_plugin.py", "LowRankConfig"),
     "engines/sglang.py": ("engines/test_plugin.py", "LowRankConfig"),
     "io/adapters.py": ("seams/test_peft.py", "name_children"),
