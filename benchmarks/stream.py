@@ -133,6 +133,8 @@ def main() -> None:
         f"{'s a block':>9} {'kept':>6}"
     )
     rows, itemsize = [], getattr(torch, given.dtype).itemsize
+    about = {"width": given.width, "calibration_rows": given.rows, "effort": given.effort}
+    place = "in_memory_" if given.in_memory else ""
     for blocks in given.blocks:
         with tempfile.TemporaryDirectory(dir=".") as directory:
             folder = Path(directory) / "model"
@@ -152,9 +154,7 @@ def main() -> None:
             f"{row['seconds']:6.0f} {row['seconds'] / blocks:9.1f} {row['kept']:6.3f}",
             flush=True,
         )
-    about = {"width": given.width, "calibration_rows": given.rows, "effort": given.effort}
-    place = "in_memory_" if given.in_memory else ""
-    keep(f"stream_{place}{given.dtype}", rows, **about)
+        keep(f"stream_{place}{given.width}_{given.dtype}", rows, **about)
 
 
 if __name__ == "__main__":
