@@ -107,7 +107,9 @@ def carry_out(
     notes = _notes(built, plan, calibration, bench)
     if recovered is not None:
         notes += recovered.notes
-    return root, agreed(_report(plan, built, before, root, calibration, notes, started))
+    report = agreed(_report(plan, built, before, root, calibration, notes, started))
+    io.attach(root, report=report)
+    return root, report
 
 
 def together(work: Work) -> list[Work]:

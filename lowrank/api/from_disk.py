@@ -24,7 +24,6 @@ from ..errors import LowrankError
 from ..linalg.mapped import in_files, is_in_files
 from ..plans.report import Report
 from ..plans.stages import stage
-from ..tables import markdown
 from ..types import Site
 from ..walk.sites import find_sites
 
@@ -195,8 +194,7 @@ def write(
     Returns:
         The report, with the stages and seconds up to here.
     """
-    card = ["## Compression", f"Compressed from `{Path(source).name}`.", *report.summary()]
-    body = "\n\n".join([*card, markdown(report.rows())])
+    body = io.body_of(report, Path(source).name)
     with replacing(out, within) as fresh:
         with stage("writing"):
             io.save(model, fresh, tokenizer=tokenizer, card=body, max_shard_size=SHARD)

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from ..errors import LowrankError
 from . import changing, looking, reporting
-from .console import complain, one_line
+from .console import complain, logged, one_line
 from .launched import check_shared, joined
 
 OVERVIEW = """Low-rank compression of neural networks and language models.
@@ -35,18 +35,20 @@ Run lowrank COMMAND --help for details, or lowrank demo to try it on a small bui
 """
 
 
+ANYWHERE = ("--debug", "--verbose")  # flags of every command, at any position
+
+
 class _Group(TyperGroup):
     """Turns exceptions into one line and an exit code, for the command line and for tests."""
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
         """Exit with 0; 2 for errors the user can fix; 1 for all others; 130 if interrupted."""
         given = list(sys.argv[1:] if args is None else args)
-        debug = "--debug" in given  # at any position
-        if debug:
-            given.remove("--debug")
+        debug, verbose = (flag in given for flag in ANYWHERE)
+        given = [word for word in given if word not in ANYWHERE]
         extra["standalone_mode"] = False
         try:
-            with joined():
+            with joined(), logged(verbose):
                 code = super().main(given, *rest, **extra)
         except Exception as error:
             if debug:
@@ -95,6 +97,9 @@ def _start(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error; allowed anywhere.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Say when each stage ends; allowed anywhere.")
     ] = False,
 ) -> None:
     if version:

@@ -23,6 +23,21 @@ def say(line: str = "") -> None:
         typer.echo(line)
 
 
+@contextmanager
+def logged(verbose: bool) -> Iterator[None]:
+    """Meanwhile what the library logs is printed on stderr, if that is asked for."""
+    logger, handler = logging.getLogger("lowrank"), logging.StreamHandler(sys.stderr)
+    before = logger.level
+    if verbose:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
 def complain(line: str) -> None:
     """Print an error as one line on stderr; processes after the first say which they are."""
     who = "lowrank" if writes() else f"lowrank, process {number()}"

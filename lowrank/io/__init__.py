@@ -1,5 +1,6 @@
 """Save, load and export factored models. Files depend on modules, never the other way round."""
 
+from .card import body_of as body_of
 from .checkpoint import load as load
 from .checkpoint import save as save
 from .declaration import attach as attach

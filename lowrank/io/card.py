@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -9,10 +10,13 @@ from torch import nn
 
 from ..errors import LowrankError
 from ..plans.plan import version
+from ..plans.report import Report
+from ..tables import markdown
 from .specs import specs_of
 
 REMOTE_FILE = "modeling_lowrank.py"
 _MARK = "<!-- written by lowrank -->"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 _REMOTE = '''"""Lets trust_remote_code=True load this model: install lowrank first."""
 
@@ -29,7 +33,7 @@ class LowRank{name}(_Base):
 
 _CARD = """---
 library_name: transformers
-tags:
+{base}tags:
 - lowrank
 - low-rank
 ---
@@ -85,13 +89,27 @@ def remote_code(name: str) -> str:
     return _REMOTE.format(name=name)
 
 
+def body_of(report: Report, source: str = "") -> str:
+    """What was asked, what came of it, and the ranks layer by layer, as markdown."""
+    origin = [f"Compressed from `{source}`."] if source else []
+    return "\n\n".join(["## Compression", *origin, *report.summary(), markdown(report.rows())])
+
+
 def write(path: Path, model: nn.Module, classes: list[str], card: str | None) -> None:
-    """Write the model card; one that lowrank did not write is kept."""
+    """Write the model card; one that lowrank did not write is kept.
+
+    Args:
+        card: its last part; by default what the model's compression reported, if it is known.
+    """
     if path.exists() and _MARK not in path.read_text(encoding="utf-8"):
         return
+    report = getattr(getattr(model, "hf_quantizer", None), "report", None)
+    if card is None and report is not None:
+        card = body_of(report)
     name = classes[0] if classes else type(model).__name__
     text = _CARD.format(
         mark=_MARK,
+        base=_base_of(model),
         name=type(model).__name__,
         count=len(specs_of(model)),
         version=version(),
@@ -101,6 +119,12 @@ def write(path: Path, model: nn.Module, classes: list[str], card: str | None) ->
         remote=", or `trust_remote_code=True`" if classes else "",
     )
     path.write_text(f"{text}\n{card.strip()}\n" if card else text, encoding="utf-8")
+
+
+def _base_of(model: nn.Module) -> str:
+    """The card's line that names the dense model, if that came from the hub."""
+    name = str(getattr(model.config, "name_or_path", ""))
+    return f"base_model: {name}\n" if _HUB_ID.fullmatch(name) and not Path(name).exists() else ""
 
 
 def _loads(entry: object, wanted: type) -> bool:

@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import LowrankError
 from ..nn import is_factored
 from ..plans.plan import version
+from ..plans.report import Report
 from ..walk.checks import declaration_in, mark_of, method_of, sub_configs
 from ..walk.quantized import is_dequantised
 from ..walk.surgery import factored
@@ -24,7 +25,9 @@ from .tensors import check_storable
 from .ties import other_ties, retie, untie
 
 
-def attach(model: nn.Module, provenance: dict[str, Any] | None = None) -> bool:
+def attach(
+    model: nn.Module, provenance: dict[str, Any] | None = None, *, report: Report | None = None
+) -> bool:
     """Write the factored modules of a transformers model into its config.
 
     Afterwards stock `save_pretrained` and `from_pretrained` round-trip the model. Call it after
@@ -33,6 +36,7 @@ def attach(model: nn.Module, provenance: dict[str, Any] | None = None) -> bool:
     Args:
         model: any model; only transformers models are changed.
         provenance: JSON-serialisable, stored under "lowrank" in the config for human readers.
+        report: of its compression, for the model card: `model.hf_quantizer.report`.
 
     Returns:
         Whether the config now declares factored modules.
@@ -49,6 +53,8 @@ def attach(model: nn.Module, provenance: dict[str, Any] | None = None) -> bool:
     if not specs:
         detach(model)
         return False
+    if report is None:  # of an earlier call
+        report = getattr(getattr(model, "hf_quantizer", None), "report", None)
     _forget(model)
     untie(model, factored(model))
     from .hf import LowRankConfig, LowRankHfQuantizer
@@ -56,7 +62,9 @@ def attach(model: nn.Module, provenance: dict[str, Any] | None = None) -> bool:
     config = LowRankConfig(modules=specs, lowrank=notes)
     model.config.quantization_config = config  # type: ignore[union-attr]
     # It updates the config at every save, and provides model.dequantize().
-    model.hf_quantizer = LowRankHfQuantizer(config, pre_quantized=True)
+    quantizer = LowRankHfQuantizer(config, pre_quantized=True)
+    quantizer.report = report
+    model.hf_quantizer = quantizer
     return True
 
 

@@ -22,6 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import LowrankError, listed
+from ..plans.report import Report
 from ..walk.checks import method_of, sub_configs
 from ..walk.surgery import factored, modules_of, swap
 from .card import REMOTE_FILE
@@ -102,6 +103,7 @@ class LowRankHfQuantizer(HfQuantizer):
     quantization_config: LowRankConfig
     state: dict[str, Any] | None = None  # given to save_pretrained, such as FSDP's gathered one
     loading: nn.Module | None = None  # the model whose weights are being loaded
+    report: Report | None = None  # of the compression, for the model card
     left_out = False  # rules that join tensors of the original checkpoints
 
     def is_serializable(self) -> bool:
@@ -210,9 +212,7 @@ def _compressed(model: Any, asked: dict[str, Any]) -> nn.Module:
     model.hf_quantizer, model.is_quantized = None, False
     vars(model).pop("quantization_method", None)
     small: Any
-    small, report = VERBS["compress"](model, **asked)
-    if small.hf_quantizer is not None:
-        small.hf_quantizer.report = report
+    small, _ = VERBS["compress"](model, **asked)
     return cast(nn.Module, small)
 
 

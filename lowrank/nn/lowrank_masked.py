@@ -216,6 +216,7 @@ def pack(mask: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, in_features: int) -> Tensor:
     """The mask (out, in), bool."""
-    places = torch.arange(BITS, dtype=torch.uint8, device=packed.device)
-    bits = (packed[..., None] >> places) & 1
-    return bits.view(len(packed), -1)[:, :in_features].bool()
+    # A comparison with masks and no shift, which ONNX does not have for tensors.
+    places = 2 ** torch.arange(BITS, dtype=torch.uint8, device=packed.device)
+    bits = (packed[..., None] & places) != 0
+    return bits.view(len(packed), -1)[:, :in_features]

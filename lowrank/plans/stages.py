@@ -2,11 +2,12 @@
 
 A verb opens a recording, and what it calls marks its stages. A stage inside another belongs to the
 outer one, so that nothing counts twice: a candidate's refit is part of choosing ranks. Outside of a
-recording a mark does nothing.
+recording a mark does nothing. The end of each is logged at the level INFO.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 from .progress import bar, one_bar
 
 INTERVAL = 0.02  # seconds between two looks at the memory
+_LOG = logging.getLogger("lowrank")
 _STATM = Path("/proc/self/statm")
 
 
@@ -92,8 +94,9 @@ class _Recording:
                 shown.leave()
             with self._lock:
                 known, self._running = self._stages[name], ""
-                seconds = known.seconds + time.perf_counter() - started
-                self._stages[name] = replace(known, seconds=seconds)
+                seconds = time.perf_counter() - started
+                self._stages[name] = replace(known, seconds=known.seconds + seconds)
+            _LOG.info("%s: %.1f s, memory %d MB", name, seconds, known.peak_bytes // 10**6)
 
 
 _RECORDING: ContextVar[_Recording | None] = ContextVar("recording", default=None)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import mmap
 import threading
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,6 +100,18 @@ def test_a_stage_inside_another_is_part_of_it(clock: list[float]) -> None:
         found, seconds = recorded() or ((), 0.0)
     assert [(one.name, one.seconds) for one in found] == [("outer", 10), ("last", 2)]
     assert seconds == 15
+
+
+def test_the_end_of_a_stage_is_logged(clock: list[float], caplog: Any) -> None:
+    caplog.set_level(logging.INFO, "lowrank")
+    for seconds in (1.5, 2.0):  # entered again, it says how long this time took
+        with recording(), stage("one"):
+            with stage("inner"):
+                clock[0] += seconds
+            assert len(caplog.records) == (seconds == 2.0)
+    said = [record.getMessage() for record in caplog.records]
+    assert [text.split(", memory ")[0] for text in said] == ["one: 1.5 s", "one: 2.0 s"]
+    assert all(int(text.split()[-2]) > 0 for text in said)
 
 
 def test_a_recording_inside_another_is_part_of_it(clock: list[float]) -> None:

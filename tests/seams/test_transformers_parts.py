@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -184,6 +185,29 @@ def test_stock_save_writes_card_and_remote_code(tmp_path: Path) -> None:
     module, name = config["auto_map"]["AutoModelForCausalLM"].split(".")
     assert name in (tmp_path / f"{module}.py").read_text()
     assert not hasattr(model.config, "auto_map")  # of the folder, not of the model
+
+
+def test_the_card_tells_what_was_done_and_to_which_model(tmp_path: Path) -> None:
+    model = zoo.llama()
+    model.config.name_or_path = "someone/dense-model"
+    model, report = lowrank.compress(model, 0.5, **RUN)
+    model.save_pretrained(tmp_path / "one")
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\nbase_model: someone/dense-model\n")
+    assert [line for line in report.summary() if line not in card] == []
+    rows = [f"| {row['site']} | {row['shape']} |" for row in report.rows()]
+    assert len(rows) > 10
+    assert [row for row in rows if row not in card] == []
+    copy.deepcopy(model).save_pretrained(tmp_path / "two")
+    assert (tmp_path / "two" / "README.md").read_text() == card
+
+
+def test_a_folder_is_no_model_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    zoo.llama().save_pretrained("some/folder")
+    model = lowrank.from_pretrained("some/folder")
+    lowrank.compress(model, 0.5, **RUN)[0].save_pretrained("out")
+    assert "base_model" not in Path("out/README.md").read_text()
 
 
 def test_a_card_of_ones_own_is_kept(tmp_path: Path) -> None:
