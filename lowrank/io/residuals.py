@@ -239,7 +239,10 @@ def _quantised(name: str, quantize: Quantize, weight: Tensor, base: nn.Module) -
             f"{name}: quantize= must return a tensor {tuple(weight.shape)} as it was given, got "
             f"{got}; layers that are quantised already are passed as the model"
         )
-    return given.to(place.dtype).to(weight)
+    stored = given.to(place.dtype)
+    if not bool(torch.isfinite(stored).all()):
+        raise LowrankError(f"{name}: quantize= returned numbers that are not finite")
+    return stored.to(weight)
 
 
 def _save_base(model: Any, folder: str | Path) -> None:

@@ -110,6 +110,21 @@ def test_the_base_is_quantised_as_loftq_does() -> None:
     assert often.sum() < 0.97 * once.sum()
 
 
+def test_the_best_iteration_is_kept() -> None:
+    calls = 0
+
+    def worse(weight: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return coarse(weight) if calls % 2 else torch.zeros_like(weight)
+
+    dense = make("llama")
+    live = lowrank.residual_adapters(dense, rank=4, quantize=worse, iterations=2, copy=True)
+    assert calls == 2 * 14
+    for wanted, base, _ in parts(live, dense).values():
+        np.testing.assert_allclose(base, coarse(torch.tensor(wanted)).numpy(), atol=1e-6)
+
+
 def test_a_base_of_zeros_leaves_all_to_the_adapters() -> None:
     model = small()
     layers = [m for m in model.modules() if isinstance(m, lowrank.nn.LowRankLinear)]
@@ -178,6 +193,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "norms": ({"rank": bad(use_dora=True)}, "use_dora=False, got True and True"),
     "table": ({"rank": bad(target_modules=["embed_tokens"])}, "embed_tokens is a Embedding: resi"),
     "iterations": ({"iterations": 2}, "1 without quantize=, got 2"),
+    "not finite": ({"quantize": lambda w: w / 0}, "q_proj: quantize= returned .* not finite"),
     "quantised": ({"quantize": lambda w: w[:2]}, r"must return a tensor \(32, 32\).*got \(2, 32\)"),
 }
 

@@ -347,13 +347,15 @@ def test_single_rows_of_a_factored_table_are_refused(tokens_: Any) -> None:
 
 
 def test_experts_are_named_as_the_parameters_that_they_were() -> None:
-    names = lora(
-        factored(make("mixtral"), data=None), ["o_proj"],
-        target_parameters=["mlp.experts.gate_up_proj"],
-    )  # fmt: skip
-    experts = {n for n in names if "experts" in n}
+    model = factored(make("mixtral"), data=None)
+    before = logits(model)
+    live = adapted(model, ["o_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    experts = {n for n in adapted_layers(live) if "experts" in n}
     assert len(experts) == 2 * 4 * 2  # blocks, experts, factors
     assert all(".gate_up_proj." in name for name in experts)
+    want = logits(live)
+    assert not torch.allclose(want, before, atol=1e-3)
+    torch.testing.assert_close(logits(live.merge_and_unload()), want, rtol=1e-4, atol=1e-5)
 
 
 def test_attention_that_was_split_is_named_as_a_whole() -> None:
