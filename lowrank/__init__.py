@@ -21,8 +21,10 @@ from .diagnose import inspect as inspect
 from .diagnose import sensitivity as sensitivity
 from .errors import LowrankError as LowrankError
 from .io import export as export
+from .io import fold_adapters as fold_adapters
 from .io import from_pretrained as from_pretrained
 from .io import load as load
+from .io import residual_adapters as residual_adapters
 from .io import save as save
 from .io import to_dense as to_dense
 from .io.registration import VERBS as _VERBS

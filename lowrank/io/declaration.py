@@ -24,6 +24,8 @@ from .specs import VERSION, specs_of
 from .tensors import check_storable
 from .ties import other_ties, retie, untie
 
+SAVED_IN = "_lowrank_saved_in"  # of a model: the folder, of which its adapters are then
+
 
 def attach(
     model: nn.Module, provenance: dict[str, Any] | None = None, *, report: Report | None = None
@@ -50,6 +52,7 @@ def attach(
     check_attachable(model)
     notes = _notes(model, provenance)
     specs = specs_of(model)
+    vars(model).pop(SAVED_IN, None)
     if not specs:
         detach(model)
         return False
@@ -112,6 +115,7 @@ def declared(
             _write_beside(model, Path(folder))
         quantizer.state = state_dict
         yield
+        vars(model)[SAVED_IN] = str(folder)
     finally:
         quantizer.state = None
         for part, name, value in before:
