@@ -185,10 +185,12 @@ def row_of(name: str, form: str, tools: Sequence[str] = tuple(TOOLS)) -> dict[st
     return cells
 
 
-def rows(jobs: int, names: Sequence[str], forms: Sequence[str]) -> Iterator[dict[str, Any]]:
+def rows(
+    jobs: int, names: Sequence[str], forms: Sequence[str], tools: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     asked = [(name, form) for name in names for form in forms]
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        found = pool.map(row_of, *zip(*asked, strict=True))
+        found = pool.map(row_of, *zip(*asked, strict=True), [tools] * len(asked))
         for (name, form), cells in zip(asked, found, strict=True):
             yield {"architecture": name, "form": form, "cells": cells}
 
@@ -242,9 +244,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--forms", nargs="+", default=list(FORMS))
+    parser.add_argument("--tools", nargs="+", default=list(TOOLS))
     given = parser.parse_args()
     start, found = time.monotonic(), []
-    for row in rows(given.jobs, given.architectures, given.forms):
+    for row in rows(given.jobs, given.architectures, given.forms, given.tools):
         found.append(row)
         said = row["cells"]
         other = {k: v for k, v in said.items() if v != "yes"} if isinstance(said, dict) else said
@@ -252,7 +255,9 @@ def main() -> None:
     wrong = faults(found)
     cells = sum(len(row["cells"]) for row in found if isinstance(row["cells"], dict))
     print(f"{cells} cells, {len(wrong)} faults, {time.monotonic() - start:.0f} s")
-    if given.architectures == list(ARCHITECTURES) and given.forms == list(FORMS):
+    print("\n".join(wrong))
+    whole = [list(ARCHITECTURES), list(FORMS), list(TOOLS)]
+    if [given.architectures, given.forms, given.tools] == whole:
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
         PAGE.write_text(INTRODUCTION + page(found))
 
