@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+TORCHAO := build/torchao
 # constraints.txt pins what the checks were run with; torch's pin selects the CPU build.
 INSTALL := $(PIP) install -c constraints.txt
 
@@ -11,7 +12,7 @@ INSTALL := $(PIP) install -c constraints.txt
 demo: $(VENV)/.base
 	$(BIN)/lowrank demo
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(TORCHAO)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov --cov-report=term --cov-fail-under=90
 
 fast: $(VENV)/.dev
@@ -75,6 +76,12 @@ $(VENV)/.base: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.base
 	$(INSTALL) -e ".[dev,plots,notebooks]"
+	touch $@
+
+# Unpacked apart: wherever torchao can be found, transformers imports it, and each import prints four
+# lines. Only one test has it on its path.
+$(TORCHAO)/.ready: $(VENV)/.dev
+	$(PIP) install --no-deps --upgrade --target $(TORCHAO) torchao==0.18.0
 	touch $@
 
 clean:

@@ -43,9 +43,14 @@ class Declared:
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """
         Raises:
-            LowrankError: the format is unknown or damaged.
+            LowrankError: the format is unknown or damaged, or weights are quantized.
         """
         check_version(config.get("version"), SOURCE)
+        if quantized := config.get("quantized"):
+            raise LowrankError(
+                f"{cls.ENGINE} is given {len(quantized)} weights that torchao quantized, which "
+                "the plug-in does not read: serve the factored model from before it was quantized"
+            )
         return cls(check_specs(config.get("modules", {}), SOURCE))
 
     @classmethod

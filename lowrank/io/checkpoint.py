@@ -14,7 +14,7 @@ from ..errors import LowrankError, listed
 from ..plans.plan import version
 from ..walk.checks import check_module
 from ..walk.surgery import modules_of, plain_name, swap, unchanged_on_error, unwrapped
-from . import pretrained, tensors
+from . import flattening, pretrained, tensors
 from .containers import hold_apart
 from .declaration import is_compressed, is_transformers
 from .specs import Spec, check_specs, check_values, prepare, specs_of
@@ -60,7 +60,7 @@ def save(
     if (target / other).exists():
         raise LowrankError(f"{target} holds another checkpoint ({other}): choose another folder")
     if is_compressed(model):
-        tensors.check_storable(model)
+        flattening.check_storable(model)
     if is_transformers(model):
         pretrained.save(model, target, tokenizer, card, max_shard_size)
         return
@@ -73,12 +73,14 @@ def save(
 
 
 def _write(model: nn.Module, target: Path) -> None:
-    stored, aliases = tensors.collect(model)
+    stored, aliases = tensors.collect(flattening.flat(model.state_dict(keep_vars=True)))
+    codes = flattening.codes_of(model)
     index = {
         "format": FORMAT,
         "version": VERSION,
         "lowrank_version": version(),
         "modules": specs_of(model),
+        **({"quantized": codes} if codes else {}),
         "aliases": aliases,
         **tensors.dtypes_of(stored),
     }
@@ -102,7 +104,8 @@ def load(
         skeleton: the dense model, or a function that returns it; modified in place, and may be on
             the meta device. None for a transformers model.
         device: of the weights; the CPU by default.
-        dtype: of floating-point tensors; as saved by default.
+        dtype: of floating-point tensors; as saved by default. Quantized weights take no other than
+            that which they were quantized in.
 
     Returns:
         The skeleton with factored modules (or its new root), or the transformers model.
@@ -136,20 +139,24 @@ def _filled(
     dtype: torch.dtype | None,
 ) -> nn.Module:
     """Swap layers and load tensors from `path`; the model is unchanged on an error."""
-    stored, aliases = tensors.header(path), index["aliases"]
+    stored, aliases, codes = tensors.header(path), index["aliases"], index["quantized"]
     with unchanged_on_error(model):
         new = prepare(model, hold_apart(model, specs, INDEX), INDEX)
         named = {name: new[id(module)] for name, module in modules_of(model) if id(module) in new}
-        wanted = tensors.expected(model, named)
+        whole = tensors.expected(model, named)
+        wanted = flattening.taken_apart(whole, codes, INDEX)
         tensors.check_match(wanted, stored, aliases, path)
         tensors.check_dtypes(stored, index, path)
         _check_unsaved_buffers(model)
-        values = tensors.read(path, device or "cpu", dtype)
-        filled = swap(model, new)
+        values = tensors.read(path, device or "cpu", None if codes else dtype)
         state = tensors.as_state(values, aliases, wanted)
+        state = flattening.joined(state, codes, whole, str(path), dtype)
+        filled = swap(model, new)
         filled.load_state_dict(
             {key: state[plain_name(key)] for key in filled.state_dict()}, assign=True
         )
+        for name in codes:
+            state[name].requires_grad_(False)  # assigning gave it that of the skeleton's
         check_values(filled, str(path))
     # Also moves what the file does not hold (unsaved buffers).
     return filled.to(device=device, dtype=dtype)
@@ -174,7 +181,8 @@ def _load_pretrained(
 
 
 def index_of(path: Path) -> tuple[dict[str, Spec], dict[str, Any]]:
-    """Specs by module name, and the whole of a validated `lowrank.json`, with its aliases."""
+    """Specs by module name, and the whole of a validated `lowrank.json`, with its aliases and
+    quantized weights."""
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
@@ -189,7 +197,9 @@ def index_of(path: Path) -> tuple[dict[str, Spec], dict[str, Any]]:
     aliases = index.get("aliases", {})
     if not isinstance(aliases, dict) or not all(isinstance(v, str) for v in aliases.values()):
         raise LowrankError(f"{path}: 'aliases' must map names to names, got {aliases!r:.80}")
-    return check_specs(index.get("modules"), INDEX), {**index, "aliases": aliases}
+    codes = flattening.check_codes(index.get("quantized", {}), INDEX)
+    specs = check_specs(index.get("modules"), INDEX)
+    return specs, {**index, "aliases": aliases, "quantized": codes}
 
 
 def _check_unsaved_buffers(model: nn.Module) -> None:

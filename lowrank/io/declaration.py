@@ -20,8 +20,8 @@ from ..walk.quantized import is_dequantised
 from ..walk.surgery import factored
 from . import card as cards
 from .containers import are_joined
+from .flattening import check_storable, codes_of
 from .specs import VERSION, specs_of
-from .tensors import check_storable
 from .ties import other_ties, retie, untie
 
 SAVED_IN = "_lowrank_saved_in"  # of a model: the folder, of which its adapters are then
@@ -105,6 +105,8 @@ def declared(
         yield
         return
     config: Any = model.config
+    config.quantization_config.quantized = codes = codes_of(model)
+    untie(model, factored(model), codes)
     before = [(part, name, vars(part).get(name)) for part, name in _touched(config)]
     own = config.quantization_config.to_dict()
     quantizer: Any = model.hf_quantizer

@@ -18,10 +18,11 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from ..errors import LowrankError
+from ..errors import LowrankError, listed
 from ..walk.checks import method_of
 from ..walk.surgery import swap
 from .containers import declared_containers, hold_apart
+from .flattening import codes_of
 from .specs import Spec, check_specs, check_version, guards, prepare, specs_of
 
 SOURCE = "config.json: quantization_config"
@@ -94,7 +95,8 @@ def declared_to_diffusers(model: Any, version: int) -> Iterator[None]:
     """While diffusers saves it, the model's config names its factored modules.
 
     Raises:
-        LowrankError: it holds factored modules and is quantized by another library.
+        LowrankError: it holds factored modules and is quantized by another library, before or
+            since.
     """
     before, quantizer = model._internal_dict, vars(model).get("hf_quantizer")
     specs, method = specs_of(model), method_of(SimpleNamespace(**before))
@@ -106,6 +108,11 @@ def declared_to_diffusers(model: Any, version: int) -> Iterator[None]:
             )
         yield  # not ours
         return
+    if specs and (codes := codes_of(model)):
+        raise LowrankError(
+            f"{len(codes)} weights are quantized ({listed(codes, 2)}), for which diffusers' files "
+            "have no place: write lowrank's own with lowrank.save(model, folder)"
+        )
     kept = {key: value for key, value in before.items() if key != "quantization_config"}
     try:
         vars(model).pop("hf_quantizer", None)

@@ -25,7 +25,8 @@ def to_dense(model: nn.Module, *, copy: bool = False) -> nn.Module:
 
     The function is the same up to rounding: products are computed in float32 or better and stored
     in the dtype of the factors. Bias, training flag and requires_grad are kept; shared modules stay
-    shared; the config of a transformers model no longer declares factored modules.
+    shared; the config of a transformers model no longer declares factored modules. Weights that
+    torchao quantized, in factored layers or beside them, become numbers again.
 
     Args:
         model: changed in place unless `copy`.
@@ -91,7 +92,7 @@ def export(
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
         return
-    stored, aliases = tensors.collect(dense)
+    stored, aliases = tensors.collect(dense.state_dict(keep_vars=True))
     target.mkdir(parents=True, exist_ok=True)
     # load_state_dict(strict=True) wants every name, so aliases are written out.
     whole = {**stored, **{name: stored[owner].clone() for name, owner in aliases.items()}}

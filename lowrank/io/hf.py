@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,7 @@ from ..walk.checks import method_of, sub_configs
 from ..walk.surgery import factored, modules_of, swap
 from .card import REMOTE_FILE
 from .containers import are_joined, declared_containers, hold_apart
+from .flattening import Codes, Placeholders, check_codes, codes_of, flat
 from .import_hooks import VERBS, install
 from .merging import densify
 from .specs import (
@@ -57,6 +59,8 @@ class LowRankConfig(QuantizationConfigMixin):
     Args:
         modules: full module name -> spec that rebuilds the factored module, empty.
         version: format version.
+        quantized: name of a weight -> how to put it together of its parts in the files, of what
+            torchao quantized since (see flattening.py).
         lowrank: provenance for human readers: library version, what was asked for.
         ratio: the share of the targets to keep; the dense model is compressed once its weights are
             there, and `model.hf_quantizer.report` says what became of it.
@@ -71,6 +75,7 @@ class LowRankConfig(QuantizationConfigMixin):
         lowrank: dict[str, Any] | None = None,
         quant_method: str = "lowrank",
         *,
+        quantized: Codes | None = None,
         ratio: float | None = None,
         **asked: Any,
     ) -> None:
@@ -85,6 +90,7 @@ class LowRankConfig(QuantizationConfigMixin):
         self.version = version
         self.modules = {} if modules is None else modules
         self.lowrank = {} if lowrank is None else lowrank
+        self.quantized = {} if quantized is None else quantized
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON-serialisable values; empty entries are left out."""
@@ -97,13 +103,14 @@ class LowRankConfig(QuantizationConfigMixin):
 
 
 class LowRankHfQuantizer(HfQuantizer):
-    """Swaps modules before weights load. Nothing is quantized; all weights are trainable."""
+    """Swaps modules before weights load. All weights are trainable but what torchao quantized."""
 
     requires_calibration = False
     quantization_config: LowRankConfig
     state: dict[str, Any] | None = None  # given to save_pretrained, such as FSDP's gathered one
     loading: nn.Module | None = None  # the model whose weights are being loaded
     report: Report | None = None  # of the compression, for the model card
+    placeholders: Placeholders | None = None  # of quantized weights, while it is loaded
     left_out = False  # rules that join tensors of the original checkpoints
 
     def is_serializable(self) -> bool:
@@ -139,6 +146,7 @@ class LowRankHfQuantizer(HfQuantizer):
             )
         check_version(config.version, SOURCE)
         check_specs(config.modules, SOURCE)
+        check_codes(config.quantized, SOURCE)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -153,8 +161,10 @@ class LowRankHfQuantizer(HfQuantizer):
         specs = _renamed(model, rest, saved_as)
         specs = _with_heads(model, specs)
         swap(model, prepare(model, specs, SOURCE))
-        untie(model, factored(model))
-        _ignore_guards(model)
+        codes = _codes_renamed(model, check_codes(config.quantized, SOURCE), saved_as)
+        self.placeholders = Placeholders(model, codes, SOURCE)
+        untie(model, factored(model), codes)
+        _ignore_guards(model, codes)
 
     def update_weight_conversions(self, weight_conversions: Any, *model: nn.Module) -> Any:
         """Without the rules that join or turn tensors, if the files have the model's own names."""
@@ -171,6 +181,9 @@ class LowRankHfQuantizer(HfQuantizer):
         self.loading = None
         if self.left_out:  # what was used says nothing of how to save it once it is dense again
             vars(model).pop("_weight_conversions", None)
+        if self.placeholders is not None:
+            self.placeholders.release()
+            self.placeholders = None
         share_buffers(model)
         check_values(model, "the weights")
         # The weights are ordinary floating-point: half(), float() and Trainer work as usual.
@@ -195,11 +208,14 @@ class LowRankHfQuantizer(HfQuantizer):
         """The tensors to save, with guards; the config is updated, since ranks may have changed."""
         self._refresh(model)
         state = model.state_dict() if self.state is None else self.state
-        return {**guards(model, state), **state}, {}
+        codes = self.quantization_config.quantized
+        parts = flat(state)
+        return {**guards(model, parts, codes), **parts}, {}
 
     def _refresh(self, model: nn.Module) -> None:
         """Update the config to the modules that the model holds now."""
         self.quantization_config.modules = specs_of(model)
+        self.quantization_config.quantized = codes_of(model)
         if self.quantization_config.modules:
             model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
         else:
@@ -216,9 +232,9 @@ def _compressed(model: Any, asked: dict[str, Any]) -> nn.Module:
     return cast(nn.Module, small)
 
 
-def _ignore_guards(model: nn.Module) -> None:
+def _ignore_guards(model: nn.Module, quantized: Iterable[str]) -> None:
     """Let transformers pass over the guards of factored modules in silence."""
-    names = stands_for(model)
+    names = stands_for(model, quantized)
     known: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     # Keys in the file may have lost or gained the prefix of the base model.
     ours = {rf"(^|\.){re.escape(name)}$" for name in names}
@@ -246,11 +262,41 @@ def _renamed(model: nn.Module, specs: dict[str, Spec], saved_as: Any) -> dict[st
     Args:
         saved_as: name of the saved class.
     """
-    present = {name for name, _ in modules_of(model)}
+    settled, left = _settled(model, specs, saved_as)
+    if left:
+        logger.warning(
+            "%s has no %s: these factored layers of the saved %s are not loaded",
+            type(model).__name__,
+            listed(left),
+            saved_as,
+        )
+    return settled
+
+
+def _codes_renamed(model: nn.Module, codes: Codes, saved_as: Any) -> Codes:
+    """Entries of quantized weights under their names in `model`; those of an absent part are left
+    out, as its factored layers are."""
+    layers: dict[str, Spec] = {}
+    for name, entry in codes.items():
+        path, _, leaf = name.rpartition(".")
+        layers.setdefault(path, {})[leaf] = entry
+    settled = _settled(model, layers, saved_as)[0]
+    return {
+        f"{path}.{leaf}" if path else leaf: entry
+        for path, held in settled.items()
+        for leaf, entry in held.items()
+    }
+
+
+def _settled(
+    model: nn.Module, specs: dict[str, Spec], saved_as: Any
+) -> tuple[dict[str, Spec], list[str]]:
+    """Specs under the names of `model`, and the names that it lacks."""
+    present = {name for name, _ in model.named_modules(remove_duplicate=False)}
     present |= {name for name, parameter in model.named_parameters() if parameter.ndim > 2}
     prefix = getattr(model, "base_model_prefix", "")
     if type(model).__name__ == saved_as:
-        return specs
+        return specs, []
     settled: dict[str, Spec] = {}
     left: list[str] = []
     changes = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
@@ -270,14 +316,7 @@ def _renamed(model: nn.Module, specs: dict[str, Spec], saved_as: Any) -> dict[st
             settled[name] = spec  # part of the base model, so prepare() will report it as missing
         else:
             left.append(name)
-    if left:
-        logger.warning(
-            "%s has no %s: these factored layers of the saved %s are not loaded",
-            type(model).__name__,
-            listed(left),
-            saved_as,
-        )
-    return settled
+    return settled, left
 
 
 def _with_heads(model: nn.Module, specs: dict[str, Spec]) -> dict[str, Spec]:

@@ -11,13 +11,15 @@ from ..nn.factored_conv import FactoredConv
 from ..walk import layouts
 from ..walk.parts import join_parts
 from ..walk.surgery import factored, swap
+from .flattening import is_known
 
 
 def densify(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every factored module by a dense layer; returns the model, or the new root.
 
-    Shared modules stay shared. Products are computed in float32 or better and stored in `dtype`,
-    by default the dtype of the factors.
+    Weights that torchao quantized become numbers, in other layers too. Shared modules stay shared.
+    Products are computed in float32 or better and stored in `dtype`, by default the dtype of the
+    factors.
 
     Raises:
         LowrankError: factors are on the meta device (offloaded, or never loaded), carry something
@@ -41,7 +43,20 @@ def densify(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     readers = {key: _reader(distinct[key], t, plain[id(t)]) for key, t in tables.items()}
     root = swap(model, {**plain, **readers})
     join_parts(root)
+    _dequantize(root, dtype)
     return root
+
+
+def _dequantize(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Give numbers to the layers whose weights torchao quantized, in place."""
+    plain: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and is_known(weight):
+                if id(weight) not in plain:
+                    numbers: Tensor = weight.dequantize().to(dtype or weight.dtype)
+                    plain[id(weight)] = nn.Parameter(numbers, requires_grad=False)
+                module._parameters[name] = plain[id(weight)]
 
 
 def _table_of(module: Form) -> LowRankEmbedding | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -50,7 +50,9 @@ def check_version(version: object, source: str) -> None:
         )
 
 
-def guards(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
+def guards(
+    model: nn.Module, state: Mapping[str, Any], quantized: Iterable[str] = ()
+) -> dict[str, Tensor]:
     """A tensor of one element under the name of the weight that each factored module stands for.
 
     Whoever loads the file as a dense model meets it as a weight of another size, and raises, where
@@ -58,18 +60,22 @@ def guards(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
 
     Args:
         state: the tensors saved beside them, whose names are kept free.
+        quantized: names of weights that are stored in parts.
     """
     dtypes = [t.dtype for t in state.values() if isinstance(t, Tensor) and t.is_floating_point()]
     dtype = dtypes[0] if dtypes else None
-    names = stands_for(model)
+    names = stands_for(model, quantized)
     return {name: torch.zeros(1, dtype=dtype) for name in names if name not in state}
 
 
-def stands_for(model: nn.Module) -> list[str]:
-    """The names of the dense weights in whose places factored modules are."""
-    whole, held = fused_names(model), list(containers_of(model))
+def stands_for(model: nn.Module, quantized: Iterable[str] = ()) -> list[str]:
+    """The names of the dense weights in whose places factored modules are, or quantized weights
+    outside of them."""
+    modules, held = factored(model), list(containers_of(model))
+    whole = [n for n in quantized if not any(inside(n, part) for part in (*modules, *held))]
+    whole += fused_names(model)
     names = []
-    for name, module in factored(model).items():
+    for name, module in modules.items():
         is_part = any(inside(name, container) for container in held)
         if not isinstance(module.owner, LowRankEmbedding) and not is_part:
             names.append(f"{name}.weight" if name else "weight")

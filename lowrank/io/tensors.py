@@ -41,8 +41,11 @@ class TensorEntry:
     identity: int = 0
 
 
-def collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def collect(state: Mapping[str, object]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors to store, by their first name, and the aliases: other name -> first name.
+
+    Args:
+        state: of a model, with `keep_vars=True`.
 
     Raises:
         LowrankError: an entry of the state dict is not a dense tensor with values.
@@ -51,7 +54,7 @@ def collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     aliases: dict[str, str] = {}
     owners: dict[object, str] = {}
     memory: set[int] = set()
-    for key, value in model.state_dict(keep_vars=True).items():
+    for key, value in state.items():
         name = plain_name(key)
         if not isinstance(value, Tensor):
             raise LowrankError(f"{name}: {type(value).__name__} cannot be stored without pickle")
@@ -63,30 +66,6 @@ def collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         else:
             tensors[name] = _own(value, memory)
     return tensors, aliases
-
-
-def check_storable(model: nn.Module) -> None:
-    """Check that no layer of the model was quantized since; asked before anything is written.
-
-    Raises:
-        LowrankError: a tensor is of another library's class, or packed.
-    """
-    coded = [
-        f"{plain_name(key)} ({type(value).__name__})"
-        for key, value in model.state_dict(keep_vars=True).items()
-        if not key.endswith("_extra_state") and _is_coded(value)
-    ]
-    if coded:
-        raise LowrankError(
-            f"{len(coded)} tensors are quantized and cannot be stored ({listed(coded, 2)}): save "
-            "the factored model before it is quantized, and quantize it anew after each loading"
-        )
-
-
-def _is_coded(value: object) -> bool:
-    """Whether it is what another library holds in place of a tensor; FSDP's are torch's own."""
-    own = type(value).__module__.partition(".")[0] == "torch"
-    return not isinstance(value, Tensor) or value.is_quantized or not own
 
 
 def write(tensors: dict[str, Tensor], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -24,10 +25,15 @@ def is_pair(modules: Names, target: str, source: str) -> bool:
     return owners[0] is owners[1]
 
 
-def untie(model: nn.Module, modules: Names) -> None:
-    """Stop transformers from tying factored pairs in `model`; undone by `retie`."""
+def untie(model: nn.Module, modules: Names, quantized: Collection[str] = ()) -> None:
+    """Stop transformers from tying factored pairs in `model`; undone by `retie`.
+
+    Args:
+        quantized: names of weights that are no longer tied: quantizing one of a pair gave it
+            numbers of its own.
+    """
     _restore(model)  # pairs may have been merged since
-    for part, kept in _without_pairs(model, modules):
+    for part, kept in _without_pairs(model, modules, quantized):
         vars(part)["_tied_weights_keys"] = kept
     _recompute(model)
 
@@ -48,8 +54,10 @@ def other_ties(model: nn.Module, modules: Names) -> dict[str, str]:
             vars(part).update(held)
 
 
-def _without_pairs(model: nn.Module, modules: Names) -> list[tuple[nn.Module, _OtherTies]]:
-    """Submodules that tie a factored pair, each with the keys that remain."""
+def _without_pairs(
+    model: nn.Module, modules: Names, quantized: Collection[str] = ()
+) -> list[tuple[nn.Module, _OtherTies]]:
+    """Submodules that tie a factored or quantized pair, each with the keys that remain."""
     parts = []
     for prefix, part in model.named_modules(remove_duplicate=False):
         keys = getattr(part, "_tied_weights_keys", None)
@@ -57,7 +65,10 @@ def _without_pairs(model: nn.Module, modules: Names) -> list[tuple[nn.Module, _O
             continue
         start = f"{prefix}." if prefix else ""
         inner = {n.removeprefix(start): m for n, m in modules.items() if n.startswith(start)}
-        kept = _OtherTies({t: s for t, s in keys.items() if not is_pair(inner, t, s)})
+        apart = {t for t, s in keys.items() if {start + t, start + s} & {*quantized}}
+        kept = _OtherTies(
+            {t: s for t, s in keys.items() if t not in apart and not is_pair(inner, t, s)}
+        )
         if len(kept) < len(keys):
             parts.append((part, kept))
     return parts

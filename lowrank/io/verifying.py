@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..errors import LowrankError, listed
 from ..nn import build
 from . import tensors
 from .checkpoint import CONFIG, INDEX, WEIGHTS, index_of
+from .flattening import Codes, check_codes, part_name, put_together
 from .specs import Spec, check_specs, mixed
 from .tensors import TensorEntry
 
@@ -27,6 +28,7 @@ class Verified:
         dtypes: number of tensors of each dtype, as safetensors calls them.
         modules: factored modules.
         checksum: whether one was saved, and compared.
+        quantized: weights that torchao quantized.
     """
 
     files: int
@@ -34,13 +36,16 @@ class Verified:
     dtypes: Mapping[str, int]
     modules: int
     checksum: bool
+    quantized: int = 0
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items())
         summed = "checksum equal" if self.checksum else "no checksum was saved"
         files = "1 file" if self.files == 1 else f"{self.files} files"
+        coded = f", {self.quantized} quantized weights" if self.quantized else ""
         return (
-            f"sound: {files}, {self.tensors} tensors ({kinds}), {self.modules} factored modules; "
+            f"sound: {files}, {self.tensors} tensors ({kinds}), {self.modules} factored modules"
+            f"{coded}; "
             f"sizes and dtypes fit, indices in range, all numbers finite, {summed}"
         )
 
@@ -58,29 +63,34 @@ def verify(folder: str | Path) -> Verified:
         specs, index = index_of(source / INDEX)
         paths = [source / WEIGHTS]
     else:
-        specs, index, paths = _pretrained(source), {"aliases": {}}, sorted(_shards(source))
+        specs, codes = _pretrained(source)
+        index, paths = {"aliases": {}, "quantized": codes}, sorted(_shards(source))
     entries: dict[str, TensorEntry] = {}
     for path in paths:
         entries.update(tensors.header(path))
     tensors.check_dtypes(entries, index, paths[0])
     summed = _checksum(paths[0], index.get("sha256"))
     _check_finite(paths)
-    aliases = index["aliases"]
+    files = _Files(paths, entries, index["aliases"], index["quantized"])
+    for name in files.codes:
+        files.check_quantized(name)
     for name, spec in specs.items():
-        _check_module(name, spec, paths, entries, aliases)
+        _check_module(name, spec, files)
     dtypes = Counter(entry.dtype for entry in entries.values())
-    return Verified(len(paths), len(entries), dict(dtypes), len(specs), summed)
+    coded = len(index["quantized"])
+    return Verified(len(paths), len(entries), dict(dtypes), len(specs), summed, coded)
 
 
-def _pretrained(source: Path) -> dict[str, Spec]:
-    """The specs of a transformers model; {} of a dense one."""
+def _pretrained(source: Path) -> tuple[dict[str, Spec], Codes]:
+    """The specs and quantized weights of a transformers model; {} of a dense one."""
     if not (source / CONFIG).exists():
         raise LowrankError(f"{source} is not a saved model: neither {INDEX} nor {CONFIG} in it")
     config = _json(source / CONFIG)
     entry = config.get("quantization_config")
     if not isinstance(entry, dict) or entry.get("quant_method") != "lowrank":
-        return {}
-    return check_specs(entry.get("modules"), CONFIG)
+        return {}, {}
+    codes = check_codes(entry.get("quantized", {}), CONFIG)
+    return check_specs(entry.get("modules"), CONFIG), codes
 
 
 def _shards(source: Path) -> set[Path]:
@@ -123,36 +133,87 @@ def _check_finite(paths: list[Path]) -> None:
         raise LowrankError(f"{paths[0].parent}: NaN or Inf in {listed(bad)}")
 
 
-def _check_module(
-    name: str,
-    spec: Spec,
-    paths: list[Path],
-    entries: Mapping[str, TensorEntry],
-    aliases: Mapping[str, str],
-) -> None:
+@dataclass(frozen=True)
+class _Files:
+    """The tensors of a folder, by the names that a model has for them.
+
+    Attributes:
+        aliases: name -> that under which the tensor is stored.
+        codes: what is stored in parts.
+        shapes: of the whole weights that `check_quantized` found sound.
+    """
+
+    paths: list[Path]
+    entries: Mapping[str, TensorEntry]
+    aliases: Mapping[str, str]
+    codes: Codes
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Of a tensor; None where there is none."""
+        if name in self.codes:
+            return self.shapes[name]
+        held = self.entries.get(self.aliases.get(name, name))
+        return None if held is None else held.shape
+
+    def values(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Those of these tensors that there are, each read once."""
+        plain = {n: self.aliases.get(n, n) for n in names if n not in self.codes}
+        found: dict[str, Tensor] = {}
+        for path in self.paths:
+            found.update(dict(tensors.each(path, set(plain.values()))))
+        whole = {n: self.weight(n) for n in names if n in self.codes}
+        return {**{n: found[full] for n, full in plain.items() if full in found}, **whole}
+
+    def weight(self, name: str) -> Tensor:
+        """A quantized weight, put together."""
+        entry = self.codes[name]
+        full = {part: part_name(name, part) for part in entry["tensors"]}
+        parts = self.values(full.values())
+        kept = {part: parts[each] for part, each in full.items()}
+        return put_together(kept, entry, f"{self.paths[0].parent}: {name}")
+
+    def check_quantized(self, name: str) -> None:
+        """Raises LowrankError unless the parts of a quantized weight are there and give numbers."""
+        where, kinds = f"{self.paths[0].parent}: {name}", self.codes[name]["tensors"]
+        for part, (dtype, shape) in kinds.items():
+            full = part_name(name, part)
+            held = self.entries.get(self.aliases.get(full, full))
+            found = None if held is None else [held.dtype, list(held.shape)]
+            if found != [dtype, shape]:
+                raise LowrankError(f"{where}: {part} is {found} instead of {[dtype, shape]}")
+        weight = self.weight(name)
+        try:
+            numbers: Tensor = weight.dequantize()
+        except Exception as error:  # of any kind, for options that were edited
+            raise LowrankError(f"{where}: its codes give no numbers: {error}") from error
+        if numbers.shape != weight.shape or not bool(numbers.isfinite().all()):
+            raise LowrankError(f"{where}: NaN or Inf, or {list(numbers.shape)} numbers, in codes")
+        self.shapes[name] = tuple(weight.shape)
+
+
+def _check_module(name: str, spec: Spec, files: _Files) -> None:
     """Raises LowrankError unless the stored tensors of a factored module fit its spec."""
     module = build(spec, name or "(root)")
-    wanted = module.state_dict()
+    wanted, where = module.state_dict(), f"{files.paths[0].parent}: {name or '(root)'}"
     named = {key: f"{name}.{key}" if name else key for key in wanted}
-    held = {key: aliases.get(full, full) for key, full in named.items()}
+    shapes = {key: files.shape(full) for key, full in named.items()}
     # A bias may be stored under the name of another layer that it is tied to.
-    absent = [n for key, n in held.items() if n not in entries and not key.endswith("bias")]
+    absent = [named[k] for k, s in shapes.items() if s is None and not k.endswith("bias")]
     wrong = [
-        f"{full} {list(entries[full].shape)} instead of {list(wanted[key].shape)}"
-        for key, full in held.items()
-        if full in entries and entries[full].shape != tuple(wanted[key].shape)
+        f"{named[key]} {list(shape)} instead of {list(wanted[key].shape)}"
+        for key, shape in shapes.items()
+        if shape is not None and shape != tuple(wanted[key].shape)
     ]
     if absent or wrong:
         raise LowrankError(
-            f"{paths[0].parent}: {name or '(root)'} does not fit its files: "
+            f"{where} does not fit its files: "
             f"{listed([f'{each} is missing' for each in absent] + wrong)}"
         )
-    found: dict[str, Tensor] = {}
-    for path in paths:
-        found.update(dict(tensors.each(path, set(held.values()))))
-    state = {key: found[full] for key, full in held.items() if full in found}
+    found = files.values(set(named.values()))
+    state = {key: found[full] for key, full in named.items() if full in found}
     module.requires_grad_(False)
     module.load_state_dict(state, strict=False, assign=True)
     fault = mixed(module, name) or module.fault()
     if fault:
-        raise LowrankError(f"{paths[0].parent}: {name or '(root)'}: {fault}: damaged file")
+        raise LowrankError(f"{where}: {fault}: damaged file")

@@ -23,6 +23,7 @@ from ..calibration.batches import Batch, materialise
 from ..calibration.running import first_tensor, forward, quiet, tensors_in
 from ..errors import LowrankError
 from ..tables import aligned
+from .size import stored
 
 BLOCK_S = 0.02  # a repeat makes enough calls to last this long
 MOST_CALLS = 1000  # per repeat
@@ -190,9 +191,14 @@ def _work(model: nn.Module, batch: Batch) -> tuple[int, int]:
 def _stored(model: nn.Module) -> tuple[int, int]:
     """Parameter count, and bytes of a checkpoint; each stored tensor once."""
     state = [t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)]
-    params = {(p.device, p.data_ptr(), p.shape): p.numel() for p in model.parameters()}
-    every = {(t.device, t.data_ptr(), t.shape): t.numel() * t.dtype.itemsize for t in state}
+    params = {(p.device, _place(p), p.shape): p.numel() for p in model.parameters()}
+    every = {(t.device, t.data_ptr(), t.shape): t.numel() * t.dtype.itemsize for t in stored(state)}
     return sum(params.values()), sum(every.values())
+
+
+def _place(parameter: Tensor) -> int:
+    """Where its memory begins; of a quantized one, that of its codes."""
+    return stored([parameter])[0].data_ptr()
 
 
 def _peak(model: nn.Module, batch: Batch) -> int:
@@ -214,7 +220,7 @@ class _Alive(TorchDispatchMode):
 
     def __init__(self, held: list[Tensor]) -> None:
         super().__init__()
-        self._known = {tensor.untyped_storage().data_ptr() for tensor in held}
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in stored(held)}
         self._now = 0
         self.most = 0
 
@@ -222,7 +228,7 @@ class _Alive(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        for tensor in tensors_in(output):
+        for tensor in stored(tensors_in(output)):
             self._note(tensor.untyped_storage())
         return output
 

@@ -222,7 +222,9 @@ def _nothing(what: str, pattern: str, sites: Sequence[Site]) -> LowrankError:
 
 def address(tensor: Tensor) -> tuple[object, ...]:
     """A key, equal for parameters that are one object or start at the same address."""
-    return (id(tensor),) if tensor.is_meta else (str(tensor.device), tensor.data_ptr())
+    if tensor.is_meta:
+        return (id(tensor),)
+    return str(tensor.device), tensor.data_ptr() or id(tensor)  # 0: it is made of other tensors
 
 
 def _place(tensor: Tensor | None) -> tuple[object, ...] | None:

@@ -173,6 +173,13 @@ def test_registered_once(engine: Any) -> None:
     assert torch.bfloat16 in made.get_supported_act_dtypes()
 
 
+def test_weights_that_were_quantized_since_are_refused(engine: Any) -> None:
+    engine.plugin.register()
+    given = {"version": VERSION, "modules": {}, "quantized": {"a.down.weight": {}}}
+    with pytest.raises(LowrankError, match=r"is given 1 weights that torchao quantized"):
+        engine.known["lowrank"].from_config(given)
+
+
 def test_the_parts_of_a_fused_layer(engine: Any) -> None:
     layers, x = attention(), torch.randn(3, WIDTH)
     layer = Base(config_of(engine, layers), "a.qkv_proj", 6, 4, 4)

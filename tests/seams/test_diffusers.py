@@ -16,6 +16,7 @@ from lowrank.errors import LowrankError
 from lowrank.io.declaration import declared
 from lowrank.io.diffusers_format import DiffusersConfig
 from lowrank.nn import is_factored
+from tests.coded import in_eight_bits, listed_by_torchao
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,17 @@ def test_what_another_library_quantized_is_left_to_it(lean: Any, tmp_path: Path)
     both.register_to_config(quantization_config=other)
     with pytest.raises(LowrankError, match="quantized by 'other'"), declared(both, tmp_path):
         pass
+
+
+def test_what_torchao_quantized_goes_into_files_of_ours(lean: Any, tmp_path: Path) -> None:
+    with listed_by_torchao():
+        small = in_eight_bits(copy.deepcopy(lean))
+        with pytest.raises(LowrankError, match=r"diffusers' files have no place: .*lowrank\.save"):
+            small.save_pretrained(tmp_path / "a")
+        assert not hasattr(small, "hf_quantizer")
+        lowrank.save(small, tmp_path / "b")
+        skeleton = UNet2DModel.from_config(lean.config)
+        assert torch.equal(outputs(lowrank.load(tmp_path / "b", skeleton)), outputs(small))
 
 
 def test_an_unknown_version_is_refused(lean: Any, tmp_path: Path) -> None:

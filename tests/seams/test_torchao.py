@@ -1,8 +1,10 @@
-"""Factored layers that are quantized run; saving them is refused before anything is written."""
+"""Factored layers that are quantized run. What torchao made is stored; what nothing can put
+together again is refused before anything is written."""
 
 from __future__ import annotations
 
-import warnings
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,13 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank import LowrankError
+from tests.coded import Codes
+from tests.coded import in_eight_bits as coded
+from tests.processes import ROOT, environment
 from tests.zoo import make, mlp, tokens
 
-REFUSED = r"tensors are quantized and cannot be stored .*: save the factored model before it"
+REFUSED = r"tensors are quantized and cannot be stored .*: quantize with torchao, whose int8"
+TORCHAO = ROOT / "build" / "torchao"
 DATA: dict[str, Any] = {"data": [tokens(16, 32)]}
 FORMS: dict[str, dict[str, Any]] = {
     "factors": {"data": None},
@@ -26,52 +32,9 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-class Codes(Tensor):
-    """A weight in eight bits with one scale a row, made as torchao makes its own."""
-
-    code: Tensor
-    scale: Tensor
-
-    @staticmethod
-    def __new__(cls, code: Tensor, scale: Tensor) -> Any:
-        return Tensor._make_wrapper_subclass(cls, code.shape, dtype=scale.dtype)
-
-    def __init__(self, code: Tensor, scale: Tensor) -> None:
-        self.code, self.scale = code, scale
-
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["code", "scale"], None
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.linear:
-            x, weight, *bias = args
-            return nn.functional.linear(x, weight.code * weight.scale, *bias)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return Codes(args[0].code, args[0].scale)
-        raise NotImplementedError(func)
-
-
 def in_eight_bits(model: nn.Module) -> None:
-    """By torchao where it is installed; it cannot take a weight of one column."""
-    layers = [m for m in model.modules() if type(m) is nn.Linear and m.in_features > 1]
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError:
-        for layer in layers:
-            weight = layer.weight.detach()
-            scale = weight.abs().amax(1, keepdim=True) / 127
-            held = Codes((weight / scale).round().to(torch.int8), scale)
-            layer.weight = nn.Parameter(held, requires_grad=False)
-    else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            quantize_(model, Int8WeightOnlyConfig(), lambda module, _: module in layers)
+    """By a class that torchao does not know."""
+    coded(model, Codes)
 
 
 def logits(model: Any) -> Tensor:
@@ -129,3 +92,22 @@ def test_dynamic_quantisation(method: str, tmp_path: Path) -> None:
     with pytest.raises(LowrankError, match=REFUSED):
         lowrank.save(lean, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not TORCHAO.is_dir(),
+    reason="`make test` unpacks torchao into build/torchao, apart from what is installed: wherever "
+    "it can be found, transformers imports it, and each import prints four lines",
+)
+def test_what_torchao_itself_makes(tmp_path: Path) -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "tests.seams.torchao_round_trips", str(tmp_path)],
+        env=environment(PYTHONPATH=f"{ROOT}:{TORCHAO}"),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count(" of float32: 0.2") == 4
