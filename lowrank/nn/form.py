@@ -179,7 +179,15 @@ def form_of(storage: str, kind: str = "linear") -> type[Form] | None:
 
 def is_factored(module: nn.Module) -> bool:
     """Whether a module's exact class is a registered form; a subclass may compute otherwise."""
-    return type(module) in FACTORED.values()
+    return _class(module) in FACTORED.values()
+
+
+def _class(module: nn.Module) -> type:
+    """The class of a module; the one that it had, where it is a unit of FSDP2, which puts a class
+    of its own before it."""
+    cls = type(module)
+    first, *rest = cls.__bases__
+    return rest[0] if rest and first.__name__ == "FSDPModule" else cls
 
 
 def notes_of(modules: Iterable[nn.Module | None]) -> list[str]:
@@ -208,7 +216,7 @@ def remember_layout(module: nn.Module, layout: str) -> None:
 def describe(module: Form) -> dict[str, Any]:
     """JSON from which `build` makes the same module, empty: type, sizes, layout."""
     layout = {} if module.layout == "linear" else {"layout": module.layout}
-    return {"type": type(module).__name__, **module.spec(), **layout}
+    return {"type": _class(module).__name__, **module.spec(), **layout}
 
 
 def build(spec: Mapping[str, Any], where: str) -> Form:
