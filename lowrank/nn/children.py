@@ -33,6 +33,14 @@ def _is_ordinary(weight: object) -> bool:
     return cls in (Tensor, nn.Parameter) or cls.__module__.startswith("torch._subclasses")
 
 
+def class_of(module: nn.Module) -> type:
+    """The class of a module; the one that it had, where it is a unit of FSDP2, which puts a class
+    of its own before it."""
+    cls = type(module)
+    first, *rest = cls.__bases__
+    return rest[0] if rest and first.__name__ == "FSDPModule" else cls
+
+
 def is_sharded(tensor: object) -> bool:
     """Whether a process holds only a slice of it, as FSDP2's `fully_shard` leaves parameters."""
     return type(tensor).__name__ == "DTensor"

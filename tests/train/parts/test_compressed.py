@@ -41,11 +41,9 @@ TAKE: dict[tuple[str, str], Callable[..., Any]] = {
     ("DLRT", "factors"): partial(DLRT, tolerance=0.2, every=2),
     ("DLRT", "pivoted"): partial(DLRT, tolerance=0.2, every=2),
     ("CondLR", "factors"): partial(CondLR, tau=1e3, tolerance=0.2, every=3),
-    ("CondLR", "pivoted"): partial(CondLR, tau=1e3),
     ("Maestro", "factors"): partial(Maestro, threshold=0.2),
     ("Maestro", "pivoted"): partial(Maestro, threshold=0.2),
     ("InRank", "factors"): partial(InRank, buffer=2, warmup=0, every=2, share=0.999),
-    ("InRank", "pivoted"): partial(InRank, buffer=2),
     ("FrobeniusDecay", "factors"): FrobeniusDecay,
     ("NM", "factors"): partial(NM, decay=4, dense=2),
     ("STF", "coded"): partial(STF, every=2, freeze=6),
@@ -167,9 +165,8 @@ def test_biases_and_layouts_stay() -> None:
     assert type(lowrank.to_dense(model).transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
 
 
-@pytest.mark.parametrize("name", ["DLRT", "Maestro"])
-def test_a_run_on_a_compressed_model_resumes(name: str, tmp_path: Path) -> None:
-    """From the Trainer's checkpoint, whose layers hold U S Vᵀ, or factors of other ranks."""
+def test_a_run_on_a_compressed_model_resumes(tmp_path: Path) -> None:
+    """From the Trainer's checkpoint, whose layers hold U S Vᵀ of other ranks."""
 
     def made(callback: Any, model: Any, optimizer: Any, **more: Any) -> Any:
         run = trainer(model, tmp_path, callbacks=[callback], **more)
@@ -179,7 +176,7 @@ def test_a_run_on_a_compressed_model_resumes(name: str, tmp_path: Path) -> None:
     def parts() -> tuple[Any, Any, Any]:
         model = compressed()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        return model, optimizer, LowRankCallback(TAKE[name, "factors"](model, optimizer))
+        return model, optimizer, LowRankCallback(TAKE["DLRT", "factors"](model, optimizer))
 
     model, optimizer, callback = parts()
     saving = {"save_strategy": "steps", "save_steps": 5}
