@@ -155,6 +155,8 @@ TOPICS = {
     "walk/test_patterns.py": "target_modules, with peft as the oracle.",
     "seams/test_diffusers.py": "Stock diffusers saves and loads factored models.",
     "seams/test_sentence_transformers.py": "SentenceTransformer saves and loads them.",
+    "seams/test_sharded.py": "FSDP2 and DDP: two processes train what one trains.",
+    "seams/test_trainer.py": "transformers' Trainer and trl's on factored models.",
     "seams/test_graphs.py": "TorchScript, torch.fx and torch.export.",
     "seams/test_torchao.py": "Factored models that are quantized afterwards.",
     "seams/test_transformers_parts.py": "Whatever part is compressed, saved or loaded.",

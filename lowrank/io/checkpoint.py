@@ -59,6 +59,7 @@ def save(
     other = INDEX if is_transformers(model) else CONFIG
     if (target / other).exists():
         raise LowrankError(f"{target} holds another checkpoint ({other}): choose another folder")
+    tensors.check_whole(model.state_dict())
     if is_compressed(model):
         flattening.check_storable(model)
     if is_transformers(model):

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import LowrankError
+from ..nn.children import class_of
 from ..nn.expert_weights import ExpertWeights
 from ..nn.split_linear import SplitLinear, split_outputs
 from ..nn.splits import KINDS, obstacle_to_split, split_module
@@ -35,7 +36,7 @@ def containers_of(model: nn.Module) -> dict[str, dict[str, Any]]:
             sizes = {"experts": len(module), "transposed": module.transposed}
             found[name] = {"type": EXPERTS, **sizes}
         elif isinstance(module, Unfused) and not module.is_dense:
-            found[name] = {"type": type(module).__name__, **module.spec()}
+            found[name] = {"type": class_of(module).__name__, **module.spec()}
     return found
 
 

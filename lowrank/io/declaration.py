@@ -22,6 +22,7 @@ from . import card as cards
 from .containers import are_joined
 from .flattening import check_storable, codes_of
 from .specs import VERSION, specs_of
+from .tensors import check_whole
 from .ties import other_ties, retie, untie
 
 SAVED_IN = "_lowrank_saved_in"  # of a model: the folder, of which its adapters are then
@@ -88,13 +89,14 @@ def declared(
     says it, so that a part can be loaded alone.
 
     Raises:
-        LowrankError: the model cannot declare them; see `attach`; or it was quantized since.
-            Nothing is then written.
+        LowrankError: the model cannot declare them; see `attach`; or it was quantized since,
+            or is sharded and no gathered `state_dict` is given. Nothing is then written.
     """
     compressed = is_compressed(model)
     adapters_alone = getattr(model, "_hf_peft_config_loaded", False)
     if compressed and not adapters_alone:
         check_storable(model)
+        check_whole(model.state_dict() if state_dict is None else state_dict)
     if not is_transformers(model):
         from .diffusers_format import declared_to_diffusers
 

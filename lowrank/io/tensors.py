@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowrankError, listed
+from ..nn.children import is_sharded
 from ..walk.surgery import plain_name
 
 NAMES = {
@@ -66,6 +67,22 @@ def collect(state: Mapping[str, object]) -> tuple[dict[str, Tensor], dict[str, s
         else:
             tensors[name] = _own(value, memory)
     return tensors, aliases
+
+
+def check_whole(state: Mapping[str, Any]) -> None:
+    """Check that a state dict holds whole tensors; asked before anything is written.
+
+    Raises:
+        LowrankError: a tensor is sharded.
+    """
+    sharded = [plain_name(key) for key, value in state.items() if is_sharded(value)]
+    if sharded:
+        raise LowrankError(
+            f"{len(sharded)} tensors are sharded by FSDP ({listed(sharded, 2)}): gather them on "
+            "all processes, state = get_model_state_dict(model, options=StateDictOptions("
+            "full_state_dict=True, cpu_offload=True)), and on the first one call "
+            "model.save_pretrained(folder, state_dict=state)"
+        )
 
 
 def write(tensors: dict[str, Tensor], path: Path) -> None:

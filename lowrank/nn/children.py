@@ -33,14 +33,54 @@ def _is_ordinary(weight: object) -> bool:
     return cls in (Tensor, nn.Parameter) or cls.__module__.startswith("torch._subclasses")
 
 
+def class_of(module: nn.Module) -> type:
+    """The class of a module; the one that it had, where it is a unit of FSDP2, which puts a class
+    of its own before it."""
+    cls = type(module)
+    first, *rest = cls.__bases__
+    return rest[0] if rest and first.__name__ == "FSDPModule" else cls
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether a process holds only a slice of it, as FSDP2's `fully_shard` leaves parameters."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def refuse_shards(child: nn.Module, whose: str = "") -> None:
+    """To be called before a tensor of a child is read without calling the child.
+
+    Args:
+        whose: the two layers that share it, where one reads what the other stores.
+
+    Raises:
+        LowrankError: it is sharded, and nothing gathers it here.
+    """
+    if not is_sharded(child._parameters.get("weight")) or not is_bare(child):
+        return  # a child that is a unit of FSDP gathers its weight when it is called
+    if whose:
+        raise LowrankError(
+            f"{whose} share a factor and are in two units of FSDP: call fully_shard on a module "
+            "that holds both, such as the block or the whole model, and not on either of them"
+        )
+    raise LowrankError(
+        "a factor is sharded by FSDP, so no process has the dense weight: gather the tensors, "
+        "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), and load "
+        "them into a model that is not sharded"
+    )
+
+
 def linear_weight(child: nn.Module, like: Tensor | None = None) -> Tensor:
     """The weight (out, in) of a linear child as it acts now, adapters included.
 
     Args:
         like: the dtype and device to compute in, where the child is not plain.
+
+    Raises:
+        LowrankError: it is sharded.
     """
     if is_plain(child):
         return child.weight  # type: ignore[return-value]
+    refuse_shards(child)
     place, inputs = _place(child) if like is None else like, int(child.in_features)  # type: ignore[arg-type]
     eye = torch.eye(inputs, dtype=place.dtype, device=place.device)
     zero = torch.zeros_like(eye[:1])
@@ -55,10 +95,11 @@ def table_weight(child: nn.Module, rows: int, like: Tensor | None = None) -> Ten
         like: the device to compute on, where the child is not plain.
 
     Raises:
-        LowrankError: it is a bag that is not plain and leaves out a padding row.
+        LowrankError: it is sharded, or a bag that is not plain and leaves out a padding row.
     """
     if is_plain(child):
         return child.weight  # type: ignore[return-value]
+    refuse_shards(child)
     ids = torch.arange(rows, device=(_place(child) if like is None else like).device)
     if not isinstance(child, nn.EmbeddingBag):
         whole: Tensor = child(ids)

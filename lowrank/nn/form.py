@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import LowrankError, unknown
 from ..types import Cost, Size
+from .children import class_of
 from .lazy import LazyProduct
 
 LAYOUTS = ("linear", "conv1d")
@@ -179,7 +180,7 @@ def form_of(storage: str, kind: str = "linear") -> type[Form] | None:
 
 def is_factored(module: nn.Module) -> bool:
     """Whether a module's exact class is a registered form; a subclass may compute otherwise."""
-    return type(module) in FACTORED.values()
+    return class_of(module) in FACTORED.values()
 
 
 def notes_of(modules: Iterable[nn.Module | None]) -> list[str]:
@@ -208,7 +209,7 @@ def remember_layout(module: nn.Module, layout: str) -> None:
 def describe(module: Form) -> dict[str, Any]:
     """JSON from which `build` makes the same module, empty: type, sizes, layout."""
     layout = {} if module.layout == "linear" else {"layout": module.layout}
-    return {"type": type(module).__name__, **module.spec(), **layout}
+    return {"type": class_of(module).__name__, **module.spec(), **layout}
 
 
 def build(spec: Mapping[str, Any], where: str) -> Form:

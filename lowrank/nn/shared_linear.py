@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import LowrankError
 from ..types import Cost
-from .children import linear_weight
+from .children import linear_weight, refuse_shards
 from .form import LinearForm
 from .lowrank_linear import LowRankLinear, own
 
@@ -112,6 +112,7 @@ class SharedLowRankLinear(LinearForm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
+        refuse_shards(self.down, "two layers of one basis")
         return cast(Tensor, self.up(self.owner.shared_product(x)))
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:

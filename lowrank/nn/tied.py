@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from ..errors import LowrankError
 from ..types import Cost
-from .children import linear_weight, table_weight
+from .children import linear_weight, refuse_shards, table_weight
 from .form import Form
 from .lowrank_embedding import LowRankEmbedding
 
@@ -135,6 +135,7 @@ class TiedHead(_Reader):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., V)."""
         rows, up = self.owner.rows, self.owner.up
+        refuse_shards(up, "the embedding and the head tied to it")
         inner = linear(x, linear_weight(up, x).T)  # (..., rank)
         return linear(inner, table_weight(rows, self.num_embeddings, inner), self.bias)
 

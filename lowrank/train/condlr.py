@@ -29,6 +29,7 @@ from ..walk.sites import ALL_LINEAR, Patterns
 from .parts import usv
 from .parts.attachment import refuse_not_finite
 from .parts.base_controller import BaseController
+from .parts.compressed import PLAIN
 from .parts.distributed import agreed
 from .parts.optimizer import linear_state
 
@@ -59,6 +60,8 @@ class CondLR(BaseController[USVLinear]):
         history: one dict per event, with "step", "site", "event", rank, condition, orthonormality.
     """
 
+    TAKES = PLAIN
+
     def __init__(
         self,
         model: nn.Module,
@@ -78,7 +81,8 @@ class CondLR(BaseController[USVLinear]):
 
         Args:
             tau: τ ≥ 1; math.inf switches the clamp off (Riemannian gradient descent).
-            rank: int, or float for a share of energy; None is half of min(out, in).
+            rank: int, or float for a share of energy; None is half of min(out, in), and of a layer
+                that is factored already the rank that it has.
             tolerance: relative, in [0, 1): every `every` steps, before the clamp, the tail of S
                 that carries less than this of ‖S‖ is cut. Ranks only fall. None: they are fixed.
             every: steps between truncations, and between lines of the history.

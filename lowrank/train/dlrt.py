@@ -29,6 +29,7 @@ from ..walk.sites import ALL_LINEAR, Patterns
 from .parts import usv
 from .parts.attachment import refuse_not_finite
 from .parts.budget import CoreValues, check_ratio, matrix_params, ranks_for
+from .parts.compressed import PLAIN
 from .parts.cycle import Cycle, check_options
 from .parts.distributed import agreed
 
@@ -39,6 +40,8 @@ class DLRT(Cycle[USVLinear]):
     Attributes:
         history: one dict per event, with "step", "site", "event", ranks, and what was measured.
     """
+
+    TAKES = PLAIN
 
     def __init__(
         self,
@@ -62,10 +65,11 @@ class DLRT(Cycle[USVLinear]):
             model: built, and wrapped by DDP or `accelerate.prepare` where it will be.
             optimizer: with the model's parameters; its options go over to the factors.
             tolerance: relative, in [0, 1): what a truncation may lose of ‖S‖; 0.1 by default.
-            ratio: keep at most this share of the numbers of the chosen weights, in (0, 1); beside
-                a tolerance the stricter one decides.
+            ratio: keep at most this share of the numbers that the chosen weights have, or would
+                have dense, in (0, 1); beside a tolerance the stricter one decides.
             every: steps of a cycle, at least 2: one that enlarges the bases, the others train S.
-            rank: at the start: int, or float for a share of energy; None is half of min(out, in).
+            rank: at the start: int, or float for a share of energy; None is half of min(out, in),
+                and of a layer that is factored already the rank that it has.
             min_rank, max_rank: no truncation goes beyond these.
             init: "svd" of the weight, or "random".
 

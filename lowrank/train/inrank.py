@@ -26,6 +26,7 @@ from ..linalg import svd
 from ..linalg.gram import full_precision
 from ..nn import LowRankLinear
 from ..walk.sites import ALL_LINEAR, Patterns
+from .parts.compressed import PLAIN, held_rank
 from .parts.factor_controller import FactorController
 from .parts.factors import resize
 from .parts.wrappers import inner_optimizer
@@ -37,6 +38,8 @@ class InRank(FactorController):
     Attributes:
         history: one dict per event, with "step", "site", "event", rank, and what was measured.
     """
+
+    TAKES = PLAIN
 
     def __init__(
         self,
@@ -56,7 +59,7 @@ class InRank(FactorController):
         """Replace the chosen layers by factors of rank `rank + buffer`, of the weight's SVD.
 
         Args:
-            rank: at the start.
+            rank: at the start; of a layer that is factored already it is the rank that it has.
             buffer: components that train beyond the rank; no layer gets more than half of
                 min(out, in) in all, as in the paper.
             share: of the variance of singular values, in (0, 1).
@@ -79,8 +82,13 @@ class InRank(FactorController):
         self.steps, self.seed = steps, seed
         super().__init__(model, optimizer, target_modules, exclude_modules)
         most = {site.name: max(min(site.shape) // 2, 1) for site in self.attachment.sites}
-        self._explained = {name: min(rank, limit) for name, limit in most.items()}
-        self.factor({name: min(rank + buffer, limit) for name, limit in most.items()})
+        ranks = {site.name: held_rank(site.module) for site in self.attachment.sites}
+        had = {name: held for name, held in ranks.items() if held is not None}
+        self._explained = {name: min(rank, limit) for name, limit in most.items()} | had
+        self.factor({name: min(rank + buffer, limit) for name, limit in most.items()} | had)
+        for name in had:  # the SVD of factors has nothing beyond their rank
+            self._widen(name, self.factored[name])
+        self.attachment.resized()
         self._final = False
 
     @property
@@ -104,12 +112,16 @@ class InRank(FactorController):
         values = svd.energies(module.dense_weight(torch.float64))[: module.rank].sqrt()
         old = self._explained[name]
         self._explained[name] = max(old, min(explaining(values, self.share), module.rank))
+        self._widen(name, module)
+        if self._explained[name] != old:
+            self.attachment.note("grow", name, rank=self._explained[name], width=module.rank)
+
+    def _widen(self, name: str, module: LowRankLinear) -> None:
+        """The buffer behind the rank, where there is room for it."""
         most = max(min(module.out_features, module.in_features) // 2, 1)
         wide = min(self._explained[name] + self.buffer, most)
         if wide > module.rank:
             self._grow(name, module, wide)
-        if self._explained[name] != old:
-            self.attachment.note("grow", name, rank=self._explained[name], width=module.rank)
 
     def _grow(self, name: str, module: LowRankLinear, width: int) -> None:
         """More components: rows of V as nn.Linear draws them, columns of U zero."""

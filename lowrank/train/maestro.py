@@ -29,6 +29,7 @@ from ..errors import LowrankError
 from ..linalg.svd import tails
 from ..nn import LowRankLinear
 from ..walk.sites import ALL_LINEAR, Patterns
+from .parts.compressed import PLAIN
 from .parts.draws import Cut, Draws
 from .parts.factor_controller import FactorController
 from .parts.factors import shorten
@@ -40,6 +41,8 @@ class Maestro(FactorController):
     Attributes:
         history: one dict per event, with "step", "site", "event", rank, and what was measured.
     """
+
+    TAKES = PLAIN
 
     def __init__(
         self,
@@ -67,7 +70,8 @@ class Maestro(FactorController):
                 are dropped by `end_epoch` and `finish`.
             cut: "one" layer a step, or "all", each to a width of its own.
             rank: R at the start; None is min(out, in), which takes more memory than the dense
-                layer until components are dropped.
+                layer until components are dropped, and of a layer that is factored already the rank
+                that it has, at most which it is.
             min_rank: no layer shrinks below.
 
         Raises:

@@ -28,11 +28,17 @@ from ..linalg.spectra import rank_for
 from ..nn import TuckerConv
 from ..types import Site
 from ..walk.sites import ALL, Patterns
-from .parts.attachment import refuse_not_finite
+from .parts.attachment import refuse_not_finite, weights_of
 from .parts.budget import check_ratio, least_tolerance, rank_at
+from .parts.compressed import stored_like
 from .parts.cycle import Cycle, check_options
 from .parts.distributed import agreed
-from .parts.optimizer import along_modes, insert_parameters, replace_parameter
+from .parts.optimizer import (
+    along_modes,
+    insert_parameters,
+    replace_parameter,
+    replace_weights,
+)
 from .parts.tucker_form import TuckerForm, conv_sites
 
 Ranks = tuple[int, int]  # of the outputs, of the inputs
@@ -44,6 +50,8 @@ class TuckerDLRT(Cycle[TuckerForm]):
     Attributes:
         history: one dict per event; "rank" is (of the outputs, of the inputs).
     """
+
+    TAKES = (TuckerConv,)
 
     def __init__(
         self,
@@ -66,7 +74,8 @@ class TuckerDLRT(Cycle[TuckerForm]):
             ratio: keep at most this share of the numbers of the chosen weights, in (0, 1); beside
                 a tolerance the stricter one decides.
             every: steps of a cycle, at least 2: one that enlarges the bases, the others train S.
-            rank: of both modes at the start: int, float for a share of energy, None for half.
+            rank: of both modes at the start: int, float for a share of energy, None for half; of a
+                `TuckerConv` at most the ranks that it has, which None keeps.
             min_rank, max_rank: of each mode; no truncation goes beyond these.
 
         Raises:
@@ -89,23 +98,25 @@ class TuckerDLRT(Cycle[TuckerForm]):
         return {name: layer.rank for name, layer in self.layers.items()}
 
     def check_sites(self) -> None:
-        kernels: list[Tensor] = [site.module.weight for site in self.attachment.sites]  # type: ignore[misc]
-        self._whole = sum(kernel.numel() for kernel in kernels)
+        kernels: list[torch.Size] = [site.module.weight.shape for site in self.attachment.sites]  # type: ignore[misc]
+        self._whole = sum(map(math.prod, kernels))
         if self.ratio is not None:
             least = (self.min_rank, self.min_rank)
-            smallest = sum(kernel_params(kernel.shape, least) for kernel in kernels)
+            smallest = sum(kernel_params(kernel, least) for kernel in kernels)
             check_ratio(smallest, self._whole, self.ratio, self.min_rank)
 
     def _as_tucker(self, site: Site, rank: int | float | None) -> TuckerForm:
-        dense: Any = site.module
-        kernel = dense.weight.detach()
-        sizes = [_first_rank(rank, kernel, mode) for mode in (0, 1)]
+        old: Any = site.module
+        kernel = _kernel(old)
+        held = old.ranks if isinstance(old, TuckerConv) else (None, None)
+        sizes = [_first_rank(rank, kernel, mode, held[mode]) for mode in (0, 1)]
         (u0, u1), core = modes.hosvd(kernel, sizes)
-        u0, core, u1 = agreed([t.to(kernel).contiguous() for t in (u0, core, u1)])
-        form = TuckerForm.of(dense, u0, core, u1)
+        like = stored_like(old)
+        u0, core, u1 = agreed([t.to(like).contiguous() for t in (u0, core, u1)])
+        form = TuckerForm.of(old, u0, core, u1)
         carry = along_modes({0: u0.double().T, 1: u1.double().T})
         optimizer, bases = self.attachment.optimizer, [form.last.weight, form.first.weight]
-        replace_parameter(optimizer, dense.weight, form.core.weight, carry)
+        replace_weights(optimizer, weights_of(old), form.core.weight, carry)
         insert_parameters(optimizer, form.core.weight, bases)
         self.attachment.put(site, form)
         noted = {"rank": list(form.rank), "shape": list(kernel.shape)}
@@ -213,10 +224,19 @@ def _energy_lost(before: Tensor, core: Tensor) -> float:
     return max(1 - kept / whole, 0.0) if whole > 0 else 0.0
 
 
-def _first_rank(rank: int | float | None, kernel: Tensor, mode: int) -> int:
-    size = kernel.shape[mode]
+def _kernel(layer: nn.Module) -> Tensor:
+    """(out, in, k, …) of a convolution; float64 where it is a product."""
+    if isinstance(layer, TuckerConv):
+        return layer.dense_weight(torch.float64).detach().view(layer.geometry.weight_shape)
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight.detach()
+
+
+def _first_rank(
+    rank: int | float | None, kernel: Tensor, mode: int, held: int | None = None
+) -> int:
     if rank is None:
-        return max(size // 2, 1)
+        return max(kernel.shape[mode] // 2, 1) if held is None else held
     _, values = modes.mode_svd(kernel, mode)
     wanted = max(rank_for(rank, values.square()), 1) if isinstance(rank, float) else rank
-    return min(wanted, len(values))
+    return min(wanted, len(values), *(() if held is None else (held,)))

@@ -25,6 +25,7 @@ from .surgery import modules_of
 ALL_LINEAR = "all-linear"
 ALL = "all"
 HEAD = "the output head: name it in target_modules to compress it"
+NOT_NAMED = "not in target_modules"
 Patterns = str | Collection[str]
 
 
@@ -109,7 +110,7 @@ def select_sites(
         elif any(id(module) in heads for module in site.modules):
             reason = reason or HEAD
         elif named and not any(_matches(target_modules, name) for name in site.names):
-            reason = reason or "not in target_modules"
+            reason = reason or NOT_NAMED
         if exclude_modules and any(_matches(exclude_modules, name) for name in site.names):
             reason = reason or "in exclude_modules"
         selected.append(dataclasses.replace(site, reason=reason))

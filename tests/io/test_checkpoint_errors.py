@@ -208,3 +208,17 @@ def test_state_that_needs_pickle_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LowrankError, match="_extra_state: dict cannot be stored without pickle"):
         save(Extra(2, 2), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+class DTensor(torch.Tensor):
+    """Of the name of FSDP2's slices, which need a group of processes."""
+
+
+def test_slices_are_not_saved(net: nn.Module, tmp_path: Path) -> None:
+    name, weight = next(iter(net.named_parameters()))
+    owner, _, key = name.rpartition(".")
+    sharded = nn.Parameter(weight.detach().as_subclass(DTensor))
+    setattr(net.get_submodule(owner), key, sharded)
+    with pytest.raises(LowrankError, match=rf"1 tensors are sharded by FSDP \({name}\): gather"):
+        save(net, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

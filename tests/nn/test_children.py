@@ -25,7 +25,7 @@ from lowrank.nn import (
     TiedHead,
     USVLinear,
 )
-from lowrank.nn.children import is_plain, linear_weight, table_weight
+from lowrank.nn.children import is_plain, is_sharded, linear_weight, table_weight
 
 
 class Eighths(nn.Module):
@@ -175,3 +175,39 @@ def test_plain_children_are_read_without_a_call() -> None:
 def test_a_bias_is_no_part_of_the_weight() -> None:
     layer = nn.Linear(4, 3)
     torch.testing.assert_close(linear_weight(patched(layer)), -layer.weight)
+
+
+class DTensor(Tensor):
+    """Of the name of FSDP2's slices, which need a group of processes."""
+
+
+def sharded(child: nn.Module) -> nn.Module:
+    child.weight = nn.Parameter(child.weight.detach().as_subclass(DTensor))
+    assert is_sharded(child.weight)
+    return child
+
+
+def test_slices_are_not_read_as_a_weight() -> None:
+    layer = LowRankLinear(12, 5, 3)
+    sharded(layer.up)
+    with pytest.raises(LowrankError, match=r"no process has the dense weight: gather"):
+        layer.dense_weight()
+    with pytest.raises(LowrankError, match=r"load them into a model that is not sharded"):
+        table_weight(sharded(nn.Embedding(5, 2)), 5)
+
+
+def test_a_child_that_gathers_its_slices_is_called() -> None:
+    """As a unit of FSDP of its own does, by hooks."""
+    layer = nn.Linear(4, 3)
+    sharded(layer).register_forward_hook(lambda module, args, output: 3 * output)
+    torch.testing.assert_close(linear_weight(layer), 3 * layer.weight.as_subclass(Tensor))
+
+
+def test_slices_of_another_layer_are_not_read() -> None:
+    table, basis = LowRankEmbedding(10, 12, 3), shared()
+    sharded(table.up)
+    sharded(basis.owner.down)
+    with pytest.raises(LowrankError, match="the embedding and the head tied to it share a factor"):
+        TiedHead.of(table)(torch.randn(4, 12))
+    with pytest.raises(LowrankError, match="fully_shard on a module that holds both"):
+        basis(torch.randn(4, 12))

@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from lowrank.nn import (
     FACTORED,
+    LowRankLinear,
     LowRankMaskedLinear,
     SparseDenseLinear,
     build,
@@ -163,3 +164,15 @@ def test_a_size_tells_the_cost_of_the_layer(made: Any) -> None:
     assert layer.cost() == type(layer).size_cost((7, 10), size, itemsize=8)
     assert len(size) == 2
     assert layer.REFITTED
+
+
+def test_a_unit_of_fsdp_is_the_form_that_it_was() -> None:
+    """fully_shard puts a class of its own before that of the module."""
+    layer = LowRankLinear(4, 3, 2)
+    spec = describe(layer)
+    mixin = type("FSDPModule", (), {})
+    layer.__class__ = type("FSDPLowRankLinear", (mixin, LowRankLinear), {})
+    assert is_factored(layer)
+    assert describe(layer) == spec
+    layer.__class__ = type("Mine", (LowRankLinear,), {})
+    assert not is_factored(layer)

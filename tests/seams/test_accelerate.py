@@ -96,6 +96,46 @@ def test_offloaded_in_memory(form: str, where: str, buffers: bool, tmp_path: Pat
     assert torch.equal(logits(offload(model, **options)), want)
 
 
+def trained(model: Any, optimizer: Any = None, backward: Any = Tensor.backward) -> list[float]:
+    """The losses of three steps."""
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(3):
+        loss = model(input_ids=tokens(2, 6), labels=tokens(2, 6)).loss
+        backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture
+def bfloat16() -> Any:
+    """An accelerator; the precision of the first one in a process is that of all others."""
+    state = accelerate.state.AcceleratorState
+    state._reset_state(reset_partial_state=True)
+    yield accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    state._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_trained_in_bf16_by_accelerate(form: str, bfloat16: Any, tmp_path: Path) -> None:
+    """autocast computes in bfloat16; factors and what is saved stay float32."""
+    want = trained(copy.deepcopy(built(form)))
+    raw = copy.deepcopy(built(form))
+    optimizer = torch.optim.AdamW(raw.parameters(), lr=1e-3)
+    model, optimizer = bfloat16.prepare(raw, optimizer)
+    losses = trained(model, optimizer, bfloat16.backward)
+    assert losses != want
+    assert losses == pytest.approx(want, abs=0.02)
+    assert losses[2] < losses[0] - 0.02
+    assert {p.dtype for p in raw.parameters()} == {torch.float32}
+    plain = bfloat16.unwrap_model(model, keep_fp32_wrapper=False)
+    plain.save_pretrained(tmp_path, state_dict=bfloat16.get_state_dict(model))
+    assert float((logits(plain) - logits(built(form))).abs().max()) > 1e-3
+    assert torch.equal(logits(lowrank.from_pretrained(tmp_path)), logits(plain))
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "t5"])
 def test_other_tied_models_on_disk(kind: str, tmp_path: Path) -> None:
     batch = example("t5" if kind == "t5" else "llama")

@@ -15,10 +15,12 @@ import torch
 from torch import nn
 
 from ...errors import LowrankError, listed
+from ...nn import Form, remember_layout
 from ...types import Site
 from ...walk import surgery
-from ...walk.sites import ALL_LINEAR, Patterns, covers, find_sites, select_sites
+from ...walk.sites import ALL_LINEAR, NOT_NAMED, Patterns, covers, find_sites, select_sites
 from . import distributed, wrappers
+from .compressed import with_factored
 from .optimizer import holds
 from .wrappers import inner_optimizer
 
@@ -50,6 +52,7 @@ class Attachment:
         exclude_modules: Patterns | None = None,
         kinds: Collection[str] = LINEAR,
         find: Callable[[nn.Module], list[Site]] = find_sites,
+        takes: Collection[type[Form]] = (),
     ) -> None:
         """Check everything; nothing is changed.
 
@@ -57,6 +60,8 @@ class Attachment:
             who: the controller's name, for errors.
             kinds: kinds of sites that it adapts.
             find: lists the sites; by default those of layers that are not factored yet.
+            takes: factored forms that it adapts too; layers of other forms are left, with the
+                reason.
 
         Raises:
             LowrankError: the model is sharded, already has a controller on such a site, or has
@@ -75,13 +80,13 @@ class Attachment:
                 "processes: call accelerate.prepare or DistributedDataParallel first"
             )
         _refuse_claimed(self.root, who, target_modules, kinds)
-        every = select_sites(
-            find(self.root), self.root, target_modules, exclude_modules, adapts=True
-        )
+        found = with_factored(self.root, find(self.root), who, takes, kinds)
+        every = select_sites(found, self.root, target_modules, exclude_modules, adapts=True)
         reasons = {site.title: self._reason(site, kinds) for site in every}
         self.sites = [site for site in every if not reasons[site.title]]
         if not self.sites:
-            left = [f"{name} ({reason})" for name, reason in reasons.items()]
+            named = sorted(reasons.items(), key=lambda item: item[1] == NOT_NAMED)
+            left = [f"{name} ({reason})" for name, reason in named]
             raise LowrankError(f"{who} has nothing to adapt: {listed(left, 5) or 'no known layer'}")
         for name, reason in reasons.items():
             if reason:
@@ -112,6 +117,8 @@ class Attachment:
         """Replace the layer of a site and claim what is there now; the optimizer is not touched."""
         _CLAIMED.pop(site.module, None)
         surgery.put(self.root, site, new)
+        if isinstance(site.module, Form):
+            remember_layout(new, site.module.layout)
         self.sites = [
             dataclasses.replace(s, modules=(new,)) if s is site else s for s in self.sites
         ]

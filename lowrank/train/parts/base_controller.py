@@ -7,12 +7,13 @@ in the hooks that it needs. It never overrides what the user's loop calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import LowrankError
+from ...nn import Form
 from ...types import Site
 from ...walk.sites import ALL_LINEAR, Patterns, find_sites
 from .attachment import LINEAR, Attachment, refuse_not_finite
@@ -26,7 +27,11 @@ class BaseController(Generic[Layer]):
     Attributes:
         attachment: model, optimizer, sites, the number of steps made, the history.
         layers: what is trained at every site, by name.
+        TAKES: forms of layers factored before, by `compress` say, that the method goes on from;
+            others are left as they are, with the reason in the history.
     """
+
+    TAKES: ClassVar[tuple[type[Form], ...]] = ()
 
     def __init__(
         self,
@@ -51,6 +56,7 @@ class BaseController(Generic[Layer]):
             exclude_modules=exclude_modules,
             kinds=kinds,
             find=find,
+            takes=self.TAKES,
         )
         self.check_sites()
         self.layers: dict[str, Layer] = {}

@@ -12,6 +12,7 @@ from ...errors import LowrankError
 from ...nn import LowRankLinear
 from ...types import Site
 from .base_controller import BaseController
+from .compressed import held_rank
 from .factors import empty_factors, factor_site, keep_smaller, resize_to
 
 
@@ -29,15 +30,16 @@ class FactorController(BaseController[nn.Module]):
         return {n: layer for n, layer in self.layers.items() if isinstance(layer, LowRankLinear)}
 
     def factor(self, ranks: Mapping[str, int], *, only_smaller: bool = False) -> None:
-        """Put factors of these ranks in place of all dense layers.
+        """Put factors of these ranks in place of all dense layers, and of factored ones.
 
         Args:
-            ranks: one for every layer, by name.
+            ranks: one for every layer, by name; of a factored one at most the rank that it has.
             only_smaller: leave a layer dense where its factors would not be smaller; the history
                 says which.
         """
         for site in list(self.attachment.sites):
-            rank = ranks[site.name]
+            rank, held = ranks[site.name], held_rank(site.module)
+            rank = rank if held is None else min(rank, held)
             if only_smaller and rank * sum(site.shape) >= math.prod(site.shape):
                 reason = "its factors are not smaller"
                 self.attachment.note("left", site.name, rank=rank, reason=reason)

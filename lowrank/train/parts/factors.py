@@ -10,19 +10,21 @@ from ...linalg import svd
 from ...nn import LowRankLinear
 from ...types import Site
 from ...walk import layouts
-from .attachment import Attachment
+from .attachment import Attachment, weights_of
+from .compressed import matrix_of, stored_like
 from .distributed import agreed
-from .optimizer import corner, replace_parameter
+from .optimizer import corner, replace_parameter, replace_weights
 
 
 def factor_site(attachment: Attachment, site: Site, rank: int) -> LowRankLinear:
-    """Put the best factors of this rank, balanced, in place of a dense layer.
+    """Put the best factors of this rank, balanced, in place of a dense layer, or of a factored one
+    whose rank is not less.
 
     The optimizer starts them without a state: a moment of the weight is no linear function of one
     of its factors.
     """
-    weight = layouts.matrix(site.module).detach()
-    up, down = agreed([t.to(weight).contiguous() for t in svd.factor(weight, rank)])
+    weight, like = matrix_of(site.module), stored_like(site.module)
+    up, down = agreed([t.to(like).contiguous() for t in svd.factor(weight, rank)])
     new = LowRankLinear.from_factors(down, up, None)
     _put(attachment, site, new)
     energy = svd.energies(weight)
@@ -36,8 +38,8 @@ def factor_site(attachment: Attachment, site: Site, rank: int) -> LowRankLinear:
 
 def empty_factors(attachment: Attachment, site: Site, rank: int) -> LowRankLinear:
     """Put factors of a checkpoint's size in place of a dense layer; numbers are loaded later."""
-    weight = layouts.matrix(site.module).detach()
-    out_features, in_features = weight.shape
+    weight = stored_like(site.module)
+    out_features, in_features = site.shape
     down, up = weight.new_zeros(rank, in_features), weight.new_zeros(out_features, rank)
     new = LowRankLinear.from_factors(down, up, None)
     _put(attachment, site, new)
@@ -92,10 +94,9 @@ def keep_smaller(attachment: Attachment, name: str, module: nn.Module) -> nn.Mod
 
 
 def _put(attachment: Attachment, site: Site, new: LowRankLinear) -> None:
-    dense = site.module
-    bias = dense._parameters.get("bias")
+    old, bias = site.module, layouts.bias(site.module)
     if bias is not None:
-        new.up.bias = bias  # the object itself: its state in the optimizer stays
-    old: nn.Parameter = dense.weight  # type: ignore[assignment]
-    replace_parameter(attachment.optimizer, old, [new.up.weight, new.down.weight])
+        new.up.bias = bias  # type: ignore[assignment]  # the object: its optimizer state stays
+    factors = [new.up.weight, new.down.weight]
+    replace_weights(attachment.optimizer, weights_of(old), factors)
     attachment.put(site, new)

@@ -129,6 +129,28 @@ def insert_parameters(optimizer: Any, beside: Tensor, new: Iterable[Tensor]) -> 
     raise LowrankError(f"a parameter of shape {tuple(beside.shape)} is not in the optimizer")
 
 
+def replace_weights(
+    optimizer: Any,
+    old: Sequence[Tensor],
+    new: Tensor | Iterable[Tensor],
+    carry: Carry | None = None,
+) -> None:
+    """Step on `new` in place of all weights of a layer, the first of which gives the place.
+
+    Args:
+        old: one dense weight, or the factors of a layer.
+        carry: as for `replace_parameter`; of one dense weight only, since moments of factors are
+            no linear function of one another.
+
+    Raises:
+        LowrankError: as `replace_parameter`.
+    """
+    first, *rest = old
+    replace_parameter(optimizer, first, new, None if rest else carry)
+    for weight in rest:
+        replace_parameter(optimizer, weight, [])
+
+
 def carried_state(
     state: Mapping[str, Any], old: Tensor, new: Tensor, carry: Carry
 ) -> dict[str, Any]:

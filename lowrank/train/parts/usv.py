@@ -18,18 +18,20 @@ from ...nn import LowRankLinear, USVLinear, remember_layout
 from ...types import Site
 from ...walk import layouts
 from .attachment import Attachment, weights_of
+from .compressed import held_rank, matrix_of, stored_like
 from .distributed import agreed
-from .optimizer import both_sides, insert_parameters, replace_parameter
+from .optimizer import both_sides, insert_parameters, replace_parameter, replace_weights
 
 Init = Literal["svd", "random"]
 
 
 @dataclass(frozen=True)
 class Start:
-    """How a dense weight becomes U S Vᵀ.
+    """How a weight becomes U S Vᵀ.
 
     Attributes:
-        rank: int fixed, float in (0, 1] the share of energy kept, None half of min(out, in).
+        rank: int fixed, float in (0, 1] the share of energy kept, None half of min(out, in); of a
+            layer that is factored already at most the rank that it has, which None keeps.
         init: "svd" keeps the weight; "random" draws orthonormal bases and S = diag(|Gaussian|),
             sorted, of the Frobenius norm that the dense weight has.
         seed: of those draws.
@@ -49,32 +51,33 @@ class Start:
                 f"rank must be an int >= 1 or a share of energy in (0, 1], got {self.rank!r}"
             )
 
-    def rank_of(self, weight: Tensor) -> int:
-        side = min(weight.shape)
+    def rank_of(self, weight: Tensor, held: int | None = None) -> int:
+        """The rank of a weight (out, in); `held` is that of its factors, None if it is dense."""
+        most = min(*weight.shape, *(() if held is None else (held,)))
         if self.rank is None:
-            return max(side // 2, 1)
+            return max(most // 2, 1) if held is None else most
         if isinstance(self.rank, float):
-            return max(rank_for(self.rank, svd.energies(weight)), 1)
-        return min(self.rank, side)
+            return min(max(rank_for(self.rank, svd.energies(weight)), 1), most)
+        return min(self.rank, most)
 
 
 def as_usv(attachment: Attachment, site: Site, start: Start, number: int) -> USVLinear:
-    """Put U S Vᵀ in place of a dense layer, in model and optimizer; `number` seeds the draws.
+    """Put U S Vᵀ in place of a dense layer or of plain factors, in model and optimizer; `number`
+    seeds the draws.
 
-    A moment m of the weight becomes that of the core, UᵀmV.
+    A moment m of a dense weight becomes that of the core, UᵀmV; those of factors begin anew.
     """
-    dense = site.module
-    weight = layouts.matrix(dense).detach()
-    rank = start.rank_of(weight)
+    old, like = site.module, stored_like(site.module)
+    weight = matrix_of(old)
+    rank = start.rank_of(weight, held_rank(old))
     random = start.init == "random"
     parts = _drawn(weight, rank, start.seed + number) if random else _cut(weight, rank)
-    u, s, v = agreed([factor.to(weight).contiguous() for factor in parts])
-    new = USVLinear.from_factors(u, s, v, dense._parameters.get("bias"))
-    turned = layouts.layout(dense) == "conv1d"  # its moments are those of the transposed weight
+    u, s, v = agreed([factor.to(like).contiguous() for factor in parts])
+    new = USVLinear.from_factors(u, s, v, layouts.bias(old))
+    turned = layouts.layout(old) == "conv1d"  # its moments are those of the transposed weight
     basis = both_sides(u.double().T, v.double())
     carry = (lambda x: basis(x.T)) if turned else basis
-    old: nn.Parameter = dense.weight  # type: ignore[assignment]
-    replace_parameter(attachment.optimizer, old, new.core.weight, carry)
+    replace_weights(attachment.optimizer, weights_of(old), new.core.weight, carry)
     bases = [new.up.weight, new.down.weight]
     insert_parameters(attachment.optimizer, new.core.weight, bases)
     attachment.put(site, new)
