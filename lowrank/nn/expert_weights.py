@@ -227,6 +227,9 @@ class Product:
         layers = list(self.weights.layers())
         if isinstance(self.index, int):
             return _run(layers[self.index], x)
+        if offs is not None and torch.compiler.is_exporting():
+            places = torch.arange(x.shape[0], device=x.device)  # len() would fix it
+            return self._masked(layers, x, (places[:, None] >= offs).sum(1))
         if offs is not None:
             ends = offs.tolist()
             pieces = zip(layers, [0, *ends], ends, strict=False)
@@ -235,7 +238,20 @@ class Product:
             return torch.cat([*parts, rest.to(parts[0]) if parts else rest])
         if self.index is None:
             return torch.stack([_run(layer, part) for layer, part in zip(layers, x, strict=True)])
+        if torch.compiler.is_exporting():
+            return self._masked(layers, x, self.index)
         return self._gathered(layers, x, self.index)
+
+    def _masked(self, layers: list[nn.Module], x: Tensor, index: Tensor) -> Tensor:
+        """As `_gathered`, for graphs whose sizes must not depend on data: each expert runs on
+        everything, and what is not for it becomes zero. An index may be of no expert."""
+        chosen = (index == i for i in range(len(layers)))
+        shape = (-1, *[1] * (x.ndim - 1))
+        parts = [
+            torch.where(mine.view(shape), _run(layer, x), 0)
+            for layer, mine in zip(layers, chosen, strict=True)
+        ]
+        return torch.stack(parts).sum(0)
 
     def _gathered(self, layers: list[nn.Module], x: Tensor, index: Tensor) -> Tensor:
         """Item i of x (n, rows, in) by expert index[i]: each expert runs once."""
