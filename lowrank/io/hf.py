@@ -31,6 +31,7 @@ from .containers import are_joined, declared_containers, hold_apart
 from .flattening import Codes, Placeholders, check_codes, codes_of, flat
 from .import_hooks import VERBS, install
 from .merging import densify
+from .older_transformers import Wanted, complete_loading, wanted_of
 from .specs import (
     VERSION,
     Spec,
@@ -46,6 +47,8 @@ from .ties import share_buffers, untie
 
 SOURCE = "config.json: quantization_config"
 SIZES = frozenset({"ratio", "rank", "rank_pattern"})  # one of them says how small
+
+IS_OLDER = not hasattr(HfQuantizer, "get_new_dtype")  # before transformers 5.20
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +112,7 @@ class LowRankHfQuantizer(HfQuantizer):
     quantization_config: LowRankConfig
     state: dict[str, Any] | None = None  # given to save_pretrained, such as FSDP's gathered one
     loading: nn.Module | None = None  # the model whose weights are being loaded
+    wanted: dict[str, Wanted] | None = None  # of each parameter, while it is loaded
     report: Report | None = None  # of the compression, for the model card
     placeholders: Placeholders | None = None  # of quantized weights, while it is loaded
     left_out = False  # rules that join tensors of the original checkpoints
@@ -165,6 +169,7 @@ class LowRankHfQuantizer(HfQuantizer):
         self.placeholders = Placeholders(model, codes, SOURCE)
         untie(model, factored(model), codes)
         _ignore_guards(model, codes)
+        self.wanted = wanted_of(model) if IS_OLDER else None
 
     def update_weight_conversions(self, weight_conversions: Any, *model: nn.Module) -> Any:
         """Without the rules that join or turn tensors, if the files have the model's own names."""
@@ -184,6 +189,10 @@ class LowRankHfQuantizer(HfQuantizer):
         if self.placeholders is not None:
             self.placeholders.release()
             self.placeholders = None
+        if self.wanted:
+            kept: Any = model._get_dtype_plan(torch.float16)  # type: ignore[operator]
+            complete_loading(model, self.wanted, kept, "the weights")
+            self.wanted = None
         share_buffers(model)
         check_values(model, "the weights")
         # The weights are ordinary floating-point: half(), float() and Trainer work as usual.

@@ -96,6 +96,35 @@ def test_rows_sorted_by_expert(made: Any) -> None:
     assert not found[5:].any()  # of no expert
 
 
+def test_exported_its_sizes_do_not_depend_on_data(made: Any) -> None:
+    """What is chosen or sorted at the example is none of the graph's."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights, self.dense = made(transposed=True)
+
+        def forward(self, x: Tensor, index: Tensor, offs: Tensor) -> tuple[Tensor, Tensor]:
+            return (self.weights[index].mT @ x.mT).mT, torch._grouped_mm(
+                x[:, 0], self.weights, offs=offs
+            )
+
+    experts, draw = Experts(), _rows(6, 2, IN)
+    ends = torch.tensor([2, 2, 6], dtype=torch.int32)
+    program = torch.export.export(experts, (draw, torch.tensor([0, 2, 2, 1, 0, 2]), ends)).module()
+    for index, offs in (([1, 1, 1, 0, 2, 0], [1, 4, 5]), ([2, 2, 2, 2, 2, 2], [0, 0, 6])):
+        x = _rows(6, 2, IN)
+        chosen, ends = torch.tensor(index), torch.tensor(offs, dtype=torch.int32)
+        found = program(x, chosen, ends)
+        torch.testing.assert_close(found[0], x @ experts.dense[chosen])
+        owner = [sum(row >= end for end in offs) for row in range(6)]
+        want = [
+            x[i, 0] @ experts.dense[e] if e < EXPERTS else _rows(OUT) * 0
+            for i, e in enumerate(owner)
+        ]
+        torch.testing.assert_close(found[1], torch.stack(want))
+
+
 def test_anything_else_takes_the_dense_tensor(made: Any) -> None:
     weights, dense = made(transposed=False)
     x = _rows(2, IN)
