@@ -7,7 +7,7 @@ TORCHAO := build/torchao
 # constraints.txt pins what the checks were run with; torch's pin selects the CPU build.
 INSTALL := $(PIP) install -c constraints.txt
 
-.PHONY: demo test fast check lint types mutants architectures notebooks dist dist-check vllm-check clean
+.PHONY: demo test fast check lint types mutants architectures matrix notebooks dist dist-check vllm-check clean
 
 demo: $(VENV)/.base
 	$(BIN)/lowrank demo
@@ -34,6 +34,10 @@ mutants: $(VENV)/.dev
 # Tiny models of 260 families through every effort; six to nine minutes. Writes docs/architectures.md.
 architectures: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures
+
+# Ten architectures in every stored form through every tool; half an hour. Writes docs/matrix.md.
+matrix: $(VENV)/.dev $(TORCHAO)/.ready
+	OMP_NUM_THREADS=1 PYTHONPATH=$(TORCHAO) $(BIN)/python -m tests.matrix
 
 notebooks: $(VENV)/.dev
 	$(BIN)/python notebooks/execute.py

@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -29,12 +31,15 @@ import lowrank
 from lowrank.walk.surgery import factored
 from tests import zoo
 from tests.limits import TooLong, limited
+from tests.processes import in_processes
 from tests.tools import TOOLS, Case, tried
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/matrix.json"
 PAGE = ROOT / "docs/matrix.md"
 RATIO, SECONDS = 0.6, 120
+SHARDED = "FSDP2"
+COLUMNS = [*TOOLS, SHARDED]
 WIDTH, VOCABULARY = zoo.WIDTH, zoo.VOCABULARY
 
 
@@ -166,12 +171,16 @@ def case_of(name: str, lean: nn.Module) -> Case:
     return Case(lean, one.batch, one.labels, one.writes, Path())
 
 
-def row_of(name: str, form: str, tools: Sequence[str] = tuple(TOOLS)) -> dict[str, str] | str:
-    """What each tool says of one form, or why the architecture does not have it."""
+def silence() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.ERROR)
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
+
+
+def row_of(name: str, form: str, tools: Sequence[str] = tuple(TOOLS)) -> dict[str, str] | str:
+    """What each tool says of one form, or why the architecture does not have it."""
+    silence()
     lean = compressed(name, form)
     if isinstance(lean, str):
         return lean
@@ -190,9 +199,24 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
     asked = [(name, form) for name in names for form in forms]
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        found = pool.map(row_of, *zip(*asked, strict=True), [tools] * len(asked))
+        alone = [tool for tool in tools if tool != SHARDED]
+        found = pool.map(row_of, *zip(*asked, strict=True), [alone] * len(asked))
         for (name, form), cells in zip(asked, found, strict=True):
             yield {"architecture": name, "form": form, "cells": cells}
+
+
+def sharded(name: str, forms: Sequence[str]) -> dict[str, str]:
+    """Form -> what FSDP2 says of it, in two processes that serve all forms."""
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        folder = Path(directory)
+        for key, value in (
+            ("ARCHITECTURE", name),
+            ("FORMS", "|".join(forms)),
+            ("FOLDER", directory),
+        ):
+            patch.setenv(key, value)
+        found: dict[str, str] = in_processes("tests.sharding", "cells", folder)[0]
+    return found
 
 
 def faults(found: Sequence[dict[str, Any]]) -> list[str]:
@@ -219,22 +243,19 @@ def page(found: Sequence[dict[str, Any]]) -> str:
         lines += [f"## {name}", "", f"| form | {' | '.join(COLUMNS)} |"]
         lines += [f"|{' --- |' * (1 + len(COLUMNS))}"]
         for row in found:
-            if row["architecture"] != name or row["cells"] == "-":
-                continue
-            said = row["cells"]
-            cells = [number(said.get(c, "-") if isinstance(said, dict) else said) for c in COLUMNS]
-            lines.append(f"| {row['form']} | {' | '.join(cells)} |")
+            if row["architecture"] == name and isinstance(row["cells"], dict):
+                cells = [number(row["cells"].get(column, "-")) for column in COLUMNS]
+                lines.append(f"| {row['form']} | {' | '.join(cells)} |")
         lines.append("")
     lines += ["## Reasons", "", *(f"{place}. {said}" for said, place in reasons.items()), ""]
     return "\n".join(lines)
 
 
-COLUMNS = [*TOOLS]
 INTRODUCTION = f"""# Which form works with which tool
 
 Tiny random models, compressed to {RATIO} in every stored form that their layers can have, and what
-was done with each. Written by `make matrix`, of which some cells run in every check. "-": there is
-nothing to do. A number is a reason, below.
+was done with each. Written by `make matrix`, of which some cells run in every check. Forms that
+no layer of an architecture takes are left out. A number is a reason, below.
 
 """
 
@@ -244,7 +265,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--forms", nargs="+", default=list(FORMS))
-    parser.add_argument("--tools", nargs="+", default=list(TOOLS))
+    parser.add_argument("--tools", nargs="+", default=COLUMNS)
     given = parser.parse_args()
     start, found = time.monotonic(), []
     for row in rows(given.jobs, given.architectures, given.forms, given.tools):
@@ -252,11 +273,20 @@ def main() -> None:
         said = row["cells"]
         other = {k: v for k, v in said.items() if v != "yes"} if isinstance(said, dict) else said
         print(f"{row['architecture']:10} {row['form']:24} {other or ''}", flush=True)
+    for name in given.architectures if SHARDED in given.tools else ():
+        said = sharded(name, given.forms)
+        print(
+            f"{name:10} {SHARDED}: { {k: v for k, v in said.items() if v != 'yes'} or '' }",
+            flush=True,
+        )
+        for row in found:
+            if row["architecture"] == name and isinstance(row["cells"], dict):
+                row["cells"][SHARDED] = said[row["form"]]
     wrong = faults(found)
     cells = sum(len(row["cells"]) for row in found if isinstance(row["cells"], dict))
     print(f"{cells} cells, {len(wrong)} faults, {time.monotonic() - start:.0f} s")
     print("\n".join(wrong))
-    whole = [list(ARCHITECTURES), list(FORMS), list(TOOLS)]
+    whole = [list(ARCHITECTURES), list(FORMS), COLUMNS]
     if [given.architectures, given.forms, given.tools] == whole:
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
         PAGE.write_text(INTRODUCTION + page(found))

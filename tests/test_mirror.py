@@ -98,6 +98,7 @@ ELSEWHERE = {
 # Test file below tests/ -> why it is a topic of its own.
 TOPICS = {
     "test_architectures.py": "a tenth of the table of docs/architectures.md",
+    "test_matrix.py": "some cells of the tables of docs/matrix.md",
     "api/test_bad_efforts.py": "What efforts make of data and models that are of no use.",
     "api/test_crossing.py": "All verbs, and what sensitivity and the probe measure, agree.",
     "api/test_parts.py": "Modules of torch that fuse their weights, through the verbs.",
