@@ -21,7 +21,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-SMALL = 1 << 16  # bytes; a smaller tensor stays in memory, for a file takes whole pages
+SMALL = 1 << 13  # bytes; a smaller tensor stays in memory, for a file takes whole pages
 LARGE = 1 << 21  # bytes; smaller pieces are used again, which saves page faults
 MOST_KEPT = 1 << 25  # what glibc raises its own limit to
 M_MMAP_THRESHOLD = -3  # malloc.h
