@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank
+from lowrank.nn import BlastLinear
 from lowrank.nn.expert_weights import ExpertWeights
 from lowrank.walk.surgery import factored
 
@@ -61,7 +62,11 @@ def logits(model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def equal(found: Tensor, wanted: Tensor) -> None:
-    assert torch.equal(found, wanted), f"differs by {float((found - wanted).abs().max()):.1e}"
+    """But for the last bit, in which products differ by where their factors lie in memory."""
+    if found.is_floating_point():
+        near(found, wanted, 2.0**-22)
+    else:
+        assert torch.equal(found, wanted)
 
 
 def near(found: Tensor, wanted: Tensor, tolerance: float = 1e-4) -> None:
@@ -180,16 +185,15 @@ def adapted(case: Case) -> Answer:
     import peft
 
     names = [n for n, m in factored(case.lean).items() if any(True for _ in m.parameters())]
-    fit = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
-    takes = [n for n in names if any(isinstance(c, fit) for c in factored(case.lean)[n].children())]
-    if not takes:
-        return "its tensors are no layers that peft knows"
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=2, target_modules=takes, init_lora_weights=False)
+    config = peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False)
     live = peft.get_peft_model(case.copied(), config).eval()
     inputs = case.batch(2, 0)
     want = logits(live, inputs)
     assert float((want - logits(case.lean, inputs)).abs().max()) > 1e-4
+    if any(isinstance(module, BlastLinear) for module in case.lean.modules()):
+        near(logits(lowrank.to_dense(live).merge_and_unload(), inputs), want)
+        return "LoRA stands beside the layer, and is merged once that is dense"
     near(logits(live.merge_and_unload(), inputs), want)
     return None
 

@@ -287,6 +287,7 @@ class Placeholders:
             self._shapes[name], self._modules[name] = tuple(weight.shape), module
             self._dtypes.add(weight.dtype)
             module._parameters[leaf] = None
+            vars(module)[leaf] = weight  # no parameter: of a tied bias its shape is asked
             setattr(module, LOADED, True)  # there is no weight to be drawn anew
             for part, (dtype, shape) in entry["tensors"].items():
                 empty = torch.empty(shape, dtype=DTYPES[dtype], device="meta")
@@ -309,6 +310,7 @@ class Placeholders:
                     "with memory for it (device_map)"
                 )
             delattr(module, LOADED)
+            vars(module).pop(leaf, None)
             take = partial(_taken, module, leaf)
             parts = {part: take(part, where) for part in self._codes[name]["tensors"]}
             weight = put_together(parts, self._codes[name], where)

@@ -8,6 +8,7 @@ optimum gives them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -23,6 +24,7 @@ from .declaration import is_transformers
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 AUTO: Any = torch.export.Dim.AUTO
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 AGREED = 1e-3  # of the largest output: what the graph may differ by on its own example
 
 
@@ -65,15 +67,33 @@ def write_graph(
             if format == "torch.export":
                 torch.export.save(program, target / "model.pt2")
                 return
-            torch.onnx.export(
-                program, f=target / "model.onnx", dynamo=True, external_data=False, verbose=False,
-                input_names=traced.inputs, output_names=traced.outputs,
-            )  # fmt: skip
+            _write_onnx(program, traced, target / "model.onnx")
         except LowrankError:
             raise
         except Exception as error:  # tracing runs arbitrary model code
-            what = " ".join(str(error).split())[:200]
-            raise LowrankError(f"{type(model).__name__} cannot be traced ({what})") from error
+            raise LowrankError(
+                f"{type(model).__name__} cannot be traced ({_first_cause(error)})"
+            ) from error
+
+
+def _write_onnx(program: Any, traced: _Traced, path: Path) -> None:
+    options: dict[str, Any] = {
+        "f": path, "dynamo": True, "external_data": False, "verbose": False,
+        "input_names": traced.inputs, "output_names": traced.outputs,
+    }  # fmt: skip
+    try:
+        torch.onnx.export(program, **options)
+    except Exception:  # the guards of some programs (T5's) cannot be taken apart once they are made
+        torch.onnx.export(
+            traced.model, traced.args, kwargs=traced.named, dynamic_shapes=traced.axes, **options
+        )
+
+
+def _first_cause(error: BaseException) -> str:
+    """In one line, without colours."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(COLOURS.sub("", str(error)).split())[:200]
 
 
 def _traced(model: nn.Module, example: Batch, cache: bool) -> _Traced:
