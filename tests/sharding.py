@@ -44,8 +44,10 @@ def compared(name: str, form: str, lean: nn.Module) -> str:
     one, rank = matrix.ARCHITECTURES[name], dist.get_rank()
     alone, model = (copy.deepcopy(lean).double() for _ in range(2))
     trained(alone, one, slice(None))
-    for blocks in (m for m in list(model.modules()) if isinstance(m, nn.ModuleList)):
-        for block in blocks if len(blocks) == 2 else ():  # the layers of an encoder or a decoder
+    inside: set[nn.Module] = set()  # of a unit already
+    for blocks in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
+        for block in blocks if blocks not in inside else ():
+            inside |= set(block.modules())
             fully_shard(block)
     fully_shard(model)
     trained(model, one, slice(2 * rank, 2 * rank + 2))

@@ -323,3 +323,20 @@ def test_a_part_that_is_tied_whole_keeps_its_factors_in_both_places(
     first, second = (again.model.layers[i].shared_transformer.feed_forward for i in (0, 2))
     tensors = first.state_dict()
     assert all(torch.equal(t, tensors[name]) for name, t in second.state_dict().items())
+
+
+def test_pipelines_take_a_folder_or_the_model(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{i}": i for i in range(zoo.VOCABULARY)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w0", pad_token="w0")
+    model, _ = lowrank.compress(zoo.make("llama"), 0.5, **RUN)
+    lowrank.save(model, tmp_path, tokenizer=tokenizer)
+    ids = model.generate(tokenizer("w5 w9 w7", return_tensors="pt").input_ids, max_new_tokens=4)
+    asked = {"max_new_tokens": 4, "do_sample": False, "return_full_text": False}
+    for given in ({"model": str(tmp_path)}, {"model": model, "tokenizer": tokenizer}):
+        writer = tf.pipeline("text-generation", **given)
+        said = writer("w5 w9 w7", **asked)[0]["generated_text"]
+        assert said == tokenizer.decode(ids[0, 3:])
