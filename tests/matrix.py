@@ -286,10 +286,20 @@ def main() -> None:
     cells = sum(len(row["cells"]) for row in found if isinstance(row["cells"], dict))
     print(f"{cells} cells, {len(wrong)} faults, {time.monotonic() - start:.0f} s")
     print("\n".join(wrong))
-    whole = [list(ARCHITECTURES), list(FORMS), COLUMNS]
-    if [given.architectures, given.forms, given.tools] == whole:
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-        PAGE.write_text(INTRODUCTION + page(found))
+    RESULTS.write_text(json.dumps(merged(found), indent=1) + "\n")
+    PAGE.write_text(INTRODUCTION + page(merged(found)))
+
+
+def merged(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The kept results, with what a run of some of the cells found in their place."""
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    every = {(row["architecture"], row["form"]): row["cells"] for row in kept}
+    for row in found:
+        place, cells = (row["architecture"], row["form"]), row["cells"]
+        before = every.get(place)
+        both = isinstance(before, dict) and isinstance(cells, dict)
+        every[place] = {**before, **cells} if both else cells
+    return [{"architecture": one, "form": form, "cells": c} for (one, form), c in every.items()]
 
 
 if __name__ == "__main__":

@@ -162,14 +162,16 @@ def _put_beside(config: Any, key: str, module: Form) -> None:
     config._register_custom_module({type(module): _beside})
 
 
-def _beside(target: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _beside(target: Form, *args: Any, **kwargs: Any) -> Any:
     """peft's layer of LoRA around a form."""
     from peft.tuners.lora import Linear
 
     with warnings.catch_warnings():
         # It knows all that it needs of the layer.
         warnings.filterwarnings("ignore", message="Unsupported layer type")
-        return Linear(target, *args, **kwargs)
+        layer = Linear(target, *args, **kwargs)
+    layer.fan_in_fan_out = target.layout == "conv1d"  # how it is merged once the form is dense
+    return layer
 
 
 def _check_copies(config: Any, modules: Mapping[str, Form]) -> None:

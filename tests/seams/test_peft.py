@@ -397,6 +397,17 @@ def test_a_form_without_children_is_adapted_as_a_whole(tmp_path: Any) -> None:
             peft.get_peft_model(model, config)
 
 
+def test_a_whole_form_of_turned_layout_is_merged_in_it() -> None:
+    model = make("gpt2")
+    for block in model.transformer.h:
+        block.attn.c_attn = BlastLinear(32, 96, 4, 4)
+        block.attn.c_attn.layout = "conv1d"
+    live = adapted(model, ["c_attn"])
+    want = logits(live)
+    merged = lowrank.to_dense(live).merge_and_unload()
+    torch.testing.assert_close(logits(merged), want, rtol=1e-4, atol=1e-5)
+
+
 def test_from_a_factored_folder_to_an_adapter_and_back(tmp_path: Any) -> None:
     from transformers import AutoModelForCausalLM
 
