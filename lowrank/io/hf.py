@@ -246,7 +246,8 @@ def _ignore_guards(model: nn.Module, quantized: Iterable[str]) -> None:
     names = stands_for(model, quantized)
     known: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     # Keys in the file may have lost or gained the prefix of the base model.
-    ours = {rf"(^|\.){re.escape(name)}$" for name in names}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    ours = {rf"(^|\.){re.escape(name.removeprefix(prefix))}$" for name in names}
     model._keys_to_ignore_on_load_unexpected = {*known, *ours}  # type: ignore[assignment]
 
 

@@ -94,8 +94,12 @@ def test_a_base_model_of_a_folder_with_a_head_and_the_reverse(tmp_path: Path) ->
     base = tf.AutoModel.from_pretrained(tmp_path / "head")
     assert away(base, model.model) == 0
     base.save_pretrained(tmp_path / "base")
-    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    again, info = tf.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", output_loading_info=True
+    )
     assert away(base, again.model) == 0
+    assert info["missing_keys"] == {"lm_head.weight"}  # no guard is reported
+    assert not info["unexpected_keys"]
 
 
 def test_the_encoder_of_t5(tmp_path: Path) -> None:
