@@ -31,7 +31,7 @@ from .containers import are_joined, declared_containers, hold_apart
 from .flattening import Codes, Placeholders, check_codes, codes_of, flat
 from .import_hooks import VERBS, install
 from .merging import densify
-from .older_transformers import Wanted, complete_loading, wanted_of
+from .older_transformers import Wanted, cast_to, check_shapes, wanted_of
 from .specs import (
     VERSION,
     Spec,
@@ -48,7 +48,7 @@ from .ties import share_buffers, untie
 SOURCE = "config.json: quantization_config"
 SIZES = frozenset({"ratio", "rank", "rank_pattern"})  # one of them says how small
 
-IS_OLDER = not hasattr(HfQuantizer, "get_new_dtype")  # before transformers 5.20
+LEAVES_DTYPES = not hasattr(HfQuantizer, "get_new_dtype")  # before transformers 5.21
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ class LowRankHfQuantizer(HfQuantizer):
         self.placeholders = Placeholders(model, codes, SOURCE)
         untie(model, factored(model), codes)
         _ignore_guards(model, codes)
-        self.wanted = wanted_of(model) if IS_OLDER else None
+        self.wanted = wanted_of(model)
 
     def update_weight_conversions(self, weight_conversions: Any, *model: nn.Module) -> Any:
         """Without the rules that join or turn tensors, if the files have the model's own names."""
@@ -190,8 +190,10 @@ class LowRankHfQuantizer(HfQuantizer):
             self.placeholders.release()
             self.placeholders = None
         if self.wanted:
-            kept: Any = model._get_dtype_plan(torch.float16)  # type: ignore[operator]
-            complete_loading(model, self.wanted, kept, "the weights")
+            check_shapes(model, self.wanted, "the weights")
+            if LEAVES_DTYPES:
+                kept: Any = model._get_dtype_plan(torch.float16)  # type: ignore[operator]
+                cast_to(model, self.wanted, kept)
             self.wanted = None
         share_buffers(model)
         check_values(model, "the weights")

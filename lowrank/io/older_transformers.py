@@ -1,6 +1,7 @@
-"""What transformers did not do before 5.20 while it loaded a model that is declared as quantized.
+"""What older transformers do not do while they load a model that is declared as quantized.
 
-It left every tensor that it renamed in the dtype of the file, and took tensors of any shape.
+Up to 5.20 every tensor that is renamed stays in the dtype of the file; up to 5.22 a tensor of any
+shape is taken.
 """
 
 from __future__ import annotations
@@ -25,25 +26,32 @@ def wanted_of(model: nn.Module) -> dict[str, Wanted]:
     return {name: Wanted(p.shape, p.dtype) for name, p in model.named_parameters()}
 
 
-@torch.no_grad()
-def complete_loading(
-    model: nn.Module, wanted: dict[str, Wanted], kept: dict[str, torch.dtype], source: str
-) -> None:
-    """Cast what is of another dtype than wanted.
+def loaded_of(model: nn.Module, wanted: dict[str, Wanted]) -> dict[str, nn.Parameter]:
+    """The parameters that are wanted, and not offloaded."""
+    return {n: p for n, p in model.named_parameters() if n in wanted and not p.is_meta}
 
-    Args:
-        kept: parts of names whose dtype transformers decides.
+
+def check_shapes(model: nn.Module, wanted: dict[str, Wanted], source: str) -> None:
+    """Check what was loaded.
 
     Raises:
         LowrankError: a parameter is of another shape than wanted.
     """
-    loaded = {n: p for n, p in model.named_parameters() if n in wanted and not p.is_meta}
-    wrong = [name for name, p in loaded.items() if p.shape != wanted[name].shape]
+    wrong = [n for n, p in loaded_of(model, wanted).items() if p.shape != wanted[n].shape]
     if wrong:
         raise LowrankError(
             f"{source}: the weights do not fit config.json; of another shape: {listed(wrong)}"
         )
-    for name, parameter in loaded.items():
+
+
+@torch.no_grad()
+def cast_to(model: nn.Module, wanted: dict[str, Wanted], kept: dict[str, torch.dtype]) -> None:
+    """Cast what is of another dtype than wanted.
+
+    Args:
+        kept: parts of names whose dtype transformers decides.
+    """
+    for name, parameter in loaded_of(model, wanted).items():
         dtype = wanted[name].dtype
         decided = any(part in name for part in kept)
         if parameter.is_floating_point() and parameter.dtype != dtype and not decided:
