@@ -13,7 +13,8 @@ demo: $(VENV)/.base
 	$(BIN)/lowrank demo
 
 test: $(VENV)/.dev $(TORCHAO)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov --cov-report=term --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow" --cov --cov-report=term --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow
 
 fast: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow"

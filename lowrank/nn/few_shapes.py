@@ -21,7 +21,7 @@ from .pivoted_linear import PivotedLinear
 from .shared_linear import SharedLowRankLinear
 from .usv_linear import USVLinear
 
-PARTS = 8  # sizes between two powers of two: at most an eighth is computed in vain
+PARTS = 4  # sizes between two powers of two: at most a quarter is computed in vain
 LEAST = 16
 # Others multiply otherwise than by calling their children.
 FORMS = (LowRankLinear, SharedLowRankLinear, PivotedLinear, USVLinear)
@@ -51,7 +51,7 @@ def even_ranks(model: nn.Module) -> Iterator[None]:
 
 
 def even(size: int) -> int:
-    """The next of few sizes: the multiples of an eighth of the power of two below."""
+    """The next of few sizes: the multiples of a quarter of the power of two below."""
     step = max((1 << size.bit_length()) // (2 * PARTS), LEAST)
     return -(-size // step) * step
 
