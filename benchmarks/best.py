@@ -61,7 +61,10 @@ def main() -> None:
                 options = {"effort": way(WAYS[name], args.steps)}
                 row = measured(dense, ratio, data, seed, options, others)
                 found.append({"way": name, "seed": seed} | row)
-                print(f"{name:28} {ratio} seed {seed} KL {row['kl']:.4f} {row['seconds']:.0f} s")
+                print(
+                    f"{name:28} {ratio} seed {seed} KL {row['kl']:.4f} {row['seconds']:.0f} s",
+                    flush=True,
+                )
                 keep(
                     args.title, found, steps_share=args.steps, judged_rows=len(others),
                     model=Path(args.model).name if args.model else "embedded",
