@@ -17,7 +17,8 @@ from ..calibration.chain import Chain
 from ..calibration.running import forward, predictions_of, quiet
 from ..measure.eval import Reference, divergence
 from ..nn.few_shapes import even_ranks
-from .training import Trained, Training, fit, split
+from .budget import fit_within
+from .training import Trained, Training, split
 
 
 def refit_block(
@@ -28,6 +29,7 @@ def refit_block(
     masks: Sequence[Tensor | None],
     options: Training,
     fitted: int | None = None,
+    seconds: float | None = None,
 ) -> Trained:
     """Train one block of the compressed chain.
 
@@ -36,6 +38,7 @@ def refit_block(
         parameters: those to train, all in the block.
         masks: True at the positions that count, one per batch, or None.
         fitted: see `split`.
+        seconds: see `fit_within`.
     """
     scale = _scale(targets)
 
@@ -48,7 +51,7 @@ def refit_block(
         return squares.mean()
 
     with quiet(lean.block(index)), even_ranks(lean.block(index)):
-        return fit(parameters, loss, *split(len(targets), fitted), options)
+        return fit_within(parameters, loss, *split(len(targets), fitted), options, seconds)
 
 
 def distill(
@@ -58,12 +61,13 @@ def distill(
     parameters: Sequence[nn.Parameter],
     options: Training,
     fitted: int | None = None,
+    seconds: float | None = None,
 ) -> Trained:
     """Distil the dense model into the compressed one: minimise mean KL(dense ‖ compressed), or
     the relative squared error of what is no logits.
 
     The teacher's logits are cached up to a memory limit; on further batches it runs at every step.
-    `fitted`: see `split`.
+    `fitted`: see `split`; `seconds`: see `fit_within`.
     """
     predicted = Reference(teacher, batches)
 
@@ -73,7 +77,7 @@ def distill(
         return divergence(predicted.outputs(batch), outputs, mask, predicted.measure).mean()
 
     with quiet(teacher), quiet(student), even_ranks(student):
-        return fit(parameters, loss, *split(len(batches), fitted), options)
+        return fit_within(parameters, loss, *split(len(batches), fitted), options, seconds)
 
 
 def _scale(targets: Sequence[Tensor]) -> Tensor:
