@@ -3,6 +3,9 @@
     LOWRANK_ASSETS=… python recipes/compress_resnet_cifar.py [--keep 0.9 0.7 0.5 0.3]
                                   [--ways NAME …] [--train 0.5 0.3] [--export] [--threads 1]
 
+"Varied images" adds two copies of each calibration image, flipped by chance and shifted by up to
+four pixels, as the net was trained on; the images that choices are judged on stay as they are.
+
 Budget: parameters of all convolutions but the first. Calibration on 1500 train images without
 labels; 500 more are held out, and whatever is chosen is chosen by the KL to the dense net there.
 Top-1 on 761 test images, of which one standard error is 1 point; agree: share of them on which
@@ -19,6 +22,7 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,7 +57,10 @@ WAYS: dict[str, dict[str, Any]] = {
 TRAINED: dict[str, dict[str, Any]] = {
     "block refit, 60 steps": {"effort": Recovery(block_steps=60, rows=50)},
     "distilled, 400 steps": {"effort": Recovery(distill_steps=400, rows=50)},
+    "both": {"effort": Recovery(block_steps=60, distill_steps=400, rows=50)},
+    "both, varied images": {"effort": Recovery(block_steps=60, distill_steps=400, rows=50)},
 }
+COPIES = 2  # flipped and shifted, of each image that the last way is calibrated on
 
 
 class Block(nn.Module):
@@ -94,7 +101,7 @@ class ResNet20(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.7, 0.5, 0.3])
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=[*WAYS, *TRAINED])
+    parser.add_argument("--ways", nargs="+", default=[*WAYS, *TRAINED], choices=[*WAYS, *TRAINED])
     parser.add_argument("--train", type=float, nargs="*", default=[0.5, 0.3])
     parser.add_argument("--export", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
@@ -105,10 +112,9 @@ def main() -> None:
     net, train, test, labels = loaded(Path(os.environ["LOWRANK_ASSETS"]) / "cifar10")
     said, size = predictions(net, test), sum(p.numel() for p in net.parameters())
     print(f"dense: top-1 {share(said, labels):.2f} %, {size:,} parameters, {macs(net):,} macs")
-    data = list(train[: CALIBRATED + HELD].split(50))
+    used, held = train[:CALIBRATED], train[CALIBRATED : CALIBRATED + HELD]
     started = time.perf_counter()
-    seen = lowrank.calibrate(net, data, hold_out=HELD / (CALIBRATED + HELD), progress=False)
-    seen = lowrank.with_fisher(net, seen)
+    seen = statistics(net, used, held)
     print(f"statistics: {time.perf_counter() - started:.1f} s", flush=True)
     print(
         f"{'way':27} {'keep':>4} {'kept':>6} {'params':>8} {'macs':>11} {'top-1':>6} {'agree':>6} "
@@ -116,11 +122,12 @@ def main() -> None:
     )
     rows: list[dict[str, Any]] = []
     for keep in args.keep:
-        trained = TRAINED if keep in args.train else {}
-        for name, options in {**{k: WAYS[k] for k in args.ways if k in WAYS}, **trained}.items():
+        for name in (name for name in args.ways if name in WAYS or keep in args.train):
+            options = {**WAYS, **TRAINED}[name]
             started = time.perf_counter()
+            data = statistics(net, varied(used), held) if name.endswith("varied images") else seen
             lean, report = lowrank.compress(
-                net, keep, data=seen, align=1, copy=True, progress=False,
+                net, keep, data=data, align=1, copy=True, progress=False,
                 exclude_modules="conv1|linear", **options,
             )  # fmt: skip
             seconds, now = time.perf_counter() - started, predictions(lean, test)
@@ -129,6 +136,7 @@ def main() -> None:
                 "way": name, "keep": keep, "kept": report.achieved, "params": report.params_after,
                 "macs": macs(lean), "top1": share(now, labels), "agree": share(now, said),
                 "speed": faster, "seconds": seconds, "notes": report.notes,
+                "gains": [asdict(gain) for gain in report.gains],
             })  # fmt: skip
             line = "{way:27} {keep:4.2f} {kept:6.4f} {params:8,} {macs:11,} {top1:6.2f} "
             line += "{agree:6.2f} {speed:6.2f} {seconds:6.1f}"
@@ -138,6 +146,29 @@ def main() -> None:
     keep_result(
         "resnet20", rows, dense=share(said, labels), dense_macs=macs(net), dense_params=size
     )
+
+
+def statistics(net: ResNet20, used: Tensor, held: Tensor) -> lowrank.Calibration:
+    """Statistics of the images in use, with the others held out."""
+    data = list(torch.cat([used, held]).split(50))
+    seen = lowrank.calibrate(
+        net, data, hold_out=len(held) / (len(used) + len(held)), progress=False
+    )
+    return lowrank.with_fisher(net, seen)
+
+
+def varied(images: Tensor, copies: int = COPIES, most: int = 4) -> Tensor:
+    """Images (N, 3, 32, 32) and copies of them, flipped by chance and shifted; black moves in."""
+    generator, black = torch.Generator().manual_seed(0), normalised(np.zeros((1, 1, 1, 3), "uint8"))
+    wide = pad(images - black, (most,) * 4) + black
+    made = [images]
+    for _ in range(copies):
+        at = torch.randint(0, 2 * most + 1, (len(images), 2), generator=generator).tolist()
+        moved = [w[:, y : y + 32, x : x + 32] for w, (y, x) in zip(wide, at, strict=True)]
+        flip = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+        copy = torch.stack(moved)
+        made.append(torch.where(flip, copy.flip(3), copy))
+    return torch.cat(made)
 
 
 def loaded(folder: Path) -> tuple[ResNet20, Tensor, Tensor, Tensor]:

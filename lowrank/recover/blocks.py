@@ -7,6 +7,7 @@ AA-SVD. A block whose held-out loss does not fall is left unchanged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,9 @@ from ..measure.eval import Reference, divergence
 from ..nn.few_shapes import even_ranks
 from .budget import fit_within
 from .training import Trained, Training, split
+
+RATE = 0.01  # of distillation, where a batch holds as many predictions as
+PREDICTIONS = 4096  # 16 rows of 256 tokens
 
 
 def refit_block(
@@ -70,14 +74,30 @@ def distill(
     `fitted`: see `split`; `seconds`: see `fit_within`.
     """
     predicted = Reference(teacher, batches)
+    trained_on, held_out = split(len(batches), fitted)
+    usual = sum(_count(predicted, batch) for batch in held_out) / len(held_out) or 1.0
 
     def loss(batch: int) -> Tensor:
         outputs, _ = predictions_of(student, forward(student, batches[batch]))
         mask = predicted.mask(batch)
-        return divergence(predicted.outputs(batch), outputs, mask, predicted.measure).mean()
+        losses = divergence(predicted.outputs(batch), outputs, mask, predicted.measure)
+        # Held out, each prediction counts the same, in a short batch too.
+        return losses.mean() if torch.is_grad_enabled() else losses.sum() / usual
 
     with quiet(teacher), quiet(student), even_ranks(student):
-        return fit_within(parameters, loss, *split(len(batches), fitted), options, seconds)
+        return fit_within(parameters, loss, trained_on, held_out, options, seconds)
+
+
+def usual_rate(teacher: nn.Module, batch: Batch) -> float:
+    """The rate of distillation on batches like this one: it falls with the root of the predictions
+    that one holds, a classifier's one a row, as Adam's noise rises with it (arXiv 2205.10287)."""
+    return RATE * min(math.sqrt(_count(Reference(teacher, [batch]), 0) / PREDICTIONS), 1.0)
+
+
+def _count(predicted: Reference, number: int) -> int:
+    """The predictions of a batch, without padding."""
+    shape, mask = predicted.outputs(number).shape[:-1], predicted.mask(number)
+    return shape.numel() if mask is None or mask.shape != shape else int(mask.sum())
 
 
 def _scale(targets: Sequence[Tensor]) -> Tensor:

@@ -26,7 +26,8 @@ class Recovery:
             lowers held-out KL.
         block_steps: gradient steps of each block refit; 0 skips it.
         distill_steps: gradient steps of distillation from the dense model; 0 skips it.
-        block_rate, distill_rate: AdamW learning rates, relative to each parameter's RMS.
+        block_rate, distill_rate: AdamW learning rates, relative to each parameter's RMS. That of
+            distillation is by default 0.01, less for batches of few predictions (`usual_rate`).
         rows: batch size of both.
         written: rows that a causal language model samples itself, as for `data="self"`, to distil
             on in addition to the data; other models use the data alone.
@@ -41,7 +42,7 @@ class Recovery:
     block_steps: int = 0
     distill_steps: int = 0
     block_rate: float = 0.01
-    distill_rate: float = 0.01
+    distill_rate: float | None = None
     rows: int = 16
     written: int = 0
     minutes: float | None = None
@@ -58,6 +59,8 @@ class Recovery:
             "written",
         ):
             value = getattr(self, name)
+            if value is None and name == "distill_rate":
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
                 raise LowrankError(f"{name} of a Recovery must be a number >= 0, got {value!r}")
         if self.rows < 1:

@@ -35,7 +35,7 @@ from ..walk import layouts
 from ..walk.layouts import keeps_moments
 from ..walk.surgery import module_at, put, twin
 from .batchnorm import recalibrated
-from .blocks import distill, refit_block
+from .blocks import distill, refit_block, usual_rate
 from .budget import Budget, now
 from .copies import Pairs, factors_in, own_buffers, own_vectors
 from .journal import Journal
@@ -371,22 +371,27 @@ class _Job:
         self.notes.append(f"batch norms re-estimated: {'kept' if kept else 'reverted: no gain'}")
 
     def _distill(self) -> None:
-        if self.course.unjudged:
-            with stage("judging"), suppress(LowrankError):  # which is said at the end
-                (level,) = dealt([partial(self.bench.judge.judged, self.student)])
-                self.course.judged(level)
-        started, seconds = now(), self.budget.of_distillation()
+        seconds = self.budget.of_distillation()
         if seconds == 0:
             return
+        started = now()
         with stage("distillation"):
-            steps = self._distilled(None if seconds is None else started + seconds)
-        self.course.passed("distillation", now() - started, steps)
+            if self.course.unjudged and self.bench.judged_on_seen:
+                with suppress(LowrankError):  # which is said at the end
+                    (level,) = dealt([partial(self.bench.judge.judged, self.student)])
+                    self.course.judged(level)
+            result = self._distilled(None if seconds is None else started + seconds)
+        if self.course.unjudged:  # on the same rows
+            self.course.judged(result.before)
+        self.course.passed("distillation", now() - started, result.steps)
 
-    def _distilled(self, end: float | None) -> int:
-        """Distil until `end`, by `now`; the number of steps."""
+    def _distilled(self, end: float | None) -> Trained:
+        """Distil until `end`, by `now`."""
         trained = [*factors_in(self.student), *own_vectors(self.student, self.vectors)]
-        options = Training(self.recovery.distill_steps, self.recovery.distill_rate, seed=self.seed)
         batches = [self.bench.batches[number] for number in self.numbers]
+        rate = self.recovery.distill_rate
+        rate = usual_rate(self.bench.model, batches[0]) if rate is None else rate
+        options = Training(self.recovery.distill_steps, rate, seed=self.seed)
         written = further(self.bench.model, batches, self.recovery, self.seed + 1, end)
         if written:
             count = sum(map(len, written))
@@ -401,7 +406,7 @@ class _Job:
             f"distilled: held-out {self.bench.judge.measure} {result.before:.4g} -> "
             f"{result.after:.4g} (step {result.best_step} of {result.steps})"
         )
-        return result.steps
+        return result
 
     def _judge(self) -> None:
         """Revert to the layers before recovery if it did not lower held-out KL."""

@@ -288,6 +288,20 @@ def test_every_stage_has_its_gain(clock: Clock) -> None:
     assert whole[-1].steps == 30
 
 
+def test_held_out_predictions_count_the_same_in_a_short_batch() -> None:
+    """Six rows in batches of four: what distillation starts from is the KL over all of them."""
+    torch.manual_seed(0)
+    net = zoo.mlp(16, 24, 8)
+    how = {"method": "whitened", "policy": "uniform", "progress": False, "copy": True}
+    data = list(X.split(8))
+    lean, closed = lowrank.compress(net, 0.4, data=data, effort=Recovery(rows=4), **how)
+    assert not any("reverted" in note for note in closed.notes)
+    trains = Recovery(rows=4, distill_steps=1)
+    _, report = lowrank.compress(net, 0.4, data=data, effort=trains, **how)
+    first, last = report.gains
+    assert first.after == last.before == pytest.approx(lowrank.kl(lean, net, X[-6:]), rel=1e-4)
+
+
 def test_a_killed_call_keeps_what_its_blocks_took(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
