@@ -3,9 +3,6 @@
     LOWRANK_ASSETS=… python recipes/compress_resnet_cifar.py [--keep 0.9 0.7 0.5 0.3]
                                   [--ways NAME …] [--train 0.5 0.3] [--export] [--threads 1]
 
-"Varied images" adds two copies of each calibration image, flipped by chance and shifted by up to
-four pixels, as the net was trained on; the images that choices are judged on stay as they are.
-
 Budget: parameters of all convolutions but the first. Calibration on 1500 train images without
 labels; 500 more are held out, and whatever is chosen is chosen by the KL to the dense net there.
 Top-1 on 761 test images, of which one standard error is 1 point; agree: share of them on which
@@ -58,9 +55,7 @@ TRAINED: dict[str, dict[str, Any]] = {
     "block refit, 60 steps": {"effort": Recovery(block_steps=60, rows=50)},
     "distilled, 400 steps": {"effort": Recovery(distill_steps=400, rows=50)},
     "both": {"effort": Recovery(block_steps=60, distill_steps=400, rows=50)},
-    "both, varied images": {"effort": Recovery(block_steps=60, distill_steps=400, rows=50)},
 }
-COPIES = 2  # flipped and shifted, of each image that the last way is calibrated on
 
 
 class Block(nn.Module):
@@ -112,9 +107,10 @@ def main() -> None:
     net, train, test, labels = loaded(Path(os.environ["LOWRANK_ASSETS"]) / "cifar10")
     said, size = predictions(net, test), sum(p.numel() for p in net.parameters())
     print(f"dense: top-1 {share(said, labels):.2f} %, {size:,} parameters, {macs(net):,} macs")
-    used, held = train[:CALIBRATED], train[CALIBRATED : CALIBRATED + HELD]
+    data = list(train[: CALIBRATED + HELD].split(50))
     started = time.perf_counter()
-    seen = statistics(net, used, held)
+    seen = lowrank.calibrate(net, data, hold_out=HELD / (CALIBRATED + HELD), progress=False)
+    seen = lowrank.with_fisher(net, seen)
     print(f"statistics: {time.perf_counter() - started:.1f} s", flush=True)
     print(
         f"{'way':27} {'keep':>4} {'kept':>6} {'params':>8} {'macs':>11} {'top-1':>6} {'agree':>6} "
@@ -125,9 +121,8 @@ def main() -> None:
         for name in (name for name in args.ways if name in WAYS or keep in args.train):
             options = {**WAYS, **TRAINED}[name]
             started = time.perf_counter()
-            data = statistics(net, varied(used), held) if name.endswith("varied images") else seen
             lean, report = lowrank.compress(
-                net, keep, data=data, align=1, copy=True, progress=False,
+                net, keep, data=seen, align=1, copy=True, progress=False,
                 exclude_modules="conv1|linear", **options,
             )  # fmt: skip
             seconds, now = time.perf_counter() - started, predictions(lean, test)
@@ -146,29 +141,6 @@ def main() -> None:
     keep_result(
         "resnet20", rows, dense=share(said, labels), dense_macs=macs(net), dense_params=size
     )
-
-
-def statistics(net: ResNet20, used: Tensor, held: Tensor) -> lowrank.Calibration:
-    """Statistics of the images in use, with the others held out."""
-    data = list(torch.cat([used, held]).split(50))
-    seen = lowrank.calibrate(
-        net, data, hold_out=len(held) / (len(used) + len(held)), progress=False
-    )
-    return lowrank.with_fisher(net, seen)
-
-
-def varied(images: Tensor, copies: int = COPIES, most: int = 4) -> Tensor:
-    """Images (N, 3, 32, 32) and copies of them, flipped by chance and shifted; black moves in."""
-    generator, black = torch.Generator().manual_seed(0), normalised(np.zeros((1, 1, 1, 3), "uint8"))
-    wide = pad(images - black, (most,) * 4) + black
-    made = [images]
-    for _ in range(copies):
-        at = torch.randint(0, 2 * most + 1, (len(images), 2), generator=generator).tolist()
-        moved = [w[:, y : y + 32, x : x + 32] for w, (y, x) in zip(wide, at, strict=True)]
-        flip = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
-        copy = torch.stack(moved)
-        made.append(torch.where(flip, copy.flip(3), copy))
-    return torch.cat(made)
 
 
 def loaded(folder: Path) -> tuple[ResNet20, Tensor, Tensor, Tensor]:
