@@ -19,6 +19,7 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ WAYS: dict[str, dict[str, Any]] = {
 TRAINED: dict[str, dict[str, Any]] = {
     "block refit, 60 steps": {"effort": Recovery(block_steps=60, rows=50)},
     "distilled, 400 steps": {"effort": Recovery(distill_steps=400, rows=50)},
+    "both": {"effort": Recovery(block_steps=60, distill_steps=400, rows=50)},
 }
 
 
@@ -94,7 +96,7 @@ class ResNet20(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.7, 0.5, 0.3])
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=[*WAYS, *TRAINED])
+    parser.add_argument("--ways", nargs="+", default=[*WAYS, *TRAINED], choices=[*WAYS, *TRAINED])
     parser.add_argument("--train", type=float, nargs="*", default=[0.5, 0.3])
     parser.add_argument("--export", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
@@ -116,8 +118,8 @@ def main() -> None:
     )
     rows: list[dict[str, Any]] = []
     for keep in args.keep:
-        trained = TRAINED if keep in args.train else {}
-        for name, options in {**{k: WAYS[k] for k in args.ways if k in WAYS}, **trained}.items():
+        for name in (name for name in args.ways if name in WAYS or keep in args.train):
+            options = {**WAYS, **TRAINED}[name]
             started = time.perf_counter()
             lean, report = lowrank.compress(
                 net, keep, data=seen, align=1, copy=True, progress=False,
@@ -129,6 +131,7 @@ def main() -> None:
                 "way": name, "keep": keep, "kept": report.achieved, "params": report.params_after,
                 "macs": macs(lean), "top1": share(now, labels), "agree": share(now, said),
                 "speed": faster, "seconds": seconds, "notes": report.notes,
+                "gains": [asdict(gain) for gain in report.gains],
             })  # fmt: skip
             line = "{way:27} {keep:4.2f} {kept:6.4f} {params:8,} {macs:11,} {top1:6.2f} "
             line += "{agree:6.2f} {speed:6.2f} {seconds:6.1f}"

@@ -74,6 +74,7 @@ ELSEWHERE = {
     "plans/schema.py": ("plans/test_plan.py", "Plan"),
     "recover/blocks.py": ("recover/test_run.py", "compress"),
     "recover/copies.py": ("recover/test_run.py", "compress"),
+    "recover/written.py": ("recover/test_budget.py", "written_until"),
     "recover/streams.py": ("recover/test_sequential.py", "SequentialPass"),
     "recover/recovery.py": ("recover/test_run.py", "Recovery"),
     "testing/cases.py": ("testing/test_suite.py", "linear_case"),

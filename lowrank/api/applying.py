@@ -91,7 +91,8 @@ def carry_out(
             for (site, entry), (new, measured, curve) in zip(group, layers, strict=True):
                 stored = None if new is None else settled(new)
                 built.append(Built(site, entry, stored, measured, curve))
-    recovered = _recovered(plan, built, resolved, bench, progress)
+    spent = time.perf_counter() - started
+    recovered = _recovered(plan, built, resolved, bench, spent, progress)
     if recovered is not None:
         built = [item._replace(new=recovered.modules.get(item.site.name)) for item in built]
         with stage("measuring errors"):
@@ -107,7 +108,9 @@ def carry_out(
     notes = _notes(built, plan, calibration, bench)
     if recovered is not None:
         notes += recovered.notes
-    report = agreed(_report(plan, built, before, root, calibration, notes, started))
+    report = _report(plan, built, before, root, calibration, notes, started)
+    gains = () if recovered is None else recovered.gains
+    report = agreed(replace(report, gains=gains))
     io.attach(root, report=report)
     return root, report
 
@@ -238,9 +241,14 @@ def _recovered(
     built: Sequence[Built],
     resolved: Resolved,
     bench: Workbench | None,
+    spent: float,
     progress: bool,
 ) -> Recovered | None:
-    """Run the plan's recovery on the layers; None if it has none."""
+    """Run the plan's recovery on the layers; None if it has none.
+
+    Args:
+        spent: seconds that the call has taken up to now.
+    """
     recovery = Recovery.from_json(plan.settings.get("recovery"))
     if recovery is None:
         return None
@@ -253,7 +261,9 @@ def _recovered(
     work = [(item.site, item.entry, item.new) for item in built if item.new is not None]
     if bench is None:
         raise LowrankError("recovery runs the model on batches: pass them as data=…")
-    recovered = recover_layers(bench, work, recovery, resolved, seed=plan.seed, progress=progress)
+    recovered = recover_layers(
+        bench, work, recovery, resolved, seed=plan.seed, spent=spent, progress=progress
+    )
     if recovered.broken:
         raise LowrankError(
             "the compressed model's predictions on held-out rows hold NaN or Inf, but the dense "

@@ -94,6 +94,14 @@ ARGUMENTS: dict[str, Argument] = {
         flag="--effort",
         metavar="LEVEL",
     ),
+    "minutes": Argument(
+        "time for the whole call, with an effort that trains: the closed form always runs whole, "
+        "and training takes what it leaves, in fewer steps or, while they gain, in more. Default: "
+        "the effort's own number of steps.",
+        "In a sweep, the time of each ratio.",
+        flag="--minutes",
+        metavar="MINUTES",
+    ),
     "of": Argument(
         "what the ratio is a fraction of: targets (default) or model.", flag="--of", metavar="WHAT"
     ),

@@ -259,6 +259,11 @@ def _notes(job: Job, request: Request, written: bool) -> tuple[str, ...]:
         notes.append("how much a share of energy keeps depends on the data: all is counted")
     if not job.closed:
         notes.append("the method does not take one decomposition a layer: its work is not known")
+    if job.recovery is not None and job.recovery.minutes is not None:
+        notes.append(
+            f"training ends {job.recovery.minutes:g} minutes after the start: its time above is of "
+            "the usual steps"
+        )
     if request.effort is not None and job.recovery is None:
         notes.append("without data nothing is recovered")
     return tuple(notes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -20,7 +20,7 @@ from ..errors import LowrankError, unknown
 from ..methods.resolved import Resolved, declared, joint_of, method_of, own_form, resolve
 from ..plans.plan import Plan
 from ..policies import judges, policy_of
-from ..recover.recovery import Effort, Recovery, effort_of
+from ..recover.recovery import Effort, Recovery, check_minutes, effort_of
 from ..types import (
     UNITS,
     JointMethod,
@@ -51,6 +51,7 @@ class Options:
     tokenizer: Any = None
     rows: int | None = None
     effort: str | Recovery | Effort | None = None
+    minutes: float | None = None
     of: Of = "targets"
     unit: Unit = "params"
     prefer: Prefer = "size"
@@ -100,6 +101,8 @@ class Request(_Ranks):
             self._check_joint()
         if own_form(self.method):
             self._check_own_form()
+        if self.minutes is not None:
+            self._check_minutes()
         if self.effort is not None:
             self._take(effort_of(self.effort))
         if self.method is not None and joint is None:
@@ -128,6 +131,17 @@ class Request(_Ranks):
             object.__setattr__(self, "rank", _rank("rank", self.rank))
         plain = {key: _rank(f"rank_pattern[{key!r}]", value) for key, value in pattern.items()}
         object.__setattr__(self, "rank_pattern", plain)
+
+    def _check_minutes(self) -> None:
+        """Raises LowrankError for a time that is none, or that nothing would use."""
+        check_minutes(self.minutes)
+        if self.effort is None:
+            raise LowrankError(
+                f"minutes={self.minutes!r} is the time of an effort, and there is none: add "
+                "effort='balanced' or 'best'"
+            )
+        object.__setattr__(self, "minutes", float(cast(float, self.minutes)))
+        _ = self.recovery  # which must train something
 
     def _check_joint(self) -> None:
         """Raises LowrankError for options that need layers one by one, with a joint method."""
@@ -165,7 +179,10 @@ class Request(_Ranks):
     @property
     def recovery(self) -> Recovery | None:
         """The recovery that the effort asks for; None without an effort."""
-        return None if self.effort is None else effort_of(self.effort).recovery
+        if self.effort is None:
+            return None
+        recovery = effort_of(self.effort).recovery
+        return recovery if self.minutes is None else replace(recovery, minutes=self.minutes)
 
     @property
     def hold_out(self) -> float:

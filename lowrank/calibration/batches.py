@@ -277,11 +277,18 @@ def parted(
     return _stacked(rows[:-count]), tuple(_stacked(rows[-count:]))
 
 
-def _stacked(rows: Sequence[Batch]) -> list[Batch]:
+def regrouped(batches: Sequence[Batch], rows: int) -> list[Batch]:
+    """`rebatched`; where batches may be larger than usual, small ones are joined too."""
+    if rows <= ROWS:
+        return rebatched(batches, rows)
+    return _stacked(rebatched(batches, 1), rows)
+
+
+def _stacked(rows: Sequence[Batch], most: int = ROWS) -> list[Batch]:
     """Single rows batched again, where neighbours are tensors of one shape, or dicts of them."""
     runs: list[list[Batch]] = []
     for row in rows:
-        fits = runs and len(runs[-1]) < ROWS and _form(row) is not None
+        fits = runs and len(runs[-1]) < most and _form(row) is not None
         if fits and _form(row) == _form(runs[-1][0]):
             runs[-1].append(row)
         else:

@@ -298,7 +298,7 @@ def _drop_spent_rows(keywords: dict[str, Any], data: Any) -> None:
 
 def _tell(report: Report, path: str, out: Path, *, has_tokenizer: bool) -> None:
     """Print the summary and next steps."""
-    for line in [*report.summary(), *aligned(report.times())]:
+    for line in [*report.summary(), *aligned(report.times()), *aligned(report.worth())]:
         say(line)
     say_reasons("left dense", ((row["site"], row["reason"]) for row in report.rows()))
     say()

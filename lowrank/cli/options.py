@@ -22,6 +22,7 @@ TYPES: dict[str, Any] = {
     "align": int,
     "seed": int,
     "rows": int,
+    "minutes": float,
     "target_modules": list[str],
     "exclude_modules": list[str],
     "judge": Path,

@@ -107,7 +107,8 @@ def _given(name: str, value: Any) -> Any:
 
 
 def _check_kinds(source: Path, held: Mapping[str, Any]) -> None:
-    numbers = {"ratio": (int, float), "rank": (int, float), "align": int, "seed": int, "rows": int}
+    real, whole = ("ratio", "rank", "minutes"), ("align", "seed", "rows")
+    numbers = {**dict.fromkeys(real, (int, float)), **dict.fromkeys(whole, int)}
     for key, value in held.items():
         wanted: Any = numbers.get(key, {**OWN, **MADE}.get(key, str))
         if key in LISTS:

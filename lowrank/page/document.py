@@ -6,7 +6,7 @@ escaped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -113,10 +113,22 @@ def _page(made: Plan | Report) -> str:
         style=(folder / "page.css").read_text(encoding="utf-8"),
         script=(folder / "page.js").read_text(encoding="utf-8"),
         facts=_facts(_planned(made) if isinstance(made, Plan) else _achieved(made)),
-        notes=notes,
+        notes=notes + ("" if isinstance(made, Plan) else _worth(made.worth())),
         figures="\n".join(figure for figure in (rank_map(layers), errors(layers), sizes(layers))),
         head="".join(_heading(column) for column in columns),
         body="\n".join(_row(number, each, columns) for number, each in enumerate(layers, 1)),
+    )
+
+
+def _worth(rows: Sequence[Mapping[str, str]]) -> str:
+    """The table of what the stages of recovery gained; empty without any."""
+    if not rows:
+        return ""
+    head = "".join(f"<th>{escape(column)}</th>" for column in rows[0])
+    body = "".join(f"<tr>{''.join(f'<td>{escape(v)}</td>' for v in r.values())}</tr>" for r in rows)
+    return (
+        f'<h2>Recovery</h2>\n<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div>\n"
     )
 
 

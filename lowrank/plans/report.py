@@ -10,6 +10,8 @@ from typing import Any
 from ..errors import LowrankError
 from ..tables import aligned, rich_table
 from .entry import COLUMNS, relative
+from .gains import FIELDS as GAIN
+from .gains import Gain
 from .plan import FORMAT, Plan, parsed
 from .schema import Checks, is_integer, is_number, is_text, require_fields
 from .stages import Stage, recorded
@@ -53,6 +55,7 @@ class Report:
         tokens: calibration tokens; 0 if the model was never run.
         notes: further remarks, one sentence each.
         stages: in order of execution; empty if none were recorded.
+        gains: of the stages of recovery; empty without one, or where nothing could be judged.
     """
 
     plan: Plan
@@ -69,6 +72,7 @@ class Report:
     versions: Mapping[str, str]
     notes: tuple[str, ...] = ()
     stages: tuple[Stage, ...] = ()
+    gains: tuple[Gain, ...] = ()
 
     @property
     def asked(self) -> float | None:
@@ -134,6 +138,11 @@ class Report:
             for stage in self.stages
         ]
 
+    def worth(self) -> list[dict[str, str]]:
+        """One row per stage of recovery, as text: the measure before and after it, and by how much
+        it fell a minute."""
+        return [gain.row() for gain in self.gains]
+
     def updated(self) -> Report:
         """The report with the stages and seconds up to now, if they are being recorded."""
         so_far = recorded()
@@ -148,18 +157,21 @@ class Report:
     @classmethod
     def from_json(cls, text: str) -> Report:
         """The report of a JSON text; raises LowrankError with what is wrong and where."""
-        body = {"stages": [], **parsed(text, "report")}  # older files have none
+        body = {"stages": [], "gains": [], **parsed(text, "report")}  # older files have none
         require_fields(body, _FIELDS, "the report")
         plan = Plan.from_json(json.dumps(body["plan"]))
         for item in body["sites"]:
             require_fields(item, _SITE, "a layer of the report")
         for item in body["stages"]:
             require_fields(item, _STAGE, "a stage of the report")
+        for item in body["gains"]:
+            require_fields(item, GAIN, "a gain of the report")
         given = {key: body[key] for key in _FIELDS.keys() - {"format", "version"}}
         sites = tuple(Measured(**item) for item in body["sites"])
         stages = tuple(Stage(**item) for item in body["stages"])
-        made = {"plan": plan, "sites": sites, "notes": tuple(body["notes"]), "stages": stages}
-        return cls(**{**given, **made})
+        gained = tuple(Gain(**item) for item in body["gains"])
+        made = {"plan": plan, "sites": sites, "notes": tuple(body["notes"])}
+        return cls(**{**given, **made, "stages": stages, "gains": gained})
 
     def summary(self) -> list[str]:
         """The figures of the whole model, in a few lines."""
@@ -179,7 +191,7 @@ class Report:
         return [*lines, *self.notes]
 
     def __str__(self) -> str:
-        return "\n".join([*self.summary(), *aligned(self.rows())])
+        return "\n".join([*self.summary(), *aligned(self.worth()), *aligned(self.rows())])
 
     def __rich__(self) -> Any:
         return rich_table("\n".join(self.summary()), self.rows())
@@ -224,4 +236,5 @@ _FIELDS: Checks = {
     "versions": (lambda v: isinstance(v, dict), "an object"),
     "notes": (lambda v: isinstance(v, list) and all(map(is_text, v)), "a list of texts"),
     "stages": (lambda v: isinstance(v, list), "a list"),
+    "gains": (lambda v: isinstance(v, list), "a list"),
 }

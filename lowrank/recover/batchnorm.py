@@ -66,14 +66,29 @@ def bn_recalibrate(
     if not held:
         fitted, kept = split(len(batches))
         batches, held = [batches[i] for i in fitted], [batches[i] for i in kept]
-    judge = Reference(reference, held)
-    before = judge.judged(model)
-    old = {name: _state(part) for name, part in norms.items()}
+    before, after = recalibrated(model, batches, Reference(reference, held))
+    return after < before
+
+
+def recalibrated(
+    model: nn.Module, batches: Sequence[Batch], judge: Reference
+) -> tuple[float, float]:
+    """`bn_recalibrate` with the dense model and the held-out rows of a judge.
+
+    Returns:
+        The judge's measure before and after; equal if nothing was changed.
+
+    Raises:
+        LowrankError: there are no predictions to judge by.
+    """
+    before, reference = judge.judged(model), judge.model
+    old = {name: _state(part) for name, part in batch_norms(model).items()}
     set_moments(model, moved(reference, gathered(model, batches), gathered(reference, batches)))
-    if judge.judged(model) < before:
-        return True
+    after = judge.judged(model)
+    if after < before:
+        return before, after
     set_moments(model, old)
-    return False
+    return before, before
 
 
 def gathered(model: nn.Module, batches: Sequence[Batch]) -> State:

@@ -7,6 +7,7 @@ AA-SVD. A block whose held-out loss does not fall is left unchanged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,11 @@ from ..calibration.chain import Chain
 from ..calibration.running import forward, predictions_of, quiet
 from ..measure.eval import Reference, divergence
 from ..nn.few_shapes import even_ranks
-from .training import Trained, Training, fit, split
+from .budget import fit_within
+from .training import Trained, Training, split
+
+RATE = 0.01  # of distillation, where a batch holds as many predictions as
+PREDICTIONS = 4096  # 16 rows of 256 tokens
 
 
 def refit_block(
@@ -28,6 +33,7 @@ def refit_block(
     masks: Sequence[Tensor | None],
     options: Training,
     fitted: int | None = None,
+    seconds: float | None = None,
 ) -> Trained:
     """Train one block of the compressed chain.
 
@@ -36,6 +42,7 @@ def refit_block(
         parameters: those to train, all in the block.
         masks: True at the positions that count, one per batch, or None.
         fitted: see `split`.
+        seconds: see `fit_within`.
     """
     scale = _scale(targets)
 
@@ -48,7 +55,7 @@ def refit_block(
         return squares.mean()
 
     with quiet(lean.block(index)), even_ranks(lean.block(index)):
-        return fit(parameters, loss, *split(len(targets), fitted), options)
+        return fit_within(parameters, loss, *split(len(targets), fitted), options, seconds)
 
 
 def distill(
@@ -58,22 +65,39 @@ def distill(
     parameters: Sequence[nn.Parameter],
     options: Training,
     fitted: int | None = None,
+    seconds: float | None = None,
 ) -> Trained:
     """Distil the dense model into the compressed one: minimise mean KL(dense ‖ compressed), or
     the relative squared error of what is no logits.
 
     The teacher's logits are cached up to a memory limit; on further batches it runs at every step.
-    `fitted`: see `split`.
+    `fitted`: see `split`; `seconds`: see `fit_within`.
     """
     predicted = Reference(teacher, batches)
+    trained_on, held_out = split(len(batches), fitted)
+    usual = sum(_count(predicted, batch) for batch in held_out) / len(held_out) or 1.0
 
     def loss(batch: int) -> Tensor:
         outputs, _ = predictions_of(student, forward(student, batches[batch]))
         mask = predicted.mask(batch)
-        return divergence(predicted.outputs(batch), outputs, mask, predicted.measure).mean()
+        losses = divergence(predicted.outputs(batch), outputs, mask, predicted.measure)
+        # Held out, each prediction counts the same, in a short batch too.
+        return losses.mean() if torch.is_grad_enabled() else losses.sum() / usual
 
     with quiet(teacher), quiet(student), even_ranks(student):
-        return fit(parameters, loss, *split(len(batches), fitted), options)
+        return fit_within(parameters, loss, trained_on, held_out, options, seconds)
+
+
+def usual_rate(teacher: nn.Module, batch: Batch) -> float:
+    """The rate of distillation on batches like this one: it falls with the root of the predictions
+    that one holds, a classifier's one a row, as Adam's noise rises with it (arXiv 2205.10287)."""
+    return RATE * min(math.sqrt(_count(Reference(teacher, [batch]), 0) / PREDICTIONS), 1.0)
+
+
+def _count(predicted: Reference, number: int) -> int:
+    """The predictions of a batch, without padding."""
+    shape, mask = predicted.outputs(number).shape[:-1], predicted.mask(number)
+    return shape.numel() if mask is None or mask.shape != shape else int(mask.sum())
 
 
 def _scale(targets: Sequence[Tensor]) -> Tensor:

@@ -5,8 +5,10 @@ Measured in benchmarks/results/quality_*.json.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Real
 from typing import Any
 
 from ..errors import LowrankError, unknown
@@ -24,10 +26,14 @@ class Recovery:
             lowers held-out KL.
         block_steps: gradient steps of each block refit; 0 skips it.
         distill_steps: gradient steps of distillation from the dense model; 0 skips it.
-        block_rate, distill_rate: AdamW learning rates, relative to each parameter's RMS.
+        block_rate, distill_rate: AdamW learning rates, relative to each parameter's RMS. That of
+            distillation is by default 0.01, less for batches of few predictions (`usual_rate`).
         rows: batch size of both.
         written: rows that a causal language model samples itself, as for `data="self"`, to distil
             on in addition to the data; other models use the data alone.
+        minutes: time for the whole call: the closed form runs whole, and training takes what it
+            leaves, in fewer steps or, while they gain, in more. Default: no limit, and exactly
+            these steps.
     """
 
     dense: float = 0.5
@@ -36,9 +42,10 @@ class Recovery:
     block_steps: int = 0
     distill_steps: int = 0
     block_rate: float = 0.01
-    distill_rate: float = 0.01
+    distill_rate: float | None = None
     rows: int = 16
     written: int = 0
+    minutes: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.dense <= 1:
@@ -52,10 +59,19 @@ class Recovery:
             "written",
         ):
             value = getattr(self, name)
+            if value is None and name == "distill_rate":
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
                 raise LowrankError(f"{name} of a Recovery must be a number >= 0, got {value!r}")
         if self.rows < 1:
             raise LowrankError(f"rows of a Recovery must be >= 1, got {self.rows!r}")
+        if self.minutes is not None:
+            check_minutes(self.minutes)
+            if not self.block_steps and not self.distill_steps:
+                raise LowrankError(
+                    f"minutes={self.minutes!r} is time for training, but without block_steps and "
+                    "distill_steps nothing is trained: drop it, or take effort='balanced' or 'best'"
+                )
 
     @classmethod
     def from_json(cls, body: Any) -> Recovery | None:
@@ -75,6 +91,13 @@ class Recovery:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def check_minutes(minutes: Any) -> None:
+    """Raises LowrankError unless it is a finite number above 0."""
+    known = isinstance(minutes, Real) and not isinstance(minutes, bool)
+    if not known or not 0 < float(minutes) < math.inf:
+        raise LowrankError(f"minutes must be a number > 0, got {minutes!r}")
 
 
 @dataclass(frozen=True)

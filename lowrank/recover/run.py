@@ -9,16 +9,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..calibration import self_written
-from ..calibration.batches import Batch
 from ..calibration.chain import Chain, NotInBlocks
+from ..calibration.observation import inside
 from ..calibration.processes import dealt, from_first, mine, world
 from ..calibration.statistics import statistics_of
 from ..errors import LowrankError
@@ -27,23 +27,27 @@ from ..measure.eval import NotFinite
 from ..methods.resolved import PLAIN, Resolved
 from ..nn import Form, LowRankLinear, pivot_layer
 from ..plans.entry import Entry
+from ..plans.gains import Course, Gain
 from ..plans.progress import Steps
 from ..plans.stages import stage
 from ..types import Site
 from ..walk import layouts
 from ..walk.layouts import keeps_moments
 from ..walk.surgery import module_at, put, twin
-from .batchnorm import bn_recalibrate
-from .blocks import distill, refit_block
+from .batchnorm import recalibrated
+from .blocks import distill, refit_block, usual_rate
+from .budget import Budget, now
 from .copies import Pairs, factors_in, own_buffers, own_vectors
 from .journal import Journal
 from .recovery import Recovery
 from .sequential import Moments, SequentialPass, Student
-from .training import Training
+from .training import Trained, Training
 from .workbench import Workbench
+from .written import further
 
 ROUNDING = 1e-6  # a KL that fp32 logits cannot tell from zero
 NOISE = 1e-6  # rounding error of fp32 sums, relative to the mean square
+OF_BLOCKS = "error of the blocks' outputs"
 ROOT = "the model is a single layer: there is nothing to refit"
 Work = Sequence[tuple[Site, Entry, nn.Module]]
 Open = Sequence[tuple[Site, Entry, nn.Module | None]]  # None: made by the refit
@@ -59,12 +63,14 @@ class Recovered:
         notes: sentences for the report.
         broken: the compressed model's predictions on held-out rows hold NaN or Inf, and the dense
             model's do not.
+        gains: of every stage, if its predictions can be judged.
     """
 
     modules: dict[str, nn.Module]
     vectors: Pairs = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     broken: bool = False
+    gains: tuple[Gain, ...] = ()
 
 
 def recover_layers(
@@ -75,6 +81,7 @@ def recover_layers(
     *,
     most: int | None = None,
     seed: int = 0,
+    spent: float = 0.0,
     progress: bool = True,
 ) -> Recovered:
     """Refit and train the new layers in a twin of the bench's model, which is not changed.
@@ -83,10 +90,11 @@ def recover_layers(
         work: sites, their entries, and the layers factored from the dense model's statistics.
         resolved: the method, which refits layers.
         most: number of batches to fit layers to; None for all.
+        spent: seconds that the call has taken up to now.
     """
     if any(site.name == "" for site, _, _ in work):
         return Recovered({s.name: m for s, _, m in work}, notes=(ROOT,))
-    job = _Job(bench, recovery, resolved, work, most, seed, journal=bench.journal)
+    job = _Job(bench, recovery, resolved, work, most, seed, spent, journal=bench.journal)
     with stage("refit by block"):
         _refit([job], progress)
     return job.finish()
@@ -107,7 +115,7 @@ def refitted_twins(
         works: of each candidate: sites, their entries, and the factored layers, or None for layers
             that the refit makes (`refit_makes`).
     """
-    closed_form = replace(recovery, block_steps=0, distill_steps=0)
+    closed_form = replace(recovery, block_steps=0, distill_steps=0, minutes=None)
     jobs = [_Job(bench, closed_form, resolved, work, most, 0) for work in works]
     _refit(jobs, progress=False)
     for job in jobs:
@@ -145,6 +153,8 @@ def _refit(jobs: Sequence[_Job], progress: bool) -> None:
         sequential.run()
     for job in jobs:
         job.note(sequential.notes())
+        if job.recovery.refit or job.recovery.block_steps:
+            job.course.passed("refit by block", job.budget.since_start())
 
 
 @dataclass
@@ -157,10 +167,13 @@ class _Job:
     work: Open
     most: int | None
     seed: int
+    spent: float = 0.0
     journal: Journal | None = None
     vectors: Pairs = field(default_factory=dict)
-    improved: dict[str, bool] = field(default_factory=dict)  # by block refit: block -> whether
+    trained: dict[str, Trained] = field(default_factory=dict)  # by block refit, by block
+    course: Course = field(default_factory=Course)
     notes: list[str] = field(default_factory=list)
+    gains: tuple[Gain, ...] = ()
     broken: bool = False
 
     def __post_init__(self) -> None:
@@ -176,6 +189,8 @@ class _Job:
         Args:
             blocks: names of all blocks of chains.
         """
+        own = {b for b in blocks if any(inside(site.name, b) for site, _, _ in self.work)}
+        self.budget = Budget(self.recovery, len(own), self.spent)
         for site, _, _ in self.work:
             if site not in self.refits:
                 put(self.student, site, self._made(site))
@@ -192,16 +207,16 @@ class _Job:
         if self.recovery.refit:
             self.notes.append(f"refitted in closed form, layer by layer: {len(self.refits)}")
         self.notes += sentences
-        if self.improved:
-            kept = sum(self.improved.values())
-            self.notes.append(f"block refit: {kept} of {len(self.improved)} blocks improved")
+        if self.trained:
+            kept = sum(trained.kept for trained in self.trained.values())
+            self.notes.append(f"block refit: {kept} of {len(self.trained)} blocks improved")
 
     def finish(self) -> Recovered:
         """The stages after the pass."""
         self.batchnorm()
         if self.recovery.distill_steps:
-            with stage("distillation"):
-                self._distill()
+            self._distill()
+        self.notes += self.budget.notes()
         # Only now: plain factors are better conditioned to train.
         stored = dealt(partial(self._stored, site) for site in self.refits)
         for site, new in zip(self.refits, stored, strict=True):
@@ -210,7 +225,7 @@ class _Job:
         with stage("judging"):
             self._judge()
         modules = {site.name: module_at(self.student, site.name) for site, _, _ in self.work}
-        return Recovered(modules, self.vectors, tuple(self.notes), self.broken)
+        return Recovered(modules, self.vectors, tuple(self.notes), self.broken, self.gains)
 
     def _can_refit(self, site: Site, new: nn.Module | None) -> bool:
         calibration = self.bench.calibration
@@ -261,18 +276,24 @@ class _Job:
         trained = [*factors_in(block), *own_vectors(block, self.vectors)]
         if not factors_in(block):
             return
+        seconds = self.budget.of_block()
+        if seconds == 0:
+            return
         options = Training(self.recovery.block_steps, self.recovery.block_rate, seed=self.seed)
-        name = lean.names[index]
+        name, started = lean.names[index], now()
         reals = [self.bench.real(name, number) for number in self.numbers]
         masks = [real[0] if real else None for real in reals]
         try:
-            result = refit_block(lean, index, targets, trained, masks, options, self.fitted)
+            result = refit_block(
+                lean, index, targets, trained, masks, options, self.fitted, seconds
+            )
         except NotInBlocks:
             raise
         except LowrankError as error:
-            raise LowrankError(f"{lean.names[index]}: {error}") from None
+            raise LowrankError(f"{name}: {error}") from None
         from_first(trained)
-        self.improved[name] = result.kept
+        self.budget.trained(now() - started)
+        self.trained[name] = result
 
     def _finished(self, name: str, sites: Sequence[Site], unpaired: Sequence[str]) -> None:
         """Keep a block in the journal."""
@@ -281,7 +302,9 @@ class _Job:
         block = module_at(self.student, name)
         vectors = {f"{name}.{n}": p for n, p in block.named_parameters() if id(p) in copies}
         layers = {site.name: module_at(self.student, site.name) for site in sites}
-        about = {"improved": self.improved.get(name), "unpaired": list(unpaired)}
+        result = self.trained.get(name)
+        about: dict[str, Any] = {"unpaired": list(unpaired), "budget": self.budget.state()}
+        about["trained"] = None if result is None else asdict(result)
         self.journal.keep_layers(name, layers, vectors, about)
 
     def _restored(self, name: str) -> Sequence[str] | None:
@@ -300,9 +323,21 @@ class _Job:
         with torch.no_grad():
             for vector, value in vectors.items():
                 tensors[vector].copy_(value)
-        if about["improved"] is not None:
-            self.improved[name] = bool(about["improved"])
+        if about["trained"] is not None:
+            self.trained[name] = Trained(**about["trained"])
+        self.budget.restored(about["budget"])
         return [str(title) for title in about["unpaired"]]
+
+    def _block_gain(self) -> list[Gain]:
+        """Of block refit: part of the first stage, in a measure of its own; [] without it."""
+        every = self.trained.values()
+        if not every:
+            return []
+        before, after = (
+            sum(e) / len(every) for e in ([t.before for t in every], [t.after for t in every])
+        )
+        steps = sum(t.steps for t in every)
+        return [Gain("block refit", OF_BLOCKS, before, after, self.budget.training, steps)]
 
     def _stored(self, site: Site) -> nn.Module | None:
         """The refitted layer in the storage of its entry; None if it is in that already."""
@@ -316,53 +351,62 @@ class _Job:
         if not norms or not self.recovery.batchnorm:
             return
         own_buffers(norms, ("running_mean", "running_var"), self.vectors)
-        data = self.bench.calibration.batches
+        data = list(cast(Any, self.bench.calibration.batches))
         if self.most is not None:
             data = [self.bench.batches[number] for number in self.numbers[: self.fitted]]
-        model, held = self.bench.model, self.bench.judge.batches
+        started = now()
         try:
             with stage("batch norms"):
-                kept = bn_recalibrate(self.student, data, reference=model, held_out=held)
+                before, after = recalibrated(self.student, data, self.bench.judge)
         except NotFinite:
             raise
         except LowrankError as error:  # no predictions to judge by
             self.notes.append(f"batch norms were not re-estimated: {error}")
             return
         from_first(t for norm in norms for t in (norm.running_mean, norm.running_var))
+        self.course.judged(before)
+        self.course.passed("batch norms", now() - started)
+        self.course.judged(after)
+        kept = after < before
         self.notes.append(f"batch norms re-estimated: {'kept' if kept else 'reverted: no gain'}")
 
     def _distill(self) -> None:
+        seconds = self.budget.of_distillation()
+        if seconds == 0:
+            return
+        started = now()
+        with stage("distillation"):
+            if self.course.unjudged and self.bench.judged_on_seen:
+                with suppress(LowrankError):  # which is said at the end
+                    (level,) = dealt([partial(self.bench.judge.judged, self.student)])
+                    self.course.judged(level)
+            result = self._distilled(None if seconds is None else started + seconds)
+        if self.course.unjudged:  # on the same rows
+            self.course.judged(result.before)
+        self.course.passed("distillation", now() - started, result.steps)
+
+    def _distilled(self, end: float | None) -> Trained:
+        """Distil until `end`, by `now`."""
         trained = [*factors_in(self.student), *own_vectors(self.student, self.vectors)]
-        options = Training(self.recovery.distill_steps, self.recovery.distill_rate, seed=self.seed)
         batches = [self.bench.batches[number] for number in self.numbers]
-        written, held = self._written(), batches[self.fitted :]
+        rate = self.recovery.distill_rate
+        rate = usual_rate(self.bench.model, batches[0]) if rate is None else rate
+        options = Training(self.recovery.distill_steps, rate, seed=self.seed)
+        written = further(self.bench.model, batches, self.recovery, self.seed + 1, end)
+        if written:
+            count = sum(map(len, written))
+            self.notes.append(f"distilled on {count} more rows, written by the model itself")
+        held = batches[self.fitted :]
         fitted = self.fitted + len(written) if held else None
         batches = [*batches[: self.fitted], *written, *held]
-        result = distill(self.bench.model, self.student, batches, trained, options, fitted)
+        seconds = None if end is None else end - now()
+        result = distill(self.bench.model, self.student, batches, trained, options, fitted, seconds)
         from_first(trained)
         self.notes.append(
             f"distilled: held-out {self.bench.judge.measure} {result.before:.4g} -> "
-            f"{result.after:.4g} (step {result.best_step} of {options.steps})"
+            f"{result.after:.4g} (step {result.best_step} of {result.steps})"
         )
-
-    def _written(self) -> list[Batch]:
-        """Further batches to distil on, if the model can write text: distilled on few rows alone,
-        it would match the dense model on those only."""
-        rows, length = self.recovery.written, self._length()
-        model = self.bench.model
-        if not rows or not length or not self_written.writes(model):
-            return []
-        seed = self.seed + 1  # not the calibration rows, if those were self-written
-        text = self_written.write(model, rows=rows, length=length, seed=seed)
-        self.notes.append(f"distilled on {rows} more rows, written by the model itself")
-        return list(text.split(self.recovery.rows))
-
-    def _length(self) -> int:
-        """Length of the longest row in the data, in tokens; 0 if it holds no token ids."""
-        batches = self.bench.batches
-        ids = [b if isinstance(b, Tensor) else b.get("input_ids") for b in batches]
-        known = [t for t in ids if isinstance(t, Tensor) and not t.is_floating_point()]
-        return max((t.shape[-1] for t in known if t.ndim == 2), default=0)
+        return result
 
     def _judge(self) -> None:
         """Revert to the layers before recovery if it did not lower held-out KL."""
@@ -378,7 +422,8 @@ class _Job:
             self.notes.append(f"recovery could not be judged: {error}")
             return
         self.broken = before == after == math.inf
-        measure = self.bench.judge.measure
+        self.course.measure = measure = self.bench.judge.measure
+        self.gains = self.course.gains(before, after, *self._block_gain())
         self.notes.append(f"{measure} on held-out rows: {before:.4g} -> {after:.4g}")
         if before <= ROUNDING:
             why = f"the {measure} was already below {ROUNDING:g}"

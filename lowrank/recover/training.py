@@ -13,6 +13,7 @@ from ..errors import LowrankError
 from .lrc import MasterWeights
 
 Loss = Callable[[int], Tensor]
+Pacing = Callable[[int, int], int]  # after each step: (step, steps) -> the number of steps
 WARM = 0.1  # share of the steps used for warm-up
 
 
@@ -36,11 +37,13 @@ class Training:
 
 @dataclass(frozen=True)
 class Trained:
-    """Result of a training run: held-out loss before and after, and the step of the best state."""
+    """Result of a training run: held-out loss before and after, the step of the best state, and
+    the number of steps."""
 
     before: float
     after: float
     best_step: int
+    steps: int
 
     @property
     def kept(self) -> bool:
@@ -54,19 +57,24 @@ def fit(
     batches: Sequence[int],
     held_out: Sequence[int],
     options: Training,
+    *,
+    pace: Pacing | None = None,
+    known: float | None = None,
 ) -> Trained:
     """Minimise `loss` over the batches, and restore the state of lowest held-out loss.
 
     Args:
         loss: mean loss on the batch of this index.
         batches, held_out: indices of batches; the same if there is only one batch.
+        pace: sets the number of steps while they are taken; by default it is that of the options.
+        known: the held-out loss before, if it was computed already.
 
     Raises:
         LowrankError: the loss is NaN or Inf at the start.
     """
     parameters = [p for p in parameters if p.is_floating_point()]
     best = [p.detach().clone() for p in parameters]
-    before = least = _mean(loss, held_out)
+    before = least = _mean(loss, held_out) if known is None else known
     if not math.isfinite(before):
         raise LowrankError(
             "recovery cannot start: the loss of the compressed model is NaN or Inf; run it in "
@@ -78,15 +86,16 @@ def fit(
     rates = [group["lr"] for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(options.seed)
     order: list[int] = []
-    every = max(options.steps // max(options.checks, 1), 1)
+    step, steps = 0, options.steps
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
-        for step in range(1, options.steps + 1):
+        while step < steps:
+            step += 1
             if not order:
                 order = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * _schedule(step, options.steps)
+                group["lr"] = rate * _schedule(step, steps)
             with torch.enable_grad():
                 gradients = torch.autograd.grad(loss(order.pop()), parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -94,7 +103,8 @@ def fit(
             length = nn.utils.clip_grad_norm_(parameters, 1.0)
             if bool(torch.isfinite(length)):  # skip a step that overflowed in 16 bits
                 optimizer.step()
-            if step % every == 0 or step == options.steps:
+            steps = steps if pace is None else pace(step, steps)
+            if step % max(steps // max(options.checks, 1), 1) == 0 or step >= steps:
                 now = _mean(loss, held_out)
                 if now < least:
                     least, best_step = now, step
@@ -105,7 +115,7 @@ def fit(
                 parameter.copy_(state)
                 parameter.grad = None
                 parameter.requires_grad_(flag)
-    return Trained(before, least, best_step)
+    return Trained(before, least, best_step, step)
 
 
 def split(count: int, fitted: int | None = None, share: float = 0.1) -> tuple[list[int], list[int]]:

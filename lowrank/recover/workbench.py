@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..calibration.batches import ROWS, is_padded, rebatched
+from ..calibration.batches import ROWS, is_padded, regrouped
 from ..calibration.chain import Chain, Recording, Recordings
 from ..calibration.padding import Reals, reals
 from ..calibration.running import quiet
@@ -57,7 +57,7 @@ class Workbench:
         whole = calibration.whole
         fitted, held_out = calibration.batches, list(calibration.held_out)
         if not whole:
-            fitted, held_out = rebatched(fitted, rows), rebatched(held_out, rows)
+            fitted, held_out = regrouped(fitted, rows), regrouped(held_out, rows)
         _, batches = followed(model, fitted, whole=whole)
         self.fitted = len(batches)
         self.batches = batches + held_out

@@ -162,6 +162,7 @@ def test_a_generator_goes_on_too(
     [
         ({"ratio": 0.7}, r"unfinished work of another call \(ratio=0.6, not 0.7\)"),
         ({"effort": "balanced"}, r"another call \(effort='fast', not 'balanced'\)"),
+        ({"effort": "balanced", "minutes": 5}, r"not 'balanced', minutes=None, not 5\)"),
         ({"exclude_modules": "q_proj"}, r"\(exclude_modules=None, not 'q_proj'\)"),
         ({"data": rows(1)}, "unfinished work on other data: pass the same rows"),
         ({"data": "self"}, "unfinished work on other data: pass the same rows"),

@@ -92,6 +92,7 @@ def test_a_text_that_changed_is_refused(recipe: Path, tmp_path: Path) -> None:
         ({"ratoi": 0.5}, "unknown"),
         ({"ratoi": 0.5}, "did you mean 'ratio'"),
         ({"ratio": "much"}, "ratio: 'much' is not of the kind expected"),
+        ({"minutes": "20"}, "minutes: '20' is not of the kind expected"),
         ({"length": True}, "length: True is not of the kind expected"),
         ({"target_modules": [3]}, "target_modules: [3] is not of the kind"),
         ({"ratio": None}, "no target size"),

@@ -10,6 +10,7 @@ from torch import nn
 
 import lowrank
 from lowrank import LowrankError, Plan, Recovery
+from lowrank.recover.blocks import usual_rate
 from tests import zoo
 
 QUICK = Recovery(block_steps=4, distill_steps=4)
@@ -130,6 +131,35 @@ def test_the_words() -> None:
     assert {e.storage for e in own.entries if e.size} == {"factors"}
     assert lowrank.EFFORTS["balanced"].recovery.block_steps > 0
     assert lowrank.EFFORTS["best"].recovery.distill_steps > 0
+
+
+def test_the_rate_of_distillation_follows_the_predictions_of_a_batch() -> None:
+    """One a token, one a row of a classifier; padding makes none."""
+    torch.manual_seed(0)
+    model, mask = zoo.llama().eval(), torch.ones(8, 16, dtype=torch.long)
+    mask[:, 8:] = 0
+    padded = {"input_ids": ids(8, 16), "attention_mask": mask}
+    assert usual_rate(model, ids(8, 16)) == pytest.approx(0.01 * (128 / 4096) ** 0.5)
+    assert usual_rate(model, padded) == pytest.approx(0.01 * (64 / 4096) ** 0.5)
+    assert usual_rate(zoo.classifier().eval(), ids(4, 16)) == pytest.approx(0.01 / 32)
+    assert usual_rate(zoo.mlp(16, 8), torch.randn(5000, 16)) == 0.01
+
+
+def test_a_rate_that_is_given_is_taken() -> None:
+    torch.manual_seed(0)
+    net, x = zoo.mlp(16, 24, 8), torch.randn(64, 16)
+    made = []
+    for rate in (None, 0.01 / 16, 0.01):
+        how = Recovery(refit=False, distill_steps=16, distill_rate=rate)
+        lean, report = lowrank.compress(
+            net, 0.6, data=list(x.split(16)), effort=how, method="whitened", policy="uniform",
+            copy=True, progress=False,
+        )  # fmt: skip
+        (said,) = (note for note in report.notes if note.startswith("distilled"))
+        assert "(step 0 of" not in said
+        made.append(torch.cat([p.flatten() for p in lean.parameters()]))
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
 
 
 def test_a_model_without_blocks_is_refitted_whole() -> None:

@@ -21,6 +21,17 @@ def bench_of(model: torch.nn.Module, batch: Any) -> Workbench:
     return Workbench(model, lowrank.calibrate(model, [batch], progress=False))
 
 
+@pytest.mark.parametrize("rows", [8, 16, 50])
+def test_batches_hold_the_rows_that_were_asked_for(rows: int) -> None:
+    """A calibration that holds rows out has them in batches of 16."""
+    model, x = zoo.mlp(4, 6, 3), torch.randn(160, 4)
+    bench = Workbench(model, lowrank.calibrate(model, x, hold_out=1 / 4, progress=False), rows)
+    sizes = [len(batch) for batch in bench.batches]
+    assert sizes[: bench.fitted] == [len(part) for part in x[:120].split(rows)]
+    assert sizes[bench.fitted :] == [len(part) for part in x[120:].split(rows)]
+    assert torch.equal(torch.cat(bench.batches), x)
+
+
 @pytest.mark.parametrize("make", [zoo.llama, zoo.gpt2, zoo.opt, zoo.bert])
 def test_a_chain_run_block_by_block_is_the_chain(make) -> None:
     torch.manual_seed(0)
