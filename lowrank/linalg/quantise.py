@@ -91,8 +91,8 @@ def group_scales(
         In the dtype of `weight`; 0 for a group of zeros.
     """
     short = -weight.shape[1] % group
-    rows = pad(weight, (0, short)).unflatten(1, (-1, group))  # (out, groups, group)
-    energy = pad(importance.to(weight), (0, short)).unflatten(0, (-1, group))
+    rows = pad(weight, (0, short)).reshape(len(weight), -1, group)  # (out, groups, group)
+    energy = pad(importance.to(weight), (0, short)).reshape(-1, group)
     widest = rows.gather(2, rows.abs().argmax(2, keepdim=True))
     full = widest.abs() / zero_of(bits) if bits <= 2 else -widest / zero_of(bits)
     best = least = torch.empty(0)
@@ -204,12 +204,10 @@ def _by_tiles(weight: Tensor, step: Tensor, bits: int, left: Tensor, right: Tens
         ]
         behind = torch.stack([errors[i, j.stop :] @ right[j, j.stop :].T for i, j in places])
         under = torch.stack([left[i, i.stop :] @ partial[i.stop :, j] for i, j in places])
-        parts = (torch.stack([part[place] for place in places]) for part in (weight, step))
-        roots = (
-            torch.stack([left[i, i] for i, _ in places]),
-            torch.stack([right[j, j] for _, j in places]),
-        )
-        made = _within_tiles(*parts, bits, behind, under, *roots)
+        own, steps = (torch.stack([part[place] for place in places]) for part in (weight, step))
+        above = torch.stack([left[i, i] for i, _ in places])
+        after = torch.stack([right[j, j] for _, j in places])
+        made = _within_tiles(own, steps, bits, behind, under, above, after)
         for place, code, error, product in zip(places, *made, strict=True):
             codes[place], errors[place], partial[place] = code, error, product
     return codes[:outputs, :inputs]

@@ -150,8 +150,8 @@ class Quantized:
         if FACTORS in self.forms:
             for bits in self.factor_bits:
                 noise = coder.noise(bits).cumsum(0)
-                tails = coder.tails + torch.cat([noise.new_zeros(1), noise])
-                for rank, error in enumerate(tails.tolist()[1:], 1):
+                errors = (coder.tails[1:] + noise).tolist()
+                for rank, error in enumerate(errors, 1):
                     yield FACTORS, (rank, bits), error
 
 
