@@ -91,7 +91,7 @@ class Quantized:
         gram, root = self._metric(stats, *site.shape)
         total = linalg.squared_error(_rooted(root, weight), torch.zeros_like(weight), gram)
         found = self._estimates(weight, gram, root, layouts.matrix(site.module).dtype)
-        options = _by_bytes(site, (size for size in found if size[2] <= total))
+        options = _by_bytes(site, ((s, size, min(error, total)) for s, size, error in found))
         norm = "fisher" if self.two_sided else "output"
         return Curve(site.names, options, total, None, norm, exact=False)
 
