@@ -1,7 +1,7 @@
 """KL of rank and bits at equal file bytes: integers, low rank, both, and the mix of `quantized`.
 
     python benchmarks/rank_and_bits.py [--models embedded stories260K] [--ratios 0.5 0.35 0.25 0.2]
-                                       [--only NAME …] [--title NAME] [--threads 1]
+                                       [--only NAME …] [--rows 64] [--threads 1]
     python benchmarks/rank_and_bits.py --model FOLDER --text FILE --rows 64 [--held-out 32]
 
 The embedded model, and stories260K where LOWRANK_ASSETS is set, or a model of your own: all layers
@@ -58,12 +58,13 @@ BUDGET: dict[str, dict[str, Any]] = {
 }
 
 
-def embedded() -> tuple[Any, Tensor, list[Tensor]]:
+def embedded(rows: int | None, held_out: int) -> tuple[Any, Tensor, list[Tensor]]:
     """The model, calibration rows (n, LENGTH), and held-out rows of LENGTH + 1."""
     tiny = tiny_lm()
     ids = torch.tensor(tiny.tokenizer(tiny.calibration, verbose=False)["input_ids"])
     count = len(ids) // LENGTH
-    return tiny.model, ids[: count * LENGTH].view(count, LENGTH), held_out_rows(tiny)[-ROWS:]
+    calibration = ids[: count * LENGTH].view(count, LENGTH)[:rows]
+    return tiny.model, calibration, held_out_rows(tiny)[-held_out:]
 
 
 def own(
@@ -110,7 +111,7 @@ def compared(
                 "bytes": report.bytes_after, "with low rank": ranked, "seconds": seconds,
             }
         )  # fmt: skip
-        keep(f"rank_and_bits_{args.title or title}", found, held_out_rows=len(rows))
+        keep(f"rank_and_bits_{title}", found, held_out_rows=len(rows))
         return report.achieved
 
     for name, how in FIXED.items():
@@ -134,7 +135,6 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=ROWS)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.35, 0.25, 0.2])
     parser.add_argument("--only", nargs="+", default=[*FIXED, *BUDGET])
-    parser.add_argument("--title")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -144,12 +144,12 @@ def main() -> None:
         return
     for title in args.models:
         if title == "embedded":
-            compared(title, *embedded(), args)
+            compared(title, *embedded(args.rows, args.held_out), args)
         elif "LOWRANK_ASSETS" in os.environ:
             assets = Path(os.environ["LOWRANK_ASSETS"])
             text = assets / "text" / "stories260K_selfgenerated.txt"
-            loaded = own(str(assets / title), str(text), args.rows, args.held_out)
-            compared(title, *loaded, args)
+            folder = str(assets / title)
+            compared(title, *own(folder, str(text), args.rows, args.held_out), args)
         else:
             print("LOWRANK_ASSETS is unset: the embedded model alone")
 
