@@ -9,7 +9,8 @@ but the head, to a share of the bytes that bfloat16 takes, scales counted. One c
 model in fp32, serves all rows; scales and factors are bfloat16, and the judged model computes in
 fp32 with them. "nearest" rounds each number alone; "inputs" carries errors on as GPTQ does, and the
 others on both sides. Integers of one width have the bytes that they have; the mix is measured at
-those too, as "mix, as NAME". No recovery, but the closed-form refit of "mix, refitted".
+those too, as "mix, as NAME". Of narrower layers 128 is a whole row. No recovery, but the
+closed-form refit of "mix, refitted".
 """
 
 from __future__ import annotations
