@@ -331,6 +331,15 @@ class OwnForm(Protocol):
 
 
 @runtime_checkable
+class Measured(Protocol):
+    """A method whose sizes only some units measure, such as codes bytes; by default all do."""
+
+    @property
+    def units(self) -> frozenset[Unit]:
+        """Of these, cost rises along its curves."""
+
+
+@runtime_checkable
 class SeveralForms(Protocol):
     """A method that chooses among forms, each of which is also compared on held-out rows."""
 

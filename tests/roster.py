@@ -65,6 +65,14 @@ def blocks(out_features: int, in_features: int, rng: torch.Generator) -> tuple[T
     return weight, (min(out_features, in_features) // 4, 2)
 
 
+def on_a_grid(out_features: int, in_features: int, rng: torch.Generator) -> tuple[Tensor, Size]:
+    """Eight numbers at even distances in every row, of which the first is as far as they go."""
+    codes = torch.randint(8, (out_features, in_features), generator=rng).double()
+    codes[:, 0] = 0
+    sizes = 2.0 ** torch.randint(-2, 3, (out_features, 1), generator=rng)
+    return sizes * (codes - 4), (3, in_features)
+
+
 # Sizes of two numbers are no ranks of the matrix, and `first` works at the input's positions.
 OF_CONVOLUTIONS = laws(low_rank=False, plain_products=False)
 
@@ -94,6 +102,7 @@ ROSTER: dict[str, dict[str, Law]] = {
     "blast": laws(low_rank=False, planted=blocks),
     "lowrank-masked": laws(low_rank=False, planted=one_more),
     "lowrank-2:4": laws(low_rank=False, planted=half),
+    "quantized": laws(low_rank=False, planted=on_a_grid),
 }
 
 JOINT_ROSTER = {"basis-sharing": JOINT_LAWS}
@@ -106,6 +115,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "lowrank-masked": {"iterations": 8},
     "lowrank-2:4": {"iterations": 8},
     "auto": {"forms": ("factors", "pivoted")},
+    "quantized": {"bits": (3,), "groups": (0,), "factor_bits": (8,), "rounds": 0},
 }
 
 KINDS = {name: make(dtype=torch.float64).site.kind for name, make in CASES.items()}

@@ -26,7 +26,7 @@ from ..plans.progress import steps
 from ..plans.stages import stage
 from ..policies.common import measured
 from ..recover.workbench import Workbench
-from ..types import Allocation, Cost, Curve, Probe, SeveralForms, Site
+from ..types import Allocation, Cost, Curve, Measured, Probe, SeveralForms, Site
 from ..walk import layouts
 from ..walk.coverage import uncovered
 from ..walk.sites import pattern_value
@@ -85,7 +85,7 @@ def make_plan(
     is_layer = any(site.name == "" for site in parts.sites)  # no model around it to judge
     bench = None if is_layer else bench
     if request.policy is None and request.ratio is not None:
-        request = replace(request, policy=_default_policy(parts, bench))
+        request = replace(request, policy=_default_policy(parts, bench, resolved))
     resolved = resolved.knowing(
         parts.curves[group[0].name]
         for group in parts.groups
@@ -191,15 +191,19 @@ def hold_out_of(request: Request, sites: Sequence[Site]) -> float:
     return HOLD_OUT if by_default else request.hold_out
 
 
-def _default_policy(parts: Decomposed, bench: Workbench | None) -> str:
+def _default_policy(parts: Decomposed, bench: Workbench | None, resolved: Resolved) -> str:
     """The default policy: uniform, but for mostly convolutional models lossaware where candidates
     can be judged, else spectrum.
 
     Layers of convolutional networks bear very different ranks, and uniform ones can be worse with
     data than spectrum's without: see docs/policies.md. Errors of language models' layers do not
-    show where compression harms least, and judging each layer takes long on large models.
+    show where compression harms least, and judging each layer takes long on large models. Of codes
+    in the norm "fisher" they do show it, and at sizes this coarse a layer alone wastes its share.
     """
-    one_norm = len({curve.norm for curve in parts.curves.values()}) == 1
+    norms = {curve.norm for curve in parts.curves.values()}
+    if isinstance(resolved.method, Measured) and norms == {"fisher"}:
+        return "spectrum"
+    one_norm = len(norms) == 1
     if not (_mostly_convs(parts.sites) and one_norm):  # other errors cannot be added
         return "uniform"
     return "spectrum" if bench is None or not bench.judge.can_judge() else "lossaware"

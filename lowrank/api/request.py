@@ -16,7 +16,7 @@ from typing import Any, Literal, cast, get_args
 from ..calibration.batches import Data, check_rows
 from ..calibration.processes import is_main
 from ..calibration.statistics import Calibration
-from ..errors import LowrankError, unknown
+from ..errors import LowrankError, listed, unknown
 from ..methods.resolved import Resolved, declared, joint_of, method_of, own_form, resolve
 from ..plans.plan import Plan
 from ..policies import judges, policy_of
@@ -24,6 +24,7 @@ from ..recover.recovery import Effort, Recovery, check_minutes, effort_of
 from ..types import (
     UNITS,
     JointMethod,
+    Measured,
     Method,
     Policy,
     SeveralForms,
@@ -103,6 +104,7 @@ class Request(_Ranks):
             self._check_own_form()
         if self.minutes is not None:
             self._check_minutes()
+        self._check_unit()
         if self.effort is not None:
             self._take(effort_of(self.effort))
         if self.method is not None and joint is None:
@@ -166,6 +168,16 @@ class Request(_Ranks):
             raise LowrankError(
                 f"storage={self.storage!r} is for plain factors, but {reason}: drop storage"
             )
+
+    def _check_unit(self) -> None:
+        """Raises LowrankError for a unit that does not measure the method's sizes."""
+        method = declared(self.method)
+        if not isinstance(method, Measured) or self.ratio is None or self.unit in method.units:
+            return
+        raise LowrankError(
+            f"unit={self.unit!r} does not measure what method {self.method!r:.80} stores, such as "
+            f"integers of few bits: give unit={listed(sorted(map(repr, method.units)))}"
+        )
 
     def _take(self, effort: Effort) -> None:
         """Set what the effort stands for, where the caller did not."""

@@ -30,6 +30,16 @@ from .pivot import PivotedFactors as PivotedFactors
 from .pivot import mixed_from as mixed_from
 from .pivot import pivot_rows as pivot_rows
 from .pivot import pivoted as pivoted
+from .quantise import Carrier as Carrier
+from .quantise import carried_codes as carried_codes
+from .quantise import carrier as carrier
+from .quantise import decoded as decoded
+from .quantise import expected_error as expected_error
+from .quantise import group_scales as group_scales
+from .quantise import in_metric as in_metric
+from .quantise import nearest as nearest
+from .quantise import spread_scales as spread_scales
+from .quantise import zero_of as zero_of
 from .refit import refit_factors as refit_factors
 from .refit import regressed as regressed
 from .shared import factor_shared as factor_shared

@@ -18,6 +18,7 @@ from .head_aware import HeadAware as HeadAware
 from .lowrank_masked import LowRank24 as LowRank24
 from .lowrank_masked import LowRankMasked as LowRankMasked
 from .lowrank_sparse import LowRankSparse as LowRankSparse
+from .quantized import Quantized as Quantized
 from .random import Random as Random
 from .snmf import SemiNMF as SemiNMF
 from .svd import SVD as SVD
@@ -56,6 +57,7 @@ METHODS: dict[str, type[Method]] = {
     "lowrank-2:4": LowRank24,
     "blast": Blast,
     "auto": Auto,
+    "quantized": Quantized,
 }
 
 # Methods of several sites that read one tensor; `alone` names that of single sites.

@@ -203,7 +203,10 @@ class Resolved:
                 site.module, option.size or (1,), option.storage, gram, cross, share=share,
                 root=root, least=least, seed=seed,
             )  # fmt: skip
-        return refitted_form(method, site.module, option, gram, cross, share=share, least=least)
+        return refitted_form(
+            method, site.module, option, gram, cross, share=share, least=least,
+            out_gram=stats.out_gram,
+        )  # fmt: skip
 
     def maker(self, named: str, site: Site, *, grouped: bool) -> Method | JointMethod:
         """The method that an option or an entry calls `named`.
@@ -346,6 +349,7 @@ def refitted_form(
     *,
     share: float = 1.0,
     least: float = 0.0,
+    out_gram: Tensor | None = None,
 ) -> Any:
     """A linear layer in the method's own form, refitted to its inputs in the compressed model.
 
@@ -353,6 +357,7 @@ def refitted_form(
 
     Args:
         gram, cross, share: H' and C, (in, in), and λ.
+        out_gram: of the dense model's gradients, for methods that weigh outputs.
     """
     weight, bias = layouts.matrix(module), layouts.bias(module)
     moved = linalg.regressed(weight, gram, cross, share=share, least=least).to(weight.device)
@@ -360,4 +365,5 @@ def refitted_form(
     wanted.weight = nn.Parameter(moved, requires_grad=False)
     if bias is not None:
         wanted.bias = nn.Parameter(bias.detach().to(moved), requires_grad=False)
-    return method.factor(wanted, option, Statistics(count=1, gram=gram)).to(weight.dtype)
+    stats = Statistics(count=1, gram=gram, out_gram=out_gram)
+    return method.factor(wanted, option, stats).to(weight.dtype)

@@ -31,6 +31,10 @@ from .pivoted_linear import PivotedLinear as PivotedLinear
 from .pivoted_linear import pivot_layer as pivot_layer
 from .pivoted_linear import pivot_side as pivot_side
 from .pivoted_linear import pivoted_cost as pivoted_cost
+from .quantized_linear import QuantizedFactorsLinear as QuantizedFactorsLinear
+from .quantized_linear import QuantizedLinear as QuantizedLinear
+from .quantized_linear import QuantizedLowRankLinear as QuantizedLowRankLinear
+from .quantized_linear import quantized_cost as quantized_cost
 from .shared_linear import SharedLowRankLinear as SharedLowRankLinear
 from .sparse_kernels import semi_structured as semi_structured
 from .spatial_conv import SpatialConv as SpatialConv
@@ -59,5 +63,8 @@ FACTORED.update(
         "LowRankMaskedLinear": LowRankMaskedLinear,
         "BlastLinear": BlastLinear,
         "USVLinear": USVLinear,
+        "QuantizedLinear": QuantizedLinear,
+        "QuantizedFactorsLinear": QuantizedFactorsLinear,
+        "QuantizedLowRankLinear": QuantizedLowRankLinear,
     }
 )

@@ -44,6 +44,8 @@ class Form(nn.Module):
         SHARES: spec entries that are numbers in [0, 1].
         READS: kind of module whose tensors it reads without storing them; "" for most. A reader's
             spec names that `owner` as "shared", and `bind` sets it.
+        CODED: whether it holds integers of few bits in the place of numbers: bytes show its size,
+            parameters do not.
         REFITTED: whether recovery may refit the layer in closed form to other inputs.
         empty: a class method, `empty(**spec)`: the module on the meta device, without memory or
             initialisation.
@@ -57,6 +59,7 @@ class Form(nn.Module):
     WORDS: ClassVar[frozenset[str]] = frozenset()
     SHARES: ClassVar[frozenset[str]] = frozenset()
     READS: ClassVar[str] = ""
+    CODED: ClassVar[bool] = False
     REFITTED: ClassVar[bool] = False
     empty: ClassVar[Any]
     layout: str = "linear"

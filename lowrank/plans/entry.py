@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import LowrankError
 from ..nn import Form, form_of
-from ..types import Cost, Curve, Option, Site, Size
+from ..types import Cost, Curve, Option, Site, Size, Unit
 from ..walk import layouts
 from .schema import (
     COST,
@@ -193,10 +193,16 @@ class Entry:
             "shape": f"{self.shape[0]}x{self.shape[1]}",
             "method": f"{self.method}{', pivoted' * (self.storage == 'pivoted')}",
             "rank": "" if self.size is None else ",".join(map(str, self.size)),
-            "kept": f"{self.cost.params / max(self.dense.params, 1):.3f}",
+            "kept": f"{self._kept():.3f}",
             "error": relative(self.error, self.total),
             "reason": self.reason,
         }
+
+    def _kept(self) -> float:
+        """The share of parameters, of bytes where those of integers show nothing."""
+        form = form_of(self.storage, self.kind)
+        unit: Unit = "bytes" if form is not None and form.CODED else "params"
+        return self.cost.of(unit) / max(self.dense.of(unit), 1)
 
     @classmethod
     def from_json(cls, item: Any, method: str, storage: str = "factors") -> Entry:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..nn.geometry import Geometry
-from ..types import Curve, Factored, Method
+from ..types import Curve, Factored, Measured, Method
 from ..walk import layouts
 from .cases import Case, Matrix, Planted, factored_module, factored_options, numbers, require
 
@@ -59,7 +59,8 @@ def check_curve(method: Method, case: Case) -> None:
     falling = all(before > after for before, after in pairwise(errors))
     within = all(0 <= error <= curve.total * (1 + 1e-12) for error in errors)  # no NaN either
     require(falling and within, f"{case.name}: errors do not fall from {curve.total}: {errors}")
-    for unit in ("params", "bytes"):
+    units = method.units if isinstance(method, Measured) else ("params", "bytes")
+    for unit in units:
         costs = [getattr(option.cost, unit) for option in curve.options]
         rising = all(before < after for before, after in pairwise(costs))
         require(rising and costs[0] > 0, f"{case.name}: {unit} do not rise: {costs}")

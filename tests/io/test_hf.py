@@ -14,8 +14,9 @@ import lowrank
 from lowrank import LowrankError
 from lowrank.io import attach
 from lowrank.io.hf import LowRankConfig
+from lowrank.methods import Quantized
 from lowrank.nn import LowRankLinear, PivotedLinear
-from tests.zoo import tokens
+from tests.zoo import make, tokens
 
 KINDS = ("llama", "llama-tied", "gpt2", "bert", "mixtral")
 Q = "model.layers.0.self_attn.q_proj"
@@ -51,6 +52,27 @@ def test_round_trip_is_exact(zoo, tmp_path: Path, kind: str, dtype: torch.dtype)
     assert torch.equal(zoo.logits(model), zoo.logits(loaded))
     count = sum(isinstance(m, LowRankLinear) for m in loaded.modules())
     assert count == sum(isinstance(m, LowRankLinear) for m in model.modules()) > 0
+
+
+def test_integers_of_few_bits_round_trip(zoo, tmp_path: Path) -> None:
+    """In float32, and cast while it is loaded: codes stay, scales are rounded."""
+    from transformers import AutoModelForCausalLM
+
+    model, _ = lowrank.compress(
+        make("llama").eval(), 0.25, method=Quantized(forms=("quantized-lowrank",)), unit="bytes",
+        data=tokens(8, 12), progress=False,
+    )  # fmt: skip
+    model.save_pretrained(tmp_path)
+    lowrank.io.verify(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    before = model.state_dict()
+    assert before[f"{Q}.whole.codes"].dtype == before[f"{Q}.up.codes"].dtype == torch.uint8
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+    assert torch.equal(zoo.logits(model), zoo.logits(loaded))
+    small = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    for name, tensor in before.items():
+        assert torch.equal(small[name], tensor if name.endswith("codes") else tensor.bfloat16())
 
 
 def test_saved_again_is_the_same(zoo, saved: Path, tmp_path: Path) -> None:
