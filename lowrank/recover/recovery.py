@@ -18,10 +18,14 @@ class Recovery:
 
     Attributes:
         dense: λ in [0, 1] of the sequential refit: the target of a layer is λ times its output in
-            the dense model plus 1 − λ times the dense layer's output on the compressed input.
+            the dense model plus 1 − λ times the dense layer's output on the compressed input. Of a
+            layer whose output is added to a stream, the sum in the dense model is the target: it
+            makes up for λ times the stream's error.
         refit: run the sequential refit.
         batchnorm: re-estimate the running means and variances of batch norms; reverted unless that
             lowers held-out KL.
+        temperature: scale the logits by the factor of least held-out KL, through the weight of the
+            norm before the output head.
         block_steps: gradient steps of each block refit; 0 skips it.
         distill_steps: gradient steps of distillation from the dense model; 0 skips it.
         block_rate, distill_rate: AdamW learning rates, relative to each parameter's RMS.
@@ -30,9 +34,10 @@ class Recovery:
             on in addition to the data; other models use the data alone.
     """
 
-    dense: float = 0.5
+    dense: float = 0.75
     refit: bool = True
     batchnorm: bool = True
+    temperature: bool = True
     block_steps: int = 0
     distill_steps: int = 0
     block_rate: float = 0.01

@@ -39,6 +39,7 @@ from .copies import Pairs, factors_in, own_buffers, own_vectors
 from .journal import Journal
 from .recovery import Recovery
 from .sequential import Moments, SequentialPass, Student
+from .temperature import temper
 from .training import Training
 from .workbench import Workbench
 
@@ -208,6 +209,7 @@ class _Job:
             if new is not None:
                 put(self.student, site, settled(new))
         with stage("judging"):
+            self._temper()
             self._judge()
         modules = {site.name: module_at(self.student, site.name) for site, _, _ in self.work}
         return Recovered(modules, self.vectors, tuple(self.notes), self.broken)
@@ -232,17 +234,20 @@ class _Job:
         share, bias = self.recovery.dense, layouts.bias(site.module)
         known = self.bench.calibration.statistics[site.name]
         moments = moments.shrunk(known)
-        gram, cross = moments.gram, moments.cross
+        gram, cross, extra = moments.gram, moments.cross, moments.error
         least = NOISE * float(gram.diagonal().mean())
         if bias is not None:  # the bias fits the mean, the factors the deviations from it
             gram = gram - torch.outer(moments.mean, moments.mean)
             cross = cross - torch.outer(moments.dense_mean, moments.mean)
+            if extra is not None and moments.mean_error is not None:
+                extra = extra - torch.outer(moments.mean_error, moments.mean)
         new = self.resolved.refitted(
             site,
             self.entries[site.name].option(),
             known,
             gram=gram,
             cross=cross,
+            extra=extra,
             share=share,
             least=least,
             seed=self.seed,
@@ -252,6 +257,8 @@ class _Job:
             mean = (1 - share) * moments.mean + share * moments.dense_mean
             with torch.no_grad():
                 exact = weight.detach().double() @ mean.to(weight.device)
+                if moments.mean_error is not None:
+                    exact += share * moments.mean_error.to(exact.device)
                 dense = new.dense_weight(torch.float64)
                 new.bias.copy_(bias.double() + exact - dense @ moments.mean.to(dense.device))
         return cast(nn.Module, new)
@@ -363,6 +370,13 @@ class _Job:
         ids = [b if isinstance(b, Tensor) else b.get("input_ids") for b in batches]
         known = [t for t in ids if isinstance(t, Tensor) and not t.is_floating_point()]
         return max((t.shape[-1] for t in known if t.ndim == 2), default=0)
+
+    def _temper(self) -> None:
+        if not self.recovery.temperature or not self.refits:
+            return
+        factor = temper(self.student, self.bench.judge, self.vectors)
+        if factor != 1.0:
+            self.notes.append(f"logits scaled by {factor:.3g}, in the last norm")
 
     def _judge(self) -> None:
         """Revert to the layers before recovery if it did not lower held-out KL."""
