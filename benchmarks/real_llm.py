@@ -28,7 +28,8 @@ from lowrank import Recovery
 LENGTH = 256
 WAYS: dict[str, dict[str, Any]] = {
     "MPIFA-like": {
-        "method": "whitened", "policy": "uniform", "storage": "pivoted", "effort": Recovery(),
+        "method": "whitened", "policy": "uniform", "storage": "pivoted",
+        "effort": Recovery(dense=0.5, sums=False, temperature=False),
     },
     "fast": {"effort": "fast"},
     "balanced": {"effort": "balanced"},

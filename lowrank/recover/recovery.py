@@ -18,10 +18,10 @@ class Recovery:
 
     Attributes:
         dense: λ in [0, 1] of the sequential refit: the target of a layer is λ times its output in
-            the dense model plus 1 − λ times the dense layer's output on the compressed input. Of a
-            layer whose output is added to a stream, the sum in the dense model is the target: it
-            makes up for λ times the stream's error.
+            the dense model plus 1 − λ times the dense layer's output on the compressed input.
         refit: run the sequential refit.
+        sums: a layer whose output is added to a stream is refitted to the dense model's sum, and so
+            makes up for λ times the stream's error; else to its own output.
         batchnorm: re-estimate the running means and variances of batch norms; reverted unless that
             lowers held-out KL.
         temperature: scale the logits by the factor of least held-out KL, through the weight of the
@@ -36,6 +36,7 @@ class Recovery:
 
     dense: float = 0.75
     refit: bool = True
+    sums: bool = True
     batchnorm: bool = True
     temperature: bool = True
     block_steps: int = 0

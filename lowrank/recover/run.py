@@ -234,6 +234,8 @@ class _Job:
         share, bias = self.recovery.dense, layouts.bias(site.module)
         known = self.bench.calibration.statistics[site.name]
         moments = moments.shrunk(known)
+        if not self.recovery.sums:
+            moments = replace(moments, error=None, mean_error=None)
         gram, cross, extra = moments.gram, moments.cross, moments.error
         least = NOISE * float(gram.diagonal().mean())
         if bias is not None:  # the bias fits the mean, the factors the deviations from it

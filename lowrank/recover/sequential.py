@@ -229,7 +229,7 @@ class SequentialPass:
             routed=firsts[0].name in self._routed, to_the_end=to_the_end,
         )  # fmt: skip
 
-        def run() -> list[tuple[int, bool]]:
+        def run() -> list[tuple[int, bool, bool]]:
             numbers = self.numbers[: self.fitted]
             reals = [[self.bench.real(site.name, number) for site in firsts] for number in numbers]
             streams.run(dense, [lean[i] for i in concerned], reals)
