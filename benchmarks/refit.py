@@ -23,11 +23,12 @@ from lowrank.demo import judge
 
 WAYS = {
     "own outputs, dense 0.5": Recovery(sums=False, dense=0.5, temperature=False),
-    "own outputs, dense 0.75": Recovery(sums=False, dense=0.75, temperature=False),
     "sums, dense 0.5": Recovery(dense=0.5, temperature=False),
     "sums, dense 0.75": Recovery(dense=0.75, temperature=False),
     "sums, dense 1": Recovery(dense=1.0, temperature=False),
-    "sums, dense 0.75, temperature": Recovery(dense=0.75),
+    "sums, dense 0.5 to 0.9": Recovery(dense=(0.5, 0.9), temperature=False),
+    "sums, dense 0.9 to 0.5": Recovery(dense=(0.9, 0.5), temperature=False),
+    "and the temperature": Recovery(),
 }
 
 

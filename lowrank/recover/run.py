@@ -170,6 +170,8 @@ class _Job:
         self.built = {site.name: new for site, _, new in self.work}
         self.numbers, self.fitted = self.bench.numbers(self.most)
         self.refits = [site for site, _, new in self.work if self._can_refit(site, new)]
+        order = self.bench.calibration.observation.order
+        self.places = {name: i / max(len(order) - 1, 1) for i, name in enumerate(order)}
 
     def prepared(self, blocks: Collection[str]) -> Student:
         """The twin with the layers that are not refitted, ready for the pass.
@@ -231,7 +233,7 @@ class _Job:
     def _fit(self, site: Site, moments: Moments | None) -> nn.Module:
         if not self.recovery.refit or moments is None:
             return copy.deepcopy(self._made(site))
-        share, bias = self.recovery.dense, layouts.bias(site.module)
+        share, bias = self.recovery.share(self.places[site.name]), layouts.bias(site.module)
         known = self.bench.calibration.statistics[site.name]
         moments = moments.shrunk(known)
         if not self.recovery.sums:
