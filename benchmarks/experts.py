@@ -34,7 +34,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "whitened, pivoted": {"method": "whitened", "policy": "uniform", "storage": "pivoted"},
     "MPIFA-like": {
         "method": "whitened", "policy": "uniform", "storage": "pivoted",
-        "effort": Recovery(dense=0.25),
+        "effort": Recovery(dense=0.25, sums=False, temperature=False),
     },
     "default": {},
     "fast": {"effort": "fast"},

@@ -41,12 +41,14 @@ RIVALS: dict[str, dict[str, Any]] = {
     "whitened (SVD-LLM)": {"method": "whitened", **PLAIN},
     "MPIFA-like": {
         "method": "whitened", "policy": "uniform", "storage": "pivoted",
-        "effort": Recovery(dense=0.25),
+        "effort": Recovery(dense=0.25, sums=False, temperature=False),
     },
     **{
         f"AA-SVD-like, rate {rate}": {
             "method": "whitened", **PLAIN,
-            "effort": Recovery(refit=False, block_steps=steps, block_rate=rate),
+            "effort": Recovery(
+                refit=False, temperature=False, block_steps=steps, block_rate=rate
+            ),
         }
         for steps in [BEST.block_steps + BEST.distill_steps] for rate in (0.003, 0.01)
     },

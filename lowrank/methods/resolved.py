@@ -186,6 +186,7 @@ class Resolved:
         *,
         gram: Tensor,
         cross: Tensor,
+        extra: Tensor | None = None,
         share: float = 1.0,
         least: float = 0.0,
         seed: int = 0,
@@ -194,17 +195,17 @@ class Resolved:
 
         Args:
             stats: of the dense model, for the metric of the outputs.
-            gram, cross, share: H' and C, (in, in), and λ; see linalg/refit.py.
+            gram, cross, extra, share: H' and C, (in, in), D (out, in) and λ; see linalg/refit.py.
         """
         method = cast(Method, self.maker(option.method, site, grouped=False))
         root = method.output_metric(stats) if isinstance(method, WeighsOutputs) else None
         if site.kind == "conv" or option.storage in PLAIN:
             return refitted_layer(
-                site.module, option.size or (1,), option.storage, gram, cross, share=share,
-                root=root, least=least, seed=seed,
+                site.module, option.size or (1,), option.storage, gram, cross, extra=extra,
+                share=share, root=root, least=least, seed=seed,
             )  # fmt: skip
         return refitted_form(
-            method, site.module, option, gram, cross, share=share, least=least,
+            method, site.module, option, gram, cross, extra=extra, share=share, least=least,
             out_gram=stats.out_gram,
         )  # fmt: skip
 
@@ -311,6 +312,7 @@ def refitted_layer(
     gram: Tensor,
     cross: Tensor,
     *,
+    extra: Tensor | None = None,
     share: float = 1.0,
     root: Tensor | None = None,
     least: float = 0.0,
@@ -319,20 +321,20 @@ def refitted_layer(
     """The best layer of a size for its inputs in the compressed model; see linalg/refit.py.
 
     For a form of convolutions other than fewer channels, the one closest to the regressed weight
-    W K H'⁻¹ in the metric H'.
+    T in the metric H'.
 
     Args:
         size, storage: of the option that was chosen.
-        gram, cross, share: H' and C, (in, in), and λ.
+        gram, cross, extra, share: H' and C, (in, in), D (out, in) and λ.
         root: S (out, out), see `linalg.output_root`.
     """
     weight = layouts.matrix(module)
     if storage in FORMS:
-        moved = linalg.regressed(weight, gram, cross, share=share, least=least)
+        moved = linalg.regressed(weight, gram, cross, share=share, extra=extra, least=least)
         shape: torch.Size = module.weight.shape  # type: ignore[assignment]
         return fitted(module, moved.view(shape), size, storage, Metric(gram, root))
     factors = linalg.refit_factors(
-        weight, size[0], gram, cross, share=share, root=root, least=least, seed=seed
+        weight, size[0], gram, cross, share=share, extra=extra, root=root, least=least, seed=seed
     )
     up, down = linalg.balance(*factors)
     if layouts.kind(module) == "conv":
@@ -347,20 +349,23 @@ def refitted_form(
     gram: Tensor,
     cross: Tensor,
     *,
+    extra: Tensor | None = None,
     share: float = 1.0,
     least: float = 0.0,
     out_gram: Tensor | None = None,
 ) -> Any:
     """A linear layer in the method's own form, refitted to its inputs in the compressed model.
 
-    The method factors the regressed weight W K H'⁻¹ in the metric H'.
+    The method factors the regressed weight T in the metric H'.
 
     Args:
-        gram, cross, share: H' and C, (in, in), and λ.
+        gram, cross, extra, share: H' and C, (in, in), D (out, in) and λ.
         out_gram: of the dense model's gradients, for methods that weigh outputs.
     """
     weight, bias = layouts.matrix(module), layouts.bias(module)
-    moved = linalg.regressed(weight, gram, cross, share=share, least=least).to(weight.device)
+    moved = linalg.regressed(weight, gram, cross, share=share, extra=extra, least=least).to(
+        weight.device
+    )
     wanted = nn.Linear(moved.shape[1], len(moved), bias=bias is not None, device="meta")
     wanted.weight = nn.Parameter(moved, requires_grad=False)
     if bias is not None:

@@ -20,10 +20,15 @@ class Recovery:
 
     Attributes:
         dense: λ in [0, 1] of the sequential refit: the target of a layer is λ times its output in
-            the dense model plus 1 − λ times the dense layer's output on the compressed input.
+            the dense model plus 1 − λ times the dense layer's output on the compressed input. A
+            pair: of the first and of the last layer, and evenly in between.
         refit: run the sequential refit.
+        sums: a layer whose output is added to a stream is refitted to the dense model's sum, and so
+            makes up for λ times the stream's error; else to its own output.
         batchnorm: re-estimate the running means and variances of batch norms; reverted unless that
             lowers held-out KL.
+        temperature: scale the logits by the factor of least held-out KL, through the weight of the
+            norm before the output head.
         block_steps: gradient steps of each block refit; 0 skips it.
         distill_steps: gradient steps of distillation from the dense model; 0 skips it.
         block_rate, distill_rate: AdamW learning rates, relative to each parameter's RMS. That of
@@ -36,9 +41,11 @@ class Recovery:
             these steps.
     """
 
-    dense: float = 0.5
+    dense: float | tuple[float, float] = (0.9, 0.5)
     refit: bool = True
+    sums: bool = True
     batchnorm: bool = True
+    temperature: bool = True
     block_steps: int = 0
     distill_steps: int = 0
     block_rate: float = 0.01
@@ -48,8 +55,12 @@ class Recovery:
     minutes: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.dense <= 1:
-            raise LowrankError(f"dense of a Recovery must be in [0, 1], got {self.dense!r}")
+        shares = self.dense if isinstance(self.dense, tuple) else (self.dense, self.dense)
+        numbers = all(isinstance(share, int | float) and 0 <= share <= 1 for share in shares)
+        if len(shares) != 2 or not numbers:
+            raise LowrankError(
+                f"dense of a Recovery must be in [0, 1], or a pair of such, got {self.dense!r}"
+            )
         for name in (
             "block_steps",
             "distill_steps",
@@ -87,10 +98,17 @@ class Recovery:
             raise LowrankError(
                 f"'recovery' in the plan may have {', '.join(sorted(known))}, got {body!r:.80}"
             )
-        return cls(**body)
+        dense = body.get("dense")
+        return cls(**{**body, "dense": tuple(dense)} if isinstance(dense, list) else body)
+
+    def share(self, place: float) -> float:
+        """λ of a layer at a place in the order of calls, 0 for the first and 1 for the last."""
+        first, last = self.dense if isinstance(self.dense, tuple) else (self.dense, self.dense)
+        return first + (last - first) * place
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        dense = list(self.dense) if isinstance(self.dense, tuple) else self.dense
+        return {**asdict(self), "dense": dense}
 
 
 def check_minutes(minutes: Any) -> None:

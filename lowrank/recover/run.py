@@ -41,6 +41,7 @@ from .copies import Pairs, factors_in, own_buffers, own_vectors
 from .journal import Journal
 from .recovery import Recovery
 from .sequential import Moments, SequentialPass, Student
+from .temperature import temper
 from .training import Trained, Training
 from .workbench import Workbench
 from .written import further
@@ -182,6 +183,8 @@ class _Job:
         self.built = {site.name: new for site, _, new in self.work}
         self.numbers, self.fitted = self.bench.numbers(self.most)
         self.refits = [site for site, _, new in self.work if self._can_refit(site, new)]
+        order = self.bench.calibration.observation.order
+        self.places = {name: i / max(len(order) - 1, 1) for i, name in enumerate(order)}
 
     def prepared(self, blocks: Collection[str]) -> Student:
         """The twin with the layers that are not refitted, ready for the pass.
@@ -223,6 +226,7 @@ class _Job:
             if new is not None:
                 put(self.student, site, settled(new))
         with stage("judging"):
+            self._temper()
             self._judge()
         modules = {site.name: module_at(self.student, site.name) for site, _, _ in self.work}
         return Recovered(modules, self.vectors, tuple(self.notes), self.broken, self.gains)
@@ -244,20 +248,25 @@ class _Job:
     def _fit(self, site: Site, moments: Moments | None) -> nn.Module:
         if not self.recovery.refit or moments is None:
             return copy.deepcopy(self._made(site))
-        share, bias = self.recovery.dense, layouts.bias(site.module)
+        share, bias = self.recovery.share(self.places[site.name]), layouts.bias(site.module)
         known = self.bench.calibration.statistics[site.name]
         moments = moments.shrunk(known)
-        gram, cross = moments.gram, moments.cross
+        if not self.recovery.sums:
+            moments = replace(moments, error=None, mean_error=None)
+        gram, cross, extra = moments.gram, moments.cross, moments.error
         least = NOISE * float(gram.diagonal().mean())
         if bias is not None:  # the bias fits the mean, the factors the deviations from it
             gram = gram - torch.outer(moments.mean, moments.mean)
             cross = cross - torch.outer(moments.dense_mean, moments.mean)
+            if extra is not None and moments.mean_error is not None:
+                extra = extra - torch.outer(moments.mean_error, moments.mean)
         new = self.resolved.refitted(
             site,
             self.entries[site.name].option(),
             known,
             gram=gram,
             cross=cross,
+            extra=extra,
             share=share,
             least=least,
             seed=self.seed,
@@ -267,6 +276,8 @@ class _Job:
             mean = (1 - share) * moments.mean + share * moments.dense_mean
             with torch.no_grad():
                 exact = weight.detach().double() @ mean.to(weight.device)
+                if moments.mean_error is not None:
+                    exact += share * moments.mean_error.to(exact.device)
                 dense = new.dense_weight(torch.float64)
                 new.bias.copy_(bias.double() + exact - dense @ moments.mean.to(dense.device))
         return cast(nn.Module, new)
@@ -407,6 +418,16 @@ class _Job:
             f"{result.after:.4g} (step {result.best_step} of {result.steps})"
         )
         return result
+
+    def _temper(self) -> None:
+        if not self.recovery.temperature or not self.refits:
+            return
+        started = now()
+        factor, before = temper(self.student, self.bench.judge, self.vectors)
+        if factor != 1.0:
+            self.course.judged(before)
+            self.course.passed("temperature", now() - started)
+            self.notes.append(f"logits scaled by {factor:.3g}, in the last norm")
 
     def _judge(self) -> None:
         """Revert to the layers before recovery if it did not lower held-out KL."""

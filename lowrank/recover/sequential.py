@@ -28,6 +28,7 @@ from ..nn.expert_weights import ExpertWeights
 from ..nn.few_shapes import even_ranks
 from ..types import Site
 from ..walk.surgery import module_at, put
+from .additions import added_to
 from .streams import MOST, Memo, Moments, Run, Streams
 from .workbench import Workbench
 
@@ -134,7 +135,8 @@ class SequentialPass:
         for group in groups:
             self.on_block("")
             lean = [runs(student.model) for student in self.students]
-            self._refit([group], runs(self.bench.model), lean)
+            added = self._added(group, runs(self.bench.model))
+            self._refit([group], runs(self.bench.model), lean, added)
 
     def _chain(self, names: Sequence[str], groups: Sequence[list[Site]]) -> None:
         """Refit the layers of a chain block by block, or those left in whole passes if it cannot
@@ -165,9 +167,12 @@ class SequentialPass:
                 self._unpaired |= dict.fromkeys(title for each in known for title in each or ())
                 waiting[:] = [group for group in waiting if group not in mine]
             levels = self._levels(mine)
+            first = [] if done else dense.runs(index)[:1]
+            added = self._added([site for group in mine for site in group], first, name)
             for level in () if done else levels:
                 runs, *lean_runs = (lane.runs(index)[: self.fitted] for lane in lanes)
-                after = self._refit(level, runs, lean_runs, to_the_end=level is levels[-1])
+                last = level is levels[-1]
+                after = self._refit(level, runs, lean_runs, added, to_the_end=last)
                 for group in level:
                     waiting.remove(group)
                     for lane in lanes:
@@ -203,26 +208,32 @@ class SequentialPass:
         level: Sequence[Sequence[Site]],
         dense: Sequence[Run],
         lean: Sequence[Sequence[Run]],
+        added: Mapping[str, str],
         *,
         to_the_end: bool = False,
     ) -> list[Any]:
         """Replace groups of sites that read one tensor each in all students; see `Streams` for
-        the rest."""
+        the rest.
+
+        Args:
+            added: see `added_to`.
+        """
         every = [site for group in level for site in group]
         concerned = [i for i, student in enumerate(self.students) if student.among(every)]
         models, firsts = [self.students[i].model for i in concerned], [group[0] for group in level]
         observed = self.bench.calibration.observation
         streams = Streams(
             firsts, self.bench.model, models,
+            added=[added.get(group[0].name) if len(group) == 1 else None for group in level],
             calls=observed.calls.get(firsts[0].name, 0) if len(firsts) == 1 else 0,
             routed=firsts[0].name in self._routed, to_the_end=to_the_end,
         )  # fmt: skip
 
-        def run() -> list[tuple[int, bool]]:
+        def run() -> list[tuple[int, bool, bool]]:
             numbers = self.numbers[: self.fitted]
             reals = [[self.bench.real(site.name, number) for site in firsts] for number in numbers]
             streams.run(dense, [lean[i] for i in concerned], reals)
-            return [(sums.count, sums.paired) for each in streams.sums for sums in each]
+            return [(s.count, s.paired, s.added) for each in streams.sums for s in each]
 
         found = in_step(run)
         if self.shared:
@@ -231,6 +242,21 @@ class SequentialPass:
         for group, each in zip(level, streams.sums, strict=True):
             self._replace(group, dict(zip(concerned, each, strict=True)))
         return streams.outputs
+
+    def _added(self, sites: Sequence[Site], runs: Sequence[Run], block: str = "") -> dict[str, str]:
+        """`added_to` of linear layers, as the first process with a batch sees it.
+
+        Args:
+            runs: of the dense model or its block; the first one is made.
+        """
+        names = {site.name for site in sites if site.kind == "linear"}
+        if not names:
+            return {}
+
+        def run() -> dict[str, str] | None:
+            return added_to(self.bench.model, names, runs[0], block) if runs else None
+
+        return next((each for each in in_step(run) if each is not None), {})
 
     def _levels(self, groups: Sequence[list[Site]]) -> list[list[list[Site]]]:
         """The groups that one run can read, in order: the experts of one weight, or a single

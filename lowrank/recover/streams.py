@@ -41,6 +41,9 @@ class Moments:
         gram: E[x'x'ᵀ] (in, in) of the compressed stream.
         cross: E[x x'ᵀ] (in, in), x of the dense stream.
         mean, dense_mean: E[x'] and E[x], (in,).
+        error: E[d x'ᵀ] (out, in), d the error of the stream that the output is added to, dense less
+            compressed; None if there is none.
+        mean_error: E[d] (out,).
         paired: whether the same tokens reached the layer in both streams; if not, both are the
             compressed one.
     """
@@ -51,6 +54,8 @@ class Moments:
     mean: Tensor
     dense_mean: Tensor
     paired: bool = True
+    error: Tensor | None = None
+    mean_error: Tensor | None = None
 
     def shrunk(self, dense: Statistics) -> Moments:
         """Those of a layer that is given some tokens of all, shrunk towards what the dense model's
@@ -77,6 +82,7 @@ class Streams:
         dense: nn.Module,
         students: Sequence[nn.Module],
         *,
+        added: Sequence[str | None] = (),
         calls: int = 0,
         routed: bool = False,
         to_the_end: bool = False,
@@ -84,15 +90,26 @@ class Streams:
         """
         Args:
             sites: layers none of which feeds another.
+            added: of each, the module that reads the stream which its output is added to, or None
+                (additions.py).
             calls: how often a run calls the layer; 0 if that is to be seen in the first one, or if
                 there are several.
             routed: each is given some tokens of all, perhaps others in a student.
             to_the_end: the dense runs go on after the layers.
         """
         self.models = [dense, *students]
-        self.sums = [[_Sums(site, paired=not routed) for _ in students] for site in sites]
+        added = [*added, *[None] * (len(sites) - len(added))]
+        self.sums = [
+            [_Sums(site, added=name is not None, paired=not routed) for _ in students]
+            for site, name in zip(sites, added, strict=True)
+        ]
         self._readers = [
-            _Reader([module_at(m, site.name) for site in sites], _can_be_left(m), calls)
+            _Reader(
+                [module_at(m, site.name) for site in sites],
+                [None if name is None else module_at(m, name) for name in added],
+                _can_be_left(m),
+                calls,
+            )
             for m in self.models
         ]
         self._readers[0].ends = self._readers[0].ends and not to_the_end
@@ -114,12 +131,12 @@ class Streams:
                 stack.enter_context(quiet(model))
                 stack.enter_context(even_ranks(model))
             for run, real, *runs in zip(dense, reals, *lean, strict=True):
-                x, output = self._readers[0].read(run)
+                x, r, output = self._readers[0].read(run)
                 if self._keeps:
                     self.outputs.append(kept(output) if isinstance(output, Tensor) else output)
                 for student, lean_run in enumerate(runs):
-                    y, _ = self._readers[1 + student].read(lean_run)
-                    for sums, *given in zip(self.sums, x, y, real, strict=True):
+                    y, s, _ = self._readers[1 + student].read(lean_run)
+                    for sums, *given in zip(self.sums, x, y, real, r, s, strict=True):
                         sums[student].add(*given)
                     give_back()
 
@@ -132,25 +149,40 @@ class _Reader:
     """Reads layers' inputs from runs, which end with the last call of a single one once that is
     known."""
 
-    def __init__(self, layers: Sequence[nn.Module], ends: bool, calls: int) -> None:
-        self.layers, self.ends, self._calls = layers, ends and len(layers) == 1, calls
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        added: Sequence[nn.Module | None],
+        ends: bool,
+        calls: int,
+    ) -> None:
+        """
+        Args:
+            added: of each layer, the module whose input its output is added to.
+        """
+        self.layers, self.added = layers, added
+        self.ends, self._calls = ends and len(layers) == 1, calls
 
-    def read(self, run: Run) -> tuple[list[list[Tensor]], Any]:
-        """Every input tensor of each, cloned against later in-place changes, and the run's
-        output."""
+    def read(self, run: Run) -> tuple[list[list[Tensor]], list[list[Tensor]], Any]:
+        """Every input tensor of each layer, those of the modules that read what it is added to,
+        cloned against later in-place changes, and the run's output."""
         tensors: list[list[Tensor]] = [[] for _ in self.layers]
+        streams: list[list[Tensor]] = [[] for _ in self.layers]
         last = self._calls if self.ends else 0
 
-        def hook(own: list[Tensor], _module: nn.Module, args: object, kwargs: object) -> None:
+        def hook(own: list[Tensor], last: int, _: nn.Module, args: object, kwargs: object) -> None:
             tensor = first_tensor((args, kwargs))
             if tensor is not None:
                 own.append(tensor.clone())
             if last and len(own) == last:
                 raise _Reached
 
+        # A module may be both: its stream is to be read before the run ends with it.
+        read = [(m, own, 0) for m, own in zip(self.added, streams, strict=True) if m is not None]
+        read += [(layer, own, last) for layer, own in zip(self.layers, tensors, strict=True)]
         handles = [
-            layer.register_forward_pre_hook(partial(hook, own), with_kwargs=True)
-            for layer, own in zip(self.layers, tensors, strict=True)
+            module.register_forward_pre_hook(partial(hook, own, end), with_kwargs=True)
+            for module, own, end in read
         ]
         output = None
         try:
@@ -160,7 +192,7 @@ class _Reader:
             for handle in handles:
                 handle.remove()
         self._calls = self._calls or len(tensors[0])
-        return tensors, output
+        return tensors, streams, output
 
 
 def _can_be_left(model: nn.Module) -> bool:
@@ -175,54 +207,91 @@ class _Sums:
     partners: then both streams are the compressed one.
     """
 
-    def __init__(self, site: Site, *, paired: bool = True) -> None:
+    def __init__(self, site: Site, *, added: bool = False, paired: bool = True) -> None:
+        """
+        Args:
+            added: the layer's output is added to a stream.
+        """
         self.site, self.count, self.paired = site, 0, paired
-        self.sums: list[Tensor] = []  # Gram matrix, cross moments, and the two means
+        self.added, self._has_error = added, added
+        # Gram matrix, cross moments, the two means; cross moments and mean of the stream's error.
+        self.sums: list[Tensor] = []
 
     def add(
-        self, dense: Sequence[Tensor], lean: Sequence[Tensor], real: Sequence[Tensor | None]
+        self,
+        dense: Sequence[Tensor],
+        lean: Sequence[Tensor],
+        real: Sequence[Tensor | None],
+        stream: Sequence[Tensor] = (),
+        lean_stream: Sequence[Tensor] = (),
     ) -> None:
-        """Add what the layer read in one batch, call by call."""
+        """Add what the layer read in one batch, call by call.
+
+        Args:
+            stream, lean_stream: what the layer's output is added to.
+        """
         if not self.paired or [t.shape for t in dense] != [t.shape for t in lean]:
             dense, self.paired, real = lean, False, []
+        alike = [[t.shape[:-1] for t in each] for each in (dense, stream, lean_stream)]
+        self.added = self.added and self.paired and alike[0] == alike[1] == alike[2]
         for x, y in _pairs(self.site.module, dense, lean, real):
             self._begin(y)
-            gram, cross, mean, dense_mean = self.sums
+            gram, cross, mean, dense_mean, *_ = self.sums
             _add(self.site, x, y, gram, cross)
             mean += y.double().sum(0)
             dense_mean += x.double().sum(0)
             self.count += len(y)
+        if self.added:
+            self._add_errors(stream, lean_stream, lean, real)
+
+    def _add_errors(
+        self,
+        dense: Sequence[Tensor],
+        lean: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        real: Sequence[Tensor | None],
+    ) -> None:
+        """Add the errors of the stream that the outputs are added to, call by call."""
+        module = self.site.module
+        rows = (y for _, y in _pairs(module, inputs, inputs, real))
+        for (x, y), own in zip(_pairs(module, dense, lean, real), rows, strict=True):
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            error = x.to(wide) - y.to(wide)
+            cross_sum(error, own, self.sums[4])
+            self.sums[5] += error.double().sum(0)
 
     def _begin(self, rows: Tensor) -> None:
         """Zeros for rows (…, in), once."""
         if self.sums:
             return
-        side = rows.shape[-1]
-        self.sums = [
-            zeros(*shape, dtype=torch.float64, device=rows.device)
-            for shape in ((side, side), (side, side), (side,), (side,))
-        ]
+        side, out = rows.shape[-1], self.site.shape[0]
+        shapes: list[tuple[int, ...]] = [(side, side), (side, side), (side,), (side,)]
+        shapes += [(out, side), (out,)] if self._has_error else []
+        self.sums = [zeros(*s, dtype=torch.float64, device=rows.device) for s in shapes]
 
-    def add_up(self, parts: Sequence[tuple[int, bool]]) -> None:
+    def add_up(self, parts: Sequence[tuple[int, bool, bool]]) -> None:
         """Add the sums of the other processes.
 
         Args:
-            parts: count and `paired` of each.
+            parts: count, `paired` and `added` of each.
         """
-        total = sum(count for count, _ in parts)
+        total = sum(count for count, *_ in parts)
         if total:
             self._begin(layouts.matrix(self.site.module))
             summed(*self.sums)
-        self.count, self.paired = total, all(paired for _, paired in parts)
+        self.count, self.paired = total, all(paired for _, paired, _ in parts)
+        self.added = all(added for count, _, added in parts if count)
 
     def moments(self) -> Moments | None:
         """None if it saw no token; the sums are used up."""
         if not self.count:
             return None
-        gram, cross, mean, dense_mean = (total.div_(self.count) for total in self.sums)
+        means = [total.div_(self.count) for total in self.sums]
+        gram, cross, mean, dense_mean = means[:4]
         if not self.paired:
             cross, dense_mean = gram, mean
-        return Moments(self.count, gram, cross, mean, dense_mean, self.paired)
+        error, mean_error = means[4:] if self.added and self.paired else (None, None)
+        return Moments(self.count, gram, cross, mean, dense_mean, self.paired, error, mean_error)
 
 
 def _pairs(

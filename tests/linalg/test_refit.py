@@ -99,17 +99,24 @@ def test_a_metric_on_the_outputs_alone_is_the_one_sided_problem_of_the_transpose
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dense", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("sided", [False, True])
-def test_refit_is_the_optimum(shape: tuple[int, int], dense: float, sided: bool) -> None:
-    """E‖S(t − up·down x')‖² for t = W((1 − λ)x' + λx), measured on the rows themselves."""
+@pytest.mark.parametrize("added", [False, True])
+def test_refit_is_the_optimum(
+    shape: tuple[int, int], dense: float, sided: bool, added: bool
+) -> None:
+    """E‖S(t − up·down x')‖² for t = (1 − λ)Wx' + λ(Wx + d), measured on the rows themselves."""
     out, inner = shape
     weight = normal(out, inner, seed=3)
     x = normal(200, inner, seed=4)
     lean = x @ normal(inner, inner, seed=5) / 4 + 0.3 * normal(200, inner, seed=6)
     h, cross = lean.T @ lean / 200, x.T @ lean / 200
     root = linalg.output_root(gram(out, 7)) if sided else None
-    up, down = linalg.refit_factors(weight, 4, h, cross, share=dense, root=root, ridge=1e-12)
+    off = normal(200, out, seed=8) + lean[:, :1] if added else torch.zeros(200, out).double()
+    extra = off.T @ lean / 200 if added else None
+    up, down = linalg.refit_factors(
+        weight, 4, h, cross, share=dense, extra=extra, root=root, ridge=1e-12
+    )
     metric = torch.eye(out, dtype=torch.float64) if root is None else root
-    targets = ((1 - dense) * lean + dense * x) @ weight.T
+    targets = ((1 - dense) * lean + dense * x) @ weight.T + dense * off
     found = ((targets - lean @ (up @ down).T) @ metric.T).square().sum() / 200
     # The optimum: regress the targets on x', then truncate in the metric of x'.
     regression = torch.linalg.lstsq(lean, targets).solution.T

@@ -189,10 +189,23 @@ def test_refusals_leave_the_model_alone(how, said: str) -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in values(model).items())
 
 
-@pytest.mark.parametrize("bad", [{"dense": 2}, {"block_steps": -1}, {"rows": 0}, {"rows": "8"}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"dense": 2}, {"dense": "all"}, {"dense": (0.5,)}, {"dense": (1.0, 1.5)},
+        {"block_steps": -1}, {"rows": 0}, {"rows": "8"},
+    ],
+)  # fmt: skip
 def test_a_recovery_is_checked(bad) -> None:
     with pytest.raises(LowrankError):
         Recovery(**bad)
+
+
+def test_the_dense_share_falls_from_the_first_layer_to_the_last() -> None:
+    falling = Recovery(dense=(0.8, 0.2))
+    assert [falling.share(place) for place in (0, 0.5, 1)] == pytest.approx([0.8, 0.5, 0.2])
+    assert Recovery(dense=0.3).share(0.7) == 0.3
+    assert Recovery.from_json(json.loads(json.dumps(falling.to_json()))) == falling
 
 
 def test_a_plans_recovery_is_checked() -> None:

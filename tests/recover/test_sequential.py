@@ -200,7 +200,7 @@ def test_a_single_block_is_trained_to_what_the_dense_one_returns() -> None:
     """An oracle by hand: its error on the compressed stream's inputs falls."""
     model, data = model_of(outside), torch.cat([batch["x"] for batch in rows()])
     apart = []
-    for steps in (0, 40):
+    for steps in (0, 80):
         lean, _ = refitted(model, steps=steps)
         with torch.no_grad():
             apart.append(float((lean.eval()(data) - model.eval()(data)).square().mean()))
@@ -354,7 +354,7 @@ class Counting(nn.Linear):
 def test_a_run_ends_with_the_layer_whose_inputs_are_asked_for() -> None:
     """Every layer is computed once for each batch, in the dense block whatever the number of
     candidates: a run ends with the layer whose inputs are asked for, and a finished layer gives
-    what it gave before."""
+    what it gave before. One batch more shows what is added to a stream."""
     model = model_of(lambda self, x: self.blocks(x), count=2)
     block = model.blocks[0]
     block.up, block.down = Counting.of(block.up), Counting.of(block.down)
@@ -372,7 +372,7 @@ def test_a_run_ends_with_the_layer_whose_inputs_are_asked_for() -> None:
     bench.dense_chain(("blocks.0", "blocks.1"), numbers)  # its recording is another pass
     block.up.runs = block.down.runs = 0
     SequentialPass(bench, students, numbers, fitted).run()
-    assert (block.up.runs, block.down.runs) == (len(numbers), len(numbers))
+    assert (block.up.runs, block.down.runs) == (len(numbers) + 1, len(numbers) + 1)
     assert [layer.runs for layer in made] == [len(numbers)] * 6
 
 
