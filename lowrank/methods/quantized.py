@@ -7,7 +7,7 @@ their bytes in the file. Rounding carries errors on as in linalg/quantise.py (GP
 2210.17323, and on both sides YAQA, arXiv 2505.22988).
 
 Q and L are alternated, from the L of W. SRR (arXiv 2602.02001) splits the rank in closed form
-between W and what quantisation leaves; with errors carried on that was behind alternation here.
+between W and what quantisation leaves; half and half was behind alternation here.
 """
 
 from __future__ import annotations
