@@ -22,8 +22,8 @@ from ..nn import is_factored
 from ..nn.few_shapes import even_ranks
 from .copies import Pairs, own_vectors
 
-STEP = 0.05
-FACTORS = tuple(round(0.5 + STEP * step, 2) for step in range(15))  # 0.5 to 1.2
+STEP = 0.1
+FACTORS = tuple(round(0.5 + STEP * step, 2) for step in range(8))  # 0.5 to 1.2
 LEAST = 0.002  # of the KL; smaller gains change nothing
 TRIED = 3  # of the model's last norms
 OFF = 0.25  # of the largest change; 16-bit models round
