@@ -110,7 +110,7 @@ def _scales(
     batch = judge.batches[0]
     few = batch[:ROWS] if isinstance(batch, Tensor) else batch
     weight = norm._parameters.get("weight")
-    with quiet(model), torch.no_grad():
+    with quiet(model), even_ranks(model), torch.no_grad():
         wanted = factor * predictions_of(model, forward(model, few))[0]
         most = OFF * abs(1 - 1 / factor) * float(wanted.abs().max())
         before = [vector.clone() for vector in own]
