@@ -71,7 +71,7 @@ def _stages(job: Job) -> Iterator[_Stage]:
     if job.recovery is not None:
         trained = sum(numbers) // _block_count(job) if job.recovery.block_steps else 0
         training = (_graph(job) if trained else 0) + TRAINED * trained
-        work = max(_refit(job), training) + _predictions(job, job.held)
+        work = max(_refit(job), training, _comparison(job)) + _predictions(job)
         added = (FACTORS - 1) * factors + _remembered(job) + _moments(job) + 4 * _states(job)
         yield _Stage(work, added)
         if job.recovery.distill_steps:
@@ -158,24 +158,28 @@ def _activated(job: Job) -> int:
 
 
 def _decomposition(job: Job, layer: Layer) -> int:
-    """The weight, its product with both metrics, and an eigenproblem with its work space."""
-    outputs, inputs, side = layer.outputs, layer.inputs, layer.side
-    weights = 3 if job.weighted else 2
-    numbers = weights * outputs * inputs + side * inputs + 6 * side**2
-    return DOUBLE * (numbers + (3 * outputs**2 if job.weighted else 0))
+    """The weight and what is made of it, an eigenproblem, and the root of the outputs' metric."""
+    outputs, inputs = layer.outputs, layer.inputs
+    numbers = (5 if job.weighted else 3) * outputs * inputs + 3 * layer.side**2
+    return DOUBLE * (numbers + (outputs**2 if job.weighted else 0))
+
+
+def _solution(job: Job, layer: Layer) -> int:
+    """The refit's normal equations and their Cholesky factor, the weight and what is made of it."""
+    outputs, inputs = layer.outputs, layer.inputs
+    numbers = inputs**2 + 5 * outputs * inputs
+    return DOUBLE * (numbers + (outputs**2 if job.weighted else 0))
 
 
 def _refit(job: Job) -> int:
-    """Moments of both streams at one input, the system to solve, and new factors."""
+    """Rows of both streams at one input while they are summed, or the system to solve after."""
     if job.recovery is None or not job.recovery.refit:
         return 0
-    solved = _most(
-        DOUBLE * 5 * layer.inputs**2 + _decomposition(job, layer) for layer in job.layers
-    )
+    solved = _most(max(_solution(job, layer), _decomposition(job, layer)) for layer in job.layers)
     widest = _most(read.inputs for read in job.groups)
     tokens = _most(read.tokens for read in job.groups) * _rows(job)
-    rows = 2 * (job.itemsize + SINGLE) * tokens * widest
-    return max(solved, rows + SINGLE * PART * widest) + _activations(job) + _batch(job, 3)
+    rows = 2 * (job.itemsize + SINGLE) * tokens * widest + SINGLE * PART * widest
+    return max(solved, rows + _activations(job)) + _batch(job, 3)
 
 
 def _moments(job: Job) -> int:
@@ -194,8 +198,12 @@ def _batch(job: Job, copies: int) -> int:
     return copies * _rows(job) * job.outline.hidden * job.itemsize if job.outline.blocks else 0
 
 
-def _predictions(job: Job, rows: int) -> int:
-    """Predictions that are kept to judge by, and a comparison of some."""
-    kept = min(rows * job.outline.predictions * job.itemsize, KEPT_BYTES)
-    at_once = min(rows, job.few) * job.outline.predictions
-    return kept + at_once * job.itemsize + 5 * SINGLE * min(at_once, ENTRIES)
+def _predictions(job: Job) -> int:
+    """Predictions that are kept to judge by."""
+    return min(job.held * job.outline.predictions * job.itemsize, KEPT_BYTES)
+
+
+def _comparison(job: Job) -> int:
+    """A comparison of some predictions with those kept."""
+    at_once = min(job.held, job.few) * job.outline.predictions
+    return at_once * job.itemsize + 5 * SINGLE * min(at_once, ENTRIES)

@@ -228,8 +228,8 @@ def test_memory_does_not_grow_with_depth_from_disk() -> None:
 def test_memory_follows_the_largest_layer_and_the_logits() -> None:
     request = Request(0.6, effort="fast")
     job = a_job(llama(), request)
-    wide = [replace(layer, inputs=4 * layer.inputs) for layer in job.layers]
-    reads = [replace(read, inputs=4 * read.inputs) for read in job.groups]
+    wide = [replace(layer, inputs=8 * layer.inputs) for layer in job.layers]
+    reads = [replace(read, inputs=8 * read.inputs) for read in job.groups]
     vocabulary = replace(job.outline, predictions=100 * job.outline.predictions)
     peak = [
         estimating.peak_bytes(each, 0)[0]
