@@ -144,4 +144,4 @@ def _candidates(request: Request, resolved: Resolved, layers: int) -> int | None
         return 0
     if not isinstance(policy_of(request.policy), LossAware):
         return None
-    return 4 if isinstance(resolved.method, WeighsOutputs) else 4 + layers
+    return 3 if isinstance(resolved.method, WeighsOutputs) else 3 + layers

@@ -4,16 +4,15 @@ Minimises Σ error under the budget, dense options included. Errors must be comp
 in the norms "fisher" and "kl" they are, as second-order estimates of the KL to the dense model
 (IO-SVD, OBD-LLM, LEMS). Other norms are scaled by measured KL, one site at a time; without a probe
 they are not comparable, and ranks stay uniform. Far from the dense model second-order estimates
-fail. The probe therefore compares the result with uniform ranks, with those of the least sum of
+fail. The probe therefore compares the result with uniform ranks, and with those of the least sum of
 relative errors (relative to each site's own energy, which works on convolutional networks:
-benchmarks/results), and with some in between (errors divided by a root of that energy, for they
-saturate where a site loses much); the best one is kept.
+benchmarks/results); the best one is kept.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -24,7 +23,6 @@ from .common import measured, spent
 from .uniform import Uniform
 
 COMPARABLE = frozenset({"fisher", "kl"})
-BETWEEN = 0.25  # power of the energies; measured: benchmarks/policies.py
 MOST = 1e6  # nats; an infinite KL times an error of zero would be NaN
 
 
@@ -61,14 +59,12 @@ class LossAware:
                 c.sites: _nats_per_error(c, dense, budget, probe, self.share) for c in curves
             }
         floors = {c.sites: int(self.floor * uniform[c.sites].cost.of(budget.unit)) for c in curves}
-
-        def allocated(power: float) -> Allocation:
-            tempered = _tempered(curves, weights, power)
-            return knapsack.solve(curves, budget, weights=tempered, floors=floors).choice | fixed
-
+        best = knapsack.solve(curves, budget, weights=weights, floors=floors).choice | fixed
         if probe is None:
-            return allocated(0)
-        candidates = [allocated(0), uniform, allocated(1), allocated(BETWEEN)]
+            return best
+        shares = {curve.sites: 1 / max(curve.total, sys.float_info.min) for curve in curves}
+        relative = knapsack.solve(curves, budget, weights=shares, floors=floors).choice | fixed
+        candidates = [best, uniform, relative]
         distinct = [one for i, one in enumerate(candidates) if one not in candidates[:i]]
         if len(distinct) == 1:
             return distinct[0]
@@ -87,17 +83,6 @@ def _of_one_norm(
     norm = max(sizes, key=sizes.__getitem__)
     fixed = {curve.sites: uniform[curve.sites] for curve in curves if curve.norm != norm}
     return [curve for curve in curves if curve.norm == norm], fixed
-
-
-def _tempered(
-    curves: Sequence[Curve], weights: Mapping[tuple[str, ...], float] | None, power: float
-) -> dict[tuple[str, ...], float] | None:
-    """Weights of the errors between their own, None for one each, and the sites' own energies."""
-    if power == 0:
-        return None if weights is None else dict(weights)
-    own = {c.sites: 1.0 if weights is None else weights[c.sites] for c in curves}
-    totals = {c.sites: max(c.total, sys.float_info.min) for c in curves}
-    return {sites: own[sites] ** (1 - power) * totals[sites] ** -power for sites in own}
 
 
 def _nats_per_error(
