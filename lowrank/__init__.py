@@ -15,9 +15,15 @@ from .calibration.file import save_calibration as save_calibration
 from .calibration.fisher import with_fisher as with_fisher
 from .calibration.statistics import Calibration as Calibration
 from .calibration.statistics import calibrate as calibrate
+from .diagnose import Comparison as Comparison
+from .diagnose import FeatureTable as FeatureTable
 from .diagnose import Inspection as Inspection
 from .diagnose import Sensitivity as Sensitivity
+from .diagnose import compare as compare
+from .diagnose import concepts as concepts
+from .diagnose import features as features
 from .diagnose import inspect as inspect
+from .diagnose import peek as peek
 from .diagnose import sensitivity as sensitivity
 from .errors import LowrankError as LowrankError
 from .io import export as export
