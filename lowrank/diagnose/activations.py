@@ -75,7 +75,8 @@ def features(
     tallies = {tap.name: Tally(classes) for tap in taps}
     read_inputs(model, taps, batches, lambda tap, r: tallies[tap.name].add(r), progress=progress)
     local = local_ranks(model, taps, batches, probes, seed=seed) if probes else {}
-    dropped, measure = {}, ""
+    dropped: dict[str, float] = {}
+    measure = ""
     if loss is not None:
         dropped, measure = dropped_at(model, taps, batches, loss, progress=progress)
     sites = [

@@ -1,9 +1,9 @@
 """`compare`: what factoring did to each weight, beside a random choice of equal size.
 
 The Frobenius error is an average over directions; the spectral error is that of the worst one, and
-the angle says whether the leading directions were kept. A form with one rank is compared with the
-weight projected on as many random directions, any other with as many random entries of the weight
-as it stores numbers. A method that is not clearly ahead of that has found nothing.
+the angle says whether the leading directions were kept. Plain and pivoted factors are compared with
+the weight projected on as many random directions, any other form with as many random entries of the
+weight as it stores numbers. A method that is not clearly ahead of that has found nothing.
 """
 
 from __future__ import annotations
@@ -145,6 +145,7 @@ def _compared(name: str, form: Form, module: nn.Module | None, top: int, seed: i
     shape = (int(approximation.shape[0]), int(approximation.shape[1]))
     rank, stored = form.spec().get("rank"), form.cost().params
     rank = rank if isinstance(rank, int) else None
+    plain = rank is not None and stored <= rank * sum(shape)  # and not a part of another sum
     kept = stored / approximation.numel()
     if module is None or layouts.kind(module) is None:
         reason = "the first model has no such layer"
@@ -155,7 +156,7 @@ def _compared(name: str, form: Form, module: nn.Module | None, top: int, seed: i
         return Compared(name, shape, kept, rank, reason=reason)
     weight, approximation = weight.double(), approximation.to(weight.device).double()
     generator = torch.Generator().manual_seed((seed + zlib.crc32(name.encode())) % 2**63)
-    other = random_choice(weight, rank, stored, generator)
+    other = random_choice(weight, rank if plain else None, stored, generator)
     values = linalg.energies(approximation)
     count = min(top, max(int((values > 1e-12 * values[0]).sum()), 1))
     return Compared(

@@ -102,8 +102,10 @@ def batches_of(data: Data | Calibration, tokenizer: Any, length: int) -> list[Ba
     """
     if data is None or (isinstance(data, str) and not data.strip()):
         raise LowrankError("features are of data: pass data=…, a text or batches")
-    given = isinstance(data, Calibration)
-    batches = data.batches if given else materialise(data, tokenizer, length=length)
+    if isinstance(data, Calibration):
+        batches = data.batches
+    else:
+        batches = materialise(data, tokenizer, length=length)
     if callable(batches):
         raise LowrankError("features need batches to run the model on, not a callable")
     return batches

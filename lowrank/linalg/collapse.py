@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,8 +50,8 @@ def neural_collapse(features: Tensor, labels: Tensor) -> Collapse:
         raise LowrankError(f"expected one label for each of {len(features)} rows, got "
                            f"{tuple(labels.shape)}")  # fmt: skip
     rows = features.detach().double()
-    names, place = labels.to(rows.device).unique(return_inverse=True)
-    classes = len(names)
+    names, found = np.unique(labels.cpu().numpy(), return_inverse=True)
+    classes, place = len(names), torch.from_numpy(found).to(rows.device)
     if classes < 2:
         raise LowrankError(f"neural collapse needs at least two classes, got {classes}")
     counts = place.bincount(minlength=classes).double()

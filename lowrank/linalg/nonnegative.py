@@ -7,6 +7,8 @@ Multiplicative updates for the squared error (Lee and Seung, NIPS 2000): maps �
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -86,7 +88,7 @@ def _error(a: Tensor, maps: Tensor, parts: Tensor, energy: float) -> float:
     """‖A − maps·parts‖_F, without forming the product."""
     crossed = float(((maps.T @ a) * parts).sum())
     own = float(((maps.T @ maps) * (parts @ parts.T)).sum())
-    return max(energy - 2 * crossed + own, 0.0) ** 0.5
+    return math.sqrt(max(energy - 2 * crossed + own, 0.0))
 
 
 def _ordered(maps: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
