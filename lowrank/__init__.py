@@ -30,6 +30,7 @@ from .io import export as export
 from .io import fold_adapters as fold_adapters
 from .io import from_pretrained as from_pretrained
 from .io import load as load
+from .io import load_seeded as load_seeded
 from .io import residual_adapters as residual_adapters
 from .io import save as save
 from .io import to_dense as to_dense
