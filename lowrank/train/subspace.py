@@ -78,18 +78,12 @@ class Subspace:
                 changed then.
         """
         check_module(model)
-        seeded.check_choices(projection, start, norms)
-        if precision not in PRECISIONS:
-            raise LowrankError(f"precision must be one of {[*PRECISIONS]}, got {precision!r}")
-        if (start, norms) == ("seed", "projected"):
-            raise LowrankError('a norm cannot be drawn: start="seed" needs norms="kept"')
+        _check_options(projection, start, norms, precision)
         distributed.refuse_sharded(model, optimizer, type(self).__name__)
         self._inner = wrappers.inner_optimizer(optimizer)
         self.root, self.optimizer = unwrapped(model), optimizer
         self._flat = seeded.flat_of(self.root, norms)
-        first = next(iter(self._flat.parameters.values()))
-        wide = any(p.dtype == torch.float64 for p in self._flat.parameters.values())
-        dtype, device = torch.float64 if wide else torch.float32, first.device
+        number = _number_of(self._flat)
         tensors = len(self._flat.parameters) if said else 0
         if said and dimension <= tensors:
             raise LowrankError(f"dimension must be above {tensors}, the number of scales, got "
@@ -100,15 +94,11 @@ class Subspace:
         self.precision, self.step = precision, 0
         self.history: list[dict[str, Any]] = []
         self._origin = seeded.digest_of(self._flat) if start == "model" else ""
-        self._counts = self._flat.counts.to(device)
         exact = self._flat.values() if start == "model" else seeded.starting_point(seed, self._flat)
-        self._exact, self._start = exact, exact.to(device, dtype)
-        self.coordinates = nn.Parameter(
-            torch.zeros(dimension - tensors, dtype=dtype, device=device)
-        )
-        self.scales = (
-            nn.Parameter(torch.ones(tensors, dtype=dtype, device=device)) if said else None
-        )
+        self._exact, self._start = exact, exact.to(number)
+        self._counts = self._flat.counts.to(number.device)
+        self.coordinates = nn.Parameter(number.new_zeros(dimension - tensors))
+        self.scales = nn.Parameter(number.new_ones(tensors)) if said else None
         scales = [] if self.scales is None else [self.scales]
         self._trained = [self.coordinates, *scales]
         group = {"params": self._trained, **({} if rate is None else {"lr": rate})}
@@ -244,3 +234,18 @@ class Subspace:
         for parameter in self._trained:
             self._inner.state.pop(parameter, None)
         return self.root
+
+
+def _check_options(projection: str, start: str, norms: str, precision: str) -> None:
+    seeded.check_choices(projection, start, norms)
+    if precision not in PRECISIONS:
+        raise LowrankError(f"precision must be one of {[*PRECISIONS]}, got {precision!r}")
+    if (start, norms) == ("seed", "projected"):
+        raise LowrankError('a norm cannot be drawn: start="seed" needs norms="kept"')
+
+
+def _number_of(flat: seeded.Flat) -> Tensor:
+    """A tensor on the device of the parameters: float64 if one of them is, else float32."""
+    every = list(flat.parameters.values())
+    wide = any(parameter.dtype == torch.float64 for parameter in every)
+    return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=every[0].device)
