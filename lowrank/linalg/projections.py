@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import LowrankError, unknown
 from . import counter
 
-KEPT = 1 << 28  # bytes of columns that are kept; more are drawn anew each time
+KEPT = 1 << 31  # bytes of columns that are kept; more are drawn anew each time
 CHUNK = 1 << 22  # numbers drawn at a time
 START = 0  # stream of the starting point; those of the columns follow
 
@@ -78,7 +78,9 @@ class Dense:
             yield from ((start, rows.to(like)) for start, rows in self._drawn())
             return
         if self._kept is None or (self._kept.dtype, self._kept.device) != (like.dtype, like.device):
-            self._kept = torch.cat([rows.to(like) for _, rows in self._drawn()])
+            self._kept = like.new_empty(self.dimension, self.size)
+            for start, rows in self._drawn():
+                self._kept[start : start + len(rows)] = rows
         yield 0, self._kept
 
     def _drawn(self) -> Iterator[tuple[int, Tensor]]:

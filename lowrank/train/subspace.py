@@ -61,9 +61,10 @@ class Subspace:
         """
         Args:
             dimension: trained numbers in place of the parameters, scales included.
-            projection: "dense": size · dimension operations a step; "sparse": √size · dimension;
-                "fastfood": size · log(size); "kaiming": dense, in the bounds of torch's own
-                initialisation of each layer.
+            projection: "dense": size · dimension operations a step, and as many numbers in memory,
+                which are drawn anew each step, slowly, if they take more than 2 GiB; "sparse":
+                √size · dimension of both; "fastfood": size · log(size) operations, size numbers;
+                "kaiming": dense, in the bounds of torch's own initialisation of each layer.
             start: "model": θ₀ is what the model is now, and whoever loads the vector needs it;
                 "seed": θ₀ is drawn, and replaces the parameters now.
             said: train a scale of each tensor.

@@ -44,16 +44,13 @@ def test_a_small_turn_is_measured() -> None:
     assert found == pytest.approx(math.degrees(turn), rel=1e-4)
 
 
-def test_magnitude_pruning_keeps_the_norms_that_were_found() -> None:
-    """Of 256 × 256 draws of Student's t with three degrees of freedom, 30 and 10 % kept."""
-    found = []
-    for seed in range(4):
-        chi = draw(3, 256, 256, seed=100 + seed).square().sum(0) / 3
-        w = draw(256, 256, seed=seed) / chi.sqrt()
-        for share in (0.3, 0.1):
-            least = w.abs().flatten().kthvalue(int((1 - share) * w.numel())).values
-            found.append(linalg.spectral_error(w, w * (w.abs() > least)))
-    assert np.mean(np.reshape(found, (4, 2)), 0) == pytest.approx([0.188, 0.324], rel=0.25)
+def test_large_entries_hold_more_of_the_norm_than_random_ones() -> None:
+    """A tenth of the entries of heavy tails (Student's t, three degrees of freedom)."""
+    w = draw(128, 128) / (draw(3, 128, 128, seed=1).square().sum(0) / 3).sqrt()
+    least = w.abs().flatten().kthvalue(int(0.9 * w.numel())).values
+    largest = linalg.spectral_error(w, w * (w.abs() > least))
+    by_chance = linalg.spectral_error(w, w * (draw(128, 128, seed=2) > 1.2816))
+    assert largest < 0.6 < 0.8 < by_chance
 
 
 def test_zero_weights() -> None:
