@@ -1,4 +1,4 @@
-"""Figures of spectra, ranks, errors and size against loss (extra: matplotlib).
+"""Figures of spectra, features, concepts, ranks, errors, size against loss (extra: matplotlib).
 
 Every function returns a `matplotlib.figure.Figure` without window or global state:
 `figure.savefig("ranks.png")`. All stay legible at a hundred layers, by growing in height.
@@ -10,7 +10,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .diagnose import Inspected, Inspection, Sensitivity
+from torch import Tensor
+
+from .diagnose import Concepts, FeatureTable, Inspected, Inspection, Peek, Sensitivity
 from .errors import LowrankError
 from .page.grid import grid_of
 from .plans.plan import Plan
@@ -132,6 +134,83 @@ def sensitivity(measured: Sensitivity) -> Any:
         title=f"Sensitivity: one layer alone compressed by {measured.method}",
         xlabel="KL to the dense model, nats per position", log=True,
     )  # fmt: skip
+
+
+def features(table: FeatureTable) -> Any:
+    """Over the depth of a model: effective ranks of features and their zeros, relative to width."""
+    sites = [site for site in table.sites if site.spectrum is not None]
+    shares: dict[str, list[float]] = {"eff": [], "eff σ": [], "zero": []}
+    for site in sites:
+        assert site.spectrum is not None
+        found = (site.spectrum.effective_rank, site.spectrum.entropy_rank, site.zeros * site.width)
+        for values, value in zip(shares.values(), found, strict=True):
+            values.append(value / site.width)
+    return _dots(
+        [site.title for site in sites], shares,
+        title=f"Features that layers read, {table.rows_read:,} rows of data",
+        xlabel="effective rank / width; share of zeros", log=False,
+    )  # fmt: skip
+
+
+def peek(found: Peek) -> Any:
+    """Error by number of concepts, a line per layer; dashed: its numbers shuffled."""
+    if not found.sites:
+        raise LowrankError("no errors to draw: no layer was reached")
+    figure = _figure(7.4, 4.2)
+    axes, last = figure.subplots(), max(len(found.sites) - 1, 1)
+    colours, few = _scale(0, last), len(found.sites) <= MOST_LINES
+    for row, name in enumerate(found.sites):
+        style = {"color": colours.to_rgba(row), "lw": 1.3, "marker": "o", "ms": 3}
+        axes.plot(found.counts, found.error[row].tolist(), label=name or "(root)", **style)
+        style |= {"lw": 0.7, "ls": "--", "marker": ""}
+        axes.plot(found.counts, found.shuffled[row].tolist(), **style)
+    axes.set(xlabel="concepts", ylabel="relative error", ylim=(0, None))
+    axes.set_xticks(found.counts)
+    axes.grid(alpha=0.3)
+    if few:
+        figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    else:
+        figure.colorbar(colours, ax=axes, label="layer, in the model's order")
+    axes.set_title("Features from few concepts (dashed: numbers shuffled)")
+    return figure
+
+
+def concepts(found: Concepts, images: Tensor, rows: int = 6) -> Any:
+    """Where in the images each concept of a layer is, brightest where it is most.
+
+    Args:
+        images: (rows, channels, height, width), those that the concepts are of; any scale.
+        rows: how many of them to draw.
+
+    Raises:
+        LowrankError: the layer's maps have no height and width, or are of other images.
+    """
+    count = found.maps.shape[-1]
+    if found.maps.ndim != 4 or images.ndim != 4 or len(found.maps) != len(images):
+        raise LowrankError(
+            f"concepts are drawn of maps (rows, height, width, count) and as many images, got "
+            f"{tuple(found.maps.shape)} and {tuple(images.shape)}"
+        )
+    rows, size = min(rows, len(images)), images.shape[2:]
+    figure = _figure(1.25 * (count + 1) + 0.3, 1.25 * rows + 0.8)
+    panels = figure.subplots(rows, count + 1, squeeze=False)
+    shown = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+    shown = (shown - shown.amin((2, 3), True)) / (
+        shown.amax((2, 3), True) - shown.amin((2, 3), True)
+    )
+    most = found.maps.flatten(0, 2).amax(0).clamp(min=1e-30)
+    for row in range(rows):
+        panels[row, 0].imshow(shown[row].movedim(0, -1).tolist())
+        for column in range(count):
+            heat = (found.maps[row, ..., column] / most[column]).tolist()
+            box = (-0.5, size[1] - 0.5, size[0] - 0.5, -0.5)
+            panels[row, column + 1].imshow(heat, cmap="magma", vmin=0, vmax=1, extent=box)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for column in range(count):
+        panels[0, column + 1].set_title(f"concept {column + 1}", fontsize=8)
+    figure.suptitle(f"Concepts that {found.site} reads (error {found.error:.2f})", fontsize=10)
+    return figure
 
 
 def ranks(history: Sequence[Mapping[str, Any]]) -> Any:

@@ -37,6 +37,8 @@ ELSEWHERE = {
     "cli/layers.py": ("cli/test_reporting.py", "app"),
     "cli/options.py": ("cli/test_changing.py", "app"),
     "diagnose/cache.py": ("diagnose/test_sensitivities.py", "sensitivity"),
+    "diagnose/feature_table.py": ("diagnose/test_activations.py", "features"),
+    "diagnose/layer_inputs.py": ("diagnose/test_activations.py", "features"),
     "diagnose/one_layer.py": ("diagnose/test_sensitivities.py", "sensitivity"),
     "diagnose/sensitivity_table.py": ("diagnose/test_sensitivities.py", "Sensitivity"),
     "diagnose/spectrum.py": ("diagnose/test_inspection.py", "inspect"),

@@ -10,9 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lowrank import LowrankError, plots
-from lowrank.diagnose import Inspection
+from lowrank.diagnose import Concepts, FeatureTable, Inspection, LayerSpectrum, Peek
+from lowrank.diagnose.feature_table import LayerFeatures
 from tests.pictures import made
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -116,6 +118,8 @@ def test_nothing_to_draw_is_said() -> None:
         (plots.rank_map, nothing.plan),
         (plots.errors, nothing.report),
         (plots.sensitivity, nothing.sensitivity),
+        (plots.features, FeatureTable((), 0)),
+        (plots.peek, Peek((), (1,), torch.zeros(0, 1), torch.zeros(0, 1))),
     ):
         with pytest.raises(LowrankError, match=r"^no "):
             draw(given)  # type: ignore[operator]
@@ -166,6 +170,50 @@ def test_a_layer_with_two_ranks_has_two_lines() -> None:
     figure = plots.ranks([{"step": 0, "site": "conv", "event": "attach", "rank": [8, 5]}])
     assert [line.get_label() for line in figure.axes[0].get_lines()] == ["conv [0]", "conv [1]"]
     assert [list(line.get_ydata()) for line in figure.axes[0].get_lines()] == [[8, 8], [5, 5]]
+
+
+def test_features_over_depth_are_shares_of_their_width() -> None:
+    sites = tuple(
+        LayerFeatures(f"blocks.{n}.fc", 8, 99, LayerSpectrum(torch.ones(n % 8 + 1)), zeros=n / 100)
+        for n in range(60)
+    )
+    figure = plots.features(FeatureTable((*sites, LayerFeatures("idle", 0, reason="no data")), 3))
+    legible(figure)
+    rank, _, zeros = figure.axes[0].lines
+    assert list(rank.get_xdata()[:9]) == pytest.approx([*(n / 8 for n in range(1, 9)), 1 / 8])
+    assert zeros.get_xdata()[7] == pytest.approx(0.07)
+    assert "idle" not in words(figure)
+
+
+def test_peek_draws_errors_and_their_control() -> None:
+    error = torch.tensor([[0.5, 0.25]]).double()
+    found = Peek(("a", "b"), (1, 3), error.repeat(2, 1), error.repeat(2, 1) + 0.1)
+    figure = plots.peek(found)
+    legible(figure)
+    lines = figure.axes[0].lines
+    assert [list(line.get_ydata()) for line in lines[:2]] == [
+        pytest.approx([0.5, 0.25]), pytest.approx([0.6, 0.35])
+    ]  # fmt: skip
+    assert list(lines[0].get_xdata()) == [1, 3]
+    assert {"a", "b"} <= set(words(figure))
+
+
+def test_concepts_are_drawn_beside_their_images() -> None:
+    maps = torch.zeros(4, 3, 3, 2)
+    maps[0, 1, 1, 1] = 5
+    found = Concepts("conv", maps, torch.ones(2, 6), 0.25, False)
+    images = torch.rand(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    figure = plots.concepts(found, images, rows=3)
+    legible(figure)
+    assert len(figure.axes) == 3 * 3
+    heat = figure.axes[2].images[0]
+    assert float(heat.get_array().max()) == 1  # of the largest of that concept
+    assert list(heat.get_extent()) == [-0.5, 5.5, 5.5, -0.5]
+    assert figure.axes[0].images[0].get_array().shape == (6, 6, 3)
+    assert "Concepts that conv reads" in figure.get_suptitle()
+    for other in (images[:2], images[0]):
+        with pytest.raises(LowrankError, match="as many images"):
+            plots.concepts(found, other)
 
 
 def test_a_history_without_ranks_has_no_picture() -> None:

@@ -20,6 +20,13 @@ MEANINGS = {
     "ms": "time of one call at the data's shape, {timed}",
 }
 
+FEATURES = (
+    "width: features that the layer reads.",
+    "eff: effective rank of their covariance; eff σ: the same for its singular values.",
+    "stable: stable rank; 99 %: rank that keeps this share of the variance.",
+    "zero, near 0: share of numbers that are 0, or at most a hundredth of their vector's RMS.",
+)
+
 
 def shown(inspection: Inspection) -> list[dict[str, str]]:
     """Table rows, with the columns that fit."""

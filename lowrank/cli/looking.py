@@ -11,6 +11,7 @@ import torch
 import typer
 
 from ..api.request import Sweeping
+from ..diagnose import FeatureTable, Inspection
 from ..errors import LowrankError
 from ..methods import JOINT, METHODS
 from ..policies import POLICIES
@@ -40,6 +41,12 @@ def inspect_command(
         ),
     ] = None,
     length: Length = None,
+    features: Annotated[
+        bool,
+        typer.Option(
+            "--features", help="Show what the layers read on TEXT: rank and zeros of its features."
+        ),
+    ] = False,
     json: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Save all figures (JSON).", show_default=False),
@@ -51,11 +58,14 @@ def inspect_command(
     \b
       lowrank inspect PATH
       lowrank inspect PATH --data TEXT --json figures.json
+      lowrank inspect PATH --data TEXT --features
     """
     from ..diagnose import inspect
 
     if json is not None and json.exists() and not force:
         raise LowrankError(f"{json} exists: choose another name, or add --force")
+    if features and data in (None, "self"):
+        raise LowrankError("--features shows what layers read on a text: add --data TEXT")
     text = inputs.read_data(data)
     model = inputs.load_model(path)
     rows = inputs.row_length(model, length, option="--length")
@@ -63,15 +73,31 @@ def inspect_command(
     if text is not None:
         inputs.check_reads_tokens(model, "--data")
         batches = inputs.batches_of_text(text, path, rows)
-    inspection = inspect(model, batches, length=rows, progress=on_terminal())
-    say(_headline(model))
-    show(table_of(layers.shown(inspection)))
-    for line in layers.legend(inspection):
-        say(line)
-    say_reasons("left dense", ((site.title, site.reason) for site in inspection.sites))
+    found: Inspection | FeatureTable
+    if features:
+        found = _show_features(model, batches)
+    else:
+        found = inspect(model, batches, length=rows, progress=on_terminal())
+        say(_headline(model))
+        show(table_of(layers.shown(found)))
+        for line in layers.legend(found):
+            say(line)
+        say_reasons("left dense", ((site.title, site.reason) for site in found.sites))
     if json is not None:
-        json.write_text(inspection.to_json() + "\n", encoding="utf-8")
+        json.write_text(found.to_json() + "\n", encoding="utf-8")
         say(f"wrote {json}")
+
+
+def _show_features(model: Any, batches: Any) -> FeatureTable:
+    from ..diagnose import features
+
+    found = features(model, batches, progress=on_terminal())
+    say(_headline(model))
+    show(table_of([{k: v for k, v in row.items() if k != "reason"} for row in found.rows()]))
+    for line in layers.FEATURES:
+        say(line)
+    say_reasons("not measured", ((site.title, site.reason) for site in found.sites))
+    return found
 
 
 def eval_command(

@@ -1,5 +1,13 @@
-"""Look before deciding: effective ranks, and the sensitivity of the model to each layer."""
+"""Look before deciding, and after: ranks of weights and of features, sensitivities, distances."""
 
+from .activations import features as features
+from .comparison import Comparison as Comparison
+from .comparison import compare as compare
+from .concept_maps import Concepts as Concepts
+from .concept_maps import Peek as Peek
+from .concept_maps import concepts as concepts
+from .concept_maps import peek as peek
+from .feature_table import FeatureTable as FeatureTable
 from .inspection import Inspected as Inspected
 from .inspection import Inspection as Inspection
 from .inspection import inspect as inspect

@@ -13,5 +13,7 @@ from .pretrained import skeleton as skeleton
 from .pretrained import tokenizer_of as tokenizer_of
 from .registration import install as install
 from .residuals import residual_adapters as residual_adapters
+from .seeded import Seeded as Seeded
+from .seeded import load_seeded as load_seeded
 from .verifying import Verified as Verified
 from .verifying import verify as verify

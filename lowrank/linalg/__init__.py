@@ -1,8 +1,12 @@
 """Pure tensor functions, independent of modules."""
 
+from .angles import spectral_error as spectral_error
+from .angles import subspace_angle as subspace_angle
 from .blast import BlastFactors as BlastFactors
 from .blast import blast_factors as blast_factors
 from .blast import blast_product as blast_product
+from .collapse import Collapse as Collapse
+from .collapse import neural_collapse as neural_collapse
 from .cp import cp_factors as cp_factors
 from .cp import rebuilt_cp as rebuilt_cp
 from .evbmf import evbmf_count as evbmf_count
@@ -26,6 +30,8 @@ from .masked import largest as largest
 from .masked import low_rank_masked as low_rank_masked
 from .nm import nm_bytes as nm_bytes
 from .nm import nm_mask as nm_mask
+from .nonnegative import nmf as nmf
+from .nonnegative import relative_error as relative_error
 from .pivot import PivotedFactors as PivotedFactors
 from .pivot import mixed_from as mixed_from
 from .pivot import pivot_rows as pivot_rows

@@ -15,6 +15,7 @@ from ..errors import LowrankError
 from ..plans.entry import Entry, relative
 from ..plans.plan import Plan
 from ..plans.report import Measured, Report
+from ..tables import Rows
 from .figures import Layer, errors, rank_map, sizes
 
 COLUMNS = (
@@ -30,6 +31,7 @@ COLUMNS = (
     "reason",
 )
 WORDS = ("layer", "method", "reason")
+Tables = Mapping[str, Rows]  # by heading
 
 _FRAME = """<!DOCTYPE html>
 <html lang="en">
@@ -55,29 +57,32 @@ relative: the square root of the share of energy lost.</p>
 <tbody>
 {body}
 </tbody></table></div>
-<script>
+{tables}<script>
 {script}</script>
 </body>
 </html>
 """
 
 
-def write(made: Plan | Report, path: str | Path) -> None:
+def write(made: Plan | Report, path: str | Path, tables: Tables | None = None) -> None:
     """Write the page to a file.
+
+    Args:
+        tables: more of them by heading, such as {"Features": features.rows()}.
 
     Raises:
         LowrankError: `made` is not a Plan or Report, or its numbers are too large to draw.
     """
     # A name may hold what UTF-8 cannot encode: it becomes a character reference.
-    Path(path).write_text(html(made), encoding="utf-8", errors="xmlcharrefreplace")
+    Path(path).write_text(html(made, tables), encoding="utf-8", errors="xmlcharrefreplace")
 
 
-def html(made: Plan | Report) -> str:
+def html(made: Plan | Report, tables: Tables | None = None) -> str:
     """The page as an HTML string; raises as `write`."""
     if not isinstance(made, Plan | Report):
         raise LowrankError(f"a page shows a Plan or a Report, got {type(made).__name__}")
     try:
-        return _page(made)
+        return _page(made, tables or {})
     except (OverflowError, ValueError) as error:
         raise LowrankError(f"the numbers of the plan cannot be drawn: {error}") from error
 
@@ -100,7 +105,7 @@ def read(path: str | Path) -> Plan | Report:
     return Report.from_json(text) if '"lowrank-report"' in text[:200] else Plan.from_json(text)
 
 
-def _page(made: Plan | Report) -> str:
+def _page(made: Plan | Report, tables: Tables) -> str:
     plan = made if isinstance(made, Plan) else made.plan
     measured = {} if isinstance(made, Plan) else {site.name: site for site in made.sites}
     layers = [_layer(entry, measured.get(entry.name)) for entry in plan.entries]
@@ -113,21 +118,25 @@ def _page(made: Plan | Report) -> str:
         style=(folder / "page.css").read_text(encoding="utf-8"),
         script=(folder / "page.js").read_text(encoding="utf-8"),
         facts=_facts(_planned(made) if isinstance(made, Plan) else _achieved(made)),
-        notes=notes + ("" if isinstance(made, Plan) else _worth(made.worth())),
+        notes=notes + ("" if isinstance(made, Plan) else _table("Recovery", made.worth())),
         figures="\n".join(figure for figure in (rank_map(layers), errors(layers), sizes(layers))),
         head="".join(_heading(column) for column in columns),
         body="\n".join(_row(number, each, columns) for number, each in enumerate(layers, 1)),
+        tables="".join(_table(heading, rows) for heading, rows in tables.items()),
     )
 
 
-def _worth(rows: Sequence[Mapping[str, str]]) -> str:
-    """The table of what the stages of recovery gained; empty without any."""
-    if not rows:
+def _table(heading: str, rows: Rows) -> str:
+    """Rows of text below a heading; empty without any. Columns without text are left out."""
+    columns = [column for column in rows[0] if any(row[column] for row in rows)] if rows else []
+    if not columns:
         return ""
-    head = "".join(f"<th>{escape(column)}</th>" for column in rows[0])
-    body = "".join(f"<tr>{''.join(f'<td>{escape(v)}</td>' for v in r.values())}</tr>" for r in rows)
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "\n".join(
+        f"<tr>{''.join(f'<td>{escape(row[c])}</td>' for c in columns)}</tr>" for row in rows
+    )
     return (
-        f'<h2>Recovery</h2>\n<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n'
+        f'<h2>{escape(heading)}</h2>\n<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n'
         f"<tbody>{body}</tbody></table></div>\n"
     )
 

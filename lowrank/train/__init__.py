@@ -20,6 +20,8 @@ from .cuttlefish import Cuttlefish as Cuttlefish
 from .dlrt import DLRT as DLRT
 from .frobenius import FrobeniusDecay as FrobeniusDecay
 from .inrank import InRank as InRank
+from .intrinsic import IntrinsicDimension as IntrinsicDimension
+from .intrinsic import intrinsic_dimension as intrinsic_dimension
 from .loqt import LoQT as LoQT
 from .lost_pretraining import lost as lost
 from .maestro import Maestro as Maestro
@@ -28,6 +30,7 @@ from .parts.attachment import Attachment as Attachment
 from .pufferfish import Pufferfish as Pufferfish
 from .smmf import SMMF as SMMF
 from .stf import STF as STF
+from .subspace import Subspace as Subspace
 from .tucker import TuckerDLRT as TuckerDLRT
 
 

@@ -61,6 +61,23 @@ def test_inspect_weighs_by_the_inputs(made: SimpleNamespace, tmp_path: Path) -> 
     assert "add --force" in refused(*args)
 
 
+def test_inspect_shows_features(made: SimpleNamespace, tmp_path: Path) -> None:
+    name, out = "model.layers.1.mlp.down_proj", tmp_path / "features.json"
+    text = made.text.read_text(encoding="utf-8")
+    model = lowrank.from_pretrained(made.dense)
+    found = lowrank.features(model, text, tokenizer=tiny_tokenizer(), length=32, progress=False)
+    said = run("inspect", made.dense, "--data", made.text, "--length", 32, "--features",
+               "--json", out)  # fmt: skip
+    want = found[name].spectrum
+    assert want is not None
+    assert cells(said, name)[:4] == [name, "48", *(want.row()[c] for c in ("eff", "eff σ"))]
+    assert max(map(len, said.splitlines())) <= console.WIDTH
+    assert "width: features that the layer reads." in said
+    stored = {site["site"]: site for site in json.loads(out.read_text())["sites"]}
+    assert stored[name]["spectrum"]["stable_rank"] == pytest.approx(want.stable_rank, rel=1e-6)
+    assert "add --data TEXT" in refused("inspect", made.dense, "--features")
+
+
 def test_inspect_lists_what_is_factored(made: SimpleNamespace) -> None:
     layer = lowrank.from_pretrained(made.out).get_submodule(PLANTED)
     params = layer.rank * 64

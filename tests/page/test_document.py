@@ -123,6 +123,18 @@ def test_names_are_escaped() -> None:
     assert NASTY in read.rows[1][1]
 
 
+def test_other_tables_stand_below_the_layers(tmp_path: Path) -> None:
+    rows = [{"site": NASTY, "eff": "3.5", "reason": ""}]
+    page.write(made(3).plan, tmp_path / "p.html", {"Features & more": rows, "Nothing": []})
+    read = Read((tmp_path / "p.html").read_text(encoding="utf-8"))
+    assert read.rows[-1] == [NASTY, "3.5"]
+    assert read.open == []
+    text = (tmp_path / "p.html").read_text(encoding="utf-8")
+    assert "<h2>Features &amp; more</h2>" in text
+    assert "<th>reason</th>" not in text
+    assert "Nothing" not in text
+
+
 def test_odd_names_can_be_written(tmp_path: Path) -> None:
     page.write(made(names=["\ud800"]).plan, tmp_path / "p.html")
     assert "&#55296;" in (tmp_path / "p.html").read_text(encoding="utf-8")
