@@ -41,9 +41,9 @@ MUTANTS = (
     ),
     Mutant(
         "the last components of a larger rank taken for the first",
-        "lowrank/methods/resolved.py",
-        "layer.down.weight[:rank], layer.up.weight[:, :rank]",
-        "layer.down.weight[-rank:], layer.up.weight[:, -rank:]",
+        "lowrank/nn/lowrank_linear.py",
+        "self.down.weight[:rank], self.up.weight[:, :rank]",
+        "self.down.weight[-rank:], self.up.weight[:, -rank:]",
         ("tests/methods/test_resolved.py::test_several_ranks_are_cut_from_the_largest",),
     ),
     Mutant(
