@@ -168,9 +168,8 @@ def dense_numbers(form: Form) -> int:
     """Numbers of the dense weight; none for what is tied to a table, whose weight it is."""
     spec = form.spec()
     if form.KIND == "conv":
-        return math.prod(
-            Geometry.from_spec({f.name: spec[f.name] for f in fields(Geometry)}).weight_shape
-        )
+        geometry = Geometry.from_spec({field.name: spec[field.name] for field in fields(Geometry)})
+        return math.prod(geometry.weight_shape)
     if form.owner is not None and "num_embeddings" in spec:
         return 0
     return math.prod(spec[size] for size in SIZES_OF_KIND[form.KIND])
@@ -182,9 +181,10 @@ def obstacle(form: Form) -> str:
         return f"a {type(form).__name__} has no components in order"
     for name, child in form.named_children():
         weight = getattr(child, "weight", None)
-        if type(child) not in PLAIN or type(weight) not in (Tensor, nn.Parameter):
+        ordinary = isinstance(weight, Tensor) and type(weight) in (Tensor, nn.Parameter)
+        if type(child) not in PLAIN or not ordinary:
             return f"its factor {name!r} is adapted or quantized: merge that first"
-        if weight.is_meta:
+        if child.weight.is_meta:
             return f"its factor {name!r} is on the meta device: load it without offloading"
     return ""
 

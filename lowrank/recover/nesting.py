@@ -62,7 +62,7 @@ class Nesting:
         def nested(batch: int) -> Tensor:
             if torch.is_grad_enabled():
                 drawn = float(torch.rand((), generator=self._generator))
-                self._cut_to(least + (most - least) * drawn)
+                self._cut_to(least + (most - least) * (1 - math.cos(math.pi * drawn)) / 2)
                 return loss(batch).clamp_min(TINY).log()
             return torch.tensor(self._mean(lambda: float(loss(batch))))
 

@@ -97,6 +97,8 @@ def recover_layers(
     if any(site.name == "" for site, _, _ in work):
         return Recovered({s.name: m for s, _, m in work}, notes=(ROOT,))
     job = _Job(bench, recovery, resolved, work, None, seed, spent, left, journal=bench.journal)
+    if recovery.nested is not None:
+        job.nesting(job.plain())  # what cannot be cut is an error now, and not after the refit
     with stage("refit by block"):
         _refit([job], progress)
     return job.finish()
@@ -413,7 +415,7 @@ class _Job:
         fitted = self.fitted + len(written) if held else None
         batches = [*batches[: self.fitted], *written, *held]
         seconds = None if end is None else end - now()
-        nesting = self._nesting(self.student)
+        nesting = self.nesting(self.student)
         result = distill(
             self.bench.model, self.student, batches, trained, options, fitted, seconds, nesting
         )
@@ -437,9 +439,7 @@ class _Job:
 
     def _judge(self) -> None:
         """Revert to the layers before recovery if it did not lower held-out KL."""
-        plain = twin(self.bench.model)
-        for site, _, _ in self.work:
-            put(plain, site, self._made(site))
+        plain = self.plain()
         try:
             before, after = dealt(partial(self._judged, model) for model in (plain, self.student))
         except NotFinite:
@@ -460,11 +460,19 @@ class _Job:
         self.student, self.vectors = plain, {}
         self.notes.append(f"recovery was reverted: {why}")
 
-    def _nesting(self, model: nn.Module) -> Nesting | None:
+    def plain(self) -> nn.Module:
+        """A twin with the layers before recovery."""
+        model = twin(self.bench.model)
+        for site, _, _ in self.work:
+            put(model, site, self._made(site))
+        return model
+
+    def nesting(self, model: nn.Module) -> Nesting | None:
+        """The ratios that a compressed model is trained and judged at; None for its own alone."""
         least = self.recovery.nested
         return None if least is None else Nesting(model, least, left=self.left, seed=self.seed)
 
     def _judged(self, model: nn.Module) -> float:
         """How far a model is from the dense one on the rows to judge by, over all of its ratios."""
-        nesting, judged = self._nesting(model), partial(self.bench.judge.judged, model)
+        nesting, judged = self.nesting(model), partial(self.bench.judge.judged, model)
         return judged() if nesting is None else nesting.mean_of(judged)

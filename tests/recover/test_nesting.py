@@ -99,6 +99,15 @@ def test_a_recovery_that_cannot_be(options: Any, said: str) -> None:
         Recovery(**options)
 
 
+def test_what_cannot_be_cut_is_refused_before_the_refit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowrank.recover.run._refit", lambda *_: pytest.fail("it was refitted"))
+    net = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten()).eval()
+    asked: dict[str, Any] = {"data": [torch.randn(8, 8, 7, 7)], "target_modules": "all"}
+    recovery = Recovery(distill_steps=4, nested=0.4)
+    told = refused(net, 0.8, method="whitened", effort=recovery, **asked)
+    assert "no layer can be cut to a smaller rank: a " in told
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [({"storage": "pivoted"}, "with storage='pivoted' does not keep apart"),
