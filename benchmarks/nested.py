@@ -1,6 +1,6 @@
 """One file for many ratios beside models made for each of them, at one budget of gradient steps.
 
-    python benchmarks/nested.py [--steps 40] [--only NAME …] [--judged 96] [--title NAME]
+    python benchmarks/nested.py [--steps 24] [--only NAME …] [--judged 96] [--title NAME]
 
 The embedded model, calibrated on 96 rows of 256 tokens; `two-sided`, uniform ranks, plain factors,
 the sequential refit and distillation at 16 rows a step. "separate": a model for every ratio,
@@ -54,7 +54,7 @@ def models(way: str, dense: Any, data: Any, steps: int) -> Iterator[tuple[float,
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--only", nargs="+", default=list(WAYS))
     parser.add_argument("--judged", type=int, default=96)
     parser.add_argument("--title", default="nested")
