@@ -1,6 +1,6 @@
 """One file for many ratios beside models made for each of them, at one budget of gradient steps.
 
-    python benchmarks/nested.py [--steps 24] [--only NAME …] [--judged 96] [--title NAME]
+    python benchmarks/nested.py [--steps 16] [--only NAME …] [--judged 32] [--title NAME]
 
 The embedded model, calibrated on 96 rows of 256 tokens; `two-sided`, uniform ranks, plain factors,
 the sequential refit and distillation at 16 rows a step. "separate": a model for every ratio,
@@ -54,9 +54,9 @@ def models(way: str, dense: Any, data: Any, steps: int) -> Iterator[tuple[float,
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--only", nargs="+", default=list(WAYS))
-    parser.add_argument("--judged", type=int, default=96)
+    parser.add_argument("--judged", type=int, default=32)
     parser.add_argument("--title", default="nested")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
