@@ -7,6 +7,7 @@ from .api import apply as apply
 from .api import compress as compress
 from .api import plan as plan
 from .api.by_design import factorize_by_design as factorize_by_design
+from .api.cutting import at_rank as at_rank
 from .api.estimating import estimate as estimate
 from .api.sweeping import Sweep as Sweep
 from .api.sweeping import sweep as sweep

@@ -41,10 +41,21 @@ MUTANTS = (
     ),
     Mutant(
         "the last components of a larger rank taken for the first",
-        "lowrank/methods/resolved.py",
-        "layer.down.weight[:rank], layer.up.weight[:, :rank]",
-        "layer.down.weight[-rank:], layer.up.weight[:, -rank:]",
+        "lowrank/nn/lowrank_linear.py",
+        "self.down.weight[:rank], self.up.weight[:, :rank]",
+        "self.down.weight[-rank:], self.up.weight[:, -rank:]",
         ("tests/methods/test_resolved.py::test_several_ranks_are_cut_from_the_largest",),
+    ),
+    Mutant(
+        "the first components hidden while a layer is cut for a step, not the last",
+        "lowrank/recover/nesting.py",
+        "kept = (places < width.to(inner.device))",
+        "kept = (places >= rank - width.to(inner.device))",
+        (
+            "tests/recover/test_nesting.py::test_a_cut_layer_computes_what_the_smaller_one_does",
+            "tests/recover/test_nesting.py::"
+            "test_a_step_is_of_one_ratio_that_is_drawn_and_a_state_is_judged_at_all",
+        ),
     ),
     Mutant(
         "keys that several devices share cut as if each had its own",

@@ -31,7 +31,7 @@ from ..recover.copies import hand_over
 from ..recover.recovery import Recovery
 from ..recover.run import Recovered, recover_layers
 from ..recover.workbench import Workbench
-from ..types import Cost, Curve, Factored, Option, Site, Statistics
+from ..types import Cost, Curve, Factored, Nested, Option, Site, Statistics
 from ..walk import layouts
 from ..walk.surgery import put, unchanged_on_error
 from .allocating import Curves
@@ -102,7 +102,7 @@ def carry_out(
         for item in built:
             if item.new is not None:
                 root = put(root, item.site, item.new)
-        io.attach(root, {"asked": dict(plan.asked)})
+        io.attach(root, _provenance(plan, built, resolved))
         if recovered is not None and recovered.vectors and bench is not None:
             hand_over(recovered.vectors, bench.model, root)
     notes = _notes(built, plan, calibration, bench)
@@ -262,14 +262,45 @@ def _recovered(
     if bench is None:
         raise LowrankError("recovery runs the model on batches: pass them as data=…")
     recovered = recover_layers(
-        bench, work, recovery, resolved, seed=plan.seed, spent=spent, progress=progress
-    )
+        bench, work, recovery, resolved, seed=plan.seed, spent=spent, left=_left_dense(plan, built),
+        progress=progress,
+    )  # fmt: skip
     if recovered.broken:
         raise LowrankError(
             "the compressed model's predictions on held-out rows hold NaN or Inf, but the dense "
             "model's do not: run it in float32 or bfloat16"
         )
     return recovered
+
+
+def _left_dense(plan: Plan, built: Sequence[Built]) -> int:
+    """Numbers of the targets that stay dense: a ratio counts them too."""
+    made = {item.entry.name for item in built if item.new is not None}
+    return sum(e.dense.params for e in plan.entries if e.target and e.name not in made)
+
+
+def _provenance(plan: Plan, built: Sequence[Built], resolved: Resolved) -> dict[str, Any]:
+    """What a config says of the compression; `at_rank` counts by it."""
+    return {
+        "asked": dict(plan.asked),
+        "dense_targets": _left_dense(plan, built),
+        "ordered": _ordered(plan, built, resolved),
+    }
+
+
+def _ordered(plan: Plan, built: Sequence[Built], resolved: Resolved) -> bool:
+    """Whether the components of plain factors are in order of importance."""
+    recovery = Recovery.from_json(plan.settings.get("recovery"))
+    if recovery is not None and (recovery.block_steps or recovery.distill_steps):
+        return recovery.nested is not None
+    if recovery is not None and recovery.refit:
+        return True
+    makers = (
+        resolved.maker(item.entry.method, item.site, grouped=False)
+        for item in built
+        if item.site.kind == "linear" and item.entry.storage == "factors"
+    )
+    return all(isinstance(method, Nested) and method.nested for method in makers)
 
 
 def _remeasured(item: Built, resolved: Resolved, calibration: Calibration | None) -> Built:

@@ -107,6 +107,7 @@ class Request(_Ranks):
         self._check_unit()
         if self.effort is not None:
             self._take(effort_of(self.effort))
+            self._check_nested(effort_of(self.effort).recovery.nested)
         if self.method is not None and joint is None:
             method_of(cast(Any, self.method), self.seed)
         if self.policy is not None:
@@ -128,7 +129,7 @@ class Request(_Ranks):
             )
         # NumPy scalars print and serialise differently.
         if self.ratio is not None:
-            object.__setattr__(self, "ratio", _ratio(self.ratio))
+            object.__setattr__(self, "ratio", checked_ratio(self.ratio))
         if self.rank is not None:
             object.__setattr__(self, "rank", _rank("rank", self.rank))
         plain = {key: _rank(f"rank_pattern[{key!r}]", value) for key, value in pattern.items()}
@@ -167,6 +168,22 @@ class Request(_Ranks):
         if self.storage is not None:
             raise LowrankError(
                 f"storage={self.storage!r} is for plain factors, but {reason}: drop storage"
+            )
+
+    def _check_nested(self, least: float | None) -> None:
+        """Raises LowrankError where no truncation down to that ratio could be trained."""
+        if least is None:
+            return
+        if self.storage != "factors":
+            raise LowrankError(
+                f"nested={least} cuts layers between their components, which method "
+                f"{self.method!r:.80} with storage={self.storage!r} does not keep apart: give a "
+                "method with a rank, and storage='factors'"
+            )
+        if self.ratio is not None and self.ratio <= least:
+            raise LowrankError(
+                f"ratio={self.ratio} is the largest to be served, and nested={least} the least: "
+                "give a ratio above it"
             )
 
     def _check_unit(self) -> None:
@@ -296,7 +313,8 @@ def _rank(what: str, value: Any) -> int | float:
     )
 
 
-def _ratio(ratio: Any) -> float:
+def checked_ratio(ratio: Any) -> float:
+    """Raises LowrankError unless it is a number in (0, 1)."""
     if not isinstance(ratio, Real) or not 0 < float(ratio) < 1:
         raise LowrankError(
             f"ratio is the fraction kept and must be in (0, 1), got {ratio!r}; "

@@ -29,6 +29,7 @@ a UTF-8 text file.
   lowrank run recipe.yaml                     the same from a file; `out` holds one, too
   lowrank eval out --text TEXT --reference PATH
   lowrank verify out                          check the files of a saved model
+  lowrank cut out --ratio 0.4 --out smaller   cut its ranks to a smaller ratio
   lowrank merge out --out dense               convert back to dense layers
 
 Run lowrank COMMAND --help for details, or lowrank demo to try it on a small built-in model.

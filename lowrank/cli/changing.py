@@ -230,9 +230,32 @@ def merge_command(
     say(f"wrote {out}: an ordinary {type(model).__name__}, which loads without lowrank")
 
 
+def cut_command(
+    path: Source,
+    ratio: Annotated[float, typer.Option("--ratio", metavar="R", help="Share kept, in (0, 1).")],
+    out: Out,
+    force: Force = False,
+) -> None:
+    """Cut the ranks of a compressed model to a smaller ratio; decomposes nothing.
+
+    \b
+      lowrank cut out --ratio 0.6 --out smaller
+    """
+    from ..api.cutting import at_rank
+    from ..io import save
+
+    inputs.check_folder(out, force, source=path)
+    with hushed():
+        model, report = at_rank(inputs.load_model(path), ratio)
+        save(model, out, tokenizer=inputs.load_tokenizer(path))
+    show(report)
+    say(f"wrote {out}: keeps {report.achieved:.4f} of the targets' parameters")
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "plan": plan_command,
     "compress": compress_command,
+    "cut": cut_command,
     "merge": merge_command,
     "run": run_command,
     "recipe": recipe_command,

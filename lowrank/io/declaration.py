@@ -240,12 +240,17 @@ def is_compressed(model: nn.Module) -> bool:
     return any(is_factored(module) for module in model.modules())
 
 
+def noted(model: nn.Module) -> dict[str, Any]:
+    """The provenance in the config of a transformers model; {} of other models."""
+    given = declaration_in(getattr(model, "config", None))
+    notes = given.get("lowrank") if isinstance(given, dict) else getattr(given, "lowrank", None)
+    return notes if isinstance(notes, dict) else {}
+
+
 def _notes(model: nn.Module, provenance: dict[str, Any] | None) -> dict[str, Any]:
     """The provenance, merged over that already in the config."""
-    given = declaration_in(getattr(model, "config", None))
-    before = given.get("lowrank") if isinstance(given, dict) else getattr(given, "lowrank", None)
     ours = {"lowrank_version": version(), "saved_as": type(model).__name__}
-    notes = {**(before or {}), **(provenance or {}), **ours}
+    notes = {**noted(model), **(provenance or {}), **ours}
     try:
         json.dumps(notes)
     except (TypeError, ValueError) as error:

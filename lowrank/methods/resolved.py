@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import linalg
 from ..calibration.statistics import Calibration, statistics_of
 from ..errors import LowrankError, listed, unknown
-from ..nn import ChannelConv, LowRankLinear
+from ..nn import ChannelConv, Form, LowRankLinear
 from ..types import (
     Curve,
     Factored,
@@ -147,7 +147,7 @@ class Resolved:
                     made[option] = self.factor(group, option, stats)
                 else:
                     assert option.size is not None
-                    made[option] = [_leading(cast(Any, m), option.size[0]) for m in made[larger]]
+                    made[option] = [cast(Form, m).leading(option.size[0]) for m in made[larger]]
         return [made[option] for option in options]
 
     def _is_within(self, option: Option, larger: Option, group: Group) -> bool:
@@ -289,12 +289,6 @@ def declared(given: Given) -> object:
 
 def _size(option: Option) -> Size:
     return option.size or ()
-
-
-def _leading(layer: LowRankLinear, rank: int) -> LowRankLinear:
-    """The layer of the leading factors, copied."""
-    down, up = layer.down.weight[:rank], layer.up.weight[:, :rank]
-    return LowRankLinear.from_factors(down, up, layer.bias)
 
 
 def names_of(method: Method | JointMethod) -> list[str]:

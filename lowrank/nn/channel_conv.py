@@ -18,7 +18,7 @@ from ..errors import unknown
 from ..types import Cost, Size
 from .factored_conv import FactoredConv
 from .geometry import Geometry, fill, fill_bias, per_group
-from .lowrank_linear import low_rank_cost
+from .lowrank_linear import low_rank_cost, own
 
 Wide = Literal["first", "last"]
 
@@ -35,6 +35,7 @@ class ChannelConv(FactoredConv):
     STORAGE = "factors"
     WORDS = frozenset({"padding_mode", "wide"})
     REFITTED = True
+    NESTED = True
     OUT = "up"
 
     def __init__(self, geometry: Geometry, rank: int, *, bias: bool, wide: Wide = "first") -> None:
@@ -100,6 +101,14 @@ class ChannelConv(FactoredConv):
         # One of the two is 1×1.
         dense: Tensor = torch.einsum("gork,gril->goikl", up, down)
         return dense.reshape(self.geometry.out_channels, -1)
+
+    def leading(self, rank: int, owner: nn.Module | None = None) -> Self:
+        bias = self.up.bias
+        layer = type(self)(self.geometry, rank, bias=bias is not None, wide=self.wide)
+        down = self.down.weight.unflatten(0, (self.geometry.groups, -1))[:, :rank].flatten(0, 1)
+        layer.down.weight, layer.up.weight = own(down), own(self.up.weight[:, :rank])
+        layer.up.bias = bias
+        return layer
 
     def spec(self) -> dict[str, Any]:
         """JSON; `wide` is present only if "last"."""

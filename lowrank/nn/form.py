@@ -47,6 +47,8 @@ class Form(nn.Module):
         CODED: whether it holds integers of few bits in the place of numbers: bytes show its size,
             parameters do not.
         REFITTED: whether recovery may refit the layer in closed form to other inputs.
+        NESTED: whether the form is a sum of `spec()["rank"]` components, the first of which are a
+            layer of this form again: `leading`.
         empty: a class method, `empty(**spec)`: the module on the meta device, without memory or
             initialisation.
         layout: of the replaced layer: "linear" (out, in), or "conv1d" (in, out), so that merging
@@ -61,6 +63,7 @@ class Form(nn.Module):
     READS: ClassVar[str] = ""
     CODED: ClassVar[bool] = False
     REFITTED: ClassVar[bool] = False
+    NESTED: ClassVar[bool] = False
     empty: ClassVar[Any]
     layout: str = "linear"
 
@@ -93,6 +96,18 @@ class Form(nn.Module):
     def cost(self) -> Cost:
         """Cost of the module, biases excluded."""
         raise NotImplementedError
+
+    def leading(self, rank: int, owner: nn.Module | None = None) -> Self:
+        """The layer of the first `rank` components alone, in tensors of its own; a bias stays the
+        same object.
+
+        Args:
+            owner: what it reads from now on, if it reads another module: that one's `leading`.
+
+        Raises:
+            LowrankError: the form is not `NESTED`.
+        """
+        raise LowrankError(f"a {type(self).__name__} has no components that can be cut")
 
     @property
     def not_linear(self) -> str:

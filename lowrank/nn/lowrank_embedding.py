@@ -30,6 +30,7 @@ class LowRankEmbedding(Form):
     STORAGE = "factors"
     KIND = "embedding"
     WORDS = frozenset({"mode"})
+    NESTED = True
 
     def __init__(
         self,
@@ -114,6 +115,10 @@ class LowRankEmbedding(Form):
         up = linear_weight(self.up)
         dtype = dtype or up.dtype
         return table_weight(self.rows, self.num_embeddings).to(dtype) @ up.to(dtype).T
+
+    def leading(self, rank: int, owner: nn.Module | None = None) -> Self:
+        rows, up = self.rows.weight[:, :rank], self.up.weight[:, :rank]
+        return self.from_factors(rows, up, self.rows)
 
     def dense(self, weight: nn.Parameter) -> Table:
         """The replaced layer, with all its options and this weight (V, D)."""

@@ -46,6 +46,7 @@ class LowRankLinear(DownUp):
 
     STORAGE = "factors"
     REFITTED = True
+    NESTED = True
 
     _last: LastProduct | None = None  # only if others share `down`
 
@@ -120,6 +121,11 @@ class LowRankLinear(DownUp):
         up, down = linear_weight(self.up), linear_weight(self.down)
         dtype = dtype or up.dtype
         return up.to(dtype) @ down.to(dtype)
+
+    def leading(self, rank: int, owner: nn.Module | None = None) -> Self:
+        layer = self.from_factors(self.down.weight[:rank], self.up.weight[:, :rank], None)
+        layer.up.bias = self.up.bias
+        return layer
 
     def spec(self) -> dict[str, Any]:
         return {

@@ -28,6 +28,7 @@ class SharedLowRankLinear(LinearForm):
 
     STORAGE = "shared"
     READS = "factored layer"
+    NESTED = True
 
     def __init__(
         self,
@@ -120,6 +121,11 @@ class SharedLowRankLinear(LinearForm):
         up, down = linear_weight(self.up), linear_weight(self.down)
         dtype = dtype or up.dtype
         return up.to(dtype) @ down.to(dtype)
+
+    def leading(self, rank: int, owner: nn.Module | None = None) -> Self:
+        layer = self.from_factors(cast(LowRankLinear, owner), self.up.weight[:, :rank], None)
+        layer.up.bias = self.up.bias
+        return layer
 
     def spec(self) -> dict[str, Any]:
         sizes = {"in_features": self.in_features, "out_features": self.out_features}

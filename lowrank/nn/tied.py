@@ -24,6 +24,7 @@ class _Reader(Form):
     """The base of both tied modules: the table, by reference."""
 
     READS = "factored embedding"
+    NESTED = True
 
     def __init__(self, num_embeddings: int, embedding_dim: int, rank: int) -> None:
         super().__init__()
@@ -89,6 +90,9 @@ class TiedEmbedding(_Reader):
     def padding_idx(self) -> int | None:
         return self.owner.padding_idx
 
+    def leading(self, rank: int, owner: nn.Module | None = None) -> Self:
+        return self.of(cast(LowRankEmbedding, owner))
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The owner's forward pass."""
         return cast(Tensor, self.owner(*args, **kwargs))
@@ -123,6 +127,9 @@ class TiedHead(_Reader):
         if bias:
             head.bias = nn.Parameter(torch.empty(num_embeddings, device="meta"))
         return head
+
+    def leading(self, rank: int, owner: nn.Module | None = None) -> Self:
+        return self.of(cast(LowRankEmbedding, owner), self.bias)
 
     @property
     def in_features(self) -> int:

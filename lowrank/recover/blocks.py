@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from ..calibration.running import forward, predictions_of, quiet
 from ..measure.eval import Reference, divergence
 from ..nn.few_shapes import even_ranks
 from .budget import fit_within
+from .nesting import Nesting
 from .training import Trained, Training, split
 
 RATE = 0.01  # of distillation, where a batch holds as many predictions as
@@ -66,12 +68,13 @@ def distill(
     options: Training,
     fitted: int | None = None,
     seconds: float | None = None,
+    nesting: Nesting | None = None,
 ) -> Trained:
     """Distil the dense model into the compressed one: minimise mean KL(dense ‖ compressed), or
     the relative squared error of what is no logits.
 
     The teacher's logits are cached up to a memory limit; on further batches it runs at every step.
-    `fitted`: see `split`; `seconds`: see `fit_within`.
+    `fitted`: see `split`; `seconds`: see `fit_within`; `nesting`: over sampled ranks.
     """
     predicted = Reference(teacher, batches)
     trained_on, held_out = split(len(batches), fitted)
@@ -85,7 +88,9 @@ def distill(
         return losses.mean() if torch.is_grad_enabled() else losses.sum() / usual
 
     with quiet(teacher), quiet(student), even_ranks(student):
-        return fit_within(parameters, loss, trained_on, held_out, options, seconds)
+        over = nullcontext(loss) if nesting is None else nesting.over(loss)
+        with over as wanted:
+            return fit_within(parameters, wanted, trained_on, held_out, options, seconds)
 
 
 def usual_rate(teacher: nn.Module, batch: Batch) -> float:

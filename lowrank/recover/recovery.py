@@ -36,6 +36,8 @@ class Recovery:
         rows: batch size of both.
         written: rows that a causal language model samples itself, as for `data="self"`, to distil
             on in addition to the data; other models use the data alone.
+        nested: least ratio that the model shall serve besides its own; distillation then draws a
+            ratio between the two for each step, and `at_rank` cuts the result to any of them.
         minutes: time for the whole call: the closed form runs whole, and training takes what it
             leaves, in fewer steps or, while they gain, in more. Default: no limit, and exactly
             these steps.
@@ -52,6 +54,7 @@ class Recovery:
     distill_rate: float | None = None
     rows: int = 16
     written: int = 0
+    nested: float | None = None
     minutes: float | None = None
 
     def __post_init__(self) -> None:
@@ -76,6 +79,8 @@ class Recovery:
                 raise LowrankError(f"{name} of a Recovery must be a number >= 0, got {value!r}")
         if self.rows < 1:
             raise LowrankError(f"rows of a Recovery must be >= 1, got {self.rows!r}")
+        if self.nested is not None:
+            self._check_nested(self.nested)
         if self.minutes is not None:
             check_minutes(self.minutes)
             if not self.block_steps and not self.distill_steps:
@@ -83,6 +88,18 @@ class Recovery:
                     f"minutes={self.minutes!r} is time for training, but without block_steps and "
                     "distill_steps nothing is trained: drop it, or take effort='balanced' or 'best'"
                 )
+
+    def _check_nested(self, least: Any) -> None:
+        """Raises LowrankError for a ratio that is none, or that nothing would use."""
+        known = isinstance(least, Real) and not isinstance(least, bool)
+        if not known or not 0 < float(least) < 1:
+            raise LowrankError(f"nested is the least ratio to serve, in (0, 1), got {least!r}")
+        if not self.distill_steps or self.block_steps:
+            raise LowrankError(
+                f"nested={least!r} is trained by distillation of the whole model alone: give "
+                f"distill_steps, and no block_steps, got {self.distill_steps!r} and "
+                f"{self.block_steps!r}"
+            )
 
     @classmethod
     def from_json(cls, body: Any) -> Recovery | None:
@@ -145,7 +162,8 @@ def effort_of(named: str | Recovery | Effort) -> Effort:
     if isinstance(named, Effort):
         return named
     if isinstance(named, Recovery):
-        return replace(FAST, recovery=named)
+        nested = {} if named.nested is None else {"policy": "uniform", "storage": "factors"}
+        return replace(FAST, recovery=named, **nested)
     if named not in EFFORTS:
         raise unknown("effort", str(named), EFFORTS)
     return EFFORTS[named]

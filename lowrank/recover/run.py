@@ -39,6 +39,7 @@ from .blocks import distill, refit_block, usual_rate
 from .budget import Budget, now
 from .copies import Pairs, factors_in, own_buffers, own_vectors
 from .journal import Journal
+from .nesting import Nesting
 from .recovery import Recovery
 from .sequential import Moments, SequentialPass, Student
 from .temperature import temper
@@ -80,9 +81,9 @@ def recover_layers(
     recovery: Recovery,
     resolved: Resolved,
     *,
-    most: int | None = None,
     seed: int = 0,
     spent: float = 0.0,
+    left: int = 0,
     progress: bool = True,
 ) -> Recovered:
     """Refit and train the new layers in a twin of the bench's model, which is not changed.
@@ -90,12 +91,14 @@ def recover_layers(
     Args:
         work: sites, their entries, and the layers factored from the dense model's statistics.
         resolved: the method, which refits layers.
-        most: number of batches to fit layers to; None for all.
         spent: seconds that the call has taken up to now.
+        left: numbers of the targets that stay dense.
     """
     if any(site.name == "" for site, _, _ in work):
         return Recovered({s.name: m for s, _, m in work}, notes=(ROOT,))
-    job = _Job(bench, recovery, resolved, work, most, seed, spent, journal=bench.journal)
+    job = _Job(bench, recovery, resolved, work, None, seed, spent, left, journal=bench.journal)
+    if recovery.nested is not None:
+        job.nesting(job.plain())  # what cannot be cut is an error now, and not after the refit
     with stage("refit by block"):
         _refit([job], progress)
     return job.finish()
@@ -169,6 +172,7 @@ class _Job:
     most: int | None
     seed: int
     spent: float = 0.0
+    left: int = 0
     journal: Journal | None = None
     vectors: Pairs = field(default_factory=dict)
     trained: dict[str, Trained] = field(default_factory=dict)  # by block refit, by block
@@ -389,7 +393,7 @@ class _Job:
         with stage("distillation"):
             if self.course.unjudged and self.bench.judged_on_seen:
                 with suppress(LowrankError):  # which is said at the end
-                    (level,) = dealt([partial(self.bench.judge.judged, self.student)])
+                    (level,) = dealt([partial(self._judged, self.student)])
                     self.course.judged(level)
             result = self._distilled(None if seconds is None else started + seconds)
         if self.course.unjudged:  # on the same rows
@@ -411,17 +415,21 @@ class _Job:
         fitted = self.fitted + len(written) if held else None
         batches = [*batches[: self.fitted], *written, *held]
         seconds = None if end is None else end - now()
-        result = distill(self.bench.model, self.student, batches, trained, options, fitted, seconds)
+        nesting = self.nesting(self.student)
+        result = distill(
+            self.bench.model, self.student, batches, trained, options, fitted, seconds, nesting
+        )
         from_first(trained)
         self.notes.append(
             f"distilled: held-out {self.bench.judge.measure} {result.before:.4g} -> "
             f"{result.after:.4g} (step {result.best_step} of {result.steps})"
+            f"{'' if nesting is None else f', {nesting}'}"
         )
         return result
 
     def _temper(self) -> None:
-        if not self.recovery.temperature or not self.refits:
-            return
+        if not self.recovery.temperature or not self.refits or self.recovery.nested is not None:
+            return  # one factor would suit one ratio
         started = now()
         factor, before = temper(self.student, self.bench.judge, self.vectors)
         if factor != 1.0:
@@ -431,12 +439,9 @@ class _Job:
 
     def _judge(self) -> None:
         """Revert to the layers before recovery if it did not lower held-out KL."""
-        plain = twin(self.bench.model)
-        for site, _, _ in self.work:
-            put(plain, site, self._made(site))
+        plain = self.plain()
         try:
-            judged = self.bench.judge.judged
-            before, after = dealt(partial(judged, model) for model in (plain, self.student))
+            before, after = dealt(partial(self._judged, model) for model in (plain, self.student))
         except NotFinite:
             raise
         except LowrankError as error:
@@ -454,3 +459,20 @@ class _Job:
             return
         self.student, self.vectors = plain, {}
         self.notes.append(f"recovery was reverted: {why}")
+
+    def plain(self) -> nn.Module:
+        """A twin with the layers before recovery."""
+        model = twin(self.bench.model)
+        for site, _, _ in self.work:
+            put(model, site, self._made(site))
+        return model
+
+    def nesting(self, model: nn.Module) -> Nesting | None:
+        """The ratios that a compressed model is trained and judged at; None for its own alone."""
+        least = self.recovery.nested
+        return None if least is None else Nesting(model, least, left=self.left, seed=self.seed)
+
+    def _judged(self, model: nn.Module) -> float:
+        """How far a model is from the dense one on the rows to judge by, over all of its ratios."""
+        nesting, judged = self.nesting(model), partial(self.bench.judge.judged, model)
+        return judged() if nesting is None else nesting.mean_of(judged)

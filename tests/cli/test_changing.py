@@ -217,3 +217,14 @@ def test_merge_gives_a_dense_checkpoint_of_the_same_function(
     # Logits of this model reach 30, where float32 resolves 2e-6: sums in another order show.
     torch.testing.assert_close(logits(tmp_path / "merged"), logits(made.out), rtol=2e-6, atol=1e-5)
     assert (logits(made.dense) - logits(made.out)).abs().max() > 1e-3
+
+
+def test_cut_gives_a_smaller_checkpoint(made: SimpleNamespace, tmp_path: Path) -> None:
+    said = run("cut", made.out, "--ratio", 0.3, "--out", tmp_path / "cut")
+    wanted, report = lowrank.at_rank(lowrank.from_pretrained(made.out), 0.3)
+    assert f"keeps {report.achieved:.4f} of the targets' parameters" in said
+    ids = torch.arange(20)[None] * 7 % 300
+    assert torch.equal(logits(tmp_path / "cut"), wanted.eval()(input_ids=ids).logits)
+    assert (tmp_path / "cut" / "tokenizer.json").is_file()
+    told = refused("cut", tmp_path / "cut", "--ratio", 0.6, "--out", tmp_path / "again")
+    assert "what was cut off is not stored" in told

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
@@ -13,6 +14,8 @@ from torch import nn
 from lowrank import LowrankError, linalg
 from lowrank.nn import ChannelConv, Geometry, build, describe
 from lowrank.walk import layouts
+
+from .convs import blocks, channel_first, conv
 
 MODES = ("zeros", "reflect", "replicate", "circular")
 GRID = list(itertools.product((1, 2), (0, 1, "same", "valid"), (1, 2), MODES, (True, False)))
@@ -91,3 +94,22 @@ def test_geometry_is_checked() -> None:
             Geometry.from_spec({**good, **change})
     with pytest.raises(LowrankError, match="sizes must be"):
         build({"type": "ChannelConv", **good, "stride": [1, -1], "rank": 2, "bias": True}, "here")
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_leading_components_are_those_of_every_group(groups: int) -> None:
+    dense = conv(2, groups=groups)
+    whole, new = channel_first(dense), channel_first(dense).leading(2)
+    wanted = []
+    for block in blocks(dense):
+        u, s, v = np.linalg.svd(block.reshape(len(block), -1), full_matrices=False)
+        wanted.append(u[:, :2] * s[:2] @ v[:2])
+    assert new.rank == 2
+    assert build(describe(new), "").state_dict().keys() == new.state_dict().keys()
+    got = new.dense_weight().detach().numpy()
+    np.testing.assert_allclose(got, np.concatenate(wanted), atol=1e-12)
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        dense.weight.copy_(new.dense_weight().view(dense.weight.shape))
+    torch.testing.assert_close(new(x), dense(x))
+    assert whole.rank > 2
