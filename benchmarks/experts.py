@@ -34,7 +34,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "whitened, pivoted": {"method": "whitened", "policy": "uniform", "storage": "pivoted"},
     "MPIFA-like": {
         "method": "whitened", "policy": "uniform", "storage": "pivoted",
-        "effort": Recovery(dense=0.25, sums=False, temperature=False),
+        "effort": Recovery(
+            dense=0.25, sums=False, shrinkage=0.0, temperature=False
+        ),
     },
     "default": {},
     "fast": {"effort": "fast"},

@@ -41,7 +41,7 @@ RIVALS: dict[str, dict[str, Any]] = {
     "whitened (SVD-LLM)": {"method": "whitened", **PLAIN},
     "MPIFA-like": {
         "method": "whitened", "policy": "uniform", "storage": "pivoted",
-        "effort": Recovery(dense=0.25, sums=False, temperature=False),
+        "effort": Recovery(dense=0.25, sums=False, shrinkage=0.0, temperature=False),
     },
     **{
         f"AA-SVD-like, rate {rate}": {

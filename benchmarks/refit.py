@@ -21,14 +21,14 @@ import lowrank
 from lowrank import Recovery
 from lowrank.demo import judge
 
+PLAIN: dict[str, Any] = {"shrinkage": 0.0, "temperature": False}
 WAYS = {
-    "own outputs, dense 0.5": Recovery(sums=False, dense=0.5, temperature=False),
-    "sums, dense 0.5": Recovery(dense=0.5, temperature=False),
-    "sums, dense 0.75": Recovery(dense=0.75, temperature=False),
-    "sums, dense 1": Recovery(dense=1.0, temperature=False),
-    "sums, dense 0.5 to 0.9": Recovery(dense=(0.5, 0.9), temperature=False),
-    "sums, dense 0.9 to 0.5": Recovery(dense=(0.9, 0.5), temperature=False),
-    "and the temperature": Recovery(),
+    "own outputs, dense 0.5": Recovery(sums=False, dense=0.5, **PLAIN),
+    "sums, dense 0.5": Recovery(dense=0.5, **PLAIN),
+    "sums, dense 1": Recovery(dense=1.0, **PLAIN),
+    "sums, dense 0.9 to 0.5": Recovery(**PLAIN),
+    "and the temperature": Recovery(shrinkage=0.0),
+    **{f"and shrinkage {s:g}": Recovery(shrinkage=s) for s in (0.5, 1.0, 2.0, 4.0)},
 }
 
 

@@ -25,6 +25,9 @@ class Recovery:
         refit: run the sequential refit.
         sums: a layer whose output is added to a stream is refitted to the dense model's sum, and so
             makes up for λ times the stream's error; else to its own output.
+        shrinkage: of the refit, which stays the closer to the dense weight the fewer tokens were
+            read: so many times in / tokens, relative to each input's second moment, are added to
+            the diagonals of H' and C (linalg/refit.py).
         batchnorm: re-estimate the running means and variances of batch norms; reverted unless that
             lowers held-out KL.
         temperature: scale the logits by the factor of least held-out KL, through the weight of the
@@ -46,6 +49,7 @@ class Recovery:
     dense: float | tuple[float, float] = (0.9, 0.5)
     refit: bool = True
     sums: bool = True
+    shrinkage: float = 1.0
     batchnorm: bool = True
     temperature: bool = True
     block_steps: int = 0
@@ -71,6 +75,7 @@ class Recovery:
             "distill_rate",
             "rows",
             "written",
+            "shrinkage",
         ):
             value = getattr(self, name)
             if value is None and name == "distill_rate":

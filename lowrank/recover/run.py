@@ -205,9 +205,12 @@ class _Job:
         if steps and not blocks:
             self.notes.append("the model has no chain of blocks: block refit was skipped")
         train = self._refit_block if steps else None
+        student = Student(
+            self.student, self.refits, self._fit, train, shrinkage=self.recovery.shrinkage
+        )
         if self.journal is None:
-            return Student(self.student, self.refits, self._fit, train)
-        return Student(self.student, self.refits, self._fit, train, self._restored, self._finished)
+            return student
+        return replace(student, restored=self._restored, finished=self._finished)
 
     def note(self, sentences: Sequence[str]) -> None:
         """What the pass did and says."""

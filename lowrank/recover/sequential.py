@@ -48,6 +48,7 @@ class Student:
             had finished it, its layers are now in place; returns the titles of those refitted
             without partners, None if it is still to be done.
         finished: called with the name of a block that is done, its sites and those titles.
+        shrinkage: of its moments, see `Recovery`.
     """
 
     model: nn.Module
@@ -56,6 +57,7 @@ class Student:
     after_block: Callable[[Chain, int, list[Tensor]], None] | None = None
     restored: Callable[[str], Sequence[str] | None] = lambda _: None
     finished: Callable[[str, Sequence[Site], Sequence[str]], None] = lambda *_: None
+    shrinkage: float = 0.0
 
     def among(self, group: Sequence[Site]) -> list[Site]:
         return [site for site in group if site in self.sites]
@@ -277,7 +279,7 @@ class SequentialPass:
         """
         if not all(sums.paired for sums in streams.values()):
             self._unpaired[group[0].title] = None
-        moments = {i: sums.moments() for i, sums in streams.items()}
+        moments = {i: sums.moments(self.students[i].shrinkage) for i, sums in streams.items()}
         # All students' layers of a site in turn: they share its metric of the outputs.
         pairs = [(i, s) for s in group for i in streams if s in self.students[i].sites]
         fits = (partial(self.students[i].fit, site, moments[i]) for i, site in pairs)

@@ -282,12 +282,20 @@ class _Sums:
         self.count, self.paired = total, all(paired for _, paired, _ in parts)
         self.added = all(added for count, _, added in parts if count)
 
-    def moments(self) -> Moments | None:
-        """None if it saw no token; the sums are used up."""
+    def moments(self, shrinkage: float = 0.0) -> Moments | None:
+        """None if it saw no token; the sums are used up.
+
+        Args:
+            shrinkage: so many times in / tokens are added to the diagonals of H' and C, relative to
+                that of H': the fewer tokens, the closer a refit stays to W.
+        """
         if not self.count:
             return None
         means = [total.div_(self.count) for total in self.sums]
         gram, cross, mean, dense_mean = means[:4]
+        added = gram.diagonal() * (shrinkage * len(gram) / self.count)
+        for each in (gram, cross):
+            each.diagonal().add_(added)
         if not self.paired:
             cross, dense_mean = gram, mean
         error, mean_error = means[4:] if self.added and self.paired else (None, None)
