@@ -35,6 +35,8 @@ from .quantized_linear import QuantizedFactorsLinear as QuantizedFactorsLinear
 from .quantized_linear import QuantizedLinear as QuantizedLinear
 from .quantized_linear import QuantizedLowRankLinear as QuantizedLowRankLinear
 from .quantized_linear import quantized_cost as quantized_cost
+from .quotient_remainder import QuotientRemainderEmbedding as QuotientRemainderEmbedding
+from .quotient_remainder import quotient_remainder_cost as quotient_remainder_cost
 from .shared_linear import SharedLowRankLinear as SharedLowRankLinear
 from .sparse_kernels import semi_structured as semi_structured
 from .spatial_conv import SpatialConv as SpatialConv
@@ -55,6 +57,7 @@ FACTORED.update(
         "SpatialConv": SpatialConv,
         "CPConv": CPConv,
         "LowRankEmbedding": LowRankEmbedding,
+        "QuotientRemainderEmbedding": QuotientRemainderEmbedding,
         "TiedEmbedding": TiedEmbedding,
         "TiedHead": TiedHead,
         "DenseSparseLinear": DenseSparseLinear,
