@@ -45,6 +45,8 @@ from .tied import TiedEmbedding as TiedEmbedding
 from .tied import TiedHead as TiedHead
 from .tucker_conv import TuckerConv as TuckerConv
 from .tucker_conv import tucker_cost as tucker_cost
+from .unified_table import UnifiedEmbedding as UnifiedEmbedding
+from .unified_table import UnifiedReader as UnifiedReader
 from .usv_linear import USVLinear as USVLinear
 
 FACTORED.update(
@@ -58,6 +60,8 @@ FACTORED.update(
         "CPConv": CPConv,
         "LowRankEmbedding": LowRankEmbedding,
         "QuotientRemainderEmbedding": QuotientRemainderEmbedding,
+        "UnifiedEmbedding": UnifiedEmbedding,
+        "UnifiedReader": UnifiedReader,
         "TiedEmbedding": TiedEmbedding,
         "TiedHead": TiedHead,
         "DenseSparseLinear": DenseSparseLinear,
