@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
 from ..errors import LowrankError
-from .form import Form
+from .form import INSTEAD, Form
 
 MODES = ("sum", "mean", "max")
 Table = nn.Embedding | nn.EmbeddingBag
@@ -61,7 +61,12 @@ class Bag:
             vectors: of every id, (*ids.shape, D).
             ids, offsets, per_sample_weights: as for nn.EmbeddingBag; ids equal to `padding_idx`
                 are left out.
+
+        Raises:
+            LowrankError: torch.fx traces it, which knows no number of ids.
         """
+        if isinstance(ids, torch.fx.Proxy):
+            raise LowrankError(f"torch.fx cannot trace a bag of factored rows: {INSTEAD}")
         rows = vectors.reshape(-1, vectors.shape[-1])
         place = torch.arange(len(rows), dtype=ids.dtype, device=ids.device).view(ids.shape)
         left_out = None

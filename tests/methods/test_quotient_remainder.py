@@ -154,3 +154,11 @@ def test_tables_of_one_size_are_drawn_apart() -> None:
     start = QuotientRemainder(start="random")
     lowrank.factorize_by_design(model, 0.5, method=start, target_modules="all")
     assert not torch.equal(model[0].remainder.weight, model[1].remainder.weight)
+
+
+def test_where_speed_is_preferred_lookups_stay_dense() -> None:
+    _, report = lowrank.compress(
+        nn.Sequential(table()), 0.5, method="quotient-remainder", target_modules="all",
+        prefer="speed", data=torch.arange(9), progress=False,
+    )  # fmt: skip
+    assert "a dense one takes none" in report.sites[0].reason

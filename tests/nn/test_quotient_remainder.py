@@ -143,6 +143,14 @@ def test_an_id_that_the_table_does_not_have_is_refused(beyond: int) -> None:
         layer_of("add")(torch.tensor([beyond]))
 
 
+def test_torch_fx_traces_rows_and_says_what_to_do_with_bags() -> None:
+    layer = layer_of("mult", padding_idx=3)
+    traced = torch.fx.symbolic_trace(nn.Sequential(layer))
+    assert torch.equal(traced(IDS), layer(IDS))
+    with pytest.raises(LowrankError, match=r"torch.fx cannot trace a bag.*torch.export"):
+        torch.fx.symbolic_trace(nn.Sequential(layer_of("mult", mode="sum")))
+
+
 def test_offsets_are_for_bags() -> None:
     with pytest.raises(TypeError, match="for an EmbeddingBag"):
         layer_of("mult")(IDS, torch.tensor([0]))
