@@ -11,6 +11,7 @@ from .api.cutting import at_rank as at_rank
 from .api.estimating import estimate as estimate
 from .api.sweeping import Sweep as Sweep
 from .api.sweeping import sweep as sweep
+from .api.unifying import unify_tables as unify_tables
 from .calibration.file import load_calibration as load_calibration
 from .calibration.file import save_calibration as save_calibration
 from .calibration.fisher import with_fisher as with_fisher

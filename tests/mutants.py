@@ -33,6 +33,15 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "bags pooled in each of two tables before their rows are combined, as in DLRM's code",
+        "lowrank/nn/quotient_remainder.py",
+        "return self.bag.pool(vectors, input, offsets, per_sample_weights, self.padding_idx)",
+        "return self._combined(*(self.bag.pool(part, input, offsets, per_sample_weights, "
+        "self.padding_idx) for part in (self.quotient(rows), self.remainder(input % "
+        "self.remainders))))",
+        ("tests/nn/test_quotient_remainder.py::test_bags_of_several_ids_pool_whole_rows",),
+    ),
+    Mutant(
         "candidates that are far behind refitted, and the near ones left",
         "lowrank/api/allocating.py",
         "if value <= NEAR * max(least, ROUNDING)]",

@@ -5,6 +5,7 @@ python -m tests.roster         # how many combinations of law, method, case and 
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from typing import Any
 
@@ -73,6 +74,18 @@ def on_a_grid(out_features: int, in_features: int, rng: torch.Generator) -> tupl
     return sizes * (codes - 4), (3, in_features)
 
 
+def two_tables(out_features: int, in_features: int, rng: torch.Generator) -> tuple[Tensor, Size]:
+    """Rows that are products of a row by quotient and a row by remainder; the first few are zero,
+    among them whatever is padding."""
+    remainders = math.isqrt(out_features - 1) + 1
+    quotient = torch.randn(-(-out_features // remainders), in_features, generator=rng).double()
+    remainder = torch.randn(remainders, in_features, generator=rng).double()
+    quotient[0] = 0
+    ids = torch.arange(out_features)
+    table = quotient[ids // remainders] * remainder[ids % remainders]
+    return table, (remainders, in_features)
+
+
 # Sizes of two numbers are no ranks of the matrix, and `first` works at the input's positions.
 OF_CONVOLUTIONS = laws(low_rank=False, plain_products=False)
 
@@ -95,6 +108,7 @@ ROSTER: dict[str, dict[str, Law]] = {
     "whitened-conv": OF_CONVOLUTIONS,
     "two-sided-tucker": OF_CONVOLUTIONS,
     "two-sided-conv": OF_CONVOLUTIONS,
+    "quotient-remainder": laws(low_rank=False, planted=two_tables),
     "random": laws(planted=None),  # it gives the trained weight up
     "dense-sparse": laws(low_rank=False, planted=lines, plain_products=False),  # it gathers too
     "lowrank-sparse": laws(low_rank=False, planted=one_channel),

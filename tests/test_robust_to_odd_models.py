@@ -156,7 +156,8 @@ def test_no_option_is_accepted_and_passed_over() -> None:
         factorize_by_design(mlp(24, 40, 16), 0.5, ignore_lower_equal_dim=True)  # type: ignore[call-arg]
     changed: dict[str, Any] = {
         "init": "random", "of": "model", "unit": "bytes", "target_modules": ["0"],
-        "exclude_modules": ["0"], "align": 5, "seed": 3, "copy": True,
+        "exclude_modules": ["0"], "align": 5, "seed": 3, "copy": True, "method": "snmf",
+        "policy": "energy",
     }  # fmt: skip
     assert {"model", "ratio", *changed} == set(inspect.signature(factorize_by_design).parameters)
 

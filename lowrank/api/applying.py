@@ -22,6 +22,7 @@ from ..measure.timing import paired_ratio
 from ..methods.resolved import Resolved
 from ..nn import LowRankEmbedding, TiedHead
 from ..nn.form import notes_of
+from ..nn.table_form import TableForm
 from ..plans.entry import Entry
 from ..plans.plan import Plan, Work, matched, versions
 from ..plans.progress import steps
@@ -379,9 +380,9 @@ def _too_slow(
 ) -> str:
     """With prefer="speed": why layers stay dense, by paired timing at the data's shape; or ""."""
     dense, new = [site.module for site in sites], list(modules)
-    if isinstance(new[0], LowRankEmbedding):  # its lookup is slower; a faster head may compensate
+    if isinstance(new[0], TableForm):  # its lookup is slower; a faster head may compensate
         heads = [m for m in sites[0].modules if layouts.kind(m) != "embedding"]
-        if not heads:
+        if not (heads and isinstance(new[0], LowRankEmbedding)):
             return "a factored lookup takes a product, a dense one takes none"
         dense, new = heads[:1], [TiedHead.of(new[0])]
     shapes = {} if calibration is None else calibration.observation.shapes

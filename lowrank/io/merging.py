@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..errors import LowrankError, listed
 from ..nn import Form, LowRankEmbedding, TiedHead, build, describe
 from ..nn.factored_conv import FactoredConv
+from ..nn.table_form import TableForm
 from ..walk import layouts
 from ..walk.parts import join_parts
 from ..walk.surgery import factored, swap
@@ -82,11 +83,12 @@ def _reader(module: Form, factors: LowRankEmbedding, table: nn.Module) -> nn.Mod
 
 def _dense(module: Form, dtype: torch.dtype | None) -> nn.Module:
     """The dense layer of a form: nn.Linear, transformers' Conv1D, a convolution or an embedding."""
-    stored = next(p.dtype for p in module.parameters() if p.dtype.is_floating_point)
+    holder = _holder(module)
+    stored = next(p.dtype for p in holder.parameters() if p.dtype.is_floating_point)
     weight = _weight(module, stored).to(dtype or stored)  # (out, in)
     bias = layouts.bias(module)
     dense: nn.Module
-    if isinstance(module, LowRankEmbedding):
+    if isinstance(module, TableForm):
         dense = module.dense(nn.Parameter(weight))
     elif isinstance(module, FactoredConv):
         dense = module.geometry.dense(weight, bias)
@@ -98,14 +100,20 @@ def _dense(module: Form, dtype: torch.dtype | None) -> nn.Module:
         dense.weight = nn.Parameter(weight)
     if bias is not None:
         dense.bias = nn.Parameter(bias.detach().to(weight.dtype, copy=True), bias.requires_grad)
-    factors = [p for name, p in module.named_parameters() if not name.endswith("bias")]
+    factors = [p for name, p in holder.named_parameters() if not name.endswith("bias")]
     dense.weight.requires_grad_(any(p.requires_grad for p in factors))
     return dense.train(module.training)
 
 
+def _holder(module: Form) -> nn.Module:
+    """The module that stores the numbers of a form: itself, or the owner that it reads."""
+    holds = next(module.parameters(), None) is not None
+    return module if holds or module.owner is None else module.owner
+
+
 def _weight(module: Form, stored: torch.dtype) -> Tensor:
     """The dense weight (out, in), computed in float32 or better."""
-    device = next(module.parameters()).device
+    device = next(_holder(module).parameters()).device
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         wide = torch.promote_types(stored, torch.float32)
         weight = module.dense_weight(wide)

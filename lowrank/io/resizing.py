@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import LowrankError
 from ..nn import Form, LowRankEmbedding, LowRankLinear, TiedEmbedding, TiedHead
+from ..nn.table_form import TableForm
 
 Resize = Callable[..., Any]
 
@@ -43,6 +44,8 @@ def resize_table(resize: Resize, model: Any, old: nn.Module, *args: Any, **kwarg
     Raises:
         LowrankError: what holds the coordinates is no plain embedding.
     """
+    if isinstance(old, TableForm):
+        _check(isinstance(old, LowRankEmbedding), old)
     if not isinstance(old, LowRankEmbedding | TiedEmbedding):
         return resize(model, old, *args, **kwargs)
     table = old.owner if isinstance(old, TiedEmbedding) else old

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..calibration.observation import inside
 from ..errors import LowrankError, listed
 from ..nn import Form, Geometry, LowRankEmbedding, build, describe, is_factored
-from ..nn.lowrank_embedding import table_options
+from ..nn.table_form import TableForm, table_options
 from ..walk import layouts
 from ..walk.surgery import adopt, factored, modules_of
 from .containers import containers_of, fused_names
@@ -209,8 +209,8 @@ def _check_fits(dense: nn.Module, form: Form, spec: Spec, where: str) -> None:
             f"{where}: stored as (out, in) = {stored}, but {type(dense).__name__} is "
             f"{(rows, columns)}: the architectures differ"
         )
-    if isinstance(form, LowRankEmbedding):
-        _check_options(dense, spec, where)
+    if isinstance(form, TableForm):
+        _check_options(dense, form, where)
 
 
 def _check_geometry(dense: nn.Module, spec: Spec, where: str) -> None:
@@ -223,10 +223,9 @@ def _check_geometry(dense: nn.Module, spec: Spec, where: str) -> None:
         )
 
 
-def _check_options(dense: nn.Module, spec: Spec, where: str) -> None:
-    """Raises LowrankError if the embedding's options (padding, pooling) differ from the spec's."""
-    sizes = {"type", "num_embeddings", "embedding_dim", "rank", "layout"}
-    stored = {key: value for key, value in spec.items() if key not in sizes}
+def _check_options(dense: nn.Module, form: TableForm, where: str) -> None:
+    """Raises LowrankError if the embedding's options (padding, pooling) differ from the form's."""
+    stored = form.options()
     if stored != table_options(dense):
         raise LowrankError(
             f"{where}: stored with options {stored}, but {type(dense).__name__} has "

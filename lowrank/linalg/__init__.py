@@ -46,6 +46,7 @@ from .quantise import in_metric as in_metric
 from .quantise import nearest as nearest
 from .quantise import spread_scales as spread_scales
 from .quantise import zero_of as zero_of
+from .quotients import two_tables as two_tables
 from .refit import refit_factors as refit_factors
 from .refit import regressed as regressed
 from .shared import factor_shared as factor_shared

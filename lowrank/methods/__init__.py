@@ -19,6 +19,7 @@ from .lowrank_masked import LowRank24 as LowRank24
 from .lowrank_masked import LowRankMasked as LowRankMasked
 from .lowrank_sparse import LowRankSparse as LowRankSparse
 from .quantized import Quantized as Quantized
+from .quotient_remainder import QuotientRemainder as QuotientRemainder
 from .random import Random as Random
 from .snmf import SemiNMF as SemiNMF
 from .svd import SVD as SVD
@@ -51,6 +52,7 @@ METHODS: dict[str, type[Method]] = {
     "two-sided-conv": TwoSidedConv,
     "frequency": Frequency,
     "head-aware": HeadAware,
+    "quotient-remainder": QuotientRemainder,
     "dense-sparse": DenseSparse,
     "lowrank-sparse": LowRankSparse,
     "lowrank-masked": LowRankMasked,

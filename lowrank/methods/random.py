@@ -37,7 +37,7 @@ class Random:
 
     def factor(self, module: nn.Module, option: Option, stats: Statistics) -> nn.Module:
         weight, rank = layouts.matrix(module).detach(), rank_of(option, module)
-        generator = torch.Generator().manual_seed(self.seed ^ _fingerprint(weight))
+        generator = torch.Generator().manual_seed(self.seed ^ fingerprint(weight))
         # Var(Σ_r up·down) = r · std⁴ has to equal the mean square of W.
         std = (float(weight.double().square().mean()) / rank) ** 0.25
         up, down = (
@@ -49,5 +49,6 @@ class Random:
         return low_rank_layer(module, down, up * std, option)
 
 
-def _fingerprint(weight: Tensor) -> int:
+def fingerprint(weight: Tensor) -> int:
+    """A number of its entries, so that layers draw apart from each other by one seed."""
     return zlib.crc32(weight.float().cpu().contiguous().numpy().tobytes())

@@ -35,6 +35,8 @@ from .quantized_linear import QuantizedFactorsLinear as QuantizedFactorsLinear
 from .quantized_linear import QuantizedLinear as QuantizedLinear
 from .quantized_linear import QuantizedLowRankLinear as QuantizedLowRankLinear
 from .quantized_linear import quantized_cost as quantized_cost
+from .quotient_remainder import QuotientRemainderEmbedding as QuotientRemainderEmbedding
+from .quotient_remainder import quotient_remainder_cost as quotient_remainder_cost
 from .shared_linear import SharedLowRankLinear as SharedLowRankLinear
 from .sparse_kernels import semi_structured as semi_structured
 from .spatial_conv import SpatialConv as SpatialConv
@@ -43,6 +45,8 @@ from .tied import TiedEmbedding as TiedEmbedding
 from .tied import TiedHead as TiedHead
 from .tucker_conv import TuckerConv as TuckerConv
 from .tucker_conv import tucker_cost as tucker_cost
+from .unified_table import UnifiedEmbedding as UnifiedEmbedding
+from .unified_table import UnifiedReader as UnifiedReader
 from .usv_linear import USVLinear as USVLinear
 
 FACTORED.update(
@@ -55,6 +59,9 @@ FACTORED.update(
         "SpatialConv": SpatialConv,
         "CPConv": CPConv,
         "LowRankEmbedding": LowRankEmbedding,
+        "QuotientRemainderEmbedding": QuotientRemainderEmbedding,
+        "UnifiedEmbedding": UnifiedEmbedding,
+        "UnifiedReader": UnifiedReader,
         "TiedEmbedding": TiedEmbedding,
         "TiedHead": TiedHead,
         "DenseSparseLinear": DenseSparseLinear,

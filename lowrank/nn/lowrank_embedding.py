@@ -8,28 +8,24 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import LowrankError
 from ..types import Cost, Size
 from .children import linear_weight, table_weight
-from .form import Form, floating
+from .form import floating
 from .lazy import LazyProduct
 from .lowrank_linear import own
-
-BAGS = ("sum", "mean")  # "max" is not linear: it does not commute with the product
-Table = nn.Embedding | nn.EmbeddingBag
+from .table_form import Bag, Table, TableForm, refuse_bag_arguments, table_options
 
 
-class LowRankEmbedding(Form):
+class LowRankEmbedding(TableForm):
     """Two torch children, so that sparse gradients, hooks and optimisers work as before.
 
     Tensors: `rows.weight` (num_embeddings, rank), `up.weight` (embedding_dim, rank). `rows` keeps
     padding_idx (no gradient, left out of bags), sparse, scale_grad_by_freq and a bag's options. A
-    zero padding row stays zero in training; one that is not zero changes with `up`.
+    zero padding row stays zero in training; one that is not zero changes with `up`. Bags of mode
+    "max" are pooled after the product, with which a maximum does not commute; others before it.
     """
 
     STORAGE = "factors"
-    KIND = "embedding"
-    WORDS = frozenset({"mode"})
     NESTED = True
 
     def __init__(
@@ -48,18 +44,17 @@ class LowRankEmbedding(Form):
     ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        if mode is not None and mode not in BAGS:
-            raise LowrankError(f"mode of a bag must be one of {', '.join(BAGS)}, got {mode!r}")
+        bag = None if mode is None else Bag(mode, include_last_offset)
+        self.bag = bag if mode == "max" else None  # of vectors; the others are of rows
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         shared: dict[str, Any] = {
             "padding_idx": padding_idx, "sparse": sparse, "scale_grad_by_freq": scale_grad_by_freq,
         }  # fmt: skip
         self.rows: Table
-        if mode is None:
+        if bag is None or self.bag is not None:
             self.rows = nn.Embedding(num_embeddings, rank, **shared, **place)
         else:
-            bag: dict[str, Any] = {"mode": mode, "include_last_offset": include_last_offset}
-            self.rows = nn.EmbeddingBag(num_embeddings, rank, **shared, **bag, **place)
+            self.rows = nn.EmbeddingBag(num_embeddings, rank, **shared, **bag.options(), **place)
         self.up = nn.Linear(rank, embedding_dim, bias=False, **place)
 
     @classmethod
@@ -106,9 +101,12 @@ class LowRankEmbedding(Form):
         """Ids as for the replaced layer -> (..., D); offsets and weights are for bags."""
         if isinstance(self.rows, nn.EmbeddingBag):
             return cast(Tensor, self.up(self.rows(input, offsets, per_sample_weights)))
+        vectors: Tensor = self.up(self.rows(input))
+        if self.bag is not None:
+            return self.bag.pool(vectors, input, offsets, per_sample_weights, self.padding_idx)
         if offsets is not None or per_sample_weights is not None:
-            raise TypeError("offsets and per_sample_weights are for an EmbeddingBag")
-        return cast(Tensor, self.up(self.rows(input)))
+            refuse_bag_arguments()
+        return vectors
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense table (V, D), computed in `dtype` (None: that of the factors)."""
@@ -117,20 +115,20 @@ class LowRankEmbedding(Form):
         return table_weight(self.rows, self.num_embeddings).to(dtype) @ up.to(dtype).T
 
     def leading(self, rank: int, owner: nn.Module | None = None) -> Self:
-        rows, up = self.rows.weight[:, :rank], self.up.weight[:, :rank]
-        return self.from_factors(rows, up, self.rows)
+        part = self.empty(
+            num_embeddings=self.num_embeddings, embedding_dim=self.embedding_dim, rank=rank,
+            **self.options(),
+        )  # fmt: skip
+        part.rows.weight = own(self.rows.weight[:, :rank])
+        part.up.weight = own(self.up.weight[:, :rank])
+        return part
 
-    def dense(self, weight: nn.Parameter) -> Table:
-        """The replaced layer, with all its options and this weight (V, D)."""
-        options = table_options(self.rows)
-        kind = nn.EmbeddingBag if "mode" in options else nn.Embedding
-        table: Table = kind(*weight.shape, **{**options, "device": "meta"})
-        table.weight = weight
-        return table
+    def options(self) -> dict[str, Any]:
+        return {**table_options(self.rows), **({} if self.bag is None else self.bag.options())}
 
     def spec(self) -> dict[str, Any]:
         sizes = {"num_embeddings": self.num_embeddings, "embedding_dim": self.embedding_dim}
-        return {**sizes, "rank": self.rank, **table_options(self.rows)}
+        return {**sizes, "rank": self.rank, **self.options()}
 
     def cost(self) -> Cost:
         """MACs are per output vector; reading a row has none."""
@@ -139,20 +137,6 @@ class LowRankEmbedding(Form):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"
-
-
-def table_options(table: nn.Module) -> dict[str, Any]:
-    """The options of an nn.Embedding or nn.EmbeddingBag that differ from the defaults (JSON)."""
-    options = {
-        "padding_idx": table.padding_idx,
-        "sparse": table.sparse,
-        "scale_grad_by_freq": table.scale_grad_by_freq,
-    }
-    kept: dict[str, Any] = {k: v for k, v in options.items() if v is not None and v is not False}
-    if isinstance(table, nn.EmbeddingBag):
-        kept["mode"] = table.mode
-        kept |= {"include_last_offset": True} if table.include_last_offset else {}
-    return kept
 
 
 def lookup_cost(rows: int, columns: int, rank: int, *, itemsize: int, heads: int = 0) -> Cost:

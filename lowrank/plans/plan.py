@@ -19,6 +19,7 @@ from torch import nn
 
 from ..errors import LowrankError, listed
 from ..nn import form_of
+from ..nn.form import SIZES_OF_KIND
 from ..tables import aligned, rich_table
 from ..types import UNITS, Cost, Site, Size, Unit
 from ..walk import coverage, layouts
@@ -231,7 +232,10 @@ _SETTINGS: Checks = {
     "method": (lambda v: v is None or is_text(v), "text"),
     "alone": (lambda v: v is None or is_text(v), "text"),
     "seed": (lambda v: v is None or is_integer(v), "an integer"),
-    "storage": (lambda v: v is None or form_of(v) is not None, "a storage of a registered form"),
+    "storage": (
+        lambda v: v is None or any(form_of(v, kind) for kind in SIZES_OF_KIND),
+        "a storage of a registered form",
+    ),
     "data": (lambda v: v is None or is_text(v), "text"),
     "recovery": (lambda v: v is None or isinstance(v, dict), "an object or null"),
     "notes": (

@@ -8,6 +8,7 @@ from .common import policy_of as policy_of
 from .energy import Energy as Energy
 from .evbmf import EVBMF as EVBMF
 from .lossaware import LossAware as LossAware
+from .mixed_dimensions import MixedDimensions as MixedDimensions
 from .spectrum import Spectrum as Spectrum
 from .uniform import Uniform as Uniform
 from .welore import WeLore as WeLore
@@ -20,5 +21,6 @@ POLICIES.update(
         "spectrum": Spectrum,
         "lossaware": LossAware,
         "evbmf": EVBMF,
+        "mixed-dimensions": MixedDimensions,
     }
 )

@@ -81,6 +81,19 @@ def at_most(curve: Curve, rank: int) -> Option | None:
     return next(fits, None)
 
 
+def gated(curve: Curve, rank: int) -> Option:
+    """The factored option of that rank where it is smaller than the dense weight, else dense."""
+    below = at_most(curve, rank)
+    if below is None or below.size is None:
+        return curve.options[0]
+    # A curve may lack this exact rank (alignment, ties): its cost follows from the one below.
+    known, per_rank = below.size[0], below.cost.params
+    if below.storage == "pivoted":  # r(m + n − r)
+        per_rank -= known * (rank - known)
+    grows = rank * per_rank >= known * curve.dense.cost.params
+    return curve.dense if grows and below.error > 0 else below
+
+
 def least_that_fits(
     thresholds: Sequence[float], choose: Callable[[float], Choice], budget: Budget, policy: str
 ) -> Choice:

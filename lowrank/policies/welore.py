@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import LowrankError, listed
-from ..types import Allocation, Budget, Curve, Option, Probe
-from .common import Choice, at_most, disjoint, least_that_fits
+from ..types import Allocation, Budget, Curve, Probe
+from .common import Choice, disjoint, gated, least_that_fits
 
 Values = NDArray[np.float64]
 
@@ -42,7 +42,7 @@ class WeLore:
 
         def choose(threshold: float) -> Choice:
             return {
-                sites: _gated(curve, kept(values[sites], threshold))
+                sites: gated(curve, kept(values[sites], threshold))
                 for sites, curve in by_sites.items()
             }
 
@@ -68,16 +68,3 @@ def kept(values: Values, threshold: float) -> int:
 def _numbers(curve: Curve) -> Values:
     assert curve.spectrum is not None
     return curve.spectrum.double().numpy()
-
-
-def _gated(curve: Curve, rank: int) -> Option:
-    """The factored option of that rank where it is smaller than the dense weight, else dense."""
-    below = at_most(curve, rank)
-    if below is None or below.size is None:
-        return curve.options[0]
-    # A curve may lack this exact rank (alignment, ties): its cost follows from the one below.
-    known, per_rank = below.size[0], below.cost.params
-    if below.storage == "pivoted":  # r(m + n − r)
-        per_rank -= known * (rank - known)
-    grows = rank * per_rank >= known * curve.dense.cost.params
-    return curve.dense if grows and below.error > 0 else below

@@ -101,8 +101,6 @@ def obstacle(module: nn.Module) -> str:
         return f"its weight is of class {type(module.weight).__name__}, not a plain tensor"
     if kind(module) == "embedding" and module.max_norm is not None:
         return f"max_norm={module.max_norm} rescales rows when read, which factors cannot"
-    if getattr(module, "mode", None) == "max":
-        return "a bag of mode 'max' is not linear in its rows"
     if getattr(module, "groups", 1) != 1:
         return obstacle_to_split(module) or "grouped convolutions are not supported here"
     weight = matrix(module)

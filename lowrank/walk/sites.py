@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from ..errors import LowrankError, listed
-from ..nn.lowrank_embedding import table_options
+from ..nn.table_form import table_options
 from ..types import Site
 from . import layouts
 from .checks import check_no_adapters

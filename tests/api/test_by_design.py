@@ -63,6 +63,8 @@ def test_it_refuses_as_compress_does() -> None:
     for bad in (1.5, 0, "half"):
         with unchanged(model), pytest.raises(LowrankError, match="ratio is the fraction kept"):
             factorize_by_design(model, bad)  # type: ignore[arg-type]
+    with unchanged(model), pytest.raises(LowrankError, match="init='random' starts low-rank"):
+        factorize_by_design(model, 0.5, "random", method="snmf")
     with unchanged(model), pytest.raises(LowrankError, match="unknown init"):
         factorize_by_design(model, 0.5, "svd")  # type: ignore[arg-type]
 

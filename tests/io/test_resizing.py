@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank import LowrankError
-from lowrank.nn import LowRankEmbedding, LowRankLinear, TiedHead
+from lowrank.nn import (
+    LowRankEmbedding,
+    LowRankLinear,
+    QuotientRemainderEmbedding,
+    TiedHead,
+)
 from tests.zoo import VOCABULARY, llama, make, tokens
 
 OLD = tokens(2, 6)
@@ -87,6 +92,18 @@ def test_other_forms_say_what_to_do() -> None:
         make("llama"), 0.6, data=None, target_modules=["lm_head"], storage="pivoted"
     )
     with pytest.raises(LowrankError, match=r"PivotedLinear cannot be resized: .*to_dense"):
+        model.resize_token_embeddings(VOCABULARY + 4)
+
+
+def test_two_tables_are_saved_and_say_what_to_do(tmp_path: Path) -> None:
+    model, _ = lowrank.compress(
+        make("llama"), 0.6, data=None, target_modules=["embed_tokens"], method="quotient-remainder"
+    )
+    assert isinstance(model.model.embed_tokens, QuotientRemainderEmbedding)
+    model.save_pretrained(tmp_path)
+    again = lowrank.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    with pytest.raises(LowrankError, match=r"QuotientRemainderEmbedding cannot be resized: .*to_d"):
         model.resize_token_embeddings(VOCABULARY + 4)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lowrank
 from lowrank.errors import LowrankError
 from lowrank.nn import LowRankEmbedding, TiedEmbedding, TiedHead, build, describe
-from lowrank.nn.lowrank_embedding import table_options
+from lowrank.nn.table_form import table_options
 
 TABLES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -23,6 +23,7 @@ TABLES: dict[str, dict[str, Any]] = {
 BAGS: dict[str, dict[str, Any]] = {
     "mean": {"mode": "mean"},
     "sum": {"mode": "sum", "padding_idx": 3, "sparse": True},
+    "max": {"mode": "max", "padding_idx": 3},
     "last": {"mode": "sum", "include_last_offset": True, "padding_idx": 2},
 }
 IDS = torch.tensor([1, 3, 5, 5, 2, 9, 0, 3])
@@ -76,7 +77,7 @@ def test_described_built_and_merged_with_all_options(options: dict[str, Any]) ->
     assert torch.equal(again.weight, layer.weight)
     merged = lowrank.to_dense(layer)
     assert type(merged) is type(dense)
-    assert table_options(merged) == table_options(dense) == table_options(again.rows)
+    assert table_options(merged) == table_options(dense) == again.options()
     torch.testing.assert_close(merged.weight, dense.weight)
 
 
@@ -109,6 +110,18 @@ def test_a_zero_padding_row_stays_exactly_zero(method: str, rows: int) -> None:
     assert torch.equal(kept.rows.weight[1], torch.zeros(2))
 
 
+def test_a_truncated_bag_takes_the_largest_of_whole_rows() -> None:
+    """A maximum of factors, multiplied then, is another number."""
+    dense = nn.EmbeddingBag(40, 8, mode="max", padding_idx=2)
+    layer, report = lowrank.compress(dense, rank=3, target_modules="all", progress=False)
+    assert type(layer) is LowRankEmbedding
+    assert report.params_after == 3 * 48
+    ids = torch.tensor([[1, 5, 2, 9], [30, 30, 7, 2]])
+    kept = [[i for i in row if i != 2] for row in ids.tolist()]
+    want = torch.stack([product(layer)[row].max(0).values for row in kept])
+    torch.testing.assert_close(layer(ids), want)
+
+
 def doubled(*sizes: int) -> nn.Module:
     def forward(self: nn.Embedding, input: torch.Tensor) -> torch.Tensor:
         return nn.Embedding.forward(self, input) * self.scale
@@ -121,7 +134,6 @@ def doubled(*sizes: int) -> nn.Module:
 def test_what_cannot_be_a_product_is_refused_with_the_reason() -> None:
     for dense, words in (
         (table(max_norm=1.0), "max_norm=1.0 rescales rows when read"),
-        (nn.EmbeddingBag(11, 7, mode="max"), "a bag of mode 'max' is not linear"),
         (doubled(11, 7), "Own multiplies what it reads by 2"),
     ):
         model = nn.ModuleDict({"emb": dense, "fc": nn.Linear(8, 8)})
@@ -140,7 +152,7 @@ def test_offsets_are_for_bags() -> None:
         exact(table())(IDS, torch.tensor([0]))
 
 
-@pytest.mark.parametrize("change", [{"mode": "max"}, {"mode": 3}, {"colour": 1}, {"rank": "2"}])
+@pytest.mark.parametrize("change", [{"mode": "median"}, {"mode": 3}, {"colour": 1}, {"rank": "2"}])
 def test_a_bad_spec_is_one_error(change: dict[str, Any]) -> None:
     spec = {"type": "LowRankEmbedding", "num_embeddings": 5, "embedding_dim": 4, "rank": 2}
     build(spec, "table")
