@@ -35,6 +35,7 @@ from .quantized_linear import QuantizedFactorsLinear as QuantizedFactorsLinear
 from .quantized_linear import QuantizedLinear as QuantizedLinear
 from .quantized_linear import QuantizedLowRankLinear as QuantizedLowRankLinear
 from .quantized_linear import quantized_cost as quantized_cost
+from .routed_mlp import RoutedMLP as RoutedMLP
 from .shared_linear import SharedLowRankLinear as SharedLowRankLinear
 from .sparse_kernels import semi_structured as semi_structured
 from .spatial_conv import SpatialConv as SpatialConv
@@ -66,5 +67,6 @@ FACTORED.update(
         "QuantizedLinear": QuantizedLinear,
         "QuantizedFactorsLinear": QuantizedFactorsLinear,
         "QuantizedLowRankLinear": QuantizedLowRankLinear,
+        "RoutedMLP": RoutedMLP,
     }
 )
