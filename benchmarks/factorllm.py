@@ -1,0 +1,202 @@
+"""MLPs in experts: KL against active neurons, beside pruning and other groups, and time.
+
+    python benchmarks/factorllm.py [--model FOLDER --text FILE] [--experts 8] [--rows 64]
+    python benchmarks/factorllm.py --times
+
+At equal numbers of active neurons in every MLP: experts grouped by co-activation (`route_mlps`),
+as the neurons stand, and at random, all with a router fitted the same way; and as many neurons for
+every token, those of the largest weights (magnitude) or the largest contributions on the same rows.
+The routed sum is also scaled, by experts / active as FactorLLM does and by least squares. `--times`
+measures single MLPs with random weights and routers: one token, and many, routed against dense,
+alternating; medians of ratios. The paper (arXiv 2408.11855) is quoted beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import keep
+from torch import Tensor, nn
+
+from lowrank import kl, perplexity, route_mlps
+from lowrank.calibration.batches import text_rows
+from lowrank.calibration.mlp_inputs import rows_of_mlps
+from lowrank.demo import tiny_lm
+from lowrank.measure.timing import paired_ratio
+from lowrank.nn import RoutedMLP
+from lowrank.walk.mlps import find_mlps
+
+PAPER = (
+    "FactorLLM, arXiv 2408.11855: up to 85 % of the original performance and more than 30 % "
+    "faster (abstract); 1 of 4 experts: FLOPs of the MLPs -75 %, of the model -30 to -50 %, "
+    "fine-tuned on 0.03 to 0.04 % of the data (TinyLlama, MobileLLaMA)"
+)
+SIZES = ((128, 256), (576, 1536), (2048, 5632))  # width and neurons
+LENGTH = 256
+
+
+class Scaled(nn.Module):
+    def __init__(self, inner: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.inner, self.factor = inner, factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.factor * self.inner(x)
+        return y
+
+
+def batches_of(text: str, tokenizer: Any, rows: int) -> list[Tensor]:
+    cut = [row for row in text_rows(text, tokenizer, LENGTH) if len(row) == LENGTH][:rows]
+    return list(torch.stack(cut).split(8))
+
+
+def routed_of(model: nn.Module) -> dict[str, RoutedMLP]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, RoutedMLP)}
+
+
+@torch.no_grad()
+def pruned(model: nn.Module, data: list[Tensor], share: float, by: str) -> nn.Module:
+    """A copy of which every MLP keeps this share of its neurons, the others being zero."""
+    small = copy.deepcopy(model)
+    mlps, _ = find_mlps(small, lambda: small(data[0]))
+    inputs = rows_of_mlps(small, mlps, data, most=4096)
+    for mlp in mlps:
+        *inner, down = mlp.linears().values()
+        score = down.weight.norm(dim=0)
+        for layer in inner:
+            score = score * layer.weight.norm(dim=1)
+        if by == "contribution":
+            plain = RoutedMLP.split(mlp.linears(), mlp.activation, torch.arange(mlp.neurons), 1)
+            hidden = plain.hidden(inputs[mlp.name])
+            score = hidden.square().mean(0) * down.weight.square().sum(0)
+        down.weight[:, score.argsort()[: round((1 - share) * mlp.neurons)]] = 0
+    return small
+
+
+@torch.no_grad()
+def scaled(model: nn.Module, dense: nn.Module, data: list[Tensor], way: str) -> nn.Module:
+    """A copy whose routed sums are scaled."""
+    new = copy.deepcopy(model)
+    mlps, _ = find_mlps(dense, lambda: dense(data[0]))
+    inputs = rows_of_mlps(dense, mlps, data, most=2048)
+    for mlp in mlps:
+        inner = routed_of(new)[mlp.name]
+        factor = inner.experts / inner.active
+        if way == "least squares":
+            want, got = mlp.module(inputs[mlp.name]), inner(inputs[mlp.name])
+            factor = float((want * got).sum() / got.square().sum())
+        parent, _, key = mlp.name.rpartition(".")
+        setattr(new.get_submodule(parent), key, Scaled(inner, factor))
+    return new
+
+
+def quality(given: argparse.Namespace) -> list[dict[str, Any]]:
+    if given.model:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(given.model)
+        text = given.text.read_text(encoding="utf-8")
+        middle = len(text) // 2
+        calibration, held_out = text[:middle], text[middle:]
+    else:
+        model, tokenizer, held_out, calibration = tiny_lm()
+    data = batches_of(calibration, tokenizer, given.rows)
+    judged = batches_of(held_out, tokenizer, given.held)
+    read = "".join(tokenizer.decode(row) for batch in judged for row in batch)
+    rows: list[dict[str, Any]] = []
+
+    def add(way: str, other: nn.Module, active: int, **more: Any) -> None:
+        row = {
+            "way": way, "active": active / given.experts, "kl": kl(other, model, judged),
+            "perplexity": perplexity(other, tokenizer, read), **more,
+        }  # fmt: skip
+        rows.append(row)
+        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items()),
+              flush=True)  # fmt: skip
+
+    half = given.experts // 2
+    add("dense", model, given.experts)
+    for by in ("magnitude", "contribution"):
+        add(f"pruned by {by}", pruned(model, data, half / given.experts, by), half)
+    ours = None
+    for groups in ("coactive", "contiguous", "random"):
+        small, routing = route_mlps(
+            model, given.experts, half, data=data, groups=groups, copy=True, progress=False
+        )
+        ours = ours or small
+        add(groups, small, half, stored=routing.stored, products=routing.products,
+            dense=routing.dense)  # fmt: skip
+    assert ours is not None
+    for way in ("experts / active", "least squares"):
+        add(f"coactive, scaled by {way}", scaled(ours, model, data, way), half)
+    for active in dict.fromkeys((given.experts // 4, 3 * given.experts // 4, given.experts)):
+        for mlp in routed_of(ours).values():
+            mlp.active = active
+        add("coactive, the same router", ours, active)
+    if given.steps:
+        small, _ = route_mlps(
+            model, given.experts, half, data=data, distill_steps=given.steps, copy=True,
+            progress=False,
+        )  # fmt: skip
+        add(f"coactive, {given.steps} steps of distillation", small, half)
+    return rows
+
+
+def one_mlp(width: int, neurons: int, experts: int, active: int) -> RoutedMLP:
+    layers = {
+        "gate": nn.Linear(width, neurons, bias=False), "up": nn.Linear(width, neurons, bias=False),
+        "down": nn.Linear(neurons, width, bias=False),
+    }  # fmt: skip
+    mlp = RoutedMLP.split(layers, "silu", torch.arange(neurons), experts, active)
+    nn.init.normal_(mlp.router.weight)
+    return mlp.requires_grad_(False)
+
+
+def times(experts: int) -> list[dict[str, Any]]:
+    """Time over that of the same MLP with all experts, which is computed as a dense one."""
+    rows = []
+    for width, neurons in SIZES:
+        dense = one_mlp(width, neurons, experts, experts)
+        for tokens in (1, 16, 512):
+            x = torch.randn(tokens, width)
+            for active in (experts // 4, experts // 2):
+                mlp = one_mlp(width, neurons, experts, active)
+                ratio = paired_ratio(call(mlp, x), call(dense, x))
+                row = {"width": width, "neurons": neurons, "tokens": tokens,
+                       "active": active / experts, "time": ratio}  # fmt: skip
+                rows.append(row)
+                print(row, flush=True)
+    return rows
+
+
+def call(mlp: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    return lambda: mlp(x)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--held", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--times", action="store_true")
+    given = parser.parse_args()
+    print(PAPER)
+    if given.times:
+        keep("factorllm_times", times(given.experts), paper=PAPER)
+        return
+    name = f"factorllm_{given.model.name}" if given.model else "factorllm"
+    sizes = {"experts": given.experts, "rows": given.rows, "held": given.held}
+    keep(name, quality(given), paper=PAPER, **sizes)
+
+
+if __name__ == "__main__":
+    main()
