@@ -1,12 +1,13 @@
 """MLPs in experts: KL against active neurons, beside pruning and other groups, and time.
 
-    python benchmarks/factorllm.py [--model FOLDER --text FILE] [--experts 8] [--rows 64]
-    python benchmarks/factorllm.py --times
+    python benchmarks/factorllm.py [--model FOLDER --text FILE] [--experts 16] [--also 4 8 32]
+    python benchmarks/factorllm.py --times [--experts 16]
 
 At equal numbers of active neurons in every MLP: experts grouped by co-activation (`route_mlps`),
 as the neurons stand, and at random, all with a router fitted the same way; and as many neurons for
 every token, those of the largest weights (magnitude) or the largest contributions on the same rows.
-The routed sum is also scaled, by experts / active as FactorLLM does and by least squares. `--times`
+The routed sum, whose factor is fitted, is also left as it is and scaled by experts / active as in
+FactorLLM. `low rank` keeps half of the MLPs' parameters, stored ones too (`whitened`). `--times`
 measures single MLPs with random weights and routers: one token, and many, routed against dense,
 alternating; medians of ratios. The paper (arXiv 2408.11855) is quoted beside.
 """
@@ -23,10 +24,11 @@ import torch
 from machine import keep
 from torch import Tensor, nn
 
-from lowrank import kl, perplexity, route_mlps
+from lowrank import compress, route_mlps
 from lowrank.calibration.batches import text_rows
 from lowrank.calibration.mlp_inputs import rows_of_mlps
 from lowrank.demo import tiny_lm
+from lowrank.measure.eval import Reference
 from lowrank.measure.timing import paired_ratio
 from lowrank.nn import RoutedMLP
 from lowrank.walk.mlps import find_mlps
@@ -38,16 +40,6 @@ PAPER = (
 )
 SIZES = ((128, 256), (576, 1536), (2048, 5632))  # width and neurons
 LENGTH = 256
-
-
-class Scaled(nn.Module):
-    def __init__(self, inner: nn.Module, factor: float) -> None:
-        super().__init__()
-        self.inner, self.factor = inner, factor
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.factor * self.inner(x)
-        return y
 
 
 def batches_of(text: str, tokenizer: Any, rows: int) -> list[Tensor]:
@@ -78,23 +70,6 @@ def pruned(model: nn.Module, data: list[Tensor], share: float, by: str) -> nn.Mo
     return small
 
 
-@torch.no_grad()
-def scaled(model: nn.Module, dense: nn.Module, data: list[Tensor], way: str) -> nn.Module:
-    """A copy whose routed sums are scaled."""
-    new = copy.deepcopy(model)
-    mlps, _ = find_mlps(dense, lambda: dense(data[0]))
-    inputs = rows_of_mlps(dense, mlps, data, most=2048)
-    for mlp in mlps:
-        inner = routed_of(new)[mlp.name]
-        factor = inner.experts / inner.active
-        if way == "least squares":
-            want, got = mlp.module(inputs[mlp.name]), inner(inputs[mlp.name])
-            factor = float((want * got).sum() / got.square().sum())
-        parent, _, key = mlp.name.rpartition(".")
-        setattr(new.get_submodule(parent), key, Scaled(inner, factor))
-    return new
-
-
 def quality(given: argparse.Namespace) -> list[dict[str, Any]]:
     if given.model:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -108,22 +83,26 @@ def quality(given: argparse.Namespace) -> list[dict[str, Any]]:
         model, tokenizer, held_out, calibration = tiny_lm()
     data = batches_of(calibration, tokenizer, given.rows)
     judged = batches_of(held_out, tokenizer, given.held)
-    read = "".join(tokenizer.decode(row) for batch in judged for row in batch)
+    reference = Reference(model, judged)
     rows: list[dict[str, Any]] = []
 
     def add(way: str, other: nn.Module, active: int, **more: Any) -> None:
-        row = {
-            "way": way, "active": active / given.experts, "kl": kl(other, model, judged),
-            "perplexity": perplexity(other, tokenizer, read), **more,
-        }  # fmt: skip
+        found = {"kl": reference.kl(other), **more}
+        row = {"way": way, "active neurons": active / given.experts, **found}
         rows.append(row)
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items()),
               flush=True)  # fmt: skip
 
     half = given.experts // 2
-    add("dense", model, given.experts)
     for by in ("magnitude", "contribution"):
         add(f"pruned by {by}", pruned(model, data, half / given.experts, by), half)
+    if not given.model:
+        layers = ["gate_proj", "up_proj", "down_proj"]
+        small, _ = compress(
+            model, half / given.experts, method="whitened", data=data, target_modules=layers,
+            copy=True, progress=False,
+        )  # fmt: skip
+        add("low rank", small, half)
     ours = None
     for groups in ("coactive", "contiguous", "random"):
         small, routing = route_mlps(
@@ -133,12 +112,22 @@ def quality(given: argparse.Namespace) -> list[dict[str, Any]]:
         add(groups, small, half, stored=routing.stored, products=routing.products,
             dense=routing.dense)  # fmt: skip
     assert ours is not None
-    for way in ("experts / active", "least squares"):
-        add(f"coactive, scaled by {way}", scaled(ours, model, data, way), half)
+    fitted = {name: mlp.scale.detach().clone() for name, mlp in routed_of(ours).items()}
+    for way, factor in (("1", 1.0), ("experts / active", given.experts / half)):
+        for mlp in routed_of(ours).values():
+            mlp.scale.data.fill_(factor)
+        add(f"coactive, its sum times {way}", ours, half)
+    for name, mlp in routed_of(ours).items():
+        mlp.scale.data.copy_(fitted[name])
     for active in dict.fromkeys((given.experts // 4, 3 * given.experts // 4, given.experts)):
         for mlp in routed_of(ours).values():
             mlp.active = active
         add("coactive, the same router", ours, active)
+    for experts in given.also:
+        small, _ = route_mlps(
+            model, experts, experts // 2, data=data, copy=True, progress=False
+        )  # fmt: skip
+        add(f"coactive, {experts} experts", small, half)
     if given.steps:
         small, _ = route_mlps(
             model, given.experts, half, data=data, distill_steps=given.steps, copy=True,
@@ -183,7 +172,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--text", type=Path)
-    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--also", type=int, nargs="*", default=())
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--held", type=int, default=24)
     parser.add_argument("--steps", type=int, default=0)
@@ -194,7 +184,7 @@ def main() -> None:
         keep("factorllm_times", times(given.experts), paper=PAPER)
         return
     name = f"factorllm_{given.model.name}" if given.model else "factorllm"
-    sizes = {"experts": given.experts, "rows": given.rows, "held": given.held}
+    sizes = {"experts": given.experts, "fitted_rows": given.rows, "held_out_rows": given.held}
     keep(name, quality(given), paper=PAPER, **sizes)
 
 

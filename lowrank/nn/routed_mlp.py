@@ -283,6 +283,10 @@ class RoutedMLP(Form):
         active = sum(layer.cost().macs for layer in layers)
         return f"{len(layers)} MLPs store {stored:,} numbers; a token multiplies by {active:,}"
 
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Raises LowrankError: an MLP has three weights, or two."""
+        raise LowrankError("an MLP in experts has no one dense weight: see `whole`")
+
     @property
     def not_linear(self) -> str:
         if self.active < self.experts:

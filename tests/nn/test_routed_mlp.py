@@ -184,6 +184,8 @@ def test_it_becomes_the_module_that_it_was() -> None:
     again = {name: whole[name] for name in held}
     torch.testing.assert_close(dense(again, x), dense(held, x), rtol=0, atol=1e-5)
     assert not torch.equal(whole["d"].weight, held["d"].weight)
+    with pytest.raises(LowrankError, match="no one dense weight"):
+        mlp.dense_weight()
 
 
 @pytest.mark.parametrize(
