@@ -27,7 +27,8 @@ Choice = Callable[[Tensor], Tensor]  # energy held by the groups (n, groups) -> 
 def coactive_groups(
     energy: Tensor, groups: int, active: int, *, inputs: Tensor | None = None, seed: int = 0
 ) -> Tensor:
-    """The group of each neuron: (neurons,) int64, `groups` of equal size.
+    """The group of each neuron: (neurons,) int64, `groups` of equal size, the most chosen first, so
+    that those chosen together are often neighbours, which is one slice.
 
     The best of a few starts is taken, and of their rounds, by the energy that the chosen groups
     hold.
@@ -41,16 +42,24 @@ def coactive_groups(
     draw = torch.Generator().manual_seed(seed)
     share = energy / energy.sum(1, keepdim=True).clamp(min=torch.finfo(energy.dtype).tiny)
     starts = (_start(share, groups, draw) for _ in range(STARTS))
-    tried = [_alternated(share, labels, groups, active, lambda held: held) for labels in starts]
+    tried = [_alternated(share, labels, groups, active, _largest) for labels in starts]
     best, _ = max(tried, key=lambda each: each[1])
+    choice: Choice = _largest
     if inputs is not None:
-        guess = least_squares(inputs.to(share))
+        choice = _foreseen(inputs.to(share), active)
+        best, _ = _alternated(share, best, groups, active, choice)
+    often = _chosen(choice(share @ one_hot(best, groups).to(share)), active).sum(0)
+    return often.argsort(descending=True, stable=True).argsort().cpu()[best]
 
-        def guessed(held: Tensor) -> Tensor:
-            return guess(_chosen(held, active))
 
-        best, _ = _alternated(share, best, groups, active, guessed)
-    return best
+def _largest(held: Tensor) -> Tensor:
+    return held
+
+
+def _foreseen(inputs: Tensor, active: int) -> Choice:
+    """What a linear map of the inputs makes of the best choices."""
+    guess = least_squares(inputs)
+    return lambda held: guess(_chosen(held, active))
 
 
 def balanced(scores: Tensor) -> Tensor:

@@ -244,7 +244,7 @@ class RoutedMLP(Form):
                     if mask.requires_grad:
                         part = part * mask[:, expert].index_select(0, places)[:, None]
                     y = part.new_zeros(len(rows), part.shape[-1]) if y is None else y
-                    y = y.index_add(0, places, part)
+                    y.index_add_(0, places, part)
         assert y is not None  # every row has chosen
         return y
 

@@ -61,6 +61,15 @@ def test_groups_follow_what_a_linear_rule_can_foresee() -> None:
     assert {*blind[8:12].tolist()} != {*blind[12:].tolist()}
 
 
+def test_the_group_that_is_chosen_most_is_the_first() -> None:
+    _, labels = planted()
+    often = torch.randint(4, (200,), generator=torch.Generator().manual_seed(0)).clamp(min=2)
+    energy = (labels == often[:, None]).double() + 0.01
+    found = coactive_groups(energy, 4, 1)
+    assert set(found[labels == 2].tolist()) == {0}
+    assert set(found[labels == 3].tolist()) == {1}
+
+
 def test_neurons_that_never_act_are_grouped_too() -> None:
     energy = torch.zeros(10, 8)
     assert coactive_groups(energy, 4, 2).bincount().tolist() == [2, 2, 2, 2]
