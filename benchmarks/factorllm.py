@@ -9,15 +9,17 @@ every token, those of the largest weights (magnitude) or the largest contributio
 The routed sum, whose factor is fitted, is also left as it is and scaled by experts / active as in
 FactorLLM. `low rank` keeps half of the MLPs' parameters, stored ones too (`whitened`). `--times`
 measures single MLPs with random weights and routers: one token, and many, routed against dense,
-alternating; medians of ratios. The paper (arXiv 2408.11855) is quoted beside.
+alternating, on one thread in processor time, which other programs disturb least; medians of ratios.
+The paper (arXiv 2408.11855) is quoted beside.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
 from pathlib import Path
+from statistics import median
+from time import process_time
 from typing import Any
 
 import torch
@@ -29,7 +31,6 @@ from lowrank.calibration.batches import text_rows
 from lowrank.calibration.mlp_inputs import rows_of_mlps
 from lowrank.demo import tiny_lm
 from lowrank.measure.eval import Reference
-from lowrank.measure.timing import paired_ratio
 from lowrank.nn import RoutedMLP
 from lowrank.walk.mlps import find_mlps
 
@@ -154,9 +155,10 @@ def times(experts: int) -> list[dict[str, Any]]:
         dense = one_mlp(width, neurons, experts, experts)
         for tokens in (1, 16, 512):
             x = torch.randn(tokens, width)
+            calls = max(1, round(0.01 / seconds(dense, x, 3)))
             for active in (experts // 4, experts // 2):
                 mlp = one_mlp(width, neurons, experts, active)
-                ratio = paired_ratio(call(mlp, x), call(dense, x))
+                ratio = median(seconds(mlp, x, calls) / seconds(dense, x, calls) for _ in range(9))
                 row = {"width": width, "neurons": neurons, "tokens": tokens,
                        "active": active / experts, "time": ratio}  # fmt: skip
                 rows.append(row)
@@ -164,8 +166,13 @@ def times(experts: int) -> list[dict[str, Any]]:
     return rows
 
 
-def call(mlp: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    return lambda: mlp(x)
+@torch.no_grad()
+def seconds(mlp: nn.Module, x: Tensor, calls: int) -> float:
+    """Processor time of one call."""
+    start = process_time()
+    for _ in range(calls):
+        mlp(x)
+    return (process_time() - start) / calls
 
 
 def main() -> None:
@@ -181,6 +188,7 @@ def main() -> None:
     given = parser.parse_args()
     print(PAPER)
     if given.times:
+        torch.set_num_threads(1)
         keep("factorllm_times", times(given.experts), paper=PAPER)
         return
     name = f"factorllm_{given.model.name}" if given.model else "factorllm"

@@ -35,6 +35,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "identity": lambda x: x,
 }
+# Where experts cost more than they save, all are computed and masked (benchmarks/factorllm.py).
+SMALL = 1 << 14  # numbers in one layer of an expert
+LARGE = 1 << 18  # the same, from which on skipping pays for any number of tokens
+FEW = 32  # tokens of an expert, unless there is but one token
 ROUTER = "router"
 PARTS = ("gate", "up", "down")
 
@@ -218,7 +222,12 @@ class RoutedMLP(Form):
 
     def _skips(self, rows: Tensor) -> bool:
         """Whether experts that are not chosen are left out; in a graph, whose sizes must not depend
-        on data, and with children that are not plain, all run and are masked."""
+        on data, with children that are not plain, and where it would take longer, all run and are
+        masked."""
+        size = self.neurons // self.experts * self.in_features
+        many = len(rows) == 1 or size >= LARGE or len(rows) * self.active >= FEW * self.experts
+        if size < SMALL or not many:
+            return False
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         plain = all(is_plain(self._modules[name]) for name in self._names)  # type: ignore[arg-type]
         return len(rows) > 0 and plain and not traced

@@ -12,12 +12,18 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from lowrank.errors import LowrankError
-from lowrank.nn import RoutedMLP, build, describe, is_factored
+from lowrank.nn import RoutedMLP, build, describe, is_factored, routed_mlp
 from lowrank.nn.routed_mlp import ACTIVATIONS
 
 from ..draws import normal
 
 EXPERTS, NEURONS, WIDTH, OUT = 4, 24, 10, 7
+
+
+@pytest.fixture(autouse=True)
+def even_small_experts_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routed_mlp, "SMALL", 0)
+    monkeypatch.setattr(routed_mlp, "FEW", 0)
 
 
 def layers(*, gated: bool = True, bias: bool = False) -> dict[str, nn.Linear]:
@@ -93,6 +99,25 @@ def test_experts_that_are_not_chosen_are_not_multiplied() -> None:
         mlp.layer("up").weight.data[row] = torch.nan
     for rows in (1, 6):
         assert bool(mlp(torch.randn(rows, WIDTH)).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "few", "tokens", "skipped"),
+    [
+        (60, 999, 99, 1, True),
+        (61, 999, 99, 1, False),
+        (60, 999, 3, 6, True),
+        (60, 999, 3, 5, False),
+        (60, 60, 3, 5, True),
+        (60, 60, 3, 0, False),
+    ],
+)
+def test_experts_are_skipped_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, small: int, large: int, few: int, tokens: int, skipped: bool
+) -> None:
+    for name, value in (("SMALL", small), ("LARGE", large), ("FEW", few)):
+        monkeypatch.setattr(routed_mlp, name, value)
+    assert routed(2)._skips(torch.zeros(tokens, WIDTH)) is skipped
 
 
 def test_the_saved_tensors_are_those_of_the_dense_mlp_in_another_order() -> None:
