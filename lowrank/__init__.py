@@ -9,6 +9,8 @@ from .api import plan as plan
 from .api.by_design import factorize_by_design as factorize_by_design
 from .api.cutting import at_rank as at_rank
 from .api.estimating import estimate as estimate
+from .api.routing import Routing as Routing
+from .api.routing import route_mlps as route_mlps
 from .api.sweeping import Sweep as Sweep
 from .api.sweeping import sweep as sweep
 from .api.unifying import unify_tables as unify_tables

@@ -42,6 +42,16 @@ MUTANTS = (
         ("tests/nn/test_quotient_remainder.py::test_bags_of_several_ids_pool_whole_rows",),
     ),
     Mutant(
+        "the columns of an MLP's last layer left where they were when its neurons are grouped",
+        "lowrank/nn/routed_mlp.py",
+        "own(weight[:, order] if last else weight[order])",
+        "own(weight if last else weight[order])",
+        (
+            "tests/nn/test_routed_mlp.py::test_all_experts_are_the_dense_mlp",
+            "tests/api/test_routing.py::test_with_all_experts_the_model_is_the_dense_one",
+        ),
+    ),
+    Mutant(
         "candidates that are far behind refitted, and the near ones left",
         "lowrank/api/allocating.py",
         "if value <= NEAR * max(least, ROUNDING)]",

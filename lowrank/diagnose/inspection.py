@@ -14,7 +14,7 @@ from ..calibration.batches import LENGTH, Data
 from ..calibration.statistics import Calibration, calibrate, statistics_of
 from ..measure.timing import paired_ms
 from ..methods.common import low_rank_layer
-from ..nn import Form
+from ..nn import Form, RoutedMLP
 from ..plans.entry import break_even
 from ..plans.plan import versions
 from ..plans.progress import steps
@@ -192,6 +192,9 @@ def _inspected(
 
 
 def _factored(name: str, module: Form) -> Inspected:
+    if isinstance(module, RoutedMLP):
+        sides = (module.neurons, module.in_features)
+        return Inspected(name, sides, module.cost().params, reason="an MLP in experts")
     out_features, in_features = module.dense_weight().shape
     rank = module.spec().get("rank")
     return Inspected(name, (out_features, in_features), module.cost().params, rank=rank)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowrankError, listed
-from ..nn import Form, LowRankEmbedding, TiedHead, build, describe
+from ..nn import Form, LowRankEmbedding, RoutedMLP, TiedHead, build, describe
 from ..nn.factored_conv import FactoredConv
 from ..nn.table_form import TableForm
 from ..walk import layouts
@@ -82,7 +82,10 @@ def _reader(module: Form, factors: LowRankEmbedding, table: nn.Module) -> nn.Mod
 
 
 def _dense(module: Form, dtype: torch.dtype | None) -> nn.Module:
-    """The dense layer of a form: nn.Linear, transformers' Conv1D, a convolution or an embedding."""
+    """The dense layer of a form: nn.Linear, transformers' Conv1D, a convolution or an embedding; of
+    an MLP in experts the module that it was."""
+    if isinstance(module, RoutedMLP):
+        return module.whole()
     holder = _holder(module)
     stored = next(p.dtype for p in holder.parameters() if p.dtype.is_floating_point)
     weight = _weight(module, stored).to(dtype or stored)  # (out, in)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ..calibration.observation import inside
 from ..errors import LowrankError, listed
-from ..nn import Form, Geometry, LowRankEmbedding, build, describe, is_factored
+from ..nn import Form, Geometry, LowRankEmbedding, RoutedMLP, build, describe, is_factored
 from ..nn.table_form import TableForm, table_options
 from ..walk import layouts
+from ..walk.mlps import check_replaces
 from ..walk.surgery import adopt, factored, modules_of
 from .containers import containers_of, fused_names
 
@@ -77,6 +78,8 @@ def stands_for(model: nn.Module, quantized: Iterable[str] = ()) -> list[str]:
     names = []
     for name, module in modules.items():
         is_part = any(inside(name, container) for container in held)
+        if isinstance(module, RoutedMLP):
+            continue  # read as a dense model its tensors are one
         if not isinstance(module.owner, LowRankEmbedding) and not is_part:
             names.append(f"{name}.weight" if name else "weight")
     return [*whole, *names]
@@ -182,6 +185,9 @@ NAMES = {"linear": "a linear layer", "embedding": "an embedding", "conv": "a con
 
 def _check_fits(dense: nn.Module, form: Form, spec: Spec, where: str) -> None:
     """Raises LowrankError unless `dense` is a plain layer with the sizes and layout of `spec`."""
+    if isinstance(form, RoutedMLP):
+        check_replaces(dense, form, where)
+        return
     wanted = form.KIND
     if layouts.kind(dense) != wanted:
         raise LowrankError(

@@ -37,6 +37,7 @@ from .quantized_linear import QuantizedLowRankLinear as QuantizedLowRankLinear
 from .quantized_linear import quantized_cost as quantized_cost
 from .quotient_remainder import QuotientRemainderEmbedding as QuotientRemainderEmbedding
 from .quotient_remainder import quotient_remainder_cost as quotient_remainder_cost
+from .routed_mlp import RoutedMLP as RoutedMLP
 from .shared_linear import SharedLowRankLinear as SharedLowRankLinear
 from .sparse_kernels import semi_structured as semi_structured
 from .spatial_conv import SpatialConv as SpatialConv
@@ -73,5 +74,6 @@ FACTORED.update(
         "QuantizedLinear": QuantizedLinear,
         "QuantizedFactorsLinear": QuantizedFactorsLinear,
         "QuantizedLowRankLinear": QuantizedLowRankLinear,
+        "RoutedMLP": RoutedMLP,
     }
 )

@@ -23,6 +23,7 @@ SIZES_OF_KIND = {
     "linear": ("in_features", "out_features"),
     "embedding": ("num_embeddings", "embedding_dim"),
     "conv": ("kernel_size",),
+    "mlp": ("in_features", "neurons", "out_features"),
 }
 
 
@@ -38,7 +39,7 @@ class Form(nn.Module):
         STORAGE: name of the form in options and plans, such as "factors"; "" for none.
         KIND: kind of the layers it replaces: "linear", "conv" or "embedding". Its `spec` holds
             their sizes under torch's names: in_features and out_features; num_embeddings and
-            embedding_dim; or the fields of `Geometry`.
+            embedding_dim; or the fields of `Geometry`. "mlp": a module of several layers.
         SIZE: names of the integers of a size, in order.
         WORDS: spec entries that are text.
         SHARES: spec entries that are numbers in [0, 1].

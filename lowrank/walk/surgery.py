@@ -21,7 +21,15 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import LowrankError
 from ..linalg.mapped import kept
-from ..nn import Form, LowRankEmbedding, TiedEmbedding, TiedHead, is_factored, remember_layout
+from ..nn import (
+    Form,
+    LowRankEmbedding,
+    RoutedMLP,
+    TiedEmbedding,
+    TiedHead,
+    is_factored,
+    remember_layout,
+)
 from ..nn.splits import SPLITS
 from ..types import Site
 from . import layouts
@@ -111,9 +119,12 @@ def put(model: nn.Module, site: Site, new: nn.Module) -> nn.Module:
 
 def adopt(new: nn.Module, dense: nn.Module) -> nn.Module:
     """Give a factored module the training flag and `requires_grad` of the layer it replaces."""
+    new.train(dense.training)
+    if isinstance(new, RoutedMLP):
+        new.remember(dense)
+        return new.requires_grad_(any(p.requires_grad for p in dense.parameters()))
     bias, trained = layouts.bias(dense), _is_trained(dense)
     trained_bias = trained if bias is None else bias.requires_grad
-    new.train(dense.training)
     for name, parameter in new.named_parameters():
         parameter.requires_grad_(trained_bias if name.endswith("bias") else trained)
     return new
