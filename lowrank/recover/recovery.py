@@ -49,7 +49,7 @@ class Recovery:
     dense: float | tuple[float, float] = (0.9, 0.5)
     refit: bool = True
     sums: bool = True
-    shrinkage: float = 1.0
+    shrinkage: float = 2.0
     batchnorm: bool = True
     temperature: bool = True
     block_steps: int = 0
