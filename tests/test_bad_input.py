@@ -121,7 +121,11 @@ def test_align(model: nn.Module, align: Any) -> None:
             "(known: asvd, auto, basis-sharing, blast, channel, cp, dense-sparse, frequency, ",
         ),
         ("policy", "unifrm", "unknown policy 'unifrm'; did you mean 'uniform'?"),
-        ("policy", "xyz", "(known: energy, evbmf, lossaware, spectrum, uniform, welore)"),
+        (
+            "policy",
+            "xyz",
+            "(known: energy, evbmf, lossaware, mixed-dimensions, spectrum, uniform, welore)",
+        ),
         ("of", "target", "unknown of 'target'; did you mean 'targets'?"),
         ("unit", "byte", "did you mean 'bytes'?"),
         ("prefer", "fast", "(known: size, speed)"),

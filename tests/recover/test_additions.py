@@ -86,7 +86,9 @@ def refitted(model: nn.Module, ranks: dict[str, int | float]) -> Any:
     sites = {site.name: site for site in find_sites(model)}
     work = [(sites[e.name], e, None) for e in plan.entries if e.target]
     resolved = resolve("whitened", data=True)
-    return refitted_twins(Workbench(model, seen), [work], Recovery(dense=1.0), resolved)[0]
+    return refitted_twins(
+        Workbench(model, seen), [work], Recovery(dense=1.0, shrinkage=0.0), resolved
+    )[0]
 
 
 @pytest.mark.parametrize("chained", [True, False])

@@ -18,6 +18,7 @@ from lowrank.recover import sequential
 from lowrank.recover.journal import Journal
 from lowrank.recover.run import recover_layers, refitted_twins
 from lowrank.recover.sequential import SequentialPass, Student
+from lowrank.recover.streams import _Sums
 from lowrank.recover.workbench import Workbench
 from lowrank.walk.sites import find_sites
 from lowrank.walk.surgery import twin
@@ -52,12 +53,17 @@ def rows() -> list[Any]:
 
 
 def refitted(
-    model: nn.Module, data: Any = None, steps: int = 2, method: str = "whitened", ratio: float = 0.4
+    model: nn.Module,
+    data: Any = None,
+    steps: int = 2,
+    method: str = "whitened",
+    ratio: float = 0.4,
+    **options: Any,
 ) -> tuple[nn.Module, str]:
     """The compressed model, and the notes of its report."""
     lean, report = lowrank.compress(
         model, ratio, data=data or rows(), method=method, policy="uniform",
-        effort=Recovery(block_steps=steps), copy=True, progress=False,
+        effort=Recovery(block_steps=steps, **options), copy=True, progress=False,
     )  # fmt: skip
     assert report.achieved <= ratio
     assert all(bool(p.isfinite().all()) for p in lean.parameters())
@@ -90,14 +96,15 @@ def test_a_chain_that_cannot_be_run_by_blocks_is_run_whole(call: Any, steps: int
 
 
 def test_whole_passes_refit_as_well_as_blocks_do() -> None:
-    """The same model, once with a chain and once with a second call that adds nothing."""
+    """The same model, once with a chain and once with a second call that adds nothing: but for the
+    tokens, which are counted twice, so that they are shrunk by half as much."""
 
     def again(self: Any, x: Tensor) -> Tensor:
         return self.blocks(x) + 0 * self.blocks(x)
 
     found = []
     for call in (lambda self, x: self.blocks(x), again):
-        lean, notes = refitted(model_of(call), steps=0)
+        lean, notes = refitted(model_of(call), steps=0, shrinkage=0.0)
         assert ("not block by block" in notes) == (call is again)
         found.append(lean.blocks[2].down.dense_weight())
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
@@ -201,7 +208,7 @@ def test_a_single_block_is_trained_to_what_the_dense_one_returns() -> None:
     model, data = model_of(outside), torch.cat([batch["x"] for batch in rows()])
     apart = []
     for steps in (0, 80):
-        lean, _ = refitted(model, steps=steps)
+        lean, _ = refitted(model, steps=steps, shrinkage=0.0)
         with torch.no_grad():
             apart.append(float((lean.eval()(data) - model.eval()(data)).square().mean()))
     assert apart[1] < 0.9 * apart[0]
@@ -482,3 +489,39 @@ def test_blocks_from_a_journal_say_what_they_said(tmp_path: Path) -> None:
     for name, module in first.modules.items():
         for x, y in zip(module.parameters(), second.modules[name].parameters(), strict=True):
             assert torch.equal(x, y), name
+
+
+def test_the_moments_of_few_tokens_are_shrunk() -> None:
+    """Towards the diagonal of H', in H' and in C alike, so that without errors W stays W."""
+    layer = nn.Linear(4, 3)
+    (site,) = find_sites(nn.Sequential(layer))
+    x, y = torch.randn(2, 10, 4, generator=torch.Generator().manual_seed(0))
+    for dense, paired in ((x, True), (x[:9], False)):
+        plain, shrunk = (_Sums(site) for _ in range(2))
+        for sums in (plain, shrunk):
+            sums.add([dense], [y], [])
+        exact, found = plain.moments(), shrunk.moments(shrinkage=5.0)
+        assert exact is not None
+        assert found is not None
+        assert found.paired is paired
+        added = torch.diag(2 * exact.gram.diagonal())  # 5 · 4 inputs / 10 tokens
+        torch.testing.assert_close(found.gram, exact.gram + added)
+        torch.testing.assert_close(found.cross, exact.cross + added)
+        torch.testing.assert_close(found.mean, exact.mean)
+
+
+def test_a_refit_to_few_tokens_holds_on_others() -> None:
+    model = model_of(lambda self, x: self.blocks(x))
+    others = torch.randn(512, 16, generator=torch.Generator().manual_seed(7))
+    bench = Workbench(model, lowrank.calibrate(model, rows()[:3], progress=False))
+    plan = lowrank.plan(model, 0.6, data=bench.calibration, method="whitened", policy="uniform")
+    sites = {site.name: site for site in find_sites(model)}
+    work = [(sites[e.name], e, None) for e in plan.entries if e.option().size]
+
+    def error(shrinkage: float) -> float:
+        resolved, recovery = resolve("whitened", data=True), Recovery(shrinkage=shrinkage)
+        (lean,) = refitted_twins(bench, [work], recovery, resolved)
+        with torch.no_grad():
+            return float((lean(others) - model(others)).square().mean())
+
+    assert error(2.0) < 0.9 * error(0.0)
