@@ -594,7 +594,7 @@ MUTANTS = (
     ),
     Mutant(
         "a form of one's own that recovery does not refit",
-        "lowrank/recover/run.py",
+        "lowrank/recover/job.py",
         "(isinstance(new, Form) and new.REFITTED)",
         "isinstance(new, LowRankLinear)",
         ("tests/nn/test_own_form.py::test_recovery_refits_it_for_the_stream_that_it_reads",),

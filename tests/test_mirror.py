@@ -78,6 +78,8 @@ ELSEWHERE = {
     "recover/copies.py": ("recover/test_run.py", "compress"),
     "recover/written.py": ("recover/test_budget.py", "written_until"),
     "recover/streams.py": ("recover/test_sequential.py", "SequentialPass"),
+    "recover/job.py": ("recover/test_run.py", "compress"),
+    "recover/closed_form.py": ("recover/test_sequential.py", "recover_layers"),
     "recover/recovery.py": ("recover/test_run.py", "Recovery"),
     "testing/cases.py": ("testing/test_suite.py", "linear_case"),
     "testing/crossing.py": ("testing/test_suite.py", "check_laws"),

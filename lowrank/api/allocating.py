@@ -28,8 +28,9 @@ from ..policies.common import (
     only_aligned,
     smallest,
 )
+from ..recover.job import ROUNDING
 from ..recover.recovery import Recovery
-from ..recover.run import ROUNDING, refit_makes, refitted_twins
+from ..recover.run import refit_makes, refitted_twins
 from ..recover.workbench import Workbench
 from ..types import Allocation, Budget, Cost, Curve, Option, Probe, Site
 from ..walk.layouts import keeps_moments

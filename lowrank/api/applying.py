@@ -29,8 +29,9 @@ from ..plans.progress import steps
 from ..plans.report import Measured, Report
 from ..plans.stages import recorded, stage
 from ..recover.copies import hand_over
+from ..recover.job import Recovered
 from ..recover.recovery import Recovery
-from ..recover.run import Recovered, recover_layers
+from ..recover.run import recover_layers
 from ..recover.workbench import Workbench
 from ..types import Cost, Curve, Factored, Nested, Option, Site, Statistics
 from ..walk import layouts
