@@ -47,7 +47,8 @@ RIVALS: dict[str, dict[str, Any]] = {
         f"AA-SVD-like, rate {rate}": {
             "method": "whitened", **PLAIN,
             "effort": Recovery(
-                refit=False, temperature=False, block_steps=steps, block_rate=rate
+                refit=False, temperature=False, block_steps=steps, block_rate=rate,
+                optimizer="adamw",
             ),
         }
         for steps in [BEST.block_steps + BEST.distill_steps] for rate in (0.003, 0.01)

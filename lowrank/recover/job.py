@@ -180,7 +180,7 @@ class Job:
         seconds = self.budget.of_block()
         if seconds == 0:
             return
-        options = Training(self.recovery.block_steps, self.recovery.block_rate, seed=self.seed)
+        options = self._training(self.recovery.block_steps, self.recovery.block_rate)
         name, started = lean.names[index], now()
         reals = [self.bench.real(name, number) for number in self.numbers]
         masks = [real[0] if real else None for real in reals]
@@ -195,6 +195,9 @@ class Job:
         from_first(trained)
         self.budget.trained(now() - started)
         self.trained[name] = result
+
+    def _training(self, steps: int, rate: float) -> Training:
+        return Training(steps, rate, seed=self.seed, optimizer=self.recovery.optimizer)
 
     def _finished(self, name: str, sites: Sequence[Site], unpaired: Sequence[str]) -> None:
         """Keep a block in the journal."""
@@ -292,7 +295,7 @@ class Job:
         batches = [self.bench.batches[number] for number in self.numbers]
         rate = self.recovery.distill_rate
         rate = usual_rate(self.bench.model, batches[0]) if rate is None else rate
-        options = Training(self.recovery.distill_steps, rate, seed=self.seed)
+        options = self._training(self.recovery.distill_steps, rate)
         written = further(self.bench.model, batches, self.recovery, self.seed + 1, end)
         if written:
             count = sum(map(len, written))

@@ -12,6 +12,7 @@ from numbers import Real
 from typing import Any
 
 from ..errors import LowrankError, unknown
+from .optimizer import MUON, OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class Recovery:
             norm before the output head.
         block_steps: gradient steps of each block refit; 0 skips it.
         distill_steps: gradient steps of distillation from the dense model; 0 skips it.
-        block_rate, distill_rate: AdamW learning rates, relative to each parameter's RMS. That of
+        block_rate, distill_rate: RMS of a step, relative to each parameter's RMS. That of
             distillation is by default 0.01, less for batches of few predictions (`usual_rate`).
+        optimizer: "muon" for matrices, with AdamW for vectors, or "adamw" for all.
         rows: batch size of both.
         written: rows that a causal language model samples itself, as for `data="self"`, to distil
             on in addition to the data; other models use the data alone.
@@ -56,6 +58,7 @@ class Recovery:
     distill_steps: int = 0
     block_rate: float = 0.01
     distill_rate: float | None = None
+    optimizer: str = MUON
     rows: int = 16
     written: int = 0
     nested: float | None = None
@@ -82,6 +85,8 @@ class Recovery:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
                 raise LowrankError(f"{name} of a Recovery must be a number >= 0, got {value!r}")
+        if self.optimizer not in OPTIMIZERS:
+            raise unknown("optimizer", str(self.optimizer), OPTIMIZERS)
         if self.rows < 1:
             raise LowrankError(f"rows of a Recovery must be >= 1, got {self.rows!r}")
         if self.nested is not None:
@@ -153,8 +158,10 @@ class Effort:
 FAST = Effort(Recovery())
 EFFORTS: dict[str, Effort] = {
     "fast": FAST,
-    "balanced": replace(FAST, recovery=Recovery(block_steps=120)),
-    "best": replace(FAST, recovery=Recovery(block_steps=120, distill_steps=600, written=512)),
+    "balanced": replace(FAST, recovery=Recovery(rows=4, block_steps=480)),
+    "best": replace(
+        FAST, recovery=Recovery(rows=4, block_steps=480, distill_steps=2400, written=512)
+    ),
 }
 
 

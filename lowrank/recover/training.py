@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowrankError
-from .lrc import MasterWeights
+from .optimizer import MUON, RecoveryOptimizer
 
 Loss = Callable[[int], Tensor]
 Pacing = Callable[[int, int], int]  # after each step: (step, steps) -> the number of steps
@@ -23,16 +23,18 @@ class Training:
 
     Attributes:
         steps: gradient steps, one batch each.
-        rate: AdamW learning rate, relative to each parameter's RMS, so that one default fits
-            models of any width.
+        rate: RMS of a step, relative to each parameter's RMS, so that one default fits models of
+            any width.
         checks: number of times that the held-out loss is evaluated.
         seed: random seed of the batch order.
+        optimizer: see `RecoveryOptimizer`.
     """
 
     steps: int = 120
     rate: float = 0.01
     checks: int = 6
     seed: int = 0
+    optimizer: str = MUON
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,7 @@ def fit(
         )
     best_step = 0
     wanted = [p.requires_grad for p in parameters]
-    optimizer = MasterWeights(_groups(parameters, options.rate), torch.optim.AdamW, lr=1.0)
-    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer = RecoveryOptimizer(parameters, options.rate, options.optimizer)
     generator = torch.Generator().manual_seed(options.seed)
     order: list[int] = []
     step, steps = 0, options.steps
@@ -94,15 +95,13 @@ def fit(
             step += 1
             if not order:
                 order = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * _schedule(step, steps)
             with torch.enable_grad():
                 gradients = torch.autograd.grad(loss(order.pop()), parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             length = nn.utils.clip_grad_norm_(parameters, 1.0)
             if bool(torch.isfinite(length)):  # skip a step that overflowed in 16 bits
-                optimizer.step()
+                optimizer.step(_schedule(step, steps))
             steps = steps if pace is None else pace(step, steps)
             if step % max(steps // max(options.checks, 1), 1) == 0 or step >= steps:
                 now = _mean(loss, held_out)
@@ -129,13 +128,6 @@ def split(count: int, fitted: int | None = None, share: float = 0.1) -> tuple[li
         kept = count - fitted
     every = list(range(count))
     return (every[:-kept], every[-kept:]) if count > 1 else (every, every)
-
-
-def _groups(parameters: Sequence[nn.Parameter], rate: float) -> list[dict[str, object]]:
-    return [
-        {"params": [p], "lr": rate * max(float(p.detach().float().square().mean().sqrt()), 1e-4)}
-        for p in parameters
-    ]
 
 
 def _schedule(step: int, steps: int) -> float:
