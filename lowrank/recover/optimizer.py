@@ -55,7 +55,7 @@ class RecoveryOptimizer:
         for group, rate in zip(self._groups, self._rates, strict=True):
             group["lr"] = share * rate
         for parameter, matrix in self._matrices:
-            matrix.grad = None if parameter.grad is None else parameter.grad.view(matrix.shape)
+            matrix.grad = None if parameter.grad is None else parameter.grad.reshape(matrix.shape)
         for optimizer in self._optimizers:
             optimizer.step()
 

@@ -228,7 +228,7 @@ def test_nested_training_serves_small_ratios_better_than_training_at_one_rank() 
         "target_modules": "all",
         "storage": "factors",
     }
-    steps: dict[str, Any] = {"distill_steps": 60, "distill_rate": 0.02, "refit": False}
+    steps: dict[str, Any] = {"distill_steps": 60, "distill_rate": 0.005, "refit": False}
     one, _ = compressed(net, 0.9, effort=Recovery(**steps), **more)
     nested, told = compressed(net, 0.9, effort=Recovery(**steps, nested=0.3), **more)
     assert any("mean over ratios 0.3, " in note for note in told.notes)
