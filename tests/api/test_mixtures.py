@@ -60,8 +60,8 @@ def test_from_folder_to_folder_it_is_the_same(family: str, tmp_path: Path) -> No
     torch.testing.assert_close(_logits(streamed), _logits(small), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("effort", ["fast", "balanced"])
-def test_efforts_lower_the_loss(effort: str) -> None:
+@pytest.mark.parametrize("effort", ["fast", lowrank.Recovery(block_steps=30)])
+def test_efforts_lower_the_loss(effort: str | lowrank.Recovery) -> None:
     dense = mixture("Mixtral")
     plain, _ = lowrank.compress(dense, 0.5, data=None, copy=True, progress=False)
     small, report = lowrank.compress(

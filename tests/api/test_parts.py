@@ -35,9 +35,11 @@ def _small(name: str, **options: Any) -> tuple[nn.Module, nn.Module, Tensor, Any
     return dense, small, data, report
 
 
-@pytest.mark.parametrize("effort", [None, "fast", "balanced"])
+@pytest.mark.parametrize("effort", [None, "fast", lowrank.Recovery(block_steps=30)])
 @pytest.mark.parametrize("name", NETS)
-def test_compressed_saved_loaded_and_merged(name: str, effort: str | None, tmp_path: Path) -> None:
+def test_compressed_saved_loaded_and_merged(
+    name: str, effort: str | lowrank.Recovery | None, tmp_path: Path
+) -> None:
     dense, small, data, report = _small(name, effort=effort)
     left = {e.name for e in report.plan.entries if not e.target}
     assert left == {"first", "last"} if name == "U-Net" else left == {"embedding", "head"}

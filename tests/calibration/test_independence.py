@@ -214,8 +214,8 @@ def test_a_single_whole_batch_is_not_split() -> None:
     assert parted([X], 0.5, whole=True) == ([X], ())
 
 
-@pytest.mark.parametrize("effort", [None, "fast", "balanced"])
-def test_a_graph_net_is_compressed(effort: str | None) -> None:
+@pytest.mark.parametrize("effort", [None, "fast", lowrank.Recovery(block_steps=30)])
+def test_a_graph_net_is_compressed(effort: str | lowrank.Recovery | None) -> None:
     """Cut into rows, x (16, features) meets an adjacency (16, nodes)."""
     net, options = graph_net(), {} if effort is None else {"effort": effort}
     small, report = lowrank.compress(

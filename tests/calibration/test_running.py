@@ -33,7 +33,9 @@ def test_no_pass_over_the_whole_model_keeps_a_cache_of_every_layer() -> None:
     handle = model.register_forward_hook(note)
     calibration = lowrank.calibrate(model, [rows], progress=False)
     lowrank.with_fisher(model, calibration, progress=False)
-    small, _ = lowrank.compress(model, 0.8, data=[rows], effort="balanced", progress=False)
+    small, _ = lowrank.compress(
+        model, 0.8, data=[rows], effort=lowrank.Recovery(block_steps=30), progress=False
+    )
     lowrank.kl(model, small, [rows])
     handle.remove()
     assert len(kept) > 8
