@@ -33,6 +33,7 @@ MOVED = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "docs/gallery/README.md": "gallery/index.md",
 }
 FENCE = re.compile(r"^( *)```.*?^\1```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
@@ -42,8 +43,8 @@ def written() -> dict[str, str | Path]:
     """The site by path: text of a page, or a file to be copied as it is."""
     site: dict[str, str | Path] = {}
     copied: set[str] = set()
-    for path in (ROOT / name for name in MOVED):
-        site[MOVED[path.name]] = linked(path.read_text(encoding="utf-8"), path, copied)
+    for name, place in MOVED.items():  # that of the gallery is then replaced by its overview
+        site[place] = linked((ROOT / name).read_text(encoding="utf-8"), ROOT / name, copied)
     for path in sorted((ROOT / "docs").rglob("*")):
         place = path.relative_to(ROOT / "docs").as_posix()
         if path.suffix == ".md" and not place.startswith("gallery/"):
@@ -107,7 +108,9 @@ def reference() -> str:
     ]
     controllers = [f"train.{name.name}" for name in names("controllers")]
     parts = ["# Reference", "Everything at the door of `lowrank`, from its docstrings."]
-    return "\n\n".join([*parts, *(f"::: lowrank.{name}" for name in [*public, *controllers])]) + "\n"
+    return (
+        "\n\n".join([*parts, *(f"::: lowrank.{name}" for name in [*public, *controllers])]) + "\n"
+    )
 
 
 def configuration(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What the committed results say of each name: benchmarks/results/*.json, and nothing else.
 
-A results file is read by its reader below. A benchmark of its own needs none: a list `gallery` at
-the top of its file holds figures as they stand, with the fields of `Figure` but `file`.
+A results file is read by its reader below. A benchmark that writes a list `gallery` at the top of
+its file needs none: its rows are figures as they stand, with the fields of `Figure` but `file`.
+`python benchmarks/gallery.py --only NAME` writes one for a method, results/gallery/NAME.json.
 """
 
 from __future__ import annotations
@@ -244,10 +245,11 @@ def figures() -> list[Figure]:
     for file, (read, _) in READERS.items():
         for *values, seconds in read(_loaded(file)):
             found.append(Figure(*values, file, seconds))
-    for path in sorted(RESULTS.glob("*.json")):
-        data = _loaded(path.name)
+    for path in sorted(RESULTS.rglob("*.json")):
+        file = path.relative_to(RESULTS).as_posix()
+        data = _loaded(file)
         for row in data.get("gallery", ()) if isinstance(data, dict) else ():
-            found.append(Figure(**row, file=path.name))
+            found.append(Figure(**row, file=file))
     return found
 
 

@@ -1,6 +1,6 @@
 """Checks a built site: links that lead nowhere, and whatever it would fetch from elsewhere.
 
-    python -m website.links build/site
+python -m website.links build/site
 """
 
 from __future__ import annotations

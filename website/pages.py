@@ -89,11 +89,11 @@ def rows_of(measured: Sequence[Figure]) -> str:
     """All figures of a name, with where they come from."""
     rows = []
     for one in measured:
-        script = READERS[one.file][1] if one.file in READERS else ""
+        script = READERS[one.file][1] if one.file in READERS else writer(one.file)
         seconds = "" if one.seconds is None else f"{one.seconds:.3g}"
         source = f"[{one.file}](../../files/benchmarks/results/{one.file})"
         value = number(one.value, one.measure)
-        by = f"`python {script}`" if script else ""
+        by = f"`python {script}`"
         rows.append(
             (one.model, one.setting, f"{one.keep:.2g}", one.measure, value, seconds, source, by)
         )
@@ -101,6 +101,11 @@ def rows_of(measured: Sequence[Figure]) -> str:
         ("model", "share of what", "share", "measure", "value", "seconds", "file", "printed by"),
         rows,
     )
+
+
+def writer(file: str) -> str:
+    """The benchmark that wrote figures as they stand: it has the name of its file or folder."""
+    return f"benchmarks/{file.partition('/')[0].removesuffix('.json')}.py"
 
 
 def number(value: float, measure: str) -> str:
@@ -133,9 +138,7 @@ def overview(measured: Sequence[Figure], engines: dict[str, dict[str, str]]) -> 
     return "\n\n".join(parts) + "\n"
 
 
-def summary(
-    kind: str, measured: Sequence[Figure], engines: dict[str, dict[str, str]]
-) -> str:
+def summary(kind: str, measured: Sequence[Figure], engines: dict[str, dict[str, str]]) -> str:
     """One table for all names of a kind; columns that would be empty are left out."""
     if kind == "forms":
         return tools([name.name for name in names("forms")], engines, up="")

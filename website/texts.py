@@ -22,7 +22,7 @@ FIELDS = {
 MEANING = {
     "Formula": "what is minimised or stored, in backquotes, in the words of the docstring",
     "Paper": "authors or name, and arXiv id; or: none, and whose idea it is",
-    "Claim": "its headline figure as the paper or README states it, and where; or: none quoted here",
+    "Claim": "its headline figure as the paper states it, and where; or: none quoted here",
     "Forms": "classes of lowrank.nn that it makes, by comma: LowRankLinear, PivotedLinear",
 }
 SECTIONS = ("When to use", "When not to")
