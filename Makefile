@@ -66,8 +66,9 @@ vllm-check: $(VENV)/.dev $(VLLM)/.ready
 	$(VLLM_PIP) install --no-deps --force-reinstall .
 	OMP_NUM_THREADS=2 $(VLLM)/bin/python tests/engines/check_vllm.py build/served
 
-# The documentation as a site, in build/site: open index.html there. Warnings are errors, and so are
-# links that lead nowhere. mkdocs and its themes are in an environment of their own.
+# The documentation as a site, in build/site: open index.html there, or for its search run
+# `python -m http.server -d build/site`. Warnings are errors, and so are links that lead nowhere.
+# mkdocs and its theme are in an environment of their own.
 SITE := build/site-tools
 
 docs: $(VENV)/.dev $(SITE)/.ready

@@ -1,6 +1,6 @@
 """What each method loses by itself, for its page in the gallery: no effort, uniform ranks.
 
-    python benchmarks/gallery.py [--only NAME …] [--ratios 0.8 0.6 0.4] [--rows 96]
+    python benchmarks/gallery.py [--only NAME …] [--ratios 0.8 0.6 0.4]
 
 Linear layers: the embedded model, mean KL to the dense one on its held-out text. Convolutions: the
 ResNet-20 of LOWRANK_ASSETS, where that is set, top-1 on 761 images; all but the first are factored.
@@ -40,7 +40,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=[n for n in ALL if n not in BY_BYTES])
     parser.add_argument("--ratios", type=float, nargs="+", help="others than the usual ones")
-    parser.add_argument("--rows", type=int, default=96, help="held-out rows of text")
     args = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, list[Row]] = {name: [] for name in args.only}
@@ -48,7 +47,7 @@ def main() -> None:
     texts = [name for name in args.only if "linear" in kinds[name]]
     images = [name for name in args.only if "conv" in kinds[name]]
     if texts:
-        for row in of_text(texts, args.ratios or KEEPS["embedded model"], args.rows):
+        for row in of_text(texts, args.ratios or KEEPS["embedded model"]):
             found[row["name"]].append(row)
     if images and "LOWRANK_ASSETS" in os.environ:
         for row in of_images(images, args.ratios or KEEPS["ResNet-20"]):
@@ -59,17 +58,19 @@ def main() -> None:
             keep(f"gallery/{name.replace(':', '-')}", [], gallery=rows)
 
 
-def of_text(names: list[str], ratios: Any, rows: int) -> Iterator[Row]:
+def of_text(names: list[str], ratios: Any) -> Iterator[Row]:
     tiny = tiny_lm()
     seen = lowrank.calibrate(tiny.model, tiny.calibration, tokenizer=tiny.tokenizer, progress=False)
     if any("gram" not in ALL[name]().needs or len(ALL[name]().needs) > 1 for name in names):
         seen = lowrank.with_fisher(tiny.model, seen)
-    held_out = held_out_rows(tiny)[:rows]
+    held_out = held_out_rows(tiny)
     for name in names:
-        for ratio in ratios:
-            model, seconds = made(tiny.model, ratio, name, seen)
-            kl = judge([tiny.model, model], held_out)[1][1]
-            yield shown(name, "embedded model", ratio, "KL, nats per token", kl, seconds)
+        models, seconds = zip(
+            *(made(tiny.model, ratio, name, seen) for ratio in ratios), strict=True
+        )
+        judged = judge([tiny.model, *models], held_out)[1:]
+        for ratio, (_, kl), took in zip(ratios, judged, seconds, strict=True):
+            yield shown(name, "embedded model", ratio, "KL, nats per token", kl, took)
 
 
 def of_images(names: list[str], ratios: Any) -> Iterator[Row]:

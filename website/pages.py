@@ -18,6 +18,7 @@ TITLES = {
     "forms": "Stored forms",
     "controllers": "Controllers",
 }
+SHOWN = (VLLM, TOOLS["ONNX"], TOOLS["int8"], TOOLS["LoRA, merge"])  # for each method
 # Columns of the overview: what they are called, the figures that they show, and at which ratios.
 MEASURED = (
     ("KL, stories260K, .8 / .6 / .4", "stories260K", EQUAL_PARAMETERS, KL, (0.8, 0.6, 0.4)),
@@ -26,7 +27,11 @@ MEASURED = (
      (0.8, 0.5, 0.3)),
     ("top-1 ResNet-20, .7 / .5 / .3", "ResNet-20", EQUAL_PARAMETERS, TOP1, (0.7, 0.5, 0.3)),
 )  # fmt: skip
-OVERVIEW = """# Gallery
+OVERVIEW = """---
+hide: [toc]
+---
+
+# Gallery
 
 One page a name: its idea, formula and paper, when to use it and when not, what was measured beside
 what the paper claims, and what serves the result. Everything measured comes from
@@ -55,7 +60,7 @@ def page(
     name: Name, text: Text, measured: Sequence[Figure], engines: dict[str, dict[str, str]]
 ) -> str:
     """The page of one name."""
-    parts = [f"# {name.name}", text.idea, table(("", ""), facts(name, text))]
+    parts = [f"# {name.name}", text.idea, table(*headed(facts(name, text)))]
     parts += [f"## {section}\n\n{said}" for section, said in text.sections.items()]
     parts.append("## Measured")
     if "Claim" in text.fields:
@@ -85,21 +90,24 @@ def facts(name: Name, text: Text) -> list[tuple[str, str]]:
     return rows
 
 
+def headed(rows: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], Sequence[tuple[str, str]]]:
+    return rows[0], rows[1:]
+
+
 def rows_of(measured: Sequence[Figure]) -> str:
-    """All figures of a name, with where they come from."""
-    rows = []
+    """All figures of a name, a row for those of one file, model and setting."""
+    groups: dict[tuple[str, ...], list[Figure]] = {}
     for one in measured:
-        script = READERS[one.file][1] if one.file in READERS else writer(one.file)
-        seconds = "" if one.seconds is None else f"{one.seconds:.3g}"
-        source = f"[{one.file}](../../files/benchmarks/results/{one.file})"
-        value = number(one.value, one.measure)
-        by = f"`python {script}`"
-        rows.append(
-            (one.model, one.setting, f"{one.keep:.2g}", one.measure, value, seconds, source, by)
-        )
+        key = (one.model, one.setting, one.measure, one.file)
+        groups.setdefault(key, []).append(one)
+    rows = []
+    for (model, setting, measure, file), ones in groups.items():
+        script = READERS[file][1] if file in READERS else writer(file)
+        values = ", ".join(f"{one.keep:.2g}: **{number(one.value, measure)}**" for one in ones)
+        source = f"[{file}](../../files/benchmarks/results/{file}), by `{script}`"
+        rows.append((model, setting, measure, values, longest(ones), source))
     return table(
-        ("model", "share of what", "share", "measure", "value", "seconds", "file", "printed by"),
-        rows,
+        ("model", "share of what", "measure", "share: value", "seconds, at most", "from"), rows
     )
 
 
@@ -134,7 +142,8 @@ def overview(measured: Sequence[Figure], engines: dict[str, dict[str, str]]) -> 
     for plot in PLOTS:
         parts.append(f"![{plot.alt}]({plot.file})\n\n*{plot.title}.* {plot.caption}")
     for kind in KINDS:
-        parts += [f"## {TITLES[kind]}", summary(kind, measured, engines)]
+        rows = summary(kind, measured, engines)
+        parts += [f"## {TITLES[kind]}", f'<div class="overview" markdown>\n\n{rows}\n\n</div>']
     return "\n\n".join(parts) + "\n"
 
 
@@ -147,19 +156,24 @@ def summary(kind: str, measured: Sequence[Figure], engines: dict[str, dict[str, 
         text = texts.read(name)
         row = [link(name.name, kind, up=""), text.idea]
         if kind == "methods":
-            served = [engines.get(form, {}).get(VLLM) for form in text.forms]
-            row += [name.needs, name.layers, ", ".join(text.forms)]
-            row.append("yes" if "yes" in served else "no")
+            row += [name.needs, name.layers]
+            row += [best(text.forms, tool, engines) for tool in SHOWN]
         if kind != "controllers":
             row += [cell(own(name, measured), *column[1:]) for column in MEASURED]
             row.append(longest(own(name, measured)))
         rows.append(tuple(row))
     head = ["", "idea"]
     if kind == "methods":
-        head += ["needs", "layers", "stored as", VLLM]
+        head += ["needs", "layers", *SHOWN]
     if kind != "controllers":
         head += [column[0] for column in MEASURED] + ["seconds, at most"]
     return table(*without_empty(head, rows))
+
+
+def best(forms: Sequence[str], tool: str, engines: dict[str, dict[str, str]]) -> str:
+    """Whether a tool takes any form of a method."""
+    said = [engines.get(form, {}).get(tool, "not tried") for form in forms]
+    return next((each for each in said if each == "yes"), said[0])
 
 
 def cell(
@@ -176,7 +190,7 @@ def cell(
             and one.setting in settings
         ]
         values.append(number(fitting[0].value, measure) if fitting else "–")
-    return " / ".join(values) if set(values) != {"–"} else ""
+    return "\u00a0/\u00a0".join(values) if set(values) != {"–"} else ""
 
 
 def longest(measured: Sequence[Figure]) -> str:

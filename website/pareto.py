@@ -83,7 +83,7 @@ def svg(plot: Plot, measured: Sequence[Figure]) -> str:
     shares = [share for share, _ in points]
     low = min(0.1 * math.floor(10 * min(shares) + 1e-9), min(shares))
     high = 0.1 * math.ceil(10 * max(shares) - 1e-9)
-    bottom = math.floor(math.log10(min(loss for _, loss in points)))
+    bottom = math.log10(min(loss for _, loss in points)) - 0.1
     top = math.log10(max(loss for _, loss in points)) + 0.08
 
     def at(point: Point) -> Point:
@@ -107,10 +107,10 @@ def svg(plot: Plot, measured: Sequence[Figure]) -> str:
 def _grid(plot: Plot, shares: Point, losses: Point, at) -> list[str]:  # type: ignore[no-untyped-def]
     parts = []
     right = WIDTH - RIGHT
-    for power in range(int(losses[0]), math.ceil(losses[1])):
+    for power in range(math.floor(losses[0]), math.ceil(losses[1])):
         for digit in (1, 3):
             loss = digit * 10.0**power
-            if math.log10(loss) > losses[1]:
+            if not losses[0] <= math.log10(loss) <= losses[1]:
                 continue
             y = at((shares[0], loss))[1]
             parts.append(f'<path class="faint" d="M{LEFT} {y:.1f}H{right}"/>')
