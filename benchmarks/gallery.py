@@ -14,6 +14,7 @@ is not named below is measured without more.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -42,23 +43,27 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", help="others than the usual ones")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[str, list[Row]] = {name: [] for name in args.only}
     kinds = {name: ALL[name]().kinds for name in args.only}
     texts = [name for name in args.only if "linear" in kinds[name]]
     images = [name for name in args.only if "conv" in kinds[name]]
-    if texts:
-        for row in of_text(texts, args.ratios or KEEPS["embedded model"]):
-            found[row["name"]].append(row)
-    if images and "LOWRANK_ASSETS" in os.environ:
-        for row in of_images(images, args.ratios or KEEPS["ResNet-20"]):
-            found[row["name"]].append(row)
     (RESULTS / "gallery").mkdir(exist_ok=True)
-    for name, rows in found.items():
-        if rows:
-            keep(f"gallery/{name.replace(':', '-')}", [], gallery=rows)
+    if images and "LOWRANK_ASSETS" in os.environ:
+        for name, rows in of_images(images, args.ratios or KEEPS["ResNet-20"]):
+            add(name, rows)
+    if texts:
+        for name, rows in of_text(texts, args.ratios or KEEPS["embedded model"]):
+            add(name, rows)
 
 
-def of_text(names: list[str], ratios: Any) -> Iterator[Row]:
+def add(name: str, rows: list[Row]) -> None:
+    """Write a method's rows, beside those of other models that its file has."""
+    file = f"gallery/{name.replace(':', '-')}"
+    path, model = RESULTS / f"{file}.json", rows[0]["model"]
+    before = json.loads(path.read_text(encoding="utf-8"))["gallery"] if path.exists() else []
+    keep(file, [], gallery=[*(row for row in before if row["model"] != model), *rows])
+
+
+def of_text(names: list[str], ratios: Any) -> Iterator[tuple[str, list[Row]]]:
     tiny = tiny_lm()
     seen = lowrank.calibrate(tiny.model, tiny.calibration, tokenizer=tiny.tokenizer, progress=False)
     if any("gram" not in ALL[name]().needs or len(ALL[name]().needs) > 1 for name in names):
@@ -68,12 +73,17 @@ def of_text(names: list[str], ratios: Any) -> Iterator[Row]:
         models, seconds = zip(
             *(made(tiny.model, ratio, name, seen) for ratio in ratios), strict=True
         )
-        judged = judge([tiny.model, *models], held_out)[1:]
-        for ratio, (_, kl), took in zip(ratios, judged, seconds, strict=True):
-            yield shown(name, "embedded model", ratio, "KL, nats per token", kl, took)
+        judged = [kl for _, kl in judge([tiny.model, *models], held_out)[1:]]
+        yield (
+            name,
+            [
+                shown(name, "embedded model", ratio, "KL, nats per token", kl, took)
+                for ratio, kl, took in zip(ratios, judged, seconds, strict=True)
+            ],
+        )
 
 
-def of_images(names: list[str], ratios: Any) -> Iterator[Row]:
+def of_images(names: list[str], ratios: Any) -> Iterator[tuple[str, list[Row]]]:
     sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
     from compress_resnet_cifar import CALIBRATED, loaded, predictions, share
 
@@ -81,10 +91,12 @@ def of_images(names: list[str], ratios: Any) -> Iterator[Row]:
     data = list(train[:CALIBRATED].split(50))
     seen = lowrank.with_fisher(net, lowrank.calibrate(net, data, progress=False))
     for name in names:
+        rows = []
         for ratio in ratios:
             lean, seconds = made(net, ratio, name, seen, exclude_modules="conv1|linear")
             top1 = share(predictions(lean, test), labels)
-            yield shown(name, "ResNet-20", ratio, "top-1, %", top1, seconds)
+            rows.append(shown(name, "ResNet-20", ratio, "top-1, %", top1, seconds))
+        yield name, rows
 
 
 def made(model: Any, ratio: float, name: str, seen: Any, **options: Any) -> tuple[Any, float]:

@@ -220,6 +220,20 @@ def test_links_that_leave_the_documentation_are_changed() -> None:
     assert linked("[a](docs/guide/faq.md)", ROOT / "README.md", set()) == "[a](guide/faq.md)"
 
 
+def test_verbs_are_documented_with_the_arguments_that_they_take(
+    site: dict[str, str | Path],
+) -> None:
+    text = str(site["reference.md"])
+    assert "::: lowrank.compress\n" not in text  # its source says nothing of its arguments
+    compress = text.partition("## lowrank.compress\n")[2].partition("\n## ")[0]
+    assert "    ratio=None,\n" in compress
+    assert "- `effort`: " in compress
+    assert "**Raises**\n\n- `LowrankError`: " in compress
+    assert "…" not in compress
+    assert "::: lowrank.kl\n" in text
+    assert "::: lowrank.train.DLRT\n" in text
+
+
 def test_a_site_with_broken_links_or_foreign_files_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text(
         '<link rel="stylesheet" href="s.css"><link rel="canonical" href="https://x.org/">'

@@ -100,17 +100,39 @@ def _place(path: Path) -> str:
 
 
 def reference() -> str:
-    """The public surface, whose docstrings mkdocstrings reads from the source."""
-    public = [
-        name
+    """The public surface, whose docstrings mkdocstrings reads from the source, without running it.
+
+    Verbs whose arguments are put together when the library is imported are written out here.
+    """
+    public = {  # functions first
+        name: value
+        for test in (inspect.isfunction, inspect.isclass)
         for name, value in sorted(vars(lowrank).items())
-        if not name.startswith("_") and (inspect.isfunction(value) or inspect.isclass(value))
-    ]
-    controllers = [f"train.{name.name}" for name in names("controllers")]
+        if not name.startswith("_") and test(value)
+    }
     parts = ["# Reference", "Everything at the door of `lowrank`, from its docstrings."]
-    return (
-        "\n\n".join([*parts, *(f"::: lowrank.{name}" for name in [*public, *controllers])]) + "\n"
-    )
+    for name, value in public.items():
+        parts.append(
+            verb(name, value) if hasattr(value, "__signature__") else f"::: lowrank.{name}"
+        )
+    parts += [f"::: lowrank.train.{name.name}" for name in names("controllers")]
+    return "\n\n".join([*parts, ""])
+
+
+def verb(name: str, call: Any) -> str:
+    """A function with its signature, and the sections of its docstring as lists."""
+    given = inspect.signature(call).parameters.values()
+    lines = [str(each.replace(annotation=each.empty)) for each in given]
+    signature = "".join(f"    {line},\n" for line in lines)
+    parts = [f"## lowrank.{name}", f"```python\n{name}(\n{signature})\n```"]
+    text, *sections = re.split(r"^(Args|Returns|Raises):\n", inspect.getdoc(call) or "", flags=re.M)
+    parts.append(text.strip())
+    for title, body in zip(sections[::2], sections[1::2], strict=True):
+        items = re.split(r"^ {4}(?=\S)", body, flags=re.M)[1:]
+        said = (" ".join(item.split()) for item in items)
+        bullets = (re.sub(r"^([\w, ]+): ", r"`\1`: ", item) for item in said)
+        parts += [f"**{title}**", "\n".join(f"- {bullet}" for bullet in bullets)]
+    return "\n\n".join(parts)
 
 
 def configuration(folder: Path) -> dict[str, Any]:
