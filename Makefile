@@ -7,7 +7,7 @@ TORCHAO := build/torchao
 # constraints.txt pins what the checks were run with; torch's pin selects the CPU build.
 INSTALL := $(PIP) install -c constraints.txt
 
-.PHONY: demo test fast check lint types mutants architectures matrix notebooks dist dist-check vllm-check clean
+.PHONY: demo test fast check lint types mutants architectures matrix notebooks dist dist-check vllm-check docs clean
 
 demo: $(VENV)/.base
 	$(BIN)/lowrank demo
@@ -65,6 +65,21 @@ vllm-check: $(VENV)/.dev $(VLLM)/.ready
 	OMP_NUM_THREADS=2 $(BIN)/python -m tests.engines.served build/served
 	$(VLLM_PIP) install --no-deps --force-reinstall .
 	OMP_NUM_THREADS=2 $(VLLM)/bin/python tests/engines/check_vllm.py build/served
+
+# The documentation as a site, in build/site: open index.html there, or for its search run
+# `python -m http.server -d build/site`. Warnings are errors, and so are links that lead nowhere.
+# mkdocs and its theme are in an environment of their own.
+SITE := build/site-tools
+
+docs: $(VENV)/.dev $(SITE)/.ready
+	$(BIN)/python -m website.assemble build/website
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build -q -f build/website/mkdocs.yml
+	$(BIN)/python -m website.links build/site
+
+$(SITE)/.ready: website/requirements.txt
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -m pip --disable-pip-version-check -q install -r website/requirements.txt
+	touch $@
 
 $(VLLM)/.ready: tests/engines/needed.py
 	$(PYTHON) -m venv $(VLLM)

@@ -33,6 +33,27 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "more loss drawn lower in the gallery's plots",
+        "website/pareto.py",
+        "return x, HEIGHT - BOTTOM - height * (HEIGHT - TOP - BOTTOM)",
+        "return x, TOP + height * (HEIGHT - TOP - BOTTOM)",
+        ("tests/test_website.py::test_a_plot_puts_less_loss_lower_and_less_size_to_the_left",),
+    ),
+    Mutant(
+        "links to headings that a page of the site does not have",
+        "website/links.py",
+        "return not anchor or target not in pages or anchor in pages[target].anchors",
+        "return True",
+        ("tests/test_website.py::test_a_site_with_broken_links_or_foreign_files_is_noticed",),
+    ),
+    Mutant(
+        "a page text of the gallery with nothing in a field",
+        "website/texts.py",
+        "empty = [each for each, said in given.items() if not said]",
+        "empty: list[str] = []",
+        ("tests/test_website.py::test_an_incomplete_page_text_is_refused",),
+    ),
+    Mutant(
         "bags pooled in each of two tables before their rows are combined, as in DLRM's code",
         "lowrank/nn/quotient_remainder.py",
         "return self.bag.pool(vectors, input, offsets, per_sample_weights, self.padding_idx)",
@@ -648,7 +669,7 @@ def survivors(mutant: Mutant) -> list[str]:
     """The tests that pass in spite of the mistake."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for part in ("lowrank", "tests"):
+        for part in ("lowrank", "tests", "website"):
             unwanted = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / part, folder / part, ignore=unwanted)
         shutil.copy(ROOT / "pyproject.toml", folder)

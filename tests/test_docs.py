@@ -20,7 +20,9 @@ from lowrank import demo
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+GUIDE = sorted((ROOT / "docs" / "guide").glob("*.md"))
+GALLERY = ROOT / "docs" / "gallery" / "README.md"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS, *GUIDE, GALLERY]
 LIMIT = 6000  # bytes of the README: it is read on one screen
 
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)

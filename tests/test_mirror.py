@@ -157,6 +157,7 @@ TOPICS = {
     "seams/test_datasets.py": "Rows of a data set, by the protocol of the package datasets.",
     "seams/test_gguf.py": "Models that another tool quantized and transformers dequantised.",
     "seams/test_peft.py": "Adapters on what is factored; models with adapters.",
+    "test_website.py": "The site of the documentation: its gallery, plots and links.",
     "walk/test_patches.py": "Rows that layers read, convolutions above all.",
     "walk/test_patterns.py": "target_modules, with peft as the oracle.",
     "seams/test_diffusers.py": "Stock diffusers saves and loads factored models.",
