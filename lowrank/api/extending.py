@@ -18,7 +18,7 @@ from ..walk.checks import check_model, ordinary_tensors
 from ..walk.vocabulary import other_tables, token_rows
 
 STARTS = ("subwords", "mean", "random")
-Similar = str | Mapping[str, Sequence[str | int] | Mapping[str | int, float]]
+Similar = str | Mapping[str, Sequence[str | int] | Mapping[Any, float]]
 NEEDED = ("add_tokens", "convert_tokens_to_ids", "get_vocab")
 
 
@@ -127,9 +127,9 @@ def extend_vocabulary(
     known = torch.tensor(sorted(i for i in set(old.ids.values()) if i < before))
     mixtures = _mixtures(old, ids, similar)
     untouched = other_tables(model, rows)
-    tokenizer.add_tokens(list(new_tokens))
     size = max(before, *(i + 1 for i in ids.values()))
     _resize(model, rows[0], size, pad_to_multiple_of)
+    tokenizer.add_tokens(list(new_tokens))
     start = similar if isinstance(similar, str) else "similar"
     draw = torch.Generator().manual_seed(seed)
     rows = token_rows(model)

@@ -108,12 +108,14 @@ def _longer(bias: nn.Parameter, length: int, mean: bool) -> nn.Parameter:
 
 
 def _has_rows(form: Form) -> bool:
-    """Whether what holds a token's coordinates is a plain embedding or linear layer."""
+    """Whether what holds a token's coordinates is a plain embedding or linear layer of numbers:
+    quantized ones would be lost."""
     if isinstance(form, TiedEmbedding | TiedHead):
         form = form.owner
-    if isinstance(form, LowRankEmbedding):
-        return type(form.rows) is nn.Embedding
-    return type(form) is LowRankLinear and type(form.up) is nn.Linear
+    rows: Any = form.rows if isinstance(form, LowRankEmbedding) else getattr(form, "up", None)
+    kind = nn.Embedding if isinstance(form, LowRankEmbedding) else nn.Linear
+    plain = type(form) in (LowRankEmbedding, LowRankLinear) and type(rows) is kind
+    return plain and type(rows.weight) is nn.Parameter
 
 
 def _check(can: bool, layer: nn.Module) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LowrankError
-from .gram import gram_sum, output_root, unrooted
+from .gram import DAMP, gram_sum, output_root, unrooted
 from .svd import balance, factor
 
 
@@ -47,7 +47,7 @@ class VectorProjection:
 
 
 def project_vectors(
-    base: Tensor, queries: Tensor, dim: int, *, damp: float = 0.01
+    base: Tensor, queries: Tensor, dim: int, *, damp: float = DAMP
 ) -> VectorProjection:
     """Two linear maps to `dim` dimensions, one for the vectors and one for queries (LeanVec).
 
@@ -93,4 +93,5 @@ def _checked(name: str, vectors: Any) -> Tensor:
         raise LowrankError(f"{name} must be rows of numbers (n, D), got {vectors.dtype} {shape}")
     if not bool(vectors.isfinite().all()):
         raise LowrankError(f"{name} holds NaN or Inf")
-    return vectors
+    rows: Tensor = vectors
+    return rows

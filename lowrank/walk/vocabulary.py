@@ -39,9 +39,15 @@ def token_rows(model: nn.Module) -> list[nn.Parameter]:
     coordinates (V, rank), of a dense one the rows (V, D), of a head the biases (V,) too.
 
     Raises:
-        LowrankError: see `rows_of` and `ends_of`.
+        LowrankError: see `rows_of` and `ends_of`; or the embedding and the head differ in length.
     """
     every = [rows for layer in ends_of(model) for rows in rows_of(layer)]
+    lengths = sorted({len(rows) for rows in every})
+    if len(lengths) > 1:
+        raise LowrankError(
+            f"the embedding and the head have rows for {' and '.join(map(str, lengths))} tokens: "
+            "bring them to one number first (model.resize_token_embeddings)"
+        )
     return list({id(rows): rows for rows in every}.values())
 
 

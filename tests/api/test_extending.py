@@ -79,6 +79,9 @@ def test_it_is_saved_and_loaded_with_its_tokenizer(kind: str, tmp_path: Path) ->
     assert torch.equal(logits(again, torch.tensor([ids])), logits(model, torch.tensor([ids])))
     more = extend_vocabulary(again, read, ["reder"])  # and on from there
     assert more.ids == [VOCABULARY + 2]
+    again.save_pretrained(tmp_path)
+    last, ids = lowrank.from_pretrained(tmp_path).eval(), torch.tensor([more.ids])
+    assert torch.equal(logits(last, ids), logits(again, ids))
 
 
 def test_similar_tokens_are_named_in_lists_or_by_cosines() -> None:
@@ -188,6 +191,18 @@ def test_a_tokenizer_that_takes_no_tokens_is_refused() -> None:
     with pytest.raises(LowrankError, match="does not find 'hatbed' as one token"):
         extend_vocabulary(model, words, NEW[:1])
     assert model.config.vocab_size == VOCABULARY
+
+
+def test_a_model_that_cannot_grow_leaves_the_tokenizer_as_it_was() -> None:
+    class Own(nn.Embedding):
+        pass
+
+    model, words = model_of("tied"), tokenizer()
+    rows = model.model.embed_tokens.rows
+    model.model.embed_tokens.rows = Own(*rows.weight.shape)
+    with pytest.raises(LowrankError, match="LowRankEmbedding cannot be resized"):
+        extend_vocabulary(model, words, NEW[:1])
+    assert len(words) == VOCABULARY == model.config.vocab_size
 
 
 def test_forms_without_a_row_for_every_token_say_what_to_do() -> None:

@@ -138,6 +138,19 @@ def test_a_wrapped_table_says_so() -> None:
         model.resize_token_embeddings(VOCABULARY + 4)
 
 
+def test_codes_in_the_place_of_numbers_say_so() -> None:
+    class Codes(Tensor):
+        pass
+
+    model = built("tied")
+    rows = model.model.embed_tokens.rows
+    rows.weight = nn.Parameter(rows.weight.detach().as_subclass(Codes))
+    with pytest.raises(LowrankError, match=r"LowRankEmbedding cannot be resized: .*to_dense"):
+        model.resize_token_embeddings(VOCABULARY + 4)
+    assert type(rows.weight) is Codes
+    assert len(rows.weight) == VOCABULARY
+
+
 def test_dense_models_are_resized_as_ever() -> None:
     model = make("bert")
     before = logits(model)

@@ -43,6 +43,13 @@ def test_what_cannot_be_written_to_is_refused() -> None:
         rows_of(nn.Conv1d(3, 3, 1))
 
 
+def test_tables_of_different_lengths_are_refused() -> None:
+    model = model_of("dense untied")
+    model.lm_head = nn.Linear(32, VOCABULARY + 3)
+    with pytest.raises(LowrankError, match=rf"for {VOCABULARY} and {VOCABULARY + 3} tokens"):
+        token_rows(model)
+
+
 def test_a_model_without_tokens_is_refused() -> None:
     model = model_of("tied")
     model.get_input_embeddings = lambda: None
