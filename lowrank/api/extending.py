@@ -19,6 +19,7 @@ from ..walk.vocabulary import other_tables, token_rows
 
 STARTS = ("subwords", "mean", "random")
 Similar = str | Mapping[str, Sequence[str | int] | Mapping[Any, float]]
+SHOWN = 20  # tokens in print
 NEEDED = ("add_tokens", "convert_tokens_to_ids", "get_vocab")
 
 
@@ -64,19 +65,22 @@ class Extension:
         return tuple(token.text for token in self.tokens if not token.like and not mean)
 
     def __str__(self) -> str:
-        before, after = self.rows
+        (before, after), more = self.rows, len(self.tokens) - SHOWN
+        none = "the mean of all" if self.start == "mean" else "none: drawn"
         table = [
             {
                 "token": repr(token.text),
                 "id": str(token.id),
-                "like": ", ".join(f"{old} {share:.2f}" for old, share in token.like.items()),
+                "like": ", ".join(f"{old} {share:.2f}" for old, share in token.like.items())
+                or none,
             }
-            for token in self.tokens
+            for token in self.tokens[:SHOWN]
         ]
         lines = [
             f"{len(self.tokens)} tokens, {self.numbers:,} numbers; {before:,} -> {after:,} rows",
             *aligned(table),
         ]
+        lines += [f"… (+{more} more)"] if more > 0 else []
         if self.untouched:
             lines.append(f"of as many rows, and left as they are: {', '.join(self.untouched)}")
         return "\n".join(lines)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank
-from lowrank import LowrankError, extend_vocabulary
+from lowrank import Extension, LowrankError, extend_vocabulary
 from lowrank.nn import LowRankEmbedding, LowRankLinear, TiedHead
 from tests.vocabularies import NEW, logits, model_of, tokenizer
 from tests.zoo import VOCABULARY, make, tokens
@@ -129,6 +129,9 @@ def test_the_mean_and_draws_are_of_tokens_not_of_spare_rows() -> None:
 def test_texts_without_a_known_subword_are_drawn_and_named() -> None:
     done = extend_vocabulary(model_of("tied"), tokenizer(), NEW)
     assert done.drawn == ("zzz",)
+    assert "none: drawn" in str(done)
+    many = Extension((*done.tokens, *done.tokens * 6), (61, 82), 9, "subwords")
+    assert str(many).endswith("… (+1 more)")
 
 
 def test_rows_for_padding_are_the_mean() -> None:
