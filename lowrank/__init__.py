@@ -9,6 +9,8 @@ from .api import plan as plan
 from .api.by_design import factorize_by_design as factorize_by_design
 from .api.cutting import at_rank as at_rank
 from .api.estimating import estimate as estimate
+from .api.extending import Extension as Extension
+from .api.extending import extend_vocabulary as extend_vocabulary
 from .api.routing import Routing as Routing
 from .api.routing import route_mlps as route_mlps
 from .api.sweeping import Sweep as Sweep
@@ -40,6 +42,8 @@ from .io import save as save
 from .io import to_dense as to_dense
 from .io.registration import VERBS as _VERBS
 from .io.registration import install as _install
+from .linalg.vectors import VectorProjection as VectorProjection
+from .linalg.vectors import project_vectors as project_vectors
 from .measure.bench import Benchmark as Benchmark
 from .measure.bench import benchmark as benchmark
 from .measure.eval import kl as kl
@@ -51,6 +55,7 @@ from .plans.report import Report as Report
 from .policies import POLICIES as POLICIES
 from .recover import MasterWeights as MasterWeights
 from .recover import lrc_parameters as lrc_parameters
+from .recover.new_tokens import only_tokens as only_tokens
 from .recover.recovery import EFFORTS as EFFORTS
 from .recover.recovery import Effort as Effort
 from .recover.recovery import Recovery as Recovery

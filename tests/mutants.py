@@ -655,6 +655,54 @@ MUTANTS = (
         "if False:",
         ("tests/api/test_processes.py::test_two_processes_make_what_one_makes",),
     ),
+    Mutant(
+        "new tokens mixed of one share for all similar ones, whatever their similarity",
+        "lowrank/linalg/neighbours.py",
+        "torch.softmax(values / temperature, 0)",
+        "torch.softmax(values * 0, 0)",
+        (
+            "tests/linalg/test_neighbours.py::test_the_nearest_ten_are_weighted_by_a_softmax",
+            "tests/api/test_extending.py::test_similar_tokens_are_named_in_lists_or_by_cosines",
+        ),
+    ),
+    Mutant(
+        "old tokens trained with the new ones",
+        "lowrank/recover/new_tokens.py",
+        "kept = torch.zeros_like(gradient)",
+        "kept = gradient.clone()",
+        ("tests/recover/test_new_tokens.py::test_new_numbers_are_trained_and_nothing_else",),
+    ),
+    Mutant(
+        "a frozen basis made trainable when its table is resized",
+        "lowrank/io/resizing.py",
+        "parameter.requires_grad_(flags[name])",
+        "pass",
+        ("tests/io/test_resizing.py::test_what_was_frozen_stays_frozen",),
+    ),
+    Mutant(
+        "the map of the base used for queries too",
+        "lowrank/linalg/vectors.py",
+        "VectorProjection(down, up.T.contiguous()",
+        "VectorProjection(down, down",
+        (
+            "tests/linalg/test_vectors.py::test_the_error_is_the_least_there_is",
+            "tests/linalg/test_vectors.py::test_recall_of_other_queries_is_above_that_of_pca",
+        ),
+    ),
+    Mutant(
+        "the metric of queries left in the map of queries",
+        "lowrank/linalg/vectors.py",
+        "balance(unrooted(root, up), down)",
+        "balance(root.T @ up, down)",
+        ("tests/linalg/test_vectors.py::test_the_error_is_the_least_there_is",),
+    ),
+    Mutant(
+        "queries not damped",
+        "lowrank/linalg/vectors.py",
+        "root = output_root(asked, damp)",
+        "root = output_root(asked, 0.0)",
+        ("tests/linalg/test_vectors.py::test_damping_helps_where_queries_are_few",),
+    ),
 )
 
 

@@ -182,8 +182,9 @@ def variables(tiny: demo.TinyLM, page: str) -> dict[str, Any]:
     images = torch.randn(24, 3, 8, 8)
     lm = copy.deepcopy(tiny.model)
     ids = torch.tensor(tiny.tokenizer(tiny.calibration, verbose=False).input_ids)[:512].view(8, 64)
+    tokenizer = copy.deepcopy(tiny.tokenizer)  # an example extends it
     given: dict[str, Any] = {
-        "torch": torch, "lowrank": lowrank, "model": lm, "tokenizer": tiny.tokenizer,
+        "torch": torch, "lowrank": lowrank, "model": lm, "tokenizer": tokenizer,
         "texts": [tiny.calibration], "held_out": tiny.held_out, "cnn": Net().eval(),
         "net": Net().eval(), "images": images, "skeleton": Net,
     }  # fmt: skip

@@ -20,11 +20,24 @@ from ..nn.table_form import TableForm
 Resize = Callable[..., Any]
 
 
-def resize_all(resize: Resize, model: Any, *args: Any, **kwargs: Any) -> Any:
+def resize_all(
+    resize: Resize, model: Any, new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any,
+) -> Any:  # fmt: skip
     """`PreTrainedModel._resize_token_embeddings`; what is tied to a factored table remains so.
 
-    Models such as T5 put the resized table into each place, where it would be saved again.
+    Models such as T5 put the resized table into each place, where it would be saved again. And
+    transformers makes a layer trainable as a whole if its weight is: a basis that is frozen beside
+    coordinates that are trained stays frozen.
+
+    Raises:
+        LowrankError: the table or the head cannot be resized; neither is then.
     """
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    forms = [end for end in ends if isinstance(end, Form)]
+    for form in forms if new_num_tokens or pad_to_multiple_of else []:
+        _check(_has_rows(form), form)
+    trained = [{n: p.requires_grad for n, p in form.named_parameters()} for form in forms]
     tied = [
         (parent, key, child)
         for parent in model.modules()
@@ -32,10 +45,13 @@ def resize_all(resize: Resize, model: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(child, TiedEmbedding)
     ]
     try:
-        return resize(model, *args, **kwargs)
+        return resize(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
     finally:
         for parent, key, child in tied:
             parent._modules[key] = child
+        for form, flags in zip(forms, trained, strict=True):
+            for name, parameter in form.named_parameters():
+                parameter.requires_grad_(flags[name])
 
 
 def resize_table(resize: Resize, model: Any, old: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -45,11 +61,11 @@ def resize_table(resize: Resize, model: Any, old: nn.Module, *args: Any, **kwarg
         LowrankError: what holds the coordinates is no plain embedding.
     """
     if isinstance(old, TableForm):
-        _check(isinstance(old, LowRankEmbedding), old)
+        _check(_has_rows(old), old)
     if not isinstance(old, LowRankEmbedding | TiedEmbedding):
         return resize(model, old, *args, **kwargs)
     table = old.owner if isinstance(old, TiedEmbedding) else old
-    _check(type(table.rows) is nn.Embedding, old)
+    _check(_has_rows(table), old)
     resize(model, table.rows, *args, **kwargs)
     table.num_embeddings = table.rows.num_embeddings
     for reader in model.modules():
@@ -73,7 +89,7 @@ def resize_head(
         if old.bias is not None:
             old.bias = _longer(old.bias, new_num_tokens, mean_resizing)
         return old
-    _check(type(old) is LowRankLinear and type(old.up) is nn.Linear, old)
+    _check(_has_rows(old), old)
     old.up = resize(model, old.up, new_num_tokens, transposed, mean_resizing)
     return old
 
@@ -89,6 +105,17 @@ def _longer(bias: nn.Parameter, length: int, mean: bool) -> nn.Parameter:
         kept = min(length, len(bias))
         fresh[:kept] = bias[:kept]
     return nn.Parameter(fresh, bias.requires_grad)
+
+
+def _has_rows(form: Form) -> bool:
+    """Whether what holds a token's coordinates is a plain embedding or linear layer of numbers:
+    quantized ones would be lost."""
+    if isinstance(form, TiedEmbedding | TiedHead):
+        form = form.owner
+    rows: Any = form.rows if isinstance(form, LowRankEmbedding) else getattr(form, "up", None)
+    kind = nn.Embedding if isinstance(form, LowRankEmbedding) else nn.Linear
+    plain = type(form) in (LowRankEmbedding, LowRankLinear) and type(rows) is kind
+    return plain and type(rows.weight) is nn.Parameter
 
 
 def _check(can: bool, layer: nn.Module) -> None:

@@ -95,6 +95,30 @@ def test_other_forms_say_what_to_do() -> None:
         model.resize_token_embeddings(VOCABULARY + 4)
 
 
+def test_nothing_is_resized_where_a_head_cannot_be() -> None:
+    model, _ = lowrank.compress(
+        make("llama"), 0.6, data=None, target_modules="all", storage="pivoted", progress=False
+    )
+    assert isinstance(model.model.embed_tokens, LowRankEmbedding)
+    before = logits(model)
+    with pytest.raises(LowrankError, match="PivotedLinear cannot be resized"):
+        model.resize_token_embeddings(VOCABULARY + 4)
+    assert model.get_input_embeddings().num_embeddings == VOCABULARY
+    assert torch.equal(logits(model), before)
+    assert model.resize_token_embeddings() is model.model.embed_tokens  # asks for nothing
+
+
+def test_what_was_frozen_stays_frozen() -> None:
+    for kind in ("tied", "untied"):
+        model = built(kind)
+        model.model.embed_tokens.up.requires_grad_(False)
+        if kind == "untied":
+            model.lm_head.down.requires_grad_(False)
+        flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        model.resize_token_embeddings(VOCABULARY + 4)
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+
+
 def test_two_tables_are_saved_and_say_what_to_do(tmp_path: Path) -> None:
     model, _ = lowrank.compress(
         make("llama"), 0.6, data=None, target_modules=["embed_tokens"], method="quotient-remainder"
@@ -112,6 +136,19 @@ def test_a_wrapped_table_says_so() -> None:
     model.model.embed_tokens.rows = nn.Sequential(model.model.embed_tokens.rows)
     with pytest.raises(LowrankError, match=r"LowRankEmbedding cannot be resized: .*to_dense"):
         model.resize_token_embeddings(VOCABULARY + 4)
+
+
+def test_codes_in_the_place_of_numbers_say_so() -> None:
+    class Codes(Tensor):
+        pass
+
+    model = built("tied")
+    rows = model.model.embed_tokens.rows
+    rows.weight = nn.Parameter(rows.weight.detach().as_subclass(Codes))
+    with pytest.raises(LowrankError, match=r"LowRankEmbedding cannot be resized: .*to_dense"):
+        model.resize_token_embeddings(VOCABULARY + 4)
+    assert type(rows.weight) is Codes
+    assert len(rows.weight) == VOCABULARY
 
 
 def test_dense_models_are_resized_as_ever() -> None:
