@@ -42,6 +42,8 @@ from .shared_linear import SharedLowRankLinear as SharedLowRankLinear
 from .sparse_kernels import semi_structured as semi_structured
 from .spatial_conv import SpatialConv as SpatialConv
 from .spatial_conv import spatial_cost as spatial_cost
+from .tensor_train import TensorTrainEmbedding as TensorTrainEmbedding
+from .tensor_train import tensor_train_cost as tensor_train_cost
 from .tied import TiedEmbedding as TiedEmbedding
 from .tied import TiedHead as TiedHead
 from .tucker_conv import TuckerConv as TuckerConv
@@ -61,6 +63,7 @@ FACTORED.update(
         "CPConv": CPConv,
         "LowRankEmbedding": LowRankEmbedding,
         "QuotientRemainderEmbedding": QuotientRemainderEmbedding,
+        "TensorTrainEmbedding": TensorTrainEmbedding,
         "UnifiedEmbedding": UnifiedEmbedding,
         "UnifiedReader": UnifiedReader,
         "TiedEmbedding": TiedEmbedding,
