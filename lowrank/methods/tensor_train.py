@@ -92,14 +92,15 @@ class TensorTrain:
         self, table: Tensor, rows: linalg.Sides, columns: linalg.Sides, ranks: linalg.Ranks
     ) -> tuple[Tensor, Tensor, Tensor]:
         rng = torch.Generator().manual_seed(self.seed ^ fingerprint(table))
-        scale = (float(table.double().square().mean()) / (ranks[0] * ranks[1])) ** (1 / 6)
+        variance = float(table.double().square().mean())
+        scale = ((variance or 1.0) / (ranks[0] * ranks[1])) ** (1 / 6)
         (n1, n2, n3), (d1, d2, d3) = rows, columns
         left, right = ranks
         shapes = (n1, d1, left), (n2, left, d2, right), (n3, right, d3)
         first, middle, last = (
             torch.randn(shape, generator=rng, dtype=torch.float64) * scale for shape in shapes
         )
-        return first, middle, last
+        return first, middle * bool(variance), last  # all three zero would get no gradient
 
 
 def _table(module: nn.Module) -> Tensor:

@@ -2,6 +2,7 @@
 
 from .blast_linear import BlastLinear as BlastLinear
 from .blast_linear import blast_cost as blast_cost
+from .block_embedding import BlockEmbedding as BlockEmbedding
 from .channel_conv import ChannelConv as ChannelConv
 from .channel_conv import channel_cost as channel_cost
 from .cp_conv import CPConv as CPConv
@@ -64,6 +65,7 @@ FACTORED.update(
         "LowRankEmbedding": LowRankEmbedding,
         "QuotientRemainderEmbedding": QuotientRemainderEmbedding,
         "TensorTrainEmbedding": TensorTrainEmbedding,
+        "BlockEmbedding": BlockEmbedding,
         "UnifiedEmbedding": UnifiedEmbedding,
         "UnifiedReader": UnifiedReader,
         "TiedEmbedding": TiedEmbedding,
