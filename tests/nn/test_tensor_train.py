@@ -163,7 +163,7 @@ def test_torch_fx_traces_rows() -> None:
         ({"colour": 1}, "colour"),
         ({"left": 0}, r"both ranks must be at least 1, got \(0, 4\)"),
         ({"left": "two"}, "sizes must be integers"),
-        ({"rows": [3, 3, 1]}, r"at least 11, and three of columns, whose product is 8, got \[3, 3"),
+        ({"rows": [3, 3, 1]}, r"at least 11, and three of columns, whose product is 8, got \(3, 3"),
         ({"rows": [12]}, "takes three numbers of rows"),
         ({"columns": [2, 2, 3]}, "whose product is 8"),
         ({"padding_idx": 11}, "padding_idx must be a row of 11, got 11"),

@@ -84,7 +84,8 @@ def widest(
 ) -> dict[str, Tensor]:
     """Which dimension every block keeps, (blocks, D) bool by table: those of the largest sizes.
 
-    Every table keeps one at least; one that would not fit is passed over.
+    Every table keeps one at least; one that would not fit is passed over, and a block whose rows
+    and map would be no smaller than its rows of all dimensions keeps all.
 
     Args:
         sizes: (blocks, D) of every table.
@@ -94,36 +95,41 @@ def widest(
     Raises:
         LowrankError: not even one dimension of every table fits.
     """
-    kept = {name: torch.zeros_like(size, dtype=torch.bool) for name, size in sizes.items()}
     places = [
-        (float(size), name, divmod(at, table.shape[1]))
+        (value, name, *divmod(at, table.shape[1]))
         for name, table in sizes.items()
-        for at, size in enumerate(table.flatten().tolist())
+        for at, value in enumerate(table.flatten().tolist())
     ]
     places.sort(key=lambda place: -place[0])
-    spent, first = 0, {}
-    for _, name, place in places:
-        first.setdefault(name, place)
-    for name, (block, dimension) in first.items():
-        kept[name][block, dimension] = True
-        spent += lengths[name][block] + sizes[name].shape[1]
-    if spent > limit:
-        raise LowrankError(
-            f"one dimension of one block of every table takes {spent:,} numbers, and {limit:,} are "
-            "to be kept: ask for a larger ratio, or exclude small tables"
-        )
-    for _, name, (block, dimension) in places:
-        columns, length = sizes[name].shape[1], lengths[name][block]
-        width = int(kept[name][block].sum())
-        more = (
-            length + columns
-            if width + 1 < columns
-            else length * columns - width * (length + columns)
-        )
-        if not kept[name][block, dimension] and spent + more <= limit:
+    first = {name: place for place in reversed(places) for name in place[1:2]}  # the largest
+    kept = {name: torch.zeros_like(size, dtype=torch.bool) for name, size in sizes.items()}
+    widths = {name: [0] * len(size) for name, size in sizes.items()}
+    spent = 0
+    for place in [*first.values(), *places]:
+        _, name, block, dimension = place
+        length, columns, width = lengths[name][block], sizes[name].shape[1], widths[name][block]
+        more = block_params(length, width + 1, columns) - block_params(length, width, columns)
+        if kept[name][block, dimension]:
+            continue
+        if spent + more <= limit:
             kept[name][block, dimension] = True
-            spent += more
+            widths[name][block], spent = width + 1, spent + more
+        elif place is first[name]:
+            raise LowrankError(
+                f"one dimension of {len(first)} tables takes more numbers than the {limit:,} that "
+                "are to be kept: ask for a larger ratio, or exclude small tables"
+            )
+    for name, mask in kept.items():
+        for block, (length, width) in enumerate(zip(lengths[name], widths[name], strict=True)):
+            whole = length * mask.shape[1]
+            if block_params(length, width, mask.shape[1]) == whole:
+                mask[block] = True
     return kept
+
+
+def block_params(length: int, width: int, columns: int) -> int:
+    """Numbers in a block and its map, or in its rows of all columns, if those are fewer."""
+    return min(width * (length + columns), length * columns)
 
 
 def compacted(table: GatedTable, kept: Tensor) -> nn.Module:
