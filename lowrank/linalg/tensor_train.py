@@ -111,7 +111,8 @@ def _unfolded(table: Tensor, rows: Sides, columns: Sides) -> Tensor:
 
 def _leading(moment: Tensor, count: int) -> Tensor:
     """The eigenvectors of the `count` largest eigenvalues, in columns, the largest first."""
-    return torch.linalg.eigh(moment).eigenvectors[:, -count:].flip(1)
+    vectors: Tensor = torch.linalg.eigh(moment).eigenvectors
+    return vectors[:, -count:].flip(1)
 
 
 def _roots(sizes: Tensor) -> Tensor:

@@ -86,7 +86,8 @@ class TensorTrain:
             cores = linalg.tt_cores(table, *sides, ranks)
         else:
             cores = self._drawn(table, *sides, ranks)
-        return TensorTrainEmbedding.from_cores(*(core.to(table) for core in cores), like=module)
+        first, middle, last = (core.to(table) for core in cores)
+        return TensorTrainEmbedding.from_cores(first, middle, last, module)
 
     def _drawn(
         self, table: Tensor, rows: linalg.Sides, columns: linalg.Sides, ranks: linalg.Ranks

@@ -34,7 +34,7 @@ class GatedTable(RowwiseForm):
         options = table_options(table)
         bag = {key: options.pop(key) for key in Bag.__dataclass_fields__ if key in options}
         self.bag = Bag.of(bag)
-        self.rows = nn.Embedding(*weight.shape, device="meta", **options)
+        self.rows = nn.Embedding(*weight.shape, **{**options, "device": "meta"})
         self.rows.weight = weight
         self.padding_idx = self.rows.padding_idx
         self.gates = nn.Parameter(weight.new_ones(int(block.max()) + 1, self.embedding_dim))
