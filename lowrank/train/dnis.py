@@ -64,8 +64,8 @@ class DNIS(BaseController[nn.Module]):
             ratio: numbers kept for one of the tables', in (0, 1); maps included.
             search: steps with gates.
             blocks: groups of a table, at most.
-            validate: the model -> loss of a held-out batch, whose gradient is that of the gates;
-                None: they learn from the training batches.
+            validate: the model, in its mode -> loss of a held-out batch, whose gradient is that of
+                the gates; None: they learn from the training batches.
             every: steps between held-out batches.
             lasso: λ ≥ 0.
             counts: how often every row is read, (V,), by the name of the table; one that is not
@@ -97,6 +97,8 @@ class DNIS(BaseController[nn.Module]):
             insert_parameters(optimizer, gated.rows.weight, [gated.gates])
             self.attachment.put(site, gated.train(site.module.training))
             self.layers[site.name] = gated
+            widths = [gated.embedding_dim] * len(gated.gates)
+            self.attachment.note("attach", site.name, rank=widths, lengths=gated.lengths)
         self.attachment.resized()
 
     @property
@@ -186,8 +188,8 @@ class DNIS(BaseController[nn.Module]):
         for name, mask in kept.items():
             chosen = [row.nonzero().flatten().tolist() for row in mask]
             self._compact(name, chosen)
-            noted = {"lengths": lengths[name], "widths": [len(block) for block in chosen]}
-            self.attachment.note("prune", name, **noted, kind=type(self.layers[name]).__name__)
+            kind, widths = type(self.layers[name]).__name__, [len(block) for block in chosen]
+            self.attachment.note("prune", name, rank=widths, lengths=lengths[name], kind=kind)
         self.pruned = True
         self.attachment.resized()
 

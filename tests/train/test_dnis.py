@@ -17,6 +17,7 @@ from lowrank.nn import BlockEmbedding, LowRankEmbedding
 from lowrank.train import DNIS
 from lowrank.train.parts.optimizer import check_same_parameters
 from tests.train.loops import same, snapshot
+from tests.zoo import make, tokens
 
 ROWS, WIDTH = 120, 6
 COUNTS = torch.arange(ROWS).flip(0)  # the last ids are read least
@@ -94,7 +95,7 @@ def test_the_budget_is_kept_and_used() -> None:
     assert all(size.shape == (4, WIDTH) for size in sizes.values())
     events = [event for event in controller.history if event["event"] == "prune"]
     assert [event["site"] for event in events] == ["one", "bag"]
-    assert controller.ranks == {event["site"]: event["widths"] for event in events}
+    assert controller.ranks == {event["site"]: event["rank"] for event in events}
     train(model, live, controller, 20, start=10)
     assert controller.finish() is model
     assert isinstance(model.one, BlockEmbedding | LowRankEmbedding)
@@ -147,7 +148,7 @@ def test_gates_find_the_dimensions_that_are_planted(mixed: bool) -> None:
         live.step()
         controller.after_step()
     model = controller.finish()
-    assert controller.attachment.history[-1]["widths"] == [6, 1, 1, 1]
+    assert controller.attachment.history[-1]["rank"] == [6, 1, 1, 1]
     layer = model[0]
     assert isinstance(layer, BlockEmbedding)
     assert (layer.lengths, layer.widths) == ((8, 112), (6, 1))  # neighbours that keep the same
@@ -290,3 +291,22 @@ def test_what_cannot_be_kept_is_said() -> None:
     padded.one = copy.deepcopy(PADDED)
     with pytest.raises(LowrankError, match=r"row 1 of one is its padding_idx and not zero"):
         DNIS(padded, adam(padded), ratio=0.5, search=3)
+
+
+def test_the_table_of_a_language_model_is_saved_as_any_other(tmp_path: Path) -> None:
+    model = make("llama")
+    live = adam(model)
+    controller = DNIS(model, live, ratio=0.5, search=2, target_modules=["embed_tokens"])
+    ids = tokens(2, 8)
+    for _ in range(3):
+        model(ids, labels=ids).loss.backward()
+        controller.before_step()
+        live.step()
+        controller.after_step()
+        live.zero_grad()
+    model = controller.finish().eval()
+    assert isinstance(model.get_input_embeddings(), BlockEmbedding)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert isinstance(again.get_input_embeddings(), BlockEmbedding)
+    assert torch.equal(again(ids).logits, model(ids).logits)
