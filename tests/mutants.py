@@ -56,11 +56,121 @@ MUTANTS = (
     Mutant(
         "bags pooled in each of two tables before their rows are combined, as in DLRM's code",
         "lowrank/nn/quotient_remainder.py",
-        "return self.bag.pool(vectors, input, offsets, per_sample_weights, self.padding_idx)",
-        "return self._combined(*(self.bag.pool(part, input, offsets, per_sample_weights, "
-        "self.padding_idx) for part in (self.quotient(rows), self.remainder(input % "
-        "self.remainders))))",
+        "    def rows_of(self, ids: Tensor) -> Tensor:",
+        "    def forward(self, input: Tensor, *more: Tensor) -> Tensor:\n"
+        "        if self.bag is None:\n"
+        "            return super().forward(input, *more)\n"
+        "        given = (*more, None, None)[:2]\n"
+        "        parts = self.quotient(self.quotients_of(input)), "
+        "self.remainder(input % self.remainders)\n"
+        "        pooled = (self.bag.pool(p, input, *given, self.padding_idx) for p in parts)\n"
+        "        return self._combined(*pooled)\n\n"
+        "    def rows_of(self, ids: Tensor) -> Tensor:",
         ("tests/nn/test_quotient_remainder.py::test_bags_of_several_ids_pool_whole_rows",),
+    ),
+    Mutant(
+        "ids beyond the table read from the row that two tables have for them",
+        "lowrank/nn/quotient_remainder.py",
+        "if self.num_embeddings % self.remainders:",
+        "if False:",
+        (
+            "tests/nn/test_quotient_remainder.py"
+            "::test_an_id_that_the_table_does_not_have_is_refused",
+        ),
+    ),
+    Mutant(
+        "the longer of two tables near one, and the shorter of the rows' scale",
+        "lowrank/linalg/quotients.py",
+        "if len(left) > len(right):",
+        "if len(left) < len(right):",
+        ("tests/linalg/test_quotients.py::test_a_product_is_the_leading_pair_of_every_column",),
+    ),
+    Mutant(
+        "longer tables given more rank",
+        "lowrank/policies/mixed_dimensions.py",
+        "math.floor(scale / float(rows) ** alpha + 1e-9)",
+        "math.floor(scale * float(rows) ** alpha + 1e-9)",
+        ("tests/policies/test_mixed_dimensions.py::test_ranks_follow_the_rule_and_use_the_budget",),
+    ),
+    Mutant(
+        "a rule steeper than the budget asks for",
+        "lowrank/policies/mixed_dimensions.py",
+        "high, chosen = middle, trial",
+        "low = middle",
+        (
+            "tests/policies/test_mixed_dimensions.py"
+            "::test_without_alpha_the_smallest_table_stays_whole",
+        ),
+    ),
+    Mutant(
+        "the lengths of tables taken for their widths",
+        "lowrank/policies/mixed_dimensions.py",
+        "return (both + apart) // 2, (both - apart) // 2",
+        "return (both - apart) // 2, (both + apart) // 2",
+        ("tests/policies/test_mixed_dimensions.py::test_sides_are_read_from_costs",),
+    ),
+    Mutant(
+        "one hash for all features",
+        "lowrank/nn/unified_table.py",
+        "for number in (seed, feature, lookup):",
+        "for number in (seed, lookup):",
+        ("tests/nn/test_unified_table.py::test_hashes_are_drawn_for_every_feature_and_spread",),
+    ),
+    Mutant(
+        "rows of a shared table counted as single numbers",
+        "lowrank/api/unifying.py",
+        "rows = math.floor(ratio * numbers / width)",
+        "rows = math.floor(ratio * numbers)",
+        ("tests/api/test_unifying.py::test_one_table_has_the_budget_and_the_scale",),
+    ),
+    Mutant(
+        "ids that a feature does not have read as another's",
+        "lowrank/nn/unified_table.py",
+        "return rows.masked_fill(outside.unsqueeze(-1), self.rows)",
+        "return rows",
+        ("tests/nn/test_unified_table.py::test_an_id_that_the_feature_does_not_have_is_refused",),
+    ),
+    Mutant(
+        "a table cut into a train without pairing its digits",
+        "lowrank/linalg/tensor_train.py",
+        "permute(0, 3, 1, 4, 2, 5)",
+        "permute(0, 1, 2, 3, 4, 5)",
+        ("tests/linalg/test_tensor_train.py::test_all_ranks_are_the_table",),
+    ),
+    Mutant(
+        "the middle core counted by one of its ranks",
+        "lowrank/nn/tensor_train.py",
+        "n2 * left * d2 * right",
+        "n2 * left * d2",
+        ("tests/nn/test_tensor_train.py::test_it_gives_the_rows_of_its_table",),
+    ),
+    Mutant(
+        "cores drawn as if the table were one of them",
+        "lowrank/methods/tensor_train.py",
+        "** (1 / 6)",
+        "** (1 / 2)",
+        ("tests/methods/test_tensor_train.py::test_random_cores_follow_the_seed_and_the_scale",),
+    ),
+    Mutant(
+        "gates that learn from the training batches only",
+        "lowrank/train/dnis.py",
+        "        if self.validate is not None:\n            self._held_out(gates, scale)\n",
+        "",
+        ("tests/train/test_dnis.py::test_gates_learn_from_held_out_batches_and_rows_do_not",),
+    ),
+    Mutant(
+        "gates lost where dimensions are left out",
+        "lowrank/train/parts/gated_table.py",
+        "weight = table.dense_weight().detach()",
+        "weight = table.rows.weight.detach()",
+        ("tests/train/test_dnis.py::test_what_is_kept_computes_what_the_gates_did",),
+    ),
+    Mutant(
+        "the rows that are read least taken for the most read",
+        "lowrank/train/dnis.py",
+        "counts.argsort(descending=True, stable=True)",
+        "counts.argsort(stable=True)",
+        ("tests/train/test_dnis.py::test_gates_find_the_dimensions_that_are_planted",),
     ),
     Mutant(
         "the columns of an MLP's last layer left where they were when its neurons are grouped",

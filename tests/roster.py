@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank.linalg.tensor_train import column_sides, row_sides
 from lowrank.methods import JOINT, METHODS
 from lowrank.testing import (
     CASES,
@@ -86,6 +87,21 @@ def two_tables(out_features: int, in_features: int, rng: torch.Generator) -> tup
     return table, (remainders, in_features)
 
 
+def three_cores(out_features: int, in_features: int, rng: torch.Generator) -> tuple[Tensor, Size]:
+    """A tensor train of ranks 2; the first few rows are zero, among them whatever is padding, and
+    the last where there are more than the table's."""
+    (n1, n2, n3), (d1, d2, d3) = row_sides(out_features), column_sides(in_features)
+    first, middle, last = (
+        torch.randn(shape, generator=rng, dtype=torch.float64)
+        for shape in ((n1, d1, 2), (n2, d2, 2, 2), (n3, d3, 2))
+    )
+    first[0] = 0
+    if n1 * n2 * n3 > out_features:
+        first[-1] = 0
+    table = torch.einsum("ajr,bkrs,cls->abcjkl", first, middle, last)
+    return table.reshape(n1 * n2 * n3, in_features)[:out_features], (2, 2)
+
+
 # Sizes of two numbers are no ranks of the matrix, and `first` works at the input's positions.
 OF_CONVOLUTIONS = laws(low_rank=False, plain_products=False)
 
@@ -109,6 +125,7 @@ ROSTER: dict[str, dict[str, Law]] = {
     "two-sided-tucker": OF_CONVOLUTIONS,
     "two-sided-conv": OF_CONVOLUTIONS,
     "quotient-remainder": laws(low_rank=False, planted=two_tables),
+    "tensor-train": laws(low_rank=False, planted=three_cores),
     "random": laws(planted=None),  # it gives the trained weight up
     "dense-sparse": laws(low_rank=False, planted=lines, plain_products=False),  # it gathers too
     "lowrank-sparse": laws(low_rank=False, planted=one_channel),

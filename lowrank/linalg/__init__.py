@@ -72,6 +72,14 @@ from .svd import factor as factor
 from .svd import output_basis as output_basis
 from .svd import randomised_basis as randomised_basis
 from .svd import tails as tails
+from .tensor_train import Ranks as Ranks
+from .tensor_train import Sides as Sides
+from .tensor_train import column_sides as column_sides
+from .tensor_train import most_ranks as most_ranks
+from .tensor_train import row_sides as row_sides
+from .tensor_train import tt_cores as tt_cores
+from .tensor_train import tt_errors as tt_errors
+from .tensor_train import tt_table as tt_table
 from .tokens import factor_tokens as factor_tokens
 from .tokens import output_metric as output_metric
 from .tokens import token_energies as token_energies

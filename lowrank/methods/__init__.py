@@ -23,6 +23,7 @@ from .quotient_remainder import QuotientRemainder as QuotientRemainder
 from .random import Random as Random
 from .snmf import SemiNMF as SemiNMF
 from .svd import SVD as SVD
+from .tensor_train import TensorTrain as TensorTrain
 from .two_sided import TwoSided as TwoSided
 from .two_sided import TwoSidedConv as TwoSidedConv
 from .two_sided import TwoSidedTucker as TwoSidedTucker
@@ -53,6 +54,7 @@ METHODS: dict[str, type[Method]] = {
     "frequency": Frequency,
     "head-aware": HeadAware,
     "quotient-remainder": QuotientRemainder,
+    "tensor-train": TensorTrain,
     "dense-sparse": DenseSparse,
     "lowrank-sparse": LowRankSparse,
     "lowrank-masked": LowRankMasked,

@@ -230,3 +230,24 @@ def table_layer(module: nn.Module, rows: Tensor, down: Tensor) -> LowRankEmbeddi
     """The table of factors (V, rank), (rank, D) in the compute dtype, otherwise like `module`."""
     weight = layouts.matrix(module)
     return LowRankEmbedding.from_factors(rows.to(weight), down.T.to(weight), module)
+
+
+def refuse_head(site: Site, form: str) -> None:
+    """Raises LowrankError for a table that is an output head too."""
+    if layouts.head_count(site.modules):
+        raise LowrankError(
+            f"{site.title} is tied to an output head, which cannot read {form}: "
+            f"exclude it (exclude_modules=[{site.name!r}]), or use 'head-aware'"
+        )
+
+
+def check_padding(module: nn.Module, form: str) -> None:
+    """Raises LowrankError for a padding row that is read and not zero: it would be lost."""
+    padding = module.padding_idx
+    if padding is None or isinstance(module, nn.EmbeddingBag):  # a bag leaves it out
+        return
+    if bool(layouts.matrix(module)[padding].detach().any()):  # type: ignore[index]
+        raise LowrankError(
+            f"row {padding} of the table is its padding_idx and not zero, which {form} cannot "
+            "keep: set it to zero, or use another method"
+        )

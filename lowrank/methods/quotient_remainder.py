@@ -30,6 +30,7 @@ from ..nn import QuotientRemainderEmbedding, quotient_remainder_cost
 from ..nn.quotient_remainder import OPS
 from ..types import Curve, Option, Site, Size, Statistics
 from ..walk import layouts
+from .common import check_padding, refuse_head
 from .random import fingerprint
 from .sampled import pareto_front, sizes_of
 
@@ -66,12 +67,8 @@ class QuotientRemainder:
         return "quotient-remainder" + ("" if self.op == "mult" else f"-{self.op}")
 
     def curve(self, site: Site, stats: Statistics) -> Curve:
-        if layouts.head_count(site.modules):
-            raise LowrankError(
-                f"{site.title} is tied to an output head, which cannot read a table by quotient "
-                f"and remainder: exclude it (exclude_modules=[{site.name!r}]), or use 'head-aware'"
-            )
-        _check_padding(site.module)
+        refuse_head(site, "a table by quotient and remainder")
+        check_padding(site.module, "two tables")
         table = layouts.matrix(site.module).detach()
         total = float(table.double().square().sum())
         costs = {}
@@ -116,7 +113,7 @@ class QuotientRemainder:
                 f"expected a size (remainders up to {rows}, width "
                 f"{'below' if split else 'of'} {columns}) for op {self.op!r}, got {option.size}"
             )
-        _check_padding(module)
+        check_padding(module, "two tables")
         if self.start == "nearest":
             quotient, remainder = linalg.two_tables(table, remainders, self.op, width)
         else:
@@ -155,15 +152,3 @@ def _layer(
     module: nn.Module, quotient: Tensor, remainder: Tensor, op: str
 ) -> QuotientRemainderEmbedding:
     return QuotientRemainderEmbedding.from_tables(quotient, remainder, module, op)
-
-
-def _check_padding(module: nn.Module) -> None:
-    """Raises LowrankError for a padding row that is read and not zero: it would be lost."""
-    padding = module.padding_idx
-    if padding is None or isinstance(module, nn.EmbeddingBag):  # a bag leaves it out
-        return
-    if bool(layouts.matrix(module)[padding].detach().any()):  # type: ignore[index]
-        raise LowrankError(
-            f"row {padding} of the table is its padding_idx and not zero, which two tables cannot "
-            "keep: set it to zero, or use another method"
-        )

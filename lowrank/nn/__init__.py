@@ -2,6 +2,7 @@
 
 from .blast_linear import BlastLinear as BlastLinear
 from .blast_linear import blast_cost as blast_cost
+from .block_embedding import BlockEmbedding as BlockEmbedding
 from .channel_conv import ChannelConv as ChannelConv
 from .channel_conv import channel_cost as channel_cost
 from .cp_conv import CPConv as CPConv
@@ -42,6 +43,8 @@ from .shared_linear import SharedLowRankLinear as SharedLowRankLinear
 from .sparse_kernels import semi_structured as semi_structured
 from .spatial_conv import SpatialConv as SpatialConv
 from .spatial_conv import spatial_cost as spatial_cost
+from .tensor_train import TensorTrainEmbedding as TensorTrainEmbedding
+from .tensor_train import tensor_train_cost as tensor_train_cost
 from .tied import TiedEmbedding as TiedEmbedding
 from .tied import TiedHead as TiedHead
 from .tucker_conv import TuckerConv as TuckerConv
@@ -61,6 +64,8 @@ FACTORED.update(
         "CPConv": CPConv,
         "LowRankEmbedding": LowRankEmbedding,
         "QuotientRemainderEmbedding": QuotientRemainderEmbedding,
+        "TensorTrainEmbedding": TensorTrainEmbedding,
+        "BlockEmbedding": BlockEmbedding,
         "UnifiedEmbedding": UnifiedEmbedding,
         "UnifiedReader": UnifiedReader,
         "TiedEmbedding": TiedEmbedding,

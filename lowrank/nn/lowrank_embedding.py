@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from ..types import Cost, Size
 from .children import linear_weight, table_weight
-from .form import floating
-from .lazy import LazyProduct
 from .lowrank_linear import own
 from .table_form import Bag, Table, TableForm, refuse_bag_arguments, table_options
 
@@ -88,12 +86,6 @@ class LowRankEmbedding(TableForm):
     @property
     def rank(self) -> int:
         return self.up.in_features
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense table (V, D), computed when used, for code that reads `.weight`."""
-        shape = (self.num_embeddings, self.embedding_dim)
-        return LazyProduct.of(shape, floating(self), self.dense_weight)
 
     def forward(
         self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None

@@ -18,19 +18,18 @@ from ..errors import LowrankError, unknown
 from ..types import Cost, Size
 from .children import table_weight
 from .form import floating
-from .lazy import LazyProduct
 from .lowrank_linear import own
-from .table_form import Bag, TableForm, refuse_bag_arguments, sizes_of_table, table_options
+from .table_form import Bag, RowwiseForm, row_of, sizes_of_table, table_options
 
 OPS = ("mult", "add", "concat")
 
 
-class QuotientRemainderEmbedding(TableForm):
+class QuotientRemainderEmbedding(RowwiseForm):
     """Two nn.Embedding children, so that sparse gradients, hooks and optimizers work as before.
 
     Tensors: `quotient.weight` (⌈V/m⌉, D) and `remainder.weight` (m, D); for `concat` they are
-    D − width and `width` columns wide. The row of `padding_idx` is zero and has no gradient; bags
-    leave it out. `scale_grad_by_freq` counts how often a row of either table was read.
+    D − width and `width` columns wide. `scale_grad_by_freq` counts how often a row of either table
+    was read.
     """
 
     STORAGE = "quotient-remainder"
@@ -104,25 +103,9 @@ class QuotientRemainderEmbedding(TableForm):
     def size_cost(cls, shape: Sequence[int], size: Size, *, itemsize: int, heads: int = 0) -> Cost:
         return quotient_remainder_cost(*shape, *size, itemsize=itemsize)
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense table (V, D), computed when used, for code that reads `.weight`."""
-        shape = (self.num_embeddings, self.embedding_dim)
-        return LazyProduct.of(shape, floating(self), self.dense_weight)
-
-    def forward(
-        self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
-    ) -> Tensor:
-        """Ids as for the replaced layer -> (..., D); offsets and weights are for bags."""
-        rows = self.quotients_of(input)
-        vectors = self._combined(self.quotient(rows), self.remainder(input % self.remainders))
-        if self.bag is not None:
-            return self.bag.pool(vectors, input, offsets, per_sample_weights, self.padding_idx)
-        if offsets is not None or per_sample_weights is not None:
-            refuse_bag_arguments()
-        if self.padding_idx is None:
-            return vectors
-        return vectors.masked_fill((input == self.padding_idx).unsqueeze(-1), 0)
+    def rows_of(self, ids: Tensor) -> Tensor:
+        rows = self.quotient(self.quotients_of(ids))
+        return self._combined(rows, self.remainder(ids % self.remainders))
 
     def quotients_of(self, ids: Tensor) -> Tensor:
         """ids // m; one that is too large for every table where the id is."""
@@ -144,15 +127,10 @@ class QuotientRemainderEmbedding(TableForm):
         dtype = dtype or quotient.dtype
         ids = torch.arange(self.num_embeddings, device=quotient.device)
         rows, others = quotient.to(dtype)[self.quotients_of(ids)], remainder.to(dtype)
-        whole = self._combined(rows, others[ids % self.remainders])
-        if self.padding_idx is None:
-            return whole
-        return whole.masked_fill((ids == self.padding_idx).unsqueeze(-1), 0)
+        return self.without_padding(self._combined(rows, others[ids % self.remainders]), ids)
 
     def options(self) -> dict[str, Any]:
-        shared = table_options(self.quotient)
-        padding = {} if self.padding_idx is None else {"padding_idx": self.padding_idx}
-        return {**padding, **shared, **({} if self.bag is None else self.bag.options())}
+        return {**table_options(self.quotient), **self.padding_and_bag()}
 
     def spec(self) -> dict[str, Any]:
         sizes = {"num_embeddings": self.num_embeddings, "embedding_dim": self.embedding_dim}
@@ -166,19 +144,6 @@ class QuotientRemainderEmbedding(TableForm):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, op={self.op!r}"
-
-
-def row_of(padding_idx: int | None, rows: int) -> int | None:
-    """A padding index counted from the first row, as torch counts it.
-
-    Raises:
-        LowrankError: there is no such row.
-    """
-    if padding_idx is None:
-        return None
-    if not -rows <= padding_idx < rows:
-        raise LowrankError(f"padding_idx must be a row of {rows}, got {padding_idx}")
-    return padding_idx % rows
 
 
 def check_sizes(rows: int, columns: int, remainders: int, width: int, op: str) -> None:

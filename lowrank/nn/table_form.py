@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
 from ..errors import LowrankError
-from .form import INSTEAD, Form
+from .form import INSTEAD, Form, floating
+from .lazy import LazyProduct
 
 MODES = ("sum", "mean", "max")
 Table = nn.Embedding | nn.EmbeddingBag
@@ -89,6 +90,16 @@ class TableForm(Form):
     num_embeddings: int
     embedding_dim: int
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense table (V, D), computed when used, for code that reads `.weight`."""
+        shape = (self.num_embeddings, self.embedding_dim)
+        return LazyProduct.of(shape, self.stored(), self.dense_weight)
+
+    def stored(self) -> Tensor:
+        """A tensor with the dtype and device of the table."""
+        return floating(self)
+
     def options(self) -> dict[str, Any]:
         """The options of the replaced layer, as in `table_options`."""
         raise NotImplementedError
@@ -100,6 +111,57 @@ class TableForm(Form):
         table: Table = kind(*weight.shape, **{**options, "device": "meta"})
         table.weight = weight
         return table
+
+
+class RowwiseForm(TableForm):
+    """A form that computes every id's vector by itself. The row of `padding_idx` is zero and has no
+    gradient; bags leave it out."""
+
+    padding_idx: int | None
+    bag: Bag | None
+
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """The vectors (*ids.shape, D), whatever is padding.
+
+        Raises:
+            IndexError: an id is not in the table.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+    ) -> Tensor:
+        """Ids as for the replaced layer -> (..., D); offsets and weights are for bags."""
+        vectors = self.rows_of(input)
+        if self.bag is not None:
+            return self.bag.pool(vectors, input, offsets, per_sample_weights, self.padding_idx)
+        if offsets is not None or per_sample_weights is not None:
+            refuse_bag_arguments()
+        return self.without_padding(vectors, input)
+
+    def without_padding(self, vectors: Tensor, ids: Tensor) -> Tensor:
+        """The vectors of `ids`, zero for padding."""
+        if self.padding_idx is None:
+            return vectors
+        return vectors.masked_fill((ids == self.padding_idx).unsqueeze(-1), 0)
+
+    def padding_and_bag(self) -> dict[str, Any]:
+        """As in `table_options`."""
+        padding = {} if self.padding_idx is None else {"padding_idx": self.padding_idx}
+        return {**padding, **({} if self.bag is None else self.bag.options())}
+
+
+def row_of(padding_idx: int | None, rows: int) -> int | None:
+    """A padding index counted from the first row, as torch counts it.
+
+    Raises:
+        LowrankError: there is no such row.
+    """
+    if padding_idx is None:
+        return None
+    if not -rows <= padding_idx < rows:
+        raise LowrankError(f"padding_idx must be a row of {rows}, got {padding_idx}")
+    return padding_idx % rows
 
 
 def refuse_bag_arguments() -> NoReturn:

@@ -16,16 +16,14 @@ from torch import Tensor, nn
 from ..errors import LowrankError
 from ..types import Cost
 from .children import refuse_shards, table_weight
-from .lazy import LazyProduct
 from .lowrank_linear import own
-from .quotient_remainder import row_of
-from .table_form import Bag, TableForm, refuse_bag_arguments, sizes_of_table, table_options
+from .table_form import Bag, RowwiseForm, row_of, sizes_of_table, table_options
 
 PRIME = 2**31 - 1
 WORD = 2**64
 
 
-class _Hashed(TableForm):
+class _Hashed(RowwiseForm):
     """What both modules share: the hashes of a feature, and look-ups in the owner's table."""
 
     SIZE = ("rows", "lookups")
@@ -78,38 +76,21 @@ class _Hashed(TableForm):
         outside = (ids < 0) | (ids >= self.num_embeddings)
         return rows.masked_fill(outside.unsqueeze(-1), self.rows)
 
-    def forward(
-        self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
-    ) -> Tensor:
-        """Ids as for the replaced layer -> (..., D); offsets and weights are for bags."""
-        vectors = cast(Tensor, self.table()(self.hashed(input))).flatten(-2)
-        if self.bag is not None:
-            return self.bag.pool(vectors, input, offsets, per_sample_weights, self.padding_idx)
-        if offsets is not None or per_sample_weights is not None:
-            refuse_bag_arguments()
-        return self._without_padding(vectors, input)
+    def rows_of(self, ids: Tensor) -> Tensor:
+        return cast(Tensor, self.table()(self.hashed(ids))).flatten(-2)
 
-    def _without_padding(self, vectors: Tensor, ids: Tensor) -> Tensor:
-        if self.padding_idx is None:
-            return vectors
-        return vectors.masked_fill((ids == self.padding_idx).unsqueeze(-1), 0)
-
-    @property
-    def weight(self) -> Tensor:
-        """The table (V, D) that it stands for, computed when used."""
-        shape = (self.num_embeddings, self.embedding_dim)
-        return LazyProduct.of(shape, table_weight(self.table(), self.rows), self.dense_weight)
+    def stored(self) -> Tensor:
+        return table_weight(self.table(), self.rows)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The table (V, D) that it stands for, in `dtype` (None: that of T)."""
         table = table_weight(self.table(), self.rows)
         ids = torch.arange(self.num_embeddings, device=table.device)
         whole = table.to(dtype or table.dtype)[self.hashed(ids)].flatten(-2)
-        return self._without_padding(whole, ids)
+        return self.without_padding(whole, ids)
 
     def options(self) -> dict[str, Any]:
-        padding = {} if self.padding_idx is None else {"padding_idx": self.padding_idx}
-        return {**padding, **self.how, **({} if self.bag is None else self.bag.options())}
+        return {**self.how, **self.padding_and_bag()}
 
     def spec(self) -> dict[str, Any]:
         return {

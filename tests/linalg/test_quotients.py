@@ -68,3 +68,13 @@ def test_a_zero_table_leaves_gradients_a_way() -> None:
     quotient, remainder = linalg.two_tables(torch.zeros(12, 3), 4, "mult", 3)
     assert torch.equal(quotient, torch.ones(3, 3).double())
     assert torch.equal(remainder, torch.zeros(4, 3).double())
+
+
+@pytest.mark.parametrize(("op", "share"), [("mult", 0.938), ("add", 0.963)])
+def test_a_table_of_low_rank_is_nearly_lost(op: str, share: float) -> None:
+    """[methods/further.md 2.2] Of 1000 rows of rank 4, at m = 25: two tables are for training."""
+    table = (
+        normal(1000, 4) @ torch.randn(4, 16, generator=torch.Generator().manual_seed(2)).double()
+    )
+    lost = error(table, *linalg.two_tables(table, 25, op, 16), op)
+    assert (lost / float(table.square().sum())) ** 0.5 == pytest.approx(share, abs=0.01)
