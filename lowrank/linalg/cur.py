@@ -149,10 +149,10 @@ def _orthonormal(
         alive = (triangle.diagonal().abs() > least * size) & (size > 0)
         rows = torch.cat([rows[alive], rows[~alive]])
     count = int(alive.sum())
-    triangle = triangle[:count, :count]
     if metric is None:
-        return rows, basis[:, :count], triangle
+        return rows, basis[:, :count], triangle[:count, :count]
     weighed = matrix[rows[:count]] @ metric
+    triangle = torch.linalg.cholesky(weighed @ matrix[rows[:count]].T)  # without the ridge
     solved: Tensor = torch.linalg.solve_triangular(triangle, weighed, upper=False)
     return rows, solved.T, triangle
 

@@ -27,7 +27,8 @@ from .common import factored_cost, gram_of, low_rank_layer, options_of, rank_of
 class Nystrom:
     """Options: `seed` of X and Y; `oversample`, by which share of X's columns Y has more.
 
-    X has as many columns as the largest rank whose factors are smaller than the dense weight.
+    X has as many columns as the largest rank whose factors are smaller than the dense weight. Of
+    higher ranks, which pivoted storage has for other methods, nothing is known.
     """
 
     seed: int = 0
