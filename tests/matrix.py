@@ -142,7 +142,6 @@ FORMS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "low rank and 2:4": ({"method": "lowrank-2:4"}, {"LowRankMaskedLinear"}),
     "dense-sparse": ({"method": "dense-sparse"}, {"DenseSparseLinear"}),
     "blast": ({"method": "blast"}, {"BlastLinear"}),
-    "rows and columns": ({"method": "whitened-cur"}, {"CURLinear"}),
     "convolution by channels": ({"method": "whitened-channel"}, {"ChannelConv"}),
     "convolution by axes": ({"method": "whitened-spatial"}, {"SpatialConv"}),
     "Tucker": ({"method": "whitened-tucker"}, {"TuckerConv"}),
