@@ -152,7 +152,10 @@ def _orthonormal(
     if metric is None:
         return rows, basis[:, :count], triangle[:count, :count]
     weighed = matrix[rows[:count]] @ metric
-    triangle = torch.linalg.cholesky(weighed @ matrix[rows[:count]].T)  # without the ridge
+    plain, failed = torch.linalg.cholesky_ex(weighed @ matrix[rows[:count]].T)
+    triangle = (
+        triangle[:count, :count] if bool(failed) else plain
+    )  # without the ridge, if it can be
     solved: Tensor = torch.linalg.solve_triangular(triangle, weighed, upper=False)
     return rows, solved.T, triangle
 
