@@ -323,7 +323,7 @@ class Nested(Protocol):
 
 @runtime_checkable
 class OwnForm(Protocol):
-    """A method with its own form of layer, sized by several numbers instead of a rank."""
+    """A method with its own form of layer, whose size is not the rank of two factors."""
 
     @property
     def own_form(self) -> str:

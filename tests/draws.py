@@ -14,3 +14,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def orthonormal(rows: int, columns: int, seed: int = 0) -> Tensor:
     """(rows, columns), whose columns are."""
     return torch.linalg.qr(normal(rows, columns, seed=seed)).Q
+
+
+def falling(rows: int, columns: int, rank: int, seed: int = 0) -> tuple[Tensor, float]:
+    """(rows, columns) of singular values 1/k, and how far the nearest matrix of a rank is."""
+    side = min(rows, columns)
+    values = torch.arange(1, side + 1, dtype=torch.float64).reciprocal()
+    left, right = orthonormal(rows, side, seed), orthonormal(columns, side, seed + 100)
+    return (left * values) @ right.T, float(values[rank:].square().sum()) ** 0.5

@@ -33,6 +33,51 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "the middle matrix of CUR fitted to the weight where inputs are known",
+        "lowrank/linalg/cur.py",
+        "_orthonormal(matrix, rows, metric, least)",
+        "_orthonormal(matrix, rows, None, least)",
+        ("tests/linalg/test_cur.py::test_all_ranks_have_the_least_squares_middle",),
+    ),
+    Mutant(
+        "columns told apart by less than the rounding of their 16 bits",
+        "lowrank/linalg/cur.py",
+        "torch.finfo(weight.dtype).eps ** 0.5",
+        "torch.finfo(matrix.dtype).eps ** 0.5",
+        ("tests/linalg/test_cur.py::test_rounded_to_16_bits_the_product_stays_near",),
+    ),
+    Mutant(
+        "the middle matrix multiplied into the columns of the weight",
+        "lowrank/methods/cur.py",
+        "(alive(columns.T).T, middle.to(weight), alive(rows))",
+        "(columns @ middle.to(weight), weight.new_ones(rank).diag(), alive(rows))",
+        ("tests/methods/test_cur.py::test_rows_and_columns_are_the_weights_own",),
+    ),
+    Mutant(
+        "components of a generalized Nyström left as long as its sketches make them",
+        "lowrank/linalg/nystrom.py",
+        "(scale[:, None] * right)[gain]",
+        "right[gain]",
+        ("tests/linalg/test_nystrom.py::test_a_flat_spectrum_is_no_farther_than_zero",),
+    ),
+    Mutant(
+        "probes drawn alike in all directions where inputs are known",
+        "lowrank/linalg/nystrom.py",
+        "right = safe_root(gram.to(matrix)) @ right",
+        "pass",
+        ("tests/linalg/test_nystrom.py::test_drawn_like_the_inputs_it_is_nearer_in_their_norm",),
+    ),
+    Mutant(
+        "no more probes on one side of a weight than on the other",
+        "lowrank/linalg/nystrom.py",
+        "width = matrix.shape, rank + oversample",
+        "width = matrix.shape, rank",
+        (
+            "tests/linalg/test_nystrom.py::test_distance_from_the_optimum",
+            "tests/linalg/test_nystrom.py::test_it_is_the_formula_with_a_pseudo_inverse",
+        ),
+    ),
+    Mutant(
         "more loss drawn lower in the gallery's plots",
         "website/pareto.py",
         "return x, HEIGHT - BOTTOM - height * (HEIGHT - TOP - BOTTOM)",

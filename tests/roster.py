@@ -112,6 +112,10 @@ ROSTER: dict[str, dict[str, Law]] = {
     "asvd": laws(),
     "fwsvd": laws(),
     "snmf": laws(planted=low_rank_weight(2, positive=True)),
+    "nystrom": laws(),
+    "whitened-nystrom": laws(),
+    "cur": laws(),
+    "whitened-cur": laws(),
     "frequency": laws(),
     "head-aware": laws(),
     "tucker": OF_CONVOLUTIONS,
@@ -137,6 +141,9 @@ ROSTER: dict[str, dict[str, Law]] = {
 }
 
 JOINT_ROSTER = {"basis-sharing": JOINT_LAWS}
+
+# Methods that draw what they make at random, so that a seed changes it.
+DRAWN = {"random", "nystrom", "whitened-nystrom"}
 
 # Options that the laws are run with, where those of the registry take long.
 QUICK: dict[str, dict[str, Any]] = {

@@ -118,7 +118,7 @@ def test_align(model: nn.Module, align: Any) -> None:
         (
             "method",
             "SVD",
-            "(known: asvd, auto, basis-sharing, blast, channel, cp, dense-sparse, frequency, ",
+            "(known: asvd, auto, basis-sharing, blast, channel, cp, cur, dense-sparse, frequency, ",
         ),
         ("policy", "unifrm", "unknown policy 'unifrm'; did you mean 'uniform'?"),
         (

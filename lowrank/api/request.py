@@ -160,7 +160,7 @@ class Request(_Ranks):
         ranks = [self.rank, *(self.rank_pattern or {}).values()]
         if any(isinstance(rank, int) for rank in ranks):
             raise LowrankError(
-                f"{reason}, sized by several numbers, not by a rank: give a ratio or a share of "
+                f"{reason}, whose size is not the rank of two factors: give a ratio or a share of "
                 "energy; plan.edit changes single sizes"
             )
         if self.align not in (None, 1):

@@ -9,6 +9,11 @@ from .collapse import Collapse as Collapse
 from .collapse import neural_collapse as neural_collapse
 from .cp import cp_factors as cp_factors
 from .cp import rebuilt_cp as rebuilt_cp
+from .cur import CHOICES as CHOICES
+from .cur import Choice as Choice
+from .cur import Cross as Cross
+from .cur import cross_of as cross_of
+from .cur import pivoted_order as pivoted_order
 from .evbmf import evbmf_count as evbmf_count
 from .evbmf import evbmf_rank as evbmf_rank
 from .evbmf import evbmf_ranks as evbmf_ranks
@@ -32,6 +37,9 @@ from .nm import nm_bytes as nm_bytes
 from .nm import nm_mask as nm_mask
 from .nonnegative import nmf as nmf
 from .nonnegative import relative_error as relative_error
+from .nystrom import generalized_nystrom as generalized_nystrom
+from .nystrom import leading_errors as leading_errors
+from .nystrom import ordered as ordered
 from .pivot import PivotedFactors as PivotedFactors
 from .pivot import mixed_from as mixed_from
 from .pivot import pivot_rows as pivot_rows

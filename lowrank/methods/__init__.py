@@ -11,6 +11,8 @@ from .convolution import CP as CP
 from .convolution import Channel as Channel
 from .convolution import Spatial as Spatial
 from .convolution import Tucker as Tucker
+from .cur import CUR as CUR
+from .cur import WhitenedCUR as WhitenedCUR
 from .dense_sparse import DenseSparse as DenseSparse
 from .frequency import Frequency as Frequency
 from .fwsvd import FWSVD as FWSVD
@@ -18,6 +20,8 @@ from .head_aware import HeadAware as HeadAware
 from .lowrank_masked import LowRank24 as LowRank24
 from .lowrank_masked import LowRankMasked as LowRankMasked
 from .lowrank_sparse import LowRankSparse as LowRankSparse
+from .nystrom import Nystrom as Nystrom
+from .nystrom import WhitenedNystrom as WhitenedNystrom
 from .quantized import Quantized as Quantized
 from .quotient_remainder import QuotientRemainder as QuotientRemainder
 from .random import Random as Random
@@ -40,6 +44,10 @@ METHODS: dict[str, type[Method]] = {
     "asvd": ASVD,
     "fwsvd": FWSVD,
     "snmf": SemiNMF,
+    "nystrom": Nystrom,
+    "whitened-nystrom": WhitenedNystrom,
+    "cur": CUR,
+    "whitened-cur": WhitenedCUR,
     "random": Random,
     "channel": Channel,
     "tucker": Tucker,

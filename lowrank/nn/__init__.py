@@ -7,6 +7,8 @@ from .channel_conv import ChannelConv as ChannelConv
 from .channel_conv import channel_cost as channel_cost
 from .cp_conv import CPConv as CPConv
 from .cp_conv import cp_cost as cp_cost
+from .cur_linear import CURLinear as CURLinear
+from .cur_linear import cur_cost as cur_cost
 from .dense_sparse import DenseSparseLinear as DenseSparseLinear
 from .dense_sparse import SparseDenseLinear as SparseDenseLinear
 from .dense_sparse import dense_sparse_cost as dense_sparse_cost
@@ -76,6 +78,7 @@ FACTORED.update(
         "LowRankMaskedLinear": LowRankMaskedLinear,
         "BlastLinear": BlastLinear,
         "USVLinear": USVLinear,
+        "CURLinear": CURLinear,
         "QuantizedLinear": QuantizedLinear,
         "QuantizedFactorsLinear": QuantizedFactorsLinear,
         "QuantizedLowRankLinear": QuantizedLowRankLinear,

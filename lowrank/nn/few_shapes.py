@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .children import is_plain
+from .cur_linear import CURLinear
 from .lowrank_linear import LowRankLinear
 from .pivoted_linear import PivotedLinear
 from .shared_linear import SharedLowRankLinear
@@ -24,7 +25,7 @@ from .usv_linear import USVLinear
 PARTS = 4  # sizes between two powers of two: at most a quarter is computed in vain
 LEAST = 16
 # Others multiply otherwise than by calling their children.
-FORMS = (LowRankLinear, SharedLowRankLinear, PivotedLinear, USVLinear)
+FORMS = (LowRankLinear, SharedLowRankLinear, PivotedLinear, USVLinear, CURLinear)
 
 
 @contextmanager

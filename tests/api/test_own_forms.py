@@ -158,8 +158,8 @@ def test_policies_that_ask_for_errors_take_them(policy: str) -> None:
         ({"align": 8}, "align=8 rounds ranks, but method"),
         ({"storage": "pivoted"}, "storage='pivoted' is for plain factors, but method"),
         ({"storage": "factors"}, "storage='factors' is for plain factors"),
-        ({"ratio": None, "rank": 4}, "sized by several numbers, not by a rank: give a ratio"),
-        ({"rank_pattern": {"0": 4}}, "sized by several numbers, not by a rank"),
+        ({"ratio": None, "rank": 4}, "whose size is not the rank of two factors: give a ratio"),
+        ({"rank_pattern": {"0": 4}}, "whose size is not the rank of two factors"),
         ({"data": None}, "needs calibration data"),
     ],
 )

@@ -25,6 +25,9 @@ METHODS_OF_LAYERS = [
     name for name, method in METHODS.items() if "linear" in method().kinds and not own_form(name)
 ]
 
+# Of these nothing is known beyond the rank of their sketches, the largest that saves as factors.
+SKETCHED = {"nystrom", "whitened-nystrom"}
+
 
 @dataclass(frozen=True)
 class Pivoted:
@@ -71,7 +74,8 @@ def test_every_method_of_layers_gives_the_matrix_that_it_gave(name: str) -> None
     plain, stored = METHODS[name](), Pivoted(METHODS[name]())
     assert (stored.kinds, stored.needs) == (plain.kinds, plain.needs)
     before, after = plain.curve(site(layer), stats), stored.curve(site(layer), stats)
-    assert ranks(after.options) == list(range(1, 9))
+    most = ranks(before.options)[-1] if name in SKETCHED else 8
+    assert ranks(after.options) == list(range(1, most + 1))
     assert [o.error for o in after.options[: len(before.options) - 1]] == [
         o.error for o in before.options[:-1]
     ]

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from lowrank.errors import LowrankError
 from lowrank.nn import (
+    CURLinear,
     DenseSparseLinear,
     LowRankEmbedding,
     LowRankLinear,
@@ -78,6 +79,7 @@ FORMS: dict[str, Callable[[], nn.Module]] = {
     "factors": lambda: LowRankLinear(12, 10, 3, bias=False),
     "shared": shared,
     "usv": lambda: USVLinear(12, 10, 3, 3, bias=False),
+    "cur": lambda: CURLinear(12, 10, 3, bias=False),
     "outputs": lambda: PivotedLinear(12, 10, 3, side="out", bias=False),
     "inputs": lambda: PivotedLinear(12, 10, 3, side="in", bias=False),
     "columns": lambda: LowRankSparseLinear(12, 10, 3, 2, bias=False),

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import lowrank
-from lowrank.nn import LowRankLinear, PivotedLinear, SharedLowRankLinear, USVLinear
+from lowrank.nn import CURLinear, LowRankLinear, PivotedLinear, SharedLowRankLinear, USVLinear
 from lowrank.nn.few_shapes import even, even_ranks
 
 
@@ -39,6 +39,9 @@ def layer_of(form: str, rank: int, bias: bool) -> Any:
     if form == "usv":
         down, up, shift = factors(rank, bias)
         return USVLinear.from_factors(up, torch.randn(rank, rank), down.T, shift).bfloat16()
+    if form == "cur":
+        down, up, shift = factors(rank, bias)
+        return CURLinear.from_parts(up, torch.randn(rank, rank), down, shift).bfloat16()
     side: Any = form
     return PivotedLinear.from_factors(*factors(rank, bias), side=side, dtype=torch.bfloat16)
 
@@ -50,7 +53,7 @@ def test_sizes_are_few_and_near() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("form", ["factors", "usv", "in", "out"])
+@pytest.mark.parametrize("form", ["factors", "usv", "cur", "in", "out"])
 def test_outputs_and_gradients_stay(form: str, bias: bool) -> None:
     layer = layer_of(form, 21, bias)
     x = torch.randn(2, 3, 48).bfloat16()
