@@ -10,6 +10,7 @@ once, alternating with the best L.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -104,6 +105,27 @@ def largest(count: int) -> Keep:
         mask = torch.zeros(size.numel(), dtype=torch.bool, device=size.device)
         mask[size.flatten().topk(count).indices] = True
         return mask.view_as(size)
+
+    return keep
+
+
+def drawn(count: int, share: float, seed: int) -> Keep:
+    """A `Keep` of `count` entries: `share` of them the largest, the rest drawn from the others with
+    probability ∝ w², as in the sparsification of matrices (arXiv 1005.4732).
+
+    Each entry has one exponential draw e, the same on every device and in every call with this
+    seed, and those of least e / w² are kept; zeros come last.
+    """
+    sure = round(share * count)
+
+    def keep(size: Tensor) -> Tensor:
+        mask = largest(sure)(size)
+        rng = torch.Generator().manual_seed(seed)
+        draws = torch.empty(size.shape, dtype=torch.float64).exponential_(generator=rng)
+        place = size.double().clamp(min=torch.finfo(torch.float64).tiny).log()
+        place = (2 * place - draws.to(place.device).log()).masked_fill(mask, -math.inf)
+        mask.view(-1)[place.flatten().topk(count - sure).indices] = True
+        return mask
 
     return keep
 

@@ -22,6 +22,7 @@ from .quantized import Quantized as Quantized
 from .quotient_remainder import QuotientRemainder as QuotientRemainder
 from .random import Random as Random
 from .snmf import SemiNMF as SemiNMF
+from .spectral_masked import SpectralMasked as SpectralMasked
 from .svd import SVD as SVD
 from .two_sided import TwoSided as TwoSided
 from .two_sided import TwoSidedConv as TwoSidedConv
@@ -57,6 +58,7 @@ METHODS: dict[str, type[Method]] = {
     "lowrank-sparse": LowRankSparse,
     "lowrank-masked": LowRankMasked,
     "lowrank-2:4": LowRank24,
+    "spectral-masked": SpectralMasked,
     "blast": Blast,
     "auto": Auto,
     "quantized": Quantized,

@@ -18,6 +18,7 @@ from typing import Any
 from .condlr import CondLR as CondLR
 from .cuttlefish import Cuttlefish as Cuttlefish
 from .dlrt import DLRT as DLRT
+from .dsl import DSL as DSL
 from .frobenius import FrobeniusDecay as FrobeniusDecay
 from .inrank import InRank as InRank
 from .intrinsic import IntrinsicDimension as IntrinsicDimension
