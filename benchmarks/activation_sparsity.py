@@ -3,10 +3,10 @@
     python benchmarks/activation_sparsity.py
 
 Grimaldi et al. (arXiv 2309.06626) drop the same share of positions from all channels of every
-convolution's output: one random map at the input's resolution is averaged to each output's, and its
-lowest scores are dropped. It is drawn anew in every step while the share rises, then it is frozen. A
-dropped position is a column less in the product of im2col. The authors have a runtime for that; here
-the product is of gathered columns in plain PyTorch, beside `conv2d`.
+convolution's output: one random map at the input's resolution is averaged to each output's, and
+its lowest scores are dropped. It is drawn anew in every step while the share rises, then frozen.
+A dropped position is a column less in the product of im2col. The authors have a runtime for that;
+here the product is of gathered columns in plain PyTorch, beside `conv2d`.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class Compared:
 
     def row(self) -> dict[str, str]:
         """A table row, as text."""
-        figures = {}
+        figures: dict[str, str] = {}
         for of, d in (("", self.distance), ("random ", self.random), ("pruned ", self.pruned)):
             figures |= {
                 f"{of}error": "" if d is None else f"{d.frobenius:.3f}",
@@ -170,8 +170,10 @@ def _compared(name: str, form: Form, module: nn.Module | None, top: int, seed: i
     values = linalg.energies(approximation)
     count = min(top, max(int((values > 1e-12 * values[0]).sum()), 1))
     pruned = weight * linalg.largest(min(max(stored, 1), weight.numel()))(weight.abs())
-    found = (_distance(weight, each, count) for each in (approximation, other, pruned))
-    return Compared(name, shape, kept, rank, count, *found)
+    own, random, largest = (
+        _distance(weight, each, count) for each in (approximation, other, pruned)
+    )
+    return Compared(name, shape, kept, rank, count, own, random, largest)
 
 
 def random_choice(

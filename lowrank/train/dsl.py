@@ -150,15 +150,13 @@ class DSL(FactorController):
         matrix = layouts.matrix(layer).detach()
         turned = layouts.layout(layer) == "conv1d"
         kept = layer.get_buffer(KEPT).T if turned else layer.get_buffer(KEPT)
-        count, itemsize = int(kept.sum()), matrix.dtype.itemsize
-        dense, small = (
-            layouts.dense_cost(layer),
-            low_rank_masked_cost(*matrix.shape, 1, count, itemsize=itemsize),
-        )
+        (outs, ins), count = matrix.shape, int(kept.sum())
+        small = low_rank_masked_cost(outs, ins, 1, count, itemsize=matrix.dtype.itemsize)
+        dense = layouts.dense_cost(layer)
         if small.params >= dense.params or small.bytes >= dense.bytes:
             self.attachment.note("finish", name, kept=count, of=matrix.numel(), storage="dense")
             return
-        down, up = matrix.new_zeros(1, matrix.shape[1]), matrix.new_zeros(len(matrix), 1)
+        down, up = matrix.new_zeros(1, ins), matrix.new_zeros(outs, 1)
         new = LowRankMaskedLinear.from_parts(down, up, matrix, kept, None)
         new.up.bias = layer._parameters.get("bias")  # type: ignore[assignment]  # the object
         remember_layout(new, layouts.layout(layer))

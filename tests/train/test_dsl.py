@@ -171,7 +171,7 @@ def test_a_step_skipped_for_another_layers_sake_moves_nothing() -> None:
 
 def test_detached_it_leaves_plain_layers_with_zeros() -> None:
     model, live, controller = made()
-    run(model, live, controller, 10)
+    run(model, live, controller, 12)  # new entries have moved away from zero
     counts = controller.counts
     controller.detach()
     assert set(model.state_dict()) == set(Net().state_dict())
