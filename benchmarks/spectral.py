@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 from images import accuracy, digits
 
 TOP = 8
+BEDS = ("embedded", "digits", "matrices")
 
 
 def pruned(certain: float) -> Callable[[Tensor, float, int], Tensor]:
@@ -92,13 +93,13 @@ def matrices(draws: int = 5, side: int = 256) -> list[dict[str, Any]]:
     return rows
 
 
-def nearest(layer: nn.Linear, share: float, certain: float = 1.0) -> Tensor:
+def nearest(layer: nn.Linear, share: float) -> Tensor:
     """`spectral-masked` of rank 2 % of the smaller side, in as many numbers."""
     outs, ins = layer.weight.shape
     rank = max(round(0.02 * min(outs, ins)), 1)
     size = (rank, round(share * outs * ins) - rank * (outs + ins))
     option = Option("spectral-masked", size, "lowrank-masked", Cost(0, 0, 0), 0.0)
-    new: Any = SpectralMasked(certain=certain).factor(layer, option, Statistics())
+    new: Any = SpectralMasked(iterations=40).factor(layer, option, Statistics())
     return new.dense_weight()
 
 
@@ -112,17 +113,16 @@ def low_rank(layer: nn.Linear, share: float) -> Tensor:
 def language(shares: tuple[float, ...]) -> list[dict[str, Any]]:
     """Mean distances of the embedded model's layers, and the KL of the whole."""
     tiny = tiny_lm()
-    judged = held_out_rows(tiny)[-16:]
+    judged = held_out_rows(tiny)[-8:]
     dense = {n: m for n, m in tiny.model.model.named_modules() if isinstance(m, nn.Linear)}
     models, rows = [tiny.model], []
     for share in shares:
         made: dict[str, Callable[..., Tensor]] = {
-            way: lambda layer, seed, prune=prune: prune(layer.weight.detach(), share, seed)  # noqa: B023
-            for way, prune in WAYS.items()
+            way: lambda layer, seed, way=way: WAYS[way](layer.weight.detach(), share, seed)  # noqa: B023
+            for way in ("largest", "10 % drawn", "50 % drawn", "random")
         }
         made["svd"] = lambda layer, _: low_rank(layer, share)  # noqa: B023
         made["spectral-masked"] = lambda layer, _: nearest(layer, share)  # noqa: B023
-        made["the same, 10 % drawn"] = lambda layer, _: nearest(layer, share, 0.9)  # noqa: B023
         for way, make in made.items():
             model, mean = copy.deepcopy(tiny.model), torch.zeros(4, dtype=torch.float64)
             for index, (name, layer) in enumerate(dense.items()):
@@ -195,12 +195,16 @@ def _row(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--beds", nargs="+", choices=BEDS, default=BEDS)
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
-    rows: dict[str, Any] = {"embedded": language((0.5, 0.3))}
-    rows["digits"] = of_digits((0.2, 0.1, 0.05), arguments.seeds)
-    rows["matrices"] = matrices()
-    keep("spectral", rows)
+    torch.set_num_threads(1)
+    made: dict[str, Callable[[], Any]] = {
+        "embedded": lambda: language((0.5, 0.3)),
+        "digits": lambda: of_digits((0.2, 0.1, 0.05), arguments.seeds),
+        "matrices": matrices,
+    }
+    for bed in arguments.beds:
+        keep(f"spectral_{bed}", made[bed]())
 
 
 if __name__ == "__main__":
