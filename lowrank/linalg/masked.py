@@ -23,6 +23,7 @@ from .svd import balance, compute_dtype, output_basis
 
 ITERATIONS = 80
 WEAK, STRONG = 0.01, 1.0  # penalty that couples the two parts of S, at first and at last
+APART = 0x9E3779B9  # from seeds that weights were drawn by, which would draw their own entries
 LEAST = 1e-12  # floor of the diagonal of H, relative to its largest entry
 
 Keep = Callable[[Tensor], Tensor]
@@ -120,7 +121,7 @@ def drawn(count: int, share: float, seed: int) -> Keep:
 
     def keep(size: Tensor) -> Tensor:
         mask = largest(sure)(size)
-        rng = torch.Generator().manual_seed(seed)
+        rng = torch.Generator().manual_seed((seed + APART) % 2**63)
         draws = torch.empty(size.shape, dtype=torch.float64).exponential_(generator=rng)
         place = size.double().clamp(min=torch.finfo(torch.float64).tiny).log()
         place = (2 * place - draws.to(place.device).log()).masked_fill(mask, -math.inf)

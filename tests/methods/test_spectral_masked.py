@@ -87,6 +87,16 @@ def test_what_is_drawn_follows_the_squares() -> None:
     assert bool(linalg.drawn(120, 0.5, 0)(weight)[:5].all())
 
 
+def test_draws_are_apart_from_weights_of_the_same_seed() -> None:
+    """Else entries of some sizes or signs would be drawn, and not as many of all."""
+    for seed in range(3):
+        rng = torch.Generator().manual_seed(seed)
+        weight = torch.randn(96, 96, generator=rng, dtype=torch.float64)
+        kept = linalg.drawn(2765, 0.0, seed)(torch.ones_like(weight))
+        assert abs(float(weight[kept].mean())) < 0.06
+        assert linalg.spectral_error(weight, weight * kept) < 0.9
+
+
 def test_no_share_of_drawn_entries_is_nearer_than_none() -> None:
     """With heavy tails (Student's t, three degrees of freedom) as with normal entries."""
     rng = torch.Generator().manual_seed(0)
