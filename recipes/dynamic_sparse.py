@@ -3,8 +3,8 @@
 Dynamic Sparse Learning (arXiv 2402.02855, of recommenders) trains sparse from the start, at a fixed
 budget, and claims results comparable to dense ones. Here a net 64 – 300 – 100 – 10 is trained for
 the same steps in every way, and stored in the same numbers: with entries that move (DSL), with
-those that were largest at the start, with those that are largest after half of the steps of dense
-training, and with low rank (the last layer dense).
+those that were largest at the start, and with those that are largest after half of the steps, dense
+until then.
 
     python recipes/dynamic_sparse.py [--seeds 3]
 """
@@ -20,7 +20,7 @@ import torch
 from images import Images, accuracy, digits
 from torch import nn
 
-import lowrank
+from lowrank.nn import LowRankMaskedLinear
 from lowrank.train import DSL
 
 RATIOS = (0.2, 0.1, 0.05)
@@ -74,15 +74,13 @@ def ways(ratio: float, steps: int) -> dict[str, tuple[Callable[..., Any] | None,
         "DSL": (sparse(round(STILL * steps)), 0),
         "entries of the start": (sparse(1), 0),
         "pruned after half": (sparse(1), steps // 2),
-        "low rank": (None, 0),
     }
 
 
-def stored(model: nn.Module) -> int:
+def stored(model: nn.Sequential) -> int:
     """Numbers in weights; biases are not counted."""
-    forms = (lowrank.nn.LowRankLinear, lowrank.nn.LowRankMaskedLinear)
-    layers = (m for m in model if isinstance(m, nn.Linear | forms[0] | forms[1]))
-    return sum(m.cost().params if isinstance(m, forms) else m.weight.numel() for m in layers)
+    sparse = [m.cost().params for m in model if isinstance(m, LowRankMaskedLinear)]
+    return sum(sparse) + sum(m.weight.numel() for m in model if isinstance(m, nn.Linear))
 
 
 def main() -> None:
@@ -98,10 +96,6 @@ def main() -> None:
             chosen = ways(ratio, options.steps) if ratio < 1 else {"dense": (None, 0)}
             for way, (build, at) in chosen.items():
                 model = net(seed)
-                if way == "low rank":
-                    head, whole = model[-1].weight.numel(), stored(model)
-                    share = (ratio * whole - head) / (whole - head)
-                    model, _ = lowrank.factorize_by_design(model, share, align=1)
                 model = train(model, images, seed, options.steps, build, at)
                 found = accuracy(model, images.test_x, images.test_y), stored(model)
                 rows.setdefault((ratio, way), []).append(found)
