@@ -33,6 +33,61 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "entries drawn by their size and not by its square",
+        "lowrank/linalg/masked.py",
+        "place = (2 * place - draws",
+        "place = (place - draws",
+        ("tests/methods/test_spectral_masked.py::test_what_is_drawn_follows_the_squares",),
+    ),
+    Mutant(
+        "a method without data that reads them where there are any",
+        "lowrank/methods/spectral_masked.py",
+        "        return None\n",
+        "        return stats.gram\n",
+        ("tests/methods/test_spectral_masked.py::test_data_change_nothing",),
+    ),
+    Mutant(
+        "singular values compared by the directions that they belong to",
+        "lowrank/linalg/angles.py",
+        "apart, whole = float((ours - theirs).norm()), float(ours.norm())",
+        "apart, whole = float((w - approximation.detach().to(w)).norm()), float(ours.norm())",
+        (
+            "tests/linalg/test_angles.py::test_singular_values_do_not_see_directions",
+            "tests/diagnose/test_comparison.py::test_pruning_of_the_same_size_stands_beside_it",
+        ),
+    ),
+    Mutant(
+        "entries taken up at the smallest gradients",
+        "lowrank/train/dsl.py",
+        "scores.append(slopes[name].masked_fill(kept, -1.0).flatten())",
+        "scores.append((1 / (1 + slopes[name])).masked_fill(kept, -1.0).flatten())",
+        ("tests/train/test_dsl.py::test_the_least_go_and_the_steepest_come",),
+    ),
+    Mutant(
+        "momentum left to move the entries that do not count",
+        "lowrank/train/dsl.py",
+        "        self._hide()  # momentum",
+        "        # momentum",
+        ("tests/train/test_dsl.py::test_what_does_not_count_stays_zero_under_momentum_and_decay",),
+    ),
+    Mutant(
+        "the mask of a weight (in, out) stored as if it were (out, in)",
+        "lowrank/train/dsl.py",
+        "kept = layer.get_buffer(KEPT).T if turned else layer.get_buffer(KEPT)",
+        "kept = layer.get_buffer(KEPT).reshape(matrix.shape)",
+        ("tests/train/test_dsl.py::test_conv1d_of_transformers_is_turned",),
+    ),
+    Mutant(
+        "factors of zeros left out of the budget",
+        "lowrank/train/dsl.py",
+        "entries = int(ratio * whole) - factors",
+        "entries = int(ratio * whole)",
+        (
+            "tests/train/test_dsl.py::test_the_ratio_counts_the_factors_of_zeros",
+            "tests/train/test_dsl.py::test_finished_it_is_stored_as_entries_and_a_mask",
+        ),
+    ),
+    Mutant(
         "the middle matrix of CUR fitted to the weight where inputs are known",
         "lowrank/linalg/cur.py",
         "_orthonormal(matrix, rows, metric, least)",

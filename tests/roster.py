@@ -137,6 +137,7 @@ ROSTER: dict[str, dict[str, Law]] = {
     "blast": laws(low_rank=False, planted=blocks),
     "lowrank-masked": laws(low_rank=False, planted=one_more),
     "lowrank-2:4": laws(low_rank=False, planted=half),
+    "spectral-masked": laws(low_rank=False, planted=one_more),
     "quantized": laws(low_rank=False, planted=on_a_grid),
 }
 
@@ -152,6 +153,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "dense-sparse": {"iterations": 4},
     "lowrank-masked": {"iterations": 8},
     "lowrank-2:4": {"iterations": 8},
+    "spectral-masked": {"iterations": 8},
     "auto": {"forms": ("factors", "pivoted")},
     "quantized": {"bits": (3,), "groups": (0,), "factor_bits": (8,), "rounds": 0},
 }

@@ -1,7 +1,9 @@
-"""`compare`: what factoring did to each weight, beside a random choice of equal size.
+"""`compare`: what factoring did to each weight, beside a random choice and pruning of equal size.
 
-The Frobenius error is an average over directions; the spectral error is that of the worst one, and
-the angle says whether the leading directions were kept. Plain and pivoted factors are compared with
+The Frobenius error is an average over directions; the spectral error is that of the worst one, the
+error of the singular values does not see directions, and the angle says whether the leading ones
+were kept. Pruning keeps as many of the largest entries as the form stores numbers, and its indices
+are not counted. Plain and pivoted factors are compared with
 the weight projected on as many random directions, any other form with as many random entries of the
 weight as it stores numbers. A method that is not clearly ahead of that has found nothing.
 """
@@ -37,11 +39,13 @@ class Distance:
     Attributes:
         frobenius: ‖W − Ŵ‖_F / ‖W‖_F.
         spectral: ‖W − Ŵ‖₂ / ‖W‖₂.
+        values: ‖σ(W) − σ(Ŵ)‖ / ‖σ(W)‖, of the singular values.
         angle: degrees between the leading output directions.
     """
 
     frobenius: float
     spectral: float
+    values: float
     angle: float
 
 
@@ -56,6 +60,7 @@ class Compared:
         top: number of leading directions that are compared, at most the rank of the approximation.
         distance: of the factored layer from the dense one; None if `reason` says why.
         random: of a random choice of the same size.
+        pruned: of the largest entries of the weight, as many as the form stores numbers.
     """
 
     name: str
@@ -65,25 +70,27 @@ class Compared:
     top: int = 0
     distance: Distance | None = None
     random: Distance | None = None
+    pruned: Distance | None = None
     reason: str = ""
 
     def row(self) -> dict[str, str]:
         """A table row, as text."""
-        own, other = (
-            ("", "", "") if d is None else (f"{d.frobenius:.3f}", f"{d.spectral:.3f}",
-                                             f"{d.angle:.1f}")
-            for d in (self.distance, self.random)
-        )  # fmt: skip
+        figures: dict[str, str] = {}
+        for of, d in (("", self.distance), ("random ", self.random), ("pruned ", self.pruned)):
+            figures |= {
+                f"{of}error": "" if d is None else f"{d.frobenius:.3f}",
+                f"{of}spectral": "" if d is None else f"{d.spectral:.3f}",
+                f"{of}values": "" if d is None else f"{d.values:.3f}",
+                f"{of}angle°": "" if d is None else f"{d.angle:.1f}",
+            }
         return {
             "site": self.name or "(root)",
             "shape": f"{self.shape[0]}x{self.shape[1]}",
             "rank": "" if self.rank is None else str(self.rank),
             "kept": f"{self.kept:.3f}",
-            "error": own[0], "random error": other[0],
-            "spectral": own[1], "random spectral": other[1],
-            "angle°": own[2], "random angle°": other[2],
+            **figures,
             "reason": self.reason,
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,10 @@ class Comparison:
         return next(site for site in self.sites if site.name == name)
 
     def __str__(self) -> str:
-        head = "factored layers beside the dense ones, and beside a random choice of the same size"
+        head = (
+            "factored layers beside the dense ones, beside a random choice of the same size, and "
+            "pruned to as many numbers"
+        )
         return "\n".join([head, *aligned(self.rows())])
 
 
@@ -159,10 +169,11 @@ def _compared(name: str, form: Form, module: nn.Module | None, top: int, seed: i
     other = random_choice(weight, rank if plain else None, stored, generator)
     values = linalg.energies(approximation)
     count = min(top, max(int((values > 1e-12 * values[0]).sum()), 1))
-    return Compared(
-        name, shape, kept, rank, count,
-        _distance(weight, approximation, count), _distance(weight, other, count),
-    )  # fmt: skip
+    pruned = weight * linalg.largest(min(max(stored, 1), weight.numel()))(weight.abs())
+    own, random, largest = (
+        _distance(weight, each, count) for each in (approximation, other, pruned)
+    )
+    return Compared(name, shape, kept, rank, count, own, random, largest)
 
 
 def random_choice(
@@ -183,6 +194,7 @@ def _distance(weight: Tensor, approximation: Tensor, count: int) -> Distance:
     return Distance(
         linalg.relative_error(weight, approximation, torch.eye(weight.shape[1]).to(weight)),
         linalg.spectral_error(weight, approximation),
+        linalg.spectrum_error(weight, approximation),
         linalg.subspace_angle(weight, approximation, count),
     )
 
@@ -196,5 +208,5 @@ def _figures(site: Compared) -> dict[str, Any]:
     return {
         "site": site.name, "shape": list(site.shape), "kept": site.kept, "rank": site.rank,
         "top": site.top, "distance": known(site.distance), "random": known(site.random),
-        "reason": site.reason,
+        "pruned": known(site.pruned), "reason": site.reason,
     }  # fmt: skip

@@ -1,6 +1,7 @@
 """Pure tensor functions, independent of modules."""
 
 from .angles import spectral_error as spectral_error
+from .angles import spectrum_error as spectrum_error
 from .angles import subspace_angle as subspace_angle
 from .blast import BlastFactors as BlastFactors
 from .blast import blast_factors as blast_factors
@@ -31,6 +32,7 @@ from .lowrank_sparse import channels as channels
 from .lowrank_sparse import low_rank_sparse as low_rank_sparse
 from .lowrank_sparse import remaining as remaining
 from .masked import MaskedParts as MaskedParts
+from .masked import drawn as drawn
 from .masked import largest as largest
 from .masked import low_rank_masked as low_rank_masked
 from .nm import nm_bytes as nm_bytes

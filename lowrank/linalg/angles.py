@@ -27,6 +27,24 @@ def spectral_error(weight: Tensor, approximation: Tensor) -> float:
     return math.sqrt(apart / whole)
 
 
+def spectrum_error(weight: Tensor, approximation: Tensor) -> float:
+    """‖σ(W) − σ(Ŵ)‖ / ‖σ(W)‖, of the singular values in order: at most the Frobenius error
+    (Mirsky 1960), and 0 whatever the directions if all values are kept.
+
+    Args:
+        weight, approximation: (out, in), floating.
+
+    Returns:
+        0 for equal ones; inf for a zero W and another Ŵ.
+    """
+    w = weight.detach().to(compute_dtype(min(weight.shape)))
+    ours, theirs = (energies(t).clamp(min=0).sqrt() for t in (w, approximation.detach().to(w)))
+    apart, whole = float((ours - theirs).norm()), float(ours.norm())
+    if whole == 0:
+        return math.inf if apart > 0 else 0.0
+    return apart / whole
+
+
 def subspace_angle(weight: Tensor, approximation: Tensor, count: int) -> float:
     """The largest principal angle, in degrees, between the leading `count` output directions.
 

@@ -10,6 +10,7 @@ once, alternating with the best L.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from .svd import balance, compute_dtype, output_basis
 
 ITERATIONS = 80
 WEAK, STRONG = 0.01, 1.0  # penalty that couples the two parts of S, at first and at last
+APART = 0x9E3779B9  # from seeds that weights were drawn by, which would draw their own entries
 LEAST = 1e-12  # floor of the diagonal of H, relative to its largest entry
 
 Keep = Callable[[Tensor], Tensor]
@@ -104,6 +106,27 @@ def largest(count: int) -> Keep:
         mask = torch.zeros(size.numel(), dtype=torch.bool, device=size.device)
         mask[size.flatten().topk(count).indices] = True
         return mask.view_as(size)
+
+    return keep
+
+
+def drawn(count: int, share: float, seed: int) -> Keep:
+    """A `Keep` of `count` entries: `share` of them the largest, the rest drawn from the others with
+    probability ∝ w², as in the sparsification of matrices (arXiv 1005.4732).
+
+    Each entry has one exponential draw e, the same on every device and in every call with this
+    seed, and those of least e / w² are kept; zeros come last.
+    """
+    sure = round(share * count)
+
+    def keep(size: Tensor) -> Tensor:
+        mask = largest(sure)(size)
+        rng = torch.Generator().manual_seed((seed + APART) % 2**63)
+        draws = torch.empty(size.shape, dtype=torch.float64).exponential_(generator=rng)
+        place = size.double().clamp(min=torch.finfo(torch.float64).tiny).log()
+        place = (2 * place - draws.to(place.device).log()).masked_fill(mask, -math.inf)
+        mask.view(-1)[place.flatten().topk(count - sure).indices] = True
+        return mask
 
     return keep
 

@@ -26,6 +26,7 @@ from .quantized import Quantized as Quantized
 from .quotient_remainder import QuotientRemainder as QuotientRemainder
 from .random import Random as Random
 from .snmf import SemiNMF as SemiNMF
+from .spectral_masked import SpectralMasked as SpectralMasked
 from .svd import SVD as SVD
 from .tensor_train import TensorTrain as TensorTrain
 from .two_sided import TwoSided as TwoSided
@@ -67,6 +68,7 @@ METHODS: dict[str, type[Method]] = {
     "lowrank-sparse": LowRankSparse,
     "lowrank-masked": LowRankMasked,
     "lowrank-2:4": LowRank24,
+    "spectral-masked": SpectralMasked,
     "blast": Blast,
     "auto": Auto,
     "quantized": Quantized,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import linalg
 from ..errors import LowrankError
-from ..linalg.masked import ITERATIONS
+from ..linalg.masked import ITERATIONS, Keep
 from ..nn import LowRankMaskedLinear, low_rank_masked_cost
 from ..types import Curve, Option, Site, Size, Statistics
 from ..walk import layouts
@@ -47,6 +47,7 @@ class LowRankMasked:
     kinds = frozenset({"linear"})
     needs = frozenset({"gram"})
     own_form = STORAGE
+    measured = "output"  # the norm of its errors
 
     def __post_init__(self) -> None:
         pair = self.pattern
@@ -69,7 +70,7 @@ class LowRankMasked:
         return f"lowrank-{self.pattern[0]}:{self.pattern[1]}"
 
     def curve(self, site: Site, stats: Statistics) -> Curve:
-        weight, gram = layouts.matrix(site.module), gram_of(stats, site.shape[1])
+        weight, gram = layouts.matrix(site.module), self._metric(stats, site.shape[1])
         total = linalg.squared_error(weight, torch.zeros_like(weight), gram)
 
         def error(size: Size, share: float) -> float:
@@ -83,7 +84,9 @@ class LowRankMasked:
             for option in sampled_curve(site, STORAGE, sizes, cost, error, total).options
             if not option.dense
         ]
-        return Curve(site.names, pareto_front(site, options), total, None, "output", exact=False)
+        return Curve(
+            site.names, pareto_front(site, options), total, None, self.measured, exact=False
+        )
 
     def factor(self, module: nn.Module, option: Option, stats: Statistics) -> nn.Module:
         weight = layouts.matrix(module)
@@ -95,20 +98,25 @@ class LowRankMasked:
                 f"a size ({rank}, {count}) needs a rank up to {min(weight.shape)} and "
                 f"{'at most ' * free}{most} entries"
             )
-        gram = gram_of(stats, weight.shape[1])
+        gram = self._metric(stats, weight.shape[1])
         parts = self._parts(weight, (rank, count), gram, self.iterations)
         down, up, sparse = (part.to(weight) for part in (parts.down, parts.up, parts.sparse))
         bias = layouts.bias(module)
         return LowRankMaskedLinear.from_parts(down, up, sparse, parts.mask, bias)
 
-    def _parts(
-        self, weight: Tensor, size: Size, gram: Tensor, iterations: int
-    ) -> linalg.MaskedParts:
-        keep = linalg.largest(size[1])
+    def _metric(self, stats: Statistics, in_features: int) -> Tensor | None:
+        return gram_of(stats, in_features)
+
+    def _keep(self, count: int) -> Keep:
         if isinstance(self.pattern, tuple):
-            keep = partial(linalg.nm_mask, n=self.pattern[0], m=self.pattern[1])
+            return partial(linalg.nm_mask, n=self.pattern[0], m=self.pattern[1])
+        return linalg.largest(count)
+
+    def _parts(
+        self, weight: Tensor, size: Size, gram: Tensor | None, iterations: int
+    ) -> linalg.MaskedParts:
         return linalg.low_rank_masked(
-            weight, size[0], keep, gram, iterations=iterations, seed=self.seed
+            weight, size[0], self._keep(size[1]), gram, iterations=iterations, seed=self.seed
         )
 
     def _sizes(self, shape: tuple[int, int]) -> Iterator[list[Size]]:

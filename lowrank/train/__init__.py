@@ -19,6 +19,7 @@ from .condlr import CondLR as CondLR
 from .cuttlefish import Cuttlefish as Cuttlefish
 from .dlrt import DLRT as DLRT
 from .dnis import DNIS as DNIS
+from .dsl import DSL as DSL
 from .frobenius import FrobeniusDecay as FrobeniusDecay
 from .inrank import InRank as InRank
 from .intrinsic import IntrinsicDimension as IntrinsicDimension

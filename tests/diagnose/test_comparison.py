@@ -41,6 +41,25 @@ def test_distances_are_those_of_the_stored_factors() -> None:
     assert json.loads(found.to_json())["sites"][1]["distance"]["angle"] == site.distance.angle
 
 
+def test_pruning_of_the_same_size_stands_beside_it() -> None:
+    """The largest entries, as many as the factors have numbers."""
+    dense = mlp(24, 16, 20)
+    small, _ = lowrank.compress(dense, rank=4, **BOTH)
+    pruned = lowrank.compare(dense, small, top=3)["2"].pruned
+    w = dense[2].weight.detach().double().numpy()
+    least = np.sort(np.abs(w), axis=None)[-4 * (16 + 20)]
+    s = np.where(np.abs(w) >= least, w, 0)
+    assert pruned is not None
+    assert pruned.frobenius == pytest.approx(np.linalg.norm(w - s) / np.linalg.norm(w))
+    assert pruned.spectral == pytest.approx(np.linalg.norm(w - s, 2) / np.linalg.norm(w, 2))
+    ours, theirs = (np.linalg.svd(m, compute_uv=False) for m in (w, s))
+    apart = np.linalg.norm(ours - theirs) / np.linalg.norm(ours)
+    assert pruned.values == pytest.approx(apart)
+    row = lowrank.compare(dense, small, top=3).rows()[1]
+    assert row["pruned spectral"] == f"{pruned.spectral:.3f}"
+    assert row["pruned values"] == f"{pruned.values:.3f}"
+
+
 def test_the_random_choice_is_of_the_same_size() -> None:
     w = torch.randn(12, 9, generator=torch.Generator().manual_seed(0)).double()
     drawn = random_choice(w, 4, 84, torch.Generator().manual_seed(0))

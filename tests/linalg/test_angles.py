@@ -53,7 +53,22 @@ def test_large_entries_hold_more_of_the_norm_than_random_ones() -> None:
     assert largest < 0.6 < 0.8 < by_chance
 
 
+def test_singular_values_do_not_see_directions() -> None:
+    """Turned, a weight keeps its spectrum and nothing else; numpy finds the same distance."""
+    w = draw(9, 12)
+    turned = torch.linalg.qr(draw(9, 9, seed=1)).Q @ w
+    assert linalg.spectrum_error(w, turned) == pytest.approx(0, abs=1e-7)
+    assert linalg.subspace_angle(w, turned, 3) > 30
+    other = w + 0.1 * draw(9, 12, seed=2)
+    ours, theirs = (np.linalg.svd(t.numpy(), compute_uv=False) for t in (w, other))
+    want = np.linalg.norm(ours - theirs) / np.linalg.norm(ours)
+    assert linalg.spectrum_error(w, other) == pytest.approx(want)
+    assert want < float((w - other).norm() / w.norm())  # Mirsky
+
+
 def test_zero_weights() -> None:
     zero = torch.zeros(4, 3)
     assert linalg.spectral_error(zero, zero) == 0
     assert linalg.spectral_error(zero, zero + 1) == math.inf
+    assert linalg.spectrum_error(zero, zero) == 0
+    assert linalg.spectrum_error(zero, zero + 1) == math.inf

@@ -11,6 +11,7 @@ import torch
 
 from lowrank.train import (
     DLRT,
+    DSL,
     NM,
     SMMF,
     STF,
@@ -40,6 +41,7 @@ BY_EPOCHS: dict[str, Callable[..., Any]] = {
     ),
     "nm": partial(NM, decay=60, dense=10),
     "nm, stepwise": partial(NM, decay=60, pattern=(1, 4), way="stepwise"),
+    "dsl": partial(DSL, ratio=0.6, steps=64, every=6),
     "stf": partial(STF, ratio=0.7, decay=1e-3, freeze=73),
     "stf, weight": partial(STF, ratio=0.7, latent="weight", every=5),
     "pufferfish": partial(Pufferfish, epochs=7, frobenius_decay=1e-2),

@@ -16,6 +16,7 @@ from lowrank import LowrankError
 from lowrank.nn import LowRankLinear
 from lowrank.train import (
     DLRT,
+    DSL,
     NM,
     STF,
     Attachment,
@@ -36,6 +37,7 @@ Make = Callable[..., Any]
 BOTH = pytest.mark.parametrize("make", [DLRT, CondLR])
 LOOKS = {"dlrt": 7, "dlrt, budget": 10}  # steps after which bases grow; LoQT gathers after 9
 NM_10 = partial(NM, decay=10)
+DSL_10 = partial(DSL, ratio=0.5, steps=10)
 OUT_OF_RANGE: list[tuple[Make, dict[str, Any], str]] = [
     (DLRT, {"tolerance": 1.0}, "tolerance must be in .*got 1.0.*truncates everything"),
     (DLRT, {"tolerance": -0.1}, "tolerance must be in"),
@@ -82,6 +84,12 @@ OUT_OF_RANGE: list[tuple[Make, dict[str, Any], str]] = [
     (NM_10, {"rate": 0.0}, "rate > 0 belongs to"),
     (NM_10, {"rate": 0.1, "way": "stepwise"}, "> 0 belongs to 'linear' and 'exponential'"),
     (NM_10, {"strength": -1.0}, "strength must be at least 0"),
+    (DSL_10, {"ratio": 1.0}, "ratio is the share kept, in"),
+    (DSL_10, {"ratio": float("nan")}, "ratio is the share kept, in"),
+    (DSL_10, {"ratio": 0.1}, "ratio 0.1 cannot be reached: .* keep 0.1591"),
+    (DSL_10, {"steps": 0}, "steps must be an integer >= 1, got 0"),
+    (DSL_10, {"every": 1.5}, "every must be an integer >= 1, got 1.5"),
+    (DSL_10, {"share": 1.0}, r"share is of a layer's entries, in \(0, 1\), got 1.0"),
     (STF, {"ratio": 0.5, "rank": 3}, "ratio or rank, not both"),
     (STF, {"ratio": 1.0}, "ratio is the share kept, in"),
     (STF, {"ratio": float("nan")}, "ratio is the share kept, in"),
