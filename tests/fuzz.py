@@ -42,6 +42,7 @@ FORMS: tuple[Callable[[], nn.Module], ...] = (
     lambda: forms.DenseSparseLinear(12, 12, 6, 2),
     lambda: forms.SparseDenseLinear(12, 12, 6, 2),
     lambda: forms.BlastLinear(12, 12, 3, 2),
+    lambda: forms.BlockLowRankLinear(12, 12, 3, 20, 13),
 )
 
 

@@ -19,6 +19,7 @@ from .condlr import CondLR as CondLR
 from .cuttlefish import Cuttlefish as Cuttlefish
 from .dlrt import DLRT as DLRT
 from .frobenius import FrobeniusDecay as FrobeniusDecay
+from .gblr import GBLR as GBLR
 from .inrank import InRank as InRank
 from .intrinsic import IntrinsicDimension as IntrinsicDimension
 from .intrinsic import intrinsic_dimension as intrinsic_dimension

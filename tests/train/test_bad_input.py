@@ -16,6 +16,7 @@ from lowrank import LowrankError
 from lowrank.nn import LowRankLinear
 from lowrank.train import (
     DLRT,
+    GBLR,
     NM,
     STF,
     Attachment,
@@ -55,6 +56,13 @@ OUT_OF_RANGE: list[tuple[Make, dict[str, Any], str]] = [
     (CondLR, {"tolerance": 1.0}, "tolerance must be in"),
     (CondLR, {"every": 0}, "every must be at least 1"),
     (CondLR, {"scaling": "bounds"}, "unknown scaling 'bounds'; did you mean 'bound'"),
+    (GBLR, {"ratio": 1.0}, r"ratio must be in \(0, 1\), got 1.0"),
+    (GBLR, {"ratio": 1e-3}, "ratio 0.001 cannot be reached"),
+    (GBLR, {"start": 0.4}, r"start must be in \[ratio, 2\], got 0.4"),
+    (GBLR, {"steps": 0}, "steps must be at least 1"),
+    (GBLR, {"rate": float("nan")}, "rate is in fractions"),
+    (GBLR, {"strength": 0.0}, "strength must be above 0"),
+    (GBLR, {"sigma": 0.0}, r"sigma must be in \(0, 100\]"),
     (Maestro, {"lasso": -1.0}, "lasso must be at least 0, got -1.0"),
     (Maestro, {"lasso": float("nan")}, "lasso must be at least 0"),
     (Maestro, {"threshold": 1.0}, "threshold is a share of importance"),
