@@ -12,8 +12,7 @@ with as many products, the same steps, batches and learning rates (the best of a
     python recipes/gblr.py                    # less than five minutes on two cores
     python recipes/gblr.py --only digits
 
-"low rank" and "blast" begin from the weights (their fresh ones, of the digits) by `compress`
-without data, as GBLR does.
+All forms begin as close to the weights (of the digits: fresh ones) as they can, without data.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import argparse
 import copy
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,39 +32,62 @@ from train_tiny_lm import sources
 
 import lowrank
 from lowrank.demo import held_out_rows, tiny_lm
-from lowrank.methods import Blast
-from lowrank.nn import BlockLowRankLinear, is_factored
+from lowrank.linalg import blast_factors
+from lowrank.nn import BlastLinear, BlockLowRankLinear, is_factored
 from lowrank.train import GBLR
 
+INNER = ("1", "3")  # of the net of the digits
 WAYS = ("dense", "low rank", "blast", "gblr, fixed", "gblr")
 
 
+def as_blast(model: nn.Module, names: Sequence[str], ratio: float) -> nn.Module:
+    """These layers as 8 × 8 blocks that share their bases, fitted to the weights."""
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        blocks, (out, inner) = 8, layer.weight.shape
+        rank = int(ratio * out * inner / (out + inner + blocks**2))
+        factors = blast_factors(layer.weight, blocks, rank, sweeps=60)
+        shape = out, inner
+        new = BlastLinear.from_factors(*(f.float() for f in factors), layer.bias, shape=shape)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+    return model
+
+
 def built(
-    way: str, dense: nn.Module, rate: float, ratio: float, steps: int, options: argparse.Namespace
-) -> tuple[nn.Module, Any, GBLR | None]:
+    way: str, dense: nn.Module, names: Sequence[str], ratio: float, steps: int, rate: float,
+    options: argparse.Namespace,
+) -> tuple[nn.Module, Any, GBLR | None]:  # fmt: skip
     """A copy of the model in its form, its optimizer, and a controller.
 
     "gblr, fixed" has the blocks of the closed-form start: nothing is learned about them.
     """
     model, controller = copy.deepcopy(dense), None
-    if way in ("low rank", "blast"):
-        method = Blast(sweeps=60) if way == "blast" else "svd"
-        model, _ = lowrank.compress(model, ratio, method=method, data=None, align=1, progress=False)
+    if way == "low rank":
+        model, _ = lowrank.compress(
+            model, ratio, method="svd", data=None, align=1, progress=False,
+            target_modules=list(names),
+        )  # fmt: skip
+    if way == "blast":
+        model = as_blast(model, names, ratio)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     if way.startswith("gblr"):
-        moving = {"steps": 1, "rate": 0.0} if way.endswith("fixed") else {
-            "steps": max(steps * 3 // 4, 1), "rate": options.structure, "start": options.start * ratio,
-        }  # fmt: skip
-        controller = GBLR(model, optimizer, ratio=ratio, **moving)
+        moving: dict[str, Any] = {"steps": 1, "rate": 0.0}
+        if way == "gblr":
+            moving = {
+                "steps": max(steps * 3 // 4, 1), "rate": options.structure,
+                "start": options.start * ratio,
+            }  # fmt: skip
+        controller = GBLR(model, optimizer, ratio=ratio, target_modules=list(names), **moving)
     return model, optimizer, controller
 
 
 def trained(
-    way: str, dense: nn.Module, loss: Any, rate: float, ratio: float, steps: int,
-    options: argparse.Namespace,
+    way: str, dense: nn.Module, names: Sequence[str], ratio: float, steps: int, rate: float,
+    loss: Any, options: argparse.Namespace,
 ) -> nn.Module:  # fmt: skip
     """After these steps, at a rate that rises for a tenth of them and falls on a cosine."""
-    model, optimizer, controller = built(way, dense, rate, ratio, steps, options)
+    model, optimizer, controller = built(way, dense, names, ratio, steps, rate, options)
     model.train()
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rate, total_steps=steps, pct_start=max(0.1, 2 / steps), cycle_momentum=False
@@ -81,14 +104,12 @@ def trained(
     return (controller.finish() if controller else model).eval()
 
 
-def kept(model: nn.Module, dense: nn.Module) -> float:
-    """Products of the layers, of those of the dense one."""
+def kept(model: nn.Module, dense: nn.Module, names: Sequence[str]) -> float:
+    """Products of these layers, of those of the dense ones."""
 
     def products(net: nn.Module) -> int:
-        layers = (m for m in net.modules() if is_factored(m) or type(m) is nn.Linear)
-        inside = [c for m in net.modules() if is_factored(m) for c in m.modules() if c is not m]
-        outer = [m for m in layers if not any(m is c for c in inside)]
-        return sum(m.cost().macs if is_factored(m) else m.weight.numel() for m in outer)
+        layers: list[Any] = [net.get_submodule(name) for name in names]
+        return sum(m.cost().macs if is_factored(m) else m.weight.numel() for m in layers)
 
     return products(model) / products(dense)
 
@@ -127,14 +148,14 @@ def on_digits(options: argparse.Namespace) -> None:
             best: tuple[float, float, list[nn.Module]] = (-1, 0, [])
             for rate in options.digit_rates:
                 models = [
-                    trained(way, net(seed), loss, rate, ratio, options.digit_steps, options)
+                    trained(way, net(seed), INNER, ratio, options.digit_steps, rate, loss, options)
                     for seed in range(options.seeds)
                 ]
                 right = statistics.fmean(accuracy(m, *held) for m in models)
                 best = max(best, (right, rate, models), key=lambda item: item[0])
             right, rate, models = best
             test = 100 * statistics.fmean(accuracy(m, images.test_x, images.test_y) for m in models)
-            share = statistics.fmean(kept(m, net(0)) for m in models)
+            share = statistics.fmean(kept(m, net(0), INNER) for m in models)
             print(
                 f"{way:12}{ratio:8.2f}{share:10.3f}{rate:8g}{100 * right:10.2f}{test:8.2f}  "
                 f"{blocks(models[0])}",
@@ -149,6 +170,7 @@ def on_language(options: argparse.Namespace) -> None:
     tokens = [tiny.tokenizer(text, verbose=False)["input_ids"] for text in texts]
     stream = torch.tensor([token for text in tokens for token in text])
     rows = held_out_rows(tiny)[:: options.every]
+    names = [n for n, m in tiny.model.named_modules() if type(m) is nn.Linear and n != "lm_head"]
 
     def loss(model: Any, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step)
@@ -172,10 +194,14 @@ def on_language(options: argparse.Namespace) -> None:
             if way == "dense" and ratio != options.ratios[0]:
                 continue
             begun = time.perf_counter()
-            before = judged(built(way, tiny.model, options.rate, ratio, 1, options)[0].eval())
-            model = trained(way, tiny.model, loss, options.rate, ratio, options.steps, options)
+            before = judged(
+                built(way, tiny.model, names, ratio, 1, options.rate, options)[0].eval()
+            )
+            model = trained(
+                way, tiny.model, names, ratio, options.steps, options.rate, loss, options
+            )
             print(
-                f"{way:12}{ratio:8.2f}{kept(model, tiny.model):10.3f}{before:9.3f}"
+                f"{way:12}{ratio:8.2f}{kept(model, tiny.model, names):10.3f}{before:9.3f}"
                 f"{judged(model):9.3f}{time.perf_counter() - begun:9.0f}  {blocks(model)}",
                 flush=True,
             )

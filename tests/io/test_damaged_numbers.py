@@ -78,7 +78,7 @@ RANGES: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
     "atom too large": ("coded.index", lambda i: i + 5, "distinct atoms in [0, 5]"),
     "atom twice": ("coded.index", lambda i: 0 * i, "distinct atoms in [0, 5]"),
     "atom of inputs": ("codes.index", lambda i: i + 9, "distinct atoms in [0, 5]"),
-    "runs too wide": ("runs.down.place", lambda p: p + 9, "of 20 in all, got 74"),
+    "runs too wide": ("runs.down.place", lambda p: p + 9, "of 20 in all, got 47"),
     "runs outside": (
         "runs.up.place",
         lambda p: p + p.new_tensor([9, 0]),

@@ -82,8 +82,9 @@ def _shape(form: Form) -> tuple[int, int]:
     if isinstance(form, FactoredConv):
         outputs, *rest = form.geometry.weight_shape
         return outputs, math.prod(rest)
-    taken = isinstance(form, (*PLAIN, BlockLowRankLinear))
-    return (form.out_features, form.in_features) if taken else (0, 0)
+    if isinstance(form, LowRankLinear | PivotedLinear | BlockLowRankLinear):
+        return form.out_features, form.in_features
+    return 0, 0
 
 
 def _obstacle(form: Form) -> str:

@@ -26,9 +26,14 @@ class GaudiLinear(LinearForm):
     rounded to whole entries, with the gradients of the mask that is not rounded.
     """
 
+    up: nn.Parameter
+    down: nn.Parameter
+    widths: nn.Parameter
+    starts: nn.Parameter
     sizes: Tensor
     squares: Tensor
     sigma: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, up: Tensor, down: Tensor, bias: nn.Parameter | None) -> None:
         """u (out, K) and v (K, in) are copied; a bias stays the object that it is."""
@@ -163,8 +168,8 @@ class GaudiLinear(LinearForm):
         masks = []
         for side, size in enumerate((self.out_features, self.in_features)):
             soft = gaudi_mask(widths[side], starts[side], size, self.sigma)
-            whole = (t[side].detach() * size for t in (starts, widths))
-            hard = run_mask(*(t.round() for t in whole), size).to(soft)
+            start, width = ((t[side].detach() * size).round() for t in (starts, widths))
+            hard = run_mask(start, width, size).to(soft)
             masks.append(torch.where(sharp, hard + (soft - soft.detach()), soft))
         return masks[0], masks[1]
 
