@@ -187,12 +187,15 @@ class GBLR(BaseController[GaudiLinear]):
 
     def _least(self, limit: float) -> float:
         """The least threshold at which all layers are within the limit."""
-        layers = self.layers.values()
-        widths = torch.cat([layer.widths.detach() for layer in layers], 1)
-        sizes = torch.cat([layer.sizes.expand_as(layer.widths) for layer in layers], 1)
+        layers = list(self.layers.values())  # on the CPU: their devices may differ
+        widths = torch.cat([layer.widths.detach().cpu() for layer in layers], 1)
+        sizes = torch.cat([layer.sizes.cpu().expand_as(layer.widths) for layer in layers], 1)
+        owner = torch.arange(len(layers)).repeat_interleave(torch.tensor([m.terms for m in layers]))
 
         def size(threshold: float) -> int:
-            return int(whole_widths(shrunk(widths, threshold), sizes).sum())
+            each = whole_widths(shrunk(widths, threshold), sizes).sum(0)
+            every = each.new_zeros(len(layers)).index_add(0, owner, each)
+            return int(every.clamp(min=LEAST).sum())  # an empty layer keeps a zero
 
         return least_tolerance(size, 0.0, limit)
 
