@@ -70,7 +70,8 @@ def gaudi_mask(
     angle = torch.pi * f * (1 / size - w - 2 * start)
     # Not torch.polar, whose gradient takes a negative height for a turned angle.
     coefficients = torch.complex(height * angle.cos(), height * angle.sin())
-    return torch.fft.irfft(coefficients, size, norm="forward")
+    mask: Tensor = torch.fft.irfft(coefficients, size, norm="forward")
+    return mask
 
 
 def shrunk(widths: Tensor, threshold: float) -> Tensor:
@@ -125,22 +126,23 @@ def beyond_runs(matrix: Tensor, terms: BlockTerms) -> tuple[Tensor, Tensor]:
 def _pooled(matrix: Tensor, grid: int, limit: int) -> BlockTerms:
     """The best terms within the blocks of a grid: all their singular values compete."""
     edges = [[len(part) for part in torch.arange(n).tensor_split(grid)] for n in matrix.shape]
-    found = []
-    for i, rows in enumerate(matrix.split(edges[0], 0)):
-        for j, block in enumerate(rows.split(edges[1], 1)):
+    parts: list[tuple[tuple[int, int], Tensor, Tensor]] = []
+    found: list[tuple[float, int, int, int]] = []  # energy a number, numbers, part, component
+    for i, rows in enumerate(torch.split(matrix, edges[0], 0)):
+        for j, block in enumerate(torch.split(rows, edges[1], 1)):
             u, values, v = torch.linalg.svd(block, full_matrices=False)
             place = sum(edges[0][:i]), sum(edges[1][:j])
-            root = values.sqrt()
-            found += [
-                (float(values[k]) ** 2 / sum(block.shape), place, u[:, k] * root[k], v[k] * root[k])
-                for k in range(len(values))
-            ]
+            root, numbers = values.sqrt(), sum(block.shape)
+            gains = values.square().div(numbers).tolist()
+            found += [(gain, numbers, len(parts), k) for k, gain in enumerate(gains)]
+            parts.append((place, u * root, root[:, None] * v))
     found.sort(key=lambda term: -term[0])
     kept, left = [], limit
-    for gain, place, u, v in found:
-        if gain > 0 and len(u) + len(v) <= left:
-            kept.append((place, u, v))
-            left -= len(u) + len(v)
+    for gain, numbers, part, k in found:
+        if gain > 0 and numbers <= left:
+            place, u, v = parts[part]
+            kept.append((place, u[:, k], v[k]))
+            left -= numbers
     return _placed(matrix, kept)
 
 

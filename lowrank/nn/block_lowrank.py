@@ -69,9 +69,9 @@ class Runs(nn.Module):
         if not (0 < tokens <= GATHERED and self._plain(x)):
             matrix = self.dense(x.dtype)
             return F.linear(x, matrix.T if turned else matrix)
-        taps, weight = self._taps(), self.weight
+        taps = self._taps()
         index, bags = (taps.terms, taps.bags) if turned else (taps.columns, taps.rows)
-        weight = weight[taps.order] if turned else weight
+        weight = self.weight[taps.order] if turned else self.weight
         table = x.reshape(tokens, -1).T.contiguous()
         y = F.embedding_bag(index, table, bags, mode="sum", per_sample_weights=weight)
         return y.T.reshape(*x.shape[:-1], len(bags))

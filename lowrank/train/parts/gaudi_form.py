@@ -40,7 +40,8 @@ class GaudiLinear(LinearForm):
         super().__init__()
         self.register_buffer("sizes", up.new_tensor([[len(up)], [down.shape[1]]]), persistent=False)
         self.register_buffer("sigma", up.new_tensor(math.inf))
-        self.set_terms(up, down, *up.new_zeros(2, 2, up.shape[1]), up.new_zeros(2, 2, up.shape[1]))
+        empty = up.new_zeros(2, up.shape[1])
+        self.set_terms(up, down, empty, empty, up.new_zeros(2, 2, up.shape[1]))
         self.register_parameter("bias", bias)
         self._gathered: Tensor | None = None
 
