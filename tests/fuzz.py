@@ -43,6 +43,7 @@ FORMS: tuple[Callable[[], nn.Module], ...] = (
     lambda: forms.SparseDenseLinear(12, 12, 6, 2),
     lambda: forms.BlastLinear(12, 12, 3, 2),
     lambda: forms.CURLinear(12, 12, 3),
+    lambda: forms.BlockLowRankLinear(12, 12, 3, 20, 13),
 )
 
 

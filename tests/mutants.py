@@ -33,6 +33,41 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "a mask that begins where it should end",
+        "lowrank/linalg/gaudi.py",
+        "angle = torch.pi * f * (1 / size - w - 2 * start)",
+        "angle = torch.pi * f * (1 / size + w - 2 * start)",
+        ("tests/linalg/test_gaudi.py::test_at_whole_entries_the_mask_is_the_run",),
+    ),
+    Mutant(
+        "widths of columns rounded by the number of rows, as in the authors' code",
+        "lowrank/train/parts/gaudi_form.py",
+        "up.new_tensor([[len(up)], [down.shape[1]]])",
+        "up.new_tensor([[len(up)], [len(up)]])",
+        ("tests/train/test_gblr.py::test_what_is_trained_is_what_is_left",),
+    ),
+    Mutant(
+        "the optimizer's decay shrinks widths",
+        "lowrank/train/parts/gaudi_form.py",
+        "self.widths.grad = self.starts.grad = None",
+        "self.starts.grad = None",
+        ("tests/train/test_gblr.py::test_the_optimizer_never_steps_on_widths",),
+    ),
+    Mutant(
+        "every step of blocks cut to the last budget at once",
+        "lowrank/train/gblr.py",
+        "(limit - self._began) * share))",
+        "(limit - self._began)))",
+        ("tests/train/test_gblr.py::test_the_budget_falls_on_a_line_and_holds",),
+    ),
+    Mutant(
+        "numbers read from where the runs were before they were moved",
+        "lowrank/nn/block_lowrank.py",
+        " or known.version != self.place._version",
+        "",
+        ("tests/nn/test_sparse_forms.py::test_for_few_tokens_only_what_is_stored_is_multiplied",),
+    ),
+    Mutant(
         "entries drawn by their size and not by its square",
         "lowrank/linalg/masked.py",
         "place = (2 * place - draws",

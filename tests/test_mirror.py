@@ -64,6 +64,7 @@ ELSEWHERE = {
     "methods/lowrank_sparse.py": ("methods/test_own_forms.py", "LowRankSparse"),
     "methods/sampled.py": ("methods/test_own_forms.py", "Blast"),
     "nn/blast_linear.py": ("nn/test_sparse_forms.py", "BlastLinear"),
+    "nn/block_lowrank.py": ("nn/test_sparse_forms.py", "BlockLowRankLinear"),
     "nn/cp_conv.py": ("nn/test_factored_conv.py", "CPConv"),
     "nn/dense_sparse.py": ("nn/test_sparse_forms.py", "DenseSparseLinear"),
     "nn/geometry.py": ("nn/test_factored_conv.py", "Geometry"),
@@ -97,6 +98,7 @@ ELSEWHERE = {
     "train/parts/draws.py": ("train/test_maestro.py", "Draws"),
     "train/parts/factors.py": ("train/test_maestro.py", "Maestro"),
     "train/parts/product_decay.py": ("train/test_frobenius.py", "FrobeniusDecay"),
+    "train/parts/gaudi_form.py": ("train/test_gblr.py", "GaudiLinear"),
     "train/parts/latent.py": ("train/test_stf.py", "LatentWeight"),
 }
 

@@ -18,6 +18,13 @@ from .cur import pivoted_order as pivoted_order
 from .evbmf import evbmf_count as evbmf_count
 from .evbmf import evbmf_rank as evbmf_rank
 from .evbmf import evbmf_ranks as evbmf_ranks
+from .gaudi import BlockTerms as BlockTerms
+from .gaudi import beyond_runs as beyond_runs
+from .gaudi import block_terms as block_terms
+from .gaudi import gaudi_mask as gaudi_mask
+from .gaudi import run_mask as run_mask
+from .gaudi import shrunk as shrunk
+from .gaudi import whole_widths as whole_widths
 from .gram import DAMP as DAMP
 from .gram import bounded_fit as bounded_fit
 from .gram import cross_sum as cross_sum

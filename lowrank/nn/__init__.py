@@ -3,6 +3,8 @@
 from .blast_linear import BlastLinear as BlastLinear
 from .blast_linear import blast_cost as blast_cost
 from .block_embedding import BlockEmbedding as BlockEmbedding
+from .block_lowrank import BlockLowRankLinear as BlockLowRankLinear
+from .block_lowrank import block_lowrank_cost as block_lowrank_cost
 from .channel_conv import ChannelConv as ChannelConv
 from .channel_conv import channel_cost as channel_cost
 from .cp_conv import CPConv as CPConv
@@ -77,6 +79,7 @@ FACTORED.update(
         "LowRankSparseLinear": LowRankSparseLinear,
         "LowRankMaskedLinear": LowRankMaskedLinear,
         "BlastLinear": BlastLinear,
+        "BlockLowRankLinear": BlockLowRankLinear,
         "USVLinear": USVLinear,
         "CURLinear": CURLinear,
         "QuantizedLinear": QuantizedLinear,

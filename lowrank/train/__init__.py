@@ -21,6 +21,7 @@ from .dlrt import DLRT as DLRT
 from .dnis import DNIS as DNIS
 from .dsl import DSL as DSL
 from .frobenius import FrobeniusDecay as FrobeniusDecay
+from .gblr import GBLR as GBLR
 from .inrank import InRank as InRank
 from .intrinsic import IntrinsicDimension as IntrinsicDimension
 from .intrinsic import intrinsic_dimension as intrinsic_dimension

@@ -24,6 +24,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "entries": lambda: forms.LowRankMaskedLinear(13, 12, 3, 20),
     "coded": lambda: forms.DenseSparseLinear(12, 12, 6, 2),
     "codes": lambda: forms.SparseDenseLinear(12, 12, 6, 2),
+    "runs": lambda: forms.BlockLowRankLinear(12, 12, 3, 20, 13),
 }
 
 
@@ -77,6 +78,12 @@ RANGES: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
     "atom too large": ("coded.index", lambda i: i + 5, "distinct atoms in [0, 5]"),
     "atom twice": ("coded.index", lambda i: 0 * i, "distinct atoms in [0, 5]"),
     "atom of inputs": ("codes.index", lambda i: i + 9, "distinct atoms in [0, 5]"),
+    "runs too wide": ("runs.down.place", lambda p: p + 9, "of 20 in all, got 47"),
+    "runs outside": (
+        "runs.up.place",
+        lambda p: p + p.new_tensor([9, 0]),
+        "up.place must hold runs",
+    ),
     "too few entries": ("entries.sparse.mask", lambda m: 0 * m, "must keep 20 entries"),
     "entries beyond": ("entries.sparse.mask", lambda m: m.roll(11, 1), "all within its rows"),
 }

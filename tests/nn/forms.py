@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowrank.nn import (
     BlastLinear,
+    BlockLowRankLinear,
     DenseSparseLinear,
     LowRankMaskedLinear,
     LowRankSparseLinear,
@@ -118,10 +119,30 @@ def lowrank_masked(out: int, inner: int, *, bias: bool = True, seed: int = 0) ->
     return Made(layer, weight, None if shift is None else shift.numpy())
 
 
+def block_lowrank(out: int, inner: int, *, bias: bool = True, seed: int = 0) -> Made:
+    normal, rng, rank = drawn(seed), np.random.default_rng(seed), 3
+    up, down = normal(out, rank), normal(rank, inner)
+    sizes = np.array([[out], [inner]])
+    starts = rng.integers(sizes, size=(2, rank))
+    starts[:, 0] = sizes[:, 0] - 1  # the first run goes round the end
+    widths = rng.integers(2, sizes + 1, size=(2, rank))
+    shift = normal(out) if bias else None
+    weight = np.zeros((out, inner))
+    for k in range(rank):
+        for i in range(widths[0, k]):
+            for j in range(widths[1, k]):
+                row, column = (starts[0, k] + i) % out, (starts[1, k] + j) % inner
+                weight[row, column] += up[row, k].item() * down[k, column].item()
+    places = torch.from_numpy(starts), torch.from_numpy(widths)
+    layer = BlockLowRankLinear.from_terms(up, down, *places, shift)
+    return Made(layer, weight, None if shift is None else shift.numpy())
+
+
 FORMS: dict[str, Callable[..., Made]] = {
     "DenseSparseLinear": dense_sparse,
     "SparseDenseLinear": sparse_dense,
     "LowRankSparseLinear": lowrank_sparse,
     "BlastLinear": blast,
+    "BlockLowRankLinear": block_lowrank,
     "LowRankMaskedLinear": lowrank_masked,
 }

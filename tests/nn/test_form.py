@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from lowrank.nn import (
     FACTORED,
+    BlockLowRankLinear,
     LowRankLinear,
     LowRankMaskedLinear,
     SparseDenseLinear,
@@ -162,8 +163,8 @@ def test_a_size_tells_the_cost_of_the_layer(made: Any) -> None:
     assert type(layer) is FACTORED[type(layer).__name__] is form_of(type(layer).STORAGE)
     size = tuple(layer.spec()[name] for name in type(layer).SIZE)
     assert layer.cost() == type(layer).size_cost((7, 10), size, itemsize=8)
-    assert len(size) == 2
-    assert layer.REFITTED
+    assert len(size) >= 2
+    assert layer.REFITTED or type(layer) is BlockLowRankLinear  # which no method makes
 
 
 def test_a_unit_of_fsdp_is_the_form_that_it_was() -> None:

@@ -87,7 +87,7 @@ def test_only_the_librarys_own_classes_count_as_factored() -> None:
         ({**SPEC, "type": 3}, "expected a spec with a 'type'"),
         (
             {**SPEC, "type": "LowRankLiner"},
-            "did you mean 'LowRankLinear' or 'SharedLowRankLinear'?",
+            "did you mean 'LowRankLinear' or 'BlockLowRankLinear'?",
         ),
         ({**SPEC, "layout": "conv2d"}, "did you mean 'conv1d'?"),
         ({**SPEC, "layout": None}, "unknown layout"),

@@ -9,6 +9,7 @@ import lowrank.nn.dense_sparse as dense_sparse_module
 from lowrank.errors import LowrankError
 from lowrank.nn import (
     BlastLinear,
+    BlockLowRankLinear,
     DenseSparseLinear,
     LowRankMaskedLinear,
     LowRankSparseLinear,
@@ -16,7 +17,7 @@ from lowrank.nn import (
 )
 from lowrank.nn.lowrank_masked import pack, unpack
 
-from .forms import blast, dense_sparse, lowrank_masked, lowrank_sparse
+from .forms import blast, block_lowrank, dense_sparse, lowrank_masked, lowrank_sparse
 
 
 def shapes(layer: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -41,6 +42,12 @@ def test_names_and_shapes_of_the_tensors_are_a_contract() -> None:
         "sparse.weight": (layer.count,), "sparse.mask": (7, 2),
     }  # fmt: skip
     assert layer.sparse.mask.dtype == torch.uint8
+    layer = block_lowrank(7, 10).layer
+    assert shapes(layer) == {
+        "down.weight": (layer.spec()["inputs"],), "down.place": (3, 2),
+        "up.weight": (layer.spec()["outputs"],), "up.place": (3, 2), "bias": (7,),
+    }  # fmt: skip
+    assert layer.down.place.dtype == torch.int16
 
 
 @pytest.mark.parametrize(
@@ -145,6 +152,67 @@ def test_masks_that_do_not_fit_are_refused() -> None:
             LowRankMaskedLinear.from_parts(down, up, entries, mask, None)
 
 
+def test_a_run_goes_round_the_end() -> None:
+    """By hand: numbers stand from the least column on; few tokens, many, and the dense weight."""
+    up, down = torch.arange(1.0, 5).view(4, 1), torch.tensor([[10.0, 20, 30]])
+    places = torch.tensor([[3], [1]]), torch.tensor([[2], [2]])  # rows 3 and 0, columns 1 and 2
+    layer = BlockLowRankLinear.from_terms(up, down, *places, None)
+    assert layer.up.weight.tolist() == [1, 4]
+    assert layer.down.weight.tolist() == [20, 30]
+    want = [[0, 20, 30], [0, 0, 0], [0, 0, 0], [0, 80, 120]]
+    assert layer.dense_weight().tolist() == want
+    assert layer.cost().params == layer.cost().macs == 4
+    assert layer.cost().bytes == 4 * 4 + 4 * 2
+    x = torch.tensor([1.0, 2, 3])
+    assert layer(x).tolist() == [130, 0, 0, 520]
+    with torch.no_grad():
+        assert layer(x).tolist() == [130, 0, 0, 520]
+
+
+def test_for_few_tokens_only_what_is_stored_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 32 without a graph; where the runs are moved, the products follow."""
+    layer = block_lowrank(7, 10).layer
+    read: list[int] = []
+    real = torch.nn.functional.embedding_bag
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "embedding_bag",
+        lambda index, *a, **k: read.append(len(index)) or real(index, *a, **k),
+    )
+    x = torch.randn(33, 10, dtype=torch.float64)
+    with torch.no_grad():
+        many = layer(x)
+        assert read == []
+        torch.testing.assert_close(layer(x[:32]), many[:32])
+        assert sum(read) == layer.cost().macs
+        layer.down.place[1, 0] = (layer.down.place[1, 0] + 1) % 10
+        torch.testing.assert_close(layer(x[:2]), layer(x)[:2])
+    read.clear()
+    layer(x[:2])
+    assert read == []
+
+
+def test_two_bytes_are_not_enough_for_long_sides() -> None:
+    long = BlockLowRankLinear.empty(
+        in_features=40_000, out_features=3, rank=2, inputs=7, outputs=4, bias=False
+    )
+    assert (long.down.place.dtype, long.up.place.dtype) == (torch.int32, torch.int16)
+    assert long.cost().bytes == 4 * 11 + 2 * (8 + 4)
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        ([[4], [0]], [[1], [1]]), ([[0], [-1]], [[1], [1]]), ([[0], [0]], [[0], [1]]),
+        ([[0], [0]], [[1], [4]]), ([[0, 1], [0, 1]], [[1, 1], [1, 1]]),
+    ],
+)  # fmt: skip
+def test_runs_that_do_not_fit_are_refused(places: tuple[list[list[int]], ...]) -> None:
+    parts = torch.ones(4, 1), torch.ones(1, 3), *map(torch.tensor, places)
+    with pytest.raises(LowrankError, match="runs within 4 rows and 3 columns, got"):
+        BlockLowRankLinear.from_terms(*parts, None)
+
+
 def test_codes_that_do_not_fit_are_refused() -> None:
     basis, value = torch.ones(4, 3), torch.ones(2, 2)
     for index, said in (
@@ -179,6 +247,16 @@ NONSENSE = {
     "no channel": ("LowRankSparseLinear", {"rank": 2, "count": 0}, "got 0"),
     "more entries than there are": ("LowRankMaskedLinear", {"rank": 2, "count": 49}, r"\[1, 48\]"),
     "more blocks than rows": ("BlastLinear", {"blocks": 7, "rank": 2}, r"blocks in \[1, 6\]"),
+    "less than an entry a block": (
+        "BlockLowRankLinear",
+        {"rank": 3, "inputs": 2, "outputs": 3},
+        r"inputs in \[rank, rank · 8\]",
+    ),
+    "more than there are rows": (
+        "BlockLowRankLinear",
+        {"rank": 1, "inputs": 2, "outputs": 7},
+        r"outputs in \[rank, rank · 6\]",
+    ),
     "no rank": ("BlastLinear", {"blocks": 2, "rank": 0}, "got 2 and 0"),
 }
 

@@ -12,6 +12,7 @@ import torch
 from lowrank.train import (
     DLRT,
     DSL,
+    GBLR,
     NM,
     SMMF,
     STF,
@@ -28,6 +29,7 @@ EPOCH = 8  # steps
 BY_STEPS: dict[str, Callable[..., Any]] = {
     "dlrt": partial(DLRT, tolerance=0.25, every=7),
     "dlrt, budget": partial(DLRT, ratio=0.5, every=10, init="random"),
+    "gblr": partial(GBLR, ratio=0.4, steps=48, start=0.8, rate=0.02),
     "condlr": partial(CondLR, tau=2.0, tolerance=0.3, every=25),
 }
 # Over plain factors, and LoQT.
@@ -44,6 +46,7 @@ BY_EPOCHS: dict[str, Callable[..., Any]] = {
     "dsl": partial(DSL, ratio=0.6, steps=64, every=6),
     "stf": partial(STF, ratio=0.7, decay=1e-3, freeze=73),
     "stf, weight": partial(STF, ratio=0.7, latent="weight", every=5),
+    "gblr, smooth": partial(GBLR, ratio=0.4, steps=70, rate=0.02, strength=0.2, sigma=1.0),
     "pufferfish": partial(Pufferfish, epochs=7, frobenius_decay=1e-2),
 }
 CONTROLLERS = BY_STEPS | BY_EPOCHS

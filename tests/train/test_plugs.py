@@ -15,7 +15,18 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lowrank import LowrankError
-from lowrank.train import DLRT, DSL, NM, STF, CondLR, LoQT, LowRankCallback, Maestro, TuckerDLRT
+from lowrank.train import (
+    DLRT,
+    DSL,
+    GBLR,
+    NM,
+    STF,
+    CondLR,
+    LoQT,
+    LowRankCallback,
+    Maestro,
+    TuckerDLRT,
+)
 from tests.train.loops import data, net_for, run
 
 STEPS, SIZE = 24, 8
@@ -28,6 +39,7 @@ CONTROLLERS: dict[str, Build] = {
     "STF": lambda m, o: STF(m, o, ratio=0.7, freeze=18),
     "NM": lambda m, o: NM(m, o, decay=12, dense=4),
     "DSL": lambda m, o: DSL(m, o, ratio=0.6, steps=20, every=4),
+    "GBLR": lambda m, o: GBLR(m, o, ratio=0.5, steps=16, start=0.9, rate=0.02),
     "TuckerDLRT": lambda m, o: TuckerDLRT(m, o, ratio=0.6, min_rank=1, every=4),
 }
 EVERY = pytest.mark.parametrize("name", CONTROLLERS)
@@ -270,7 +282,7 @@ TWO = """
 import os, sys, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from lowrank.train import DLRT, DSL, NM, STF, CondLR, LoQT, Maestro, TuckerDLRT
+from lowrank.train import DLRT, DSL, GBLR, NM, STF, CondLR, LoQT, Maestro, TuckerDLRT
 from lowrank.train.parts.optimizer import check_same_parameters
 from tests.train.loops import data, net_for
 
@@ -285,6 +297,7 @@ def main(name):
              "STF": lambda: STF(model, optimizer, ratio=0.7, freeze=18),
              "NM": lambda: NM(model, optimizer, decay=12, dense=4),
              "DSL": lambda: DSL(model, optimizer, ratio=0.6, steps=20, every=4),
+             "GBLR": lambda: GBLR(model, optimizer, ratio=0.5, steps=16, start=0.9, rate=0.02),
              "TuckerDLRT": lambda: TuckerDLRT(model, optimizer, ratio=0.6, min_rank=1, every=4)}
     controller = build[name]()
     x, y = data()

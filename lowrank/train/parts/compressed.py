@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...nn import Form, LowRankLinear, PivotedLinear, is_factored
+from ...nn import BlockLowRankLinear, Form, LowRankLinear, PivotedLinear, is_factored
 from ...nn.factored_conv import FactoredConv
 from ...types import Site
 from ...walk import layouts
@@ -82,7 +82,9 @@ def _shape(form: Form) -> tuple[int, int]:
     if isinstance(form, FactoredConv):
         outputs, *rest = form.geometry.weight_shape
         return outputs, math.prod(rest)
-    return (form.out_features, form.in_features) if isinstance(form, PLAIN) else (0, 0)
+    if isinstance(form, LowRankLinear | PivotedLinear | BlockLowRankLinear):
+        return form.out_features, form.in_features
+    return 0, 0
 
 
 def _obstacle(form: Form) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 from lowrank import LowrankError
 from lowrank.train import (
     DLRT,
+    GBLR,
     NM,
     STF,
     CondLR,
@@ -98,8 +99,8 @@ def test_what_check_sites_refuses_is_not_claimed() -> None:
 
 
 CONTROLLERS = (
-    DLRT, NM, STF, CondLR, Cuttlefish, FrobeniusDecay,
-    InRank, LoQT, Maestro, Pufferfish, TuckerDLRT,
+    DLRT, GBLR, NM, STF, CondLR, Cuttlefish,
+    FrobeniusDecay, InRank, LoQT, Maestro, Pufferfish, TuckerDLRT,
 )  # fmt: skip
 
 

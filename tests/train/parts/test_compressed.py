@@ -16,6 +16,7 @@ from lowrank import LowrankError
 from lowrank.nn import LowRankLinear, SparseDenseLinear, TuckerConv, is_factored
 from lowrank.train import (
     DLRT,
+    GBLR,
     NM,
     STF,
     CondLR,
@@ -45,6 +46,8 @@ TAKE: dict[tuple[str, str], Callable[..., Any]] = {
     ("Maestro", "pivoted"): partial(Maestro, threshold=0.2),
     ("InRank", "factors"): partial(InRank, buffer=2, warmup=0, every=2, share=0.999),
     ("FrobeniusDecay", "factors"): FrobeniusDecay,
+    ("GBLR", "factors"): partial(GBLR, ratio=0.3, steps=6),
+    ("GBLR", "pivoted"): partial(GBLR, ratio=0.3, steps=6),
     ("NM", "factors"): partial(NM, decay=4, dense=2),
     ("STF", "coded"): partial(STF, every=2, freeze=6),
 }
