@@ -176,7 +176,8 @@ def route_mlps(
     trained = None
     if teacher is not None:
         assert not callable(batches)
-        options = Training(distill_steps, usual_rate(teacher, batches[0]), seed=seed)
+        rate = usual_rate(teacher, batches[0], distill_steps)
+        options = Training(distill_steps, rate, seed=seed)
         trained = distill(teacher, root, batches, factors_in(root), options)
     io.attach(root)
     return root, Routing(experts, active, tuple(layers), skipped, trained)

@@ -293,9 +293,9 @@ class Job:
         """Distil until `end`, by `now`."""
         trained = [*factors_in(self.student), *own_vectors(self.student, self.vectors)]
         batches = [self.bench.batches[number] for number in self.numbers]
-        rate = self.recovery.distill_rate
-        rate = usual_rate(self.bench.model, batches[0]) if rate is None else rate
-        options = self._training(self.recovery.distill_steps, rate)
+        steps, rate = self.recovery.distill_steps, self.recovery.distill_rate
+        rate = usual_rate(self.bench.model, batches[0], steps) if rate is None else rate
+        options = self._training(steps, rate)
         written = further(self.bench.model, batches, self.recovery, self.seed + 1, end)
         if written:
             count = sum(map(len, written))

@@ -139,10 +139,11 @@ def test_the_rate_of_distillation_follows_the_predictions_of_a_batch() -> None:
     model, mask = zoo.llama().eval(), torch.ones(8, 16, dtype=torch.long)
     mask[:, 8:] = 0
     padded = {"input_ids": ids(8, 16), "attention_mask": mask}
-    assert usual_rate(model, ids(8, 16)) == pytest.approx(0.01 * (128 / 4096) ** 0.5)
-    assert usual_rate(model, padded) == pytest.approx(0.01 * (64 / 4096) ** 0.5)
-    assert usual_rate(zoo.classifier().eval(), ids(4, 16)) == pytest.approx(0.01 / 32)
-    assert usual_rate(zoo.mlp(16, 8), torch.randn(5000, 16)) == 0.01
+    assert usual_rate(model, ids(8, 16), 600) == pytest.approx(0.01 * (128 / 4096) ** 0.5)
+    assert usual_rate(model, padded, 60) == pytest.approx(0.01 * (64 / 4096) ** 0.5)
+    assert usual_rate(zoo.classifier().eval(), ids(4, 16), 1) == pytest.approx(0.01 / 32)
+    assert usual_rate(zoo.mlp(16, 8), torch.randn(5000, 16), 600) == 0.01
+    assert usual_rate(zoo.mlp(16, 8), torch.randn(5000, 16), 2400) == 0.005
 
 
 def test_a_rate_that_is_given_is_taken() -> None:
