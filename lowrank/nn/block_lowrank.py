@@ -21,7 +21,7 @@ from .form import LinearForm, check_traceable
 from .lowrank_linear import own
 
 GATHERED = 32  # tokens up to which the stored numbers alone are multiplied
-LONG = 32767  # entries that two bytes can count
+PLACE = torch.int32  # of two bytes, DistributedDataParallel could not hand it on
 
 
 class Taps(NamedTuple):
@@ -40,7 +40,7 @@ class Runs(nn.Module):
     """A matrix (count, size) whose rows are zero off one cyclic run each.
 
     Tensors: `weight` (numbers,), the runs row by row, each from its least column on; `place`
-    (count, 2), start and width of each run, in two bytes (four above 32,767 columns).
+    (count, 2), start and width of each run, int32.
     """
 
     place: Tensor
@@ -61,7 +61,7 @@ class Runs(nn.Module):
         every = torch.arange(count, device=device)  # runs of equal widths, spread evenly
         widths = numbers // count + (every < numbers % count).long()
         place = torch.stack([every * size // count, widths], 1)
-        self.register_buffer("place", place.to(place_dtype(size)))
+        self.register_buffer("place", place.to(PLACE))
 
     def forward(self, x: Tensor, turned: bool = False) -> Tensor:
         """x (…, size) -> (…, count), or turned: (…, count) -> (…, size)."""
@@ -192,7 +192,7 @@ class BlockLowRankLinear(LinearForm):
         )  # fmt: skip
         for side, (runs, dense) in enumerate(((layer.up, up.T), (layer.down, down))):
             place = torch.stack([starts[side], widths[side]], 1)
-            runs.place = place.to(place_dtype(runs.size), copy=True)
+            runs.place = place.to(PLACE, copy=True)
             runs.weight = own(dense[runs.kept()])
         if bias is not None:
             layer.bias = own(bias)
@@ -282,13 +282,7 @@ def block_lowrank_cost(
         itemsize: bytes of one number.
     """
     params = inputs + outputs
-    places = sum(2 * place_dtype(size).itemsize for size in (out_features, in_features))
-    return Cost(params, params * itemsize + rank * places, params)
-
-
-def place_dtype(size: int) -> torch.dtype:
-    """In which a start and a width among so many entries are stored."""
-    return torch.int16 if size <= LONG else torch.int32
+    return Cost(params, params * itemsize + 4 * rank * PLACE.itemsize, params)
 
 
 def _inside(starts: Tensor, widths: Tensor, size: Tensor | int) -> Tensor:
