@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -70,20 +70,9 @@ class CURLinear(DownUp):
         dtype = dtype or up.dtype
         return up.to(dtype) @ (core.to(dtype) @ down.to(dtype))
 
-    def spec(self) -> dict[str, Any]:
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "rank": self.rank,
-            "bias": self.up.bias is not None,
-        }
-
     def cost(self) -> Cost:
         shape, itemsize = (self.out_features, self.in_features), self.up.weight.dtype.itemsize
         return cur_cost(*shape, self.rank, itemsize=itemsize)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
 def cur_cost(out_features: int, in_features: int, rank: int, *, itemsize: int) -> Cost:

@@ -36,6 +36,17 @@ class DownUp(LinearForm):
     def bias(self) -> Tensor | None:
         return self.up.bias
 
+    def spec(self) -> dict[str, Any]:
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "rank": self.rank,
+            "bias": self.up.bias is not None,
+        }
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
 
 class LowRankLinear(DownUp):
     """Two `nn.Linear` children, so that other libraries' tools work without special cases.
@@ -127,20 +138,9 @@ class LowRankLinear(DownUp):
         layer.up.bias = self.up.bias
         return layer
 
-    def spec(self) -> dict[str, Any]:
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "rank": self.rank,
-            "bias": self.up.bias is not None,
-        }
-
     def cost(self) -> Cost:
         shape, itemsize = (self.out_features, self.in_features), self.up.weight.dtype.itemsize
         return low_rank_cost(*shape, self.rank, itemsize=itemsize)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
 def low_rank_cost(out_features: int, in_features: int, rank: int, *, itemsize: int) -> Cost:
