@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -176,8 +176,8 @@ def route_mlps(
     trained = None
     if teacher is not None:
         assert not callable(batches)
-        rate = usual_rate(teacher, batches[0], distill_steps)
-        options = Training(distill_steps, rate, seed=seed)
+        options = Training(distill_steps, seed=seed)
+        options = replace(options, rate=usual_rate(teacher, batches[0], options.optimizer))
         trained = distill(teacher, root, batches, factors_in(root), options)
     io.attach(root)
     return root, Routing(experts, active, tuple(layers), skipped, trained)

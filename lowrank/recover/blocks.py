@@ -21,10 +21,11 @@ from ..measure.eval import Reference, divergence
 from ..nn.few_shapes import even_ranks
 from .budget import fit_within
 from .nesting import Nesting
+from .optimizer import ADAMW, MUON
 from .training import Trained, Training, split
 
-RATE = 0.01  # of distillation in at most so many steps, whose batches hold so many predictions
-STEPS, PREDICTIONS = 600, 4096  # 16 rows of 256 tokens
+RATES = {MUON: 0.005, ADAMW: 0.01}  # of distillation, if batches hold at least so many predictions
+PREDICTIONS = 4096  # 16 rows of 256 tokens
 
 
 def refit_block(
@@ -93,15 +94,14 @@ def distill(
             return fit_within(parameters, wanted, trained_on, held_out, options, seconds)
 
 
-def usual_rate(teacher: nn.Module, batch: Batch, steps: int) -> float:
-    """The rate of distillation in so many steps on batches like this one.
+def usual_rate(teacher: nn.Module, batch: Batch, optimizer: str) -> float:
+    """The rate of distillation on batches like this one.
 
     It falls with the root of the predictions that a batch holds, a classifier's one a row, as the
-    noise of a step rises with it (arXiv 2205.10287), and with the root of the steps: in longer runs
-    that noise, and no longer the way to go, is what limits (benchmarks/best.py).
+    noise of a step rises with it (arXiv 2205.10287).
     """
     held = _count(Reference(teacher, [batch]), 0)
-    return RATE * min(math.sqrt(held / PREDICTIONS), 1.0) * min(math.sqrt(STEPS / steps), 1.0)
+    return RATES[optimizer] * min(math.sqrt(held / PREDICTIONS), 1.0)
 
 
 def _count(predicted: Reference, number: int) -> int:

@@ -294,7 +294,8 @@ class Job:
         trained = [*factors_in(self.student), *own_vectors(self.student, self.vectors)]
         batches = [self.bench.batches[number] for number in self.numbers]
         steps, rate = self.recovery.distill_steps, self.recovery.distill_rate
-        rate = usual_rate(self.bench.model, batches[0], steps) if rate is None else rate
+        if rate is None:
+            rate = usual_rate(self.bench.model, batches[0], self.recovery.optimizer)
         options = self._training(steps, rate)
         written = further(self.bench.model, batches, self.recovery, self.seed + 1, end)
         if written:
