@@ -25,10 +25,12 @@ from lowrank.recover.recovery import Effort
 BEST = lowrank.EFFORTS["best"]
 STEPS = BEST.recovery.block_steps + BEST.recovery.distill_steps
 WAYS: dict[str, dict[str, Any]] = {
-    "best": {},
-    "rate 0.003": {"block_rate": 0.003, "distill_rate": 0.003},
-    "rate 0.006": {"block_rate": 0.006, "distill_rate": 0.006},
-    "rate 0.02": {"block_rate": 0.02, "distill_rate": 0.02},
+    "best": {},  # distils at 0.0025: 1,024 predictions a step
+    "distilled at 0.0015": {"distill_rate": 0.0015},
+    "distilled at 0.005": {"distill_rate": 0.005},
+    "distilled at 0.01": {"distill_rate": 0.01},
+    "blocks at 0.005": {"block_rate": 0.005},
+    "blocks at 0.02": {"block_rate": 0.02},
     "16 rows a step": {"rows": 16},
     "AdamW": {"optimizer": "adamw", "block_rate": 0.005, "distill_rate": 0.005},
     "AdamW, 16 rows a step": {"optimizer": "adamw", "rows": 16},
