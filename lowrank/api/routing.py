@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,7 +20,7 @@ from ..linalg.coactivation import coactive_groups
 from ..linalg.routers import fitted_router, missed, nearest_experts
 from ..nn import RoutedMLP
 from ..plans.progress import steps
-from ..recover.blocks import distill, usual_rate
+from ..recover.blocks import distill
 from ..recover.copies import factors_in
 from ..recover.training import Trained, Training
 from ..tables import aligned
@@ -177,7 +177,6 @@ def route_mlps(
     if teacher is not None:
         assert not callable(batches)
         options = Training(distill_steps, seed=seed)
-        options = replace(options, rate=usual_rate(teacher, batches[0], options.optimizer))
         trained = distill(teacher, root, batches, factors_in(root), options)
     io.attach(root)
     return root, Routing(experts, active, tuple(layers), skipped, trained)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,11 @@ from ..nn.few_shapes import even_ranks
 from .budget import fit_within
 from .nesting import Nesting
 from .optimizer import ADAMW, MUON
-from .training import Trained, Training, split
+from .training import Trained, Training, mean_of, split
 
-RATES = {MUON: 0.005, ADAMW: 0.01}  # of distillation, if batches hold at least so many predictions
-PREDICTIONS = 4096  # 16 rows of 256 tokens
+RATES = {MUON: 0.008, ADAMW: 0.01}  # of distillation, from far away and in large batches
+PREDICTIONS = 4096  # of such a batch: 16 rows of 256 tokens
+NEAR = 0.2  # distance from the dense model below which Muon's rate falls no further
 
 
 def refit_block(
@@ -75,11 +77,12 @@ def distill(
     the relative squared error of what is no logits.
 
     The teacher's logits are cached up to a memory limit; on further batches it runs at every step.
-    `fitted`: see `split`; `seconds`: see `fit_within`; `nesting`: over sampled ranks.
+    Without a rate in `options` it is `usual_rate`. `fitted`: see `split`; `seconds`: see
+    `fit_within`; `nesting`: over sampled ranks.
     """
     predicted = Reference(teacher, batches)
     trained_on, held_out = split(len(batches), fitted)
-    usual = sum(_count(predicted, batch) for batch in held_out) / len(held_out) or 1.0
+    usual = sum(predictions(predicted, batch) for batch in held_out) / len(held_out) or 1.0
 
     def loss(batch: int) -> Tensor:
         outputs, _ = predictions_of(student, forward(student, batches[batch]))
@@ -91,20 +94,32 @@ def distill(
     with quiet(teacher), quiet(student), even_ranks(student):
         over = nullcontext(loss) if nesting is None else nesting.over(loss)
         with over as wanted:
-            return fit_within(parameters, wanted, trained_on, held_out, options, seconds)
+            before = mean_of(wanted, held_out)
+            if options.rate is None:
+                rate = usual_rate(before, predictions(predicted, 0), options.optimizer)
+                options = replace(options, rate=rate)
+            return fit_within(
+                parameters, wanted, trained_on, held_out, options, seconds, known=before
+            )
 
 
-def usual_rate(teacher: nn.Module, batch: Batch, optimizer: str) -> float:
-    """The rate of distillation on batches like this one.
+def usual_rate(away: float, held: int, optimizer: str) -> float:
+    """The rate of distillation.
 
     It falls with the root of the predictions that a batch holds, a classifier's one a row, as the
-    noise of a step rises with it (arXiv 2205.10287).
+    noise of a step rises with it (arXiv 2205.10287). All steps of Muon are equally long, and so it
+    also falls with the distance left, or they would lead past what is near (benchmarks/best.py).
+
+    Args:
+        away: KL or relative squared error to the dense model before.
+        held: predictions of a batch, without padding.
+        optimizer: "muon" or "adamw".
     """
-    held = _count(Reference(teacher, [batch]), 0)
-    return RATES[optimizer] * min(math.sqrt(held / PREDICTIONS), 1.0)
+    share = min(max(away, NEAR), 1.0) if optimizer == MUON else 1.0
+    return RATES[optimizer] * share * min(math.sqrt(held / PREDICTIONS), 1.0)
 
 
-def _count(predicted: Reference, number: int) -> int:
+def predictions(predicted: Reference, number: int) -> int:
     """The predictions of a batch, without padding."""
     shape, mask = predicted.outputs(number).shape[:-1], predicted.mask(number)
     return shape.numel() if mask is None or mask.shape != shape else int(mask.sum())

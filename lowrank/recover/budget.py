@@ -150,6 +150,7 @@ def fit_within(
     held_out: Sequence[int],
     options: Training,
     seconds: float | None,
+    known: float | None = None,
 ) -> Trained:
     """`fit` in the time that there is, which sets the number of steps.
 
@@ -159,15 +160,16 @@ def fit_within(
     Args:
         options: `steps` is the usual number.
         seconds: None for no limit, and exactly the usual steps.
+        known: as for `fit`.
 
     Raises:
         LowrankError: as `fit`.
     """
     if seconds is None:
-        return fit(parameters, loss, batches, held_out, options)
+        return fit(parameters, loss, batches, held_out, options, known=known)
     end, runs = now() + seconds, list[Trained]()
     while True:
-        pace, known = Pace(end, options.steps), runs[-1].after if runs else None
+        pace, known = Pace(end, options.steps), runs[-1].after if runs else known
         runs.append(fit(parameters, loss, batches, held_out, options, pace=pace, known=known))
         last = runs[-1]
         if not pace.ample or 2 * last.best_step < last.steps or now() >= end:

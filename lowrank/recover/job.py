@@ -29,7 +29,7 @@ from ..types import Site
 from ..walk.layouts import keeps_moments
 from ..walk.surgery import module_at, put, twin
 from .batchnorm import recalibrated
-from .blocks import distill, refit_block, usual_rate
+from .blocks import distill, refit_block
 from .budget import Budget, now
 from .closed_form import refit_layer
 from .copies import Pairs, factors_in, own_buffers, own_vectors
@@ -196,7 +196,7 @@ class Job:
         self.budget.trained(now() - started)
         self.trained[name] = result
 
-    def _training(self, steps: int, rate: float) -> Training:
+    def _training(self, steps: int, rate: float | None) -> Training:
         return Training(steps, rate, seed=self.seed, optimizer=self.recovery.optimizer)
 
     def _finished(self, name: str, sites: Sequence[Site], unpaired: Sequence[str]) -> None:
@@ -293,10 +293,7 @@ class Job:
         """Distil until `end`, by `now`."""
         trained = [*factors_in(self.student), *own_vectors(self.student, self.vectors)]
         batches = [self.bench.batches[number] for number in self.numbers]
-        steps, rate = self.recovery.distill_steps, self.recovery.distill_rate
-        if rate is None:
-            rate = usual_rate(self.bench.model, batches[0], self.recovery.optimizer)
-        options = self._training(steps, rate)
+        options = self._training(self.recovery.distill_steps, self.recovery.distill_rate)
         written = further(self.bench.model, batches, self.recovery, self.seed + 1, end)
         if written:
             count = sum(map(len, written))

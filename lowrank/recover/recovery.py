@@ -36,8 +36,8 @@ class Recovery:
         block_steps: gradient steps of each block refit; 0 skips it.
         distill_steps: gradient steps of distillation from the dense model; 0 skips it.
         block_rate, distill_rate: RMS of a step, relative to each parameter's RMS. That of
-            distillation is by default at most 0.005 (AdamW 0.01), and less for batches of few
-            predictions (`usual_rate`).
+            distillation is by default at most 0.008 (AdamW 0.01), less for batches of few
+            predictions and, by Muon, near the dense model (`usual_rate`).
         optimizer: "muon" for matrices, with AdamW for vectors, or "adamw" for all.
         rows: batch size of both.
         written: rows that a causal language model samples itself, as for `data="self"`, to distil

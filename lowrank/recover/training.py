@@ -24,14 +24,14 @@ class Training:
     Attributes:
         steps: gradient steps, one batch each.
         rate: RMS of a step, relative to each parameter's RMS, so that one default fits models of
-            any width.
+            any width; only `distill` takes None.
         checks: number of times that the held-out loss is evaluated.
         seed: random seed of the batch order.
         optimizer: see `RecoveryOptimizer`.
     """
 
     steps: int = 120
-    rate: float = 0.01
+    rate: float | None = None
     checks: int = 6
     seed: int = 0
     optimizer: str = MUON
@@ -76,7 +76,7 @@ def fit(
     """
     parameters = [p for p in parameters if p.is_floating_point()]
     best = [p.detach().clone() for p in parameters]
-    before = least = _mean(loss, held_out) if known is None else known
+    before = least = mean_of(loss, held_out) if known is None else known
     if not math.isfinite(before):
         raise LowrankError(
             "recovery cannot start: the loss of the compressed model is NaN or Inf; run it in "
@@ -84,6 +84,7 @@ def fit(
         )
     best_step = 0
     wanted = [p.requires_grad for p in parameters]
+    assert options.rate is not None
     optimizer = RecoveryOptimizer(parameters, options.rate, options.optimizer)
     generator = torch.Generator().manual_seed(options.seed)
     order: list[int] = []
@@ -104,7 +105,7 @@ def fit(
                 optimizer.step(_schedule(step, steps))
             steps = steps if pace is None else pace(step, steps)
             if step % max(steps // max(options.checks, 1), 1) == 0 or step >= steps:
-                now = _mean(loss, held_out)
+                now = mean_of(loss, held_out)
                 if now < least:
                     least, best_step = now, step
                     best = [p.detach().clone() for p in parameters]
@@ -139,5 +140,5 @@ def _schedule(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def _mean(loss: Loss, batches: Sequence[int]) -> float:
+def mean_of(loss: Loss, batches: Sequence[int]) -> float:
     return sum(float(loss(batch)) for batch in batches) / len(batches)

@@ -10,7 +10,8 @@ from torch import nn
 
 import lowrank
 from lowrank import LowrankError, Plan, Recovery
-from lowrank.recover.blocks import usual_rate
+from lowrank.measure.eval import Reference
+from lowrank.recover.blocks import predictions, usual_rate
 from tests import zoo
 
 QUICK = Recovery(block_steps=4, distill_steps=4)
@@ -133,23 +134,29 @@ def test_the_words() -> None:
     assert lowrank.EFFORTS["best"].recovery.distill_steps > 0
 
 
-def test_the_rate_of_distillation_follows_the_predictions_of_a_batch() -> None:
-    """One a token, one a row of a classifier; padding makes none."""
+def test_the_rate_of_distillation_follows_predictions_and_distance() -> None:
+    assert usual_rate(1.5, 4096, "muon") == usual_rate(1.0, 9999, "muon") == 0.008
+    assert usual_rate(0.5, 1024, "muon") == pytest.approx(0.002)
+    assert usual_rate(0.2, 1024, "muon") == usual_rate(0.0, 1024, "muon") == pytest.approx(0.0008)
+    assert usual_rate(0.0, 1, "adamw") == usual_rate(2.0, 1, "adamw") == 0.01 / 64
+
+
+def test_predictions_are_one_a_token_and_one_a_row_of_a_classifier() -> None:
+    """Padding makes none."""
     torch.manual_seed(0)
     model, mask = zoo.llama().eval(), torch.ones(8, 16, dtype=torch.long)
     mask[:, 8:] = 0
     padded = {"input_ids": ids(8, 16), "attention_mask": mask}
-    assert usual_rate(model, ids(8, 16), "adamw") == pytest.approx(0.01 * (128 / 4096) ** 0.5)
-    assert usual_rate(model, padded, "muon") == pytest.approx(0.005 * (64 / 4096) ** 0.5)
-    assert usual_rate(zoo.classifier().eval(), ids(4, 16), "adamw") == pytest.approx(0.01 / 32)
-    assert usual_rate(zoo.mlp(16, 8), torch.randn(5000, 16), "muon") == 0.005
+    counts = [predictions(Reference(model, [batch]), 0) for batch in (ids(8, 16), padded)]
+    counts.append(predictions(Reference(zoo.classifier().eval(), [ids(4, 16)]), 0))
+    assert counts == [128, 64, 4]
 
 
 def test_a_rate_that_is_given_is_taken() -> None:
     torch.manual_seed(0)
     net, x = zoo.mlp(16, 24, 8), torch.randn(64, 16)
     made = []
-    for rate in (None, 0.005 / 16, 0.01):
+    for rate in (None, 0.008 * 0.2 / 16, 0.01):
         how = Recovery(refit=False, distill_steps=16, distill_rate=rate)
         lean, report = lowrank.compress(
             net, 0.6, data=list(x.split(16)), effort=how, method="whitened", policy="uniform",
