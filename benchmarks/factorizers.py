@@ -124,7 +124,7 @@ def resnet(folder: Path) -> list[dict[str, Any]]:
 
 
 def fourier_net(net: nn.Module, ratio: float) -> tuple[nn.Module, float, float]:
-    """A copy with every convolution but the first from `fourier`, what it lost and what it keeps."""
+    """A copy, every convolution but the first from `fourier`, what it lost and what it keeps."""
     lean, away, whole, used, every = copy.deepcopy(net), 0.0, 0.0, 0, 0
     for module in lean.modules():
         if isinstance(module, nn.Conv2d) and module.in_channels > 3:

@@ -2,11 +2,11 @@
 
 A tube is the K numbers between one input and one output. In an orthonormal basis of tubes, the
 columns of M (K, K), the weight is K matrices S_f = Σ_k M_kf W_k (O, I), whose singular values
-compete for one number of components (t-SVD: Kilmer and Martin, LAA 435, 2011; other bases than
-Fourier's: Kernfeld, Kilmer and Aeron, LAA 485, 2015; arXiv 2001.00046). By the weight, ‖W − Ŵ‖,
-that is the optimum for the basis. The basis is that of cosines (DCT-II) along each axis of the
-kernel: real, so that every component costs O + I numbers, and nearer to trained kernels than
-Fourier's, where those of a pair of conjugate frequencies cost 2 (O + I)
+compete for one number of components (t-SVD: Kilmer and Martin, LAA 435, 2011; one threshold for all
+frequencies: Kilmer et al., PNAS 2021). By the weight, ‖W − Ŵ‖, that is the optimum for the basis.
+The basis is not Fourier's but that of cosines (DCT-II; Kernfeld, Kilmer and Aeron, LAA 485, 2015)
+along each axis of the kernel: real, so that every component costs O + I numbers, where those of a
+pair of conjugate frequencies cost 2 (O + I), and nearer to trained kernels
 (`benchmarks/factorizers.py`).
 
 By the outputs, ‖(W − Ŵ)H^½‖ with the Gram matrix H of the patches: neighbouring pixels resemble
