@@ -107,8 +107,8 @@ def tubal_factors(
 def tubal_weight(up: Tensor, down: Tensor, ranks: Sequence[int], kernel: Sequence[int]) -> Tensor:
     """The weight (…, O, I, K) of components up (…, O, R) and down (…, R, I), ordered by frequency,
     of which frequency f has ranks[f]."""
-    sides = zip(up.split(list(ranks), dim=-1), down.split(list(ranks), dim=-2), strict=True)
-    slices = [left @ right for left, right in sides if left.shape[-1]]
+    lefts, rights = torch.split(up, list(ranks), -1), torch.split(down, list(ranks), -2)
+    slices = [u @ v for u, v in zip(lefts, rights, strict=True) if u.shape[-1]]
     wide = torch.promote_types(up.dtype, torch.float32)
     basis = cosines(kernel, dtype=wide, device=up.device)
     present = [f for f, rank in enumerate(ranks) if rank]
