@@ -33,6 +33,34 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "frequencies of a kernel truncated in the inputs' mean alone",
+        "lowrank/linalg/tubal.py",
+        "return (blocks + blocks.mT) / 2",
+        "return (blocks + blocks.mT)[:1].expand_as(blocks) / 2",
+        ("tests/linalg/test_tubal.py::test_each_frequency_has_the_metric_of_its_own",),
+    ),
+    Mutant(
+        "the output side of a tubal SVD left as it was before frequencies met in the outputs",
+        "lowrank/linalg/tubal.py",
+        "up = up + more.T",
+        "up = up + 0 * more.T",
+        ("tests/linalg/test_tubal.py::test_in_a_metric_the_output_side_is_the_least_squares_one",),
+    ),
+    Mutant(
+        "products counted by what is stored where the dense kernel is multiplied",
+        "lowrank/nn/tubal_conv.py",
+        "itemsize, torch.Size(geometry.weight_shape).numel())",
+        "itemsize, params)",
+        ("tests/nn/test_factored_conv.py::test_macs_are_those_of_the_convolutions",),
+    ),
+    Mutant(
+        "an odd number padded before the image, not after",
+        "lowrank/nn/geometry.py",
+        "before = [n // 2 for n in total]",
+        "before = [n - n // 2 for n in total]",
+        ("tests/nn/test_factored_conv.py::test_full_rank_is_the_convolution",),
+    ),
+    Mutant(
         "a mask that begins where it should end",
         "lowrank/linalg/gaudi.py",
         "angle = torch.pi * f * (1 / size - w - 2 * start)",

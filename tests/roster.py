@@ -104,6 +104,7 @@ def three_cores(out_features: int, in_features: int, rng: torch.Generator) -> tu
 
 # Sizes of two numbers are no ranks of the matrix, and `first` works at the input's positions.
 OF_CONVOLUTIONS = laws(low_rank=False, plain_products=False)
+OF_ONE_COMPONENT = laws(low_rank=False, plain_products=False, planted=alike)
 
 ROSTER: dict[str, dict[str, Law]] = {
     "svd": laws(),
@@ -121,11 +122,13 @@ ROSTER: dict[str, dict[str, Law]] = {
     "tucker": OF_CONVOLUTIONS,
     "channel": OF_CONVOLUTIONS,
     "spatial": OF_CONVOLUTIONS,
-    "cp": laws(low_rank=False, plain_products=False, planted=alike),
+    "cp": OF_ONE_COMPONENT,
     "whitened-channel": OF_CONVOLUTIONS,
     "whitened-tucker": OF_CONVOLUTIONS,
     "whitened-spatial": OF_CONVOLUTIONS,
     "whitened-conv": OF_CONVOLUTIONS,
+    "tubal": OF_ONE_COMPONENT,
+    "whitened-tubal": OF_ONE_COMPONENT,
     "two-sided-tucker": OF_CONVOLUTIONS,
     "two-sided-conv": OF_CONVOLUTIONS,
     "quotient-remainder": laws(low_rank=False, planted=two_tables),

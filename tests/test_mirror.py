@@ -72,6 +72,7 @@ ELSEWHERE = {
     "nn/lowrank_masked.py": ("nn/test_sparse_forms.py", "LowRankMaskedLinear"),
     "nn/lowrank_sparse.py": ("nn/test_sparse_forms.py", "LowRankSparseLinear"),
     "nn/spatial_conv.py": ("nn/test_factored_conv.py", "SpatialConv"),
+    "nn/tubal_conv.py": ("nn/test_factored_conv.py", "TubalConv"),
     "nn/tucker_conv.py": ("nn/test_factored_conv.py", "TuckerConv"),
     "page/figures.py": ("page/test_document.py", "html"),
     "plans/schema.py": ("plans/test_plan.py", "Plan"),

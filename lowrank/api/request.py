@@ -192,8 +192,8 @@ class Request(_Ranks):
         if not isinstance(method, Measured) or self.ratio is None or self.unit in method.units:
             return
         raise LowrankError(
-            f"unit={self.unit!r} does not measure what method {self.method!r:.80} stores, such as "
-            f"integers of few bits: give unit={listed(sorted(map(repr, method.units)))}"
+            f"unit={self.unit!r} does not measure what method {self.method!r:.80} saves: "
+            f"give unit={listed(sorted(map(repr, method.units)))}"
         )
 
     def _take(self, effort: Effort) -> None:

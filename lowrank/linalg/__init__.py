@@ -102,3 +102,7 @@ from .tokens import output_metric as output_metric
 from .tokens import token_energies as token_energies
 from .tokens import token_error as token_error
 from .tokens import token_weights as token_weights
+from .tubal import cosines as cosines
+from .tubal import tubal_errors as tubal_errors
+from .tubal import tubal_factors as tubal_factors
+from .tubal import tubal_weight as tubal_weight

@@ -10,6 +10,7 @@ from .blast import Blast as Blast
 from .convolution import CP as CP
 from .convolution import Channel as Channel
 from .convolution import Spatial as Spatial
+from .convolution import Tubal as Tubal
 from .convolution import Tucker as Tucker
 from .cur import CUR as CUR
 from .cur import WhitenedCUR as WhitenedCUR
@@ -36,6 +37,7 @@ from .whitened import Whitened as Whitened
 from .whitened import WhitenedChannel as WhitenedChannel
 from .whitened import WhitenedConv as WhitenedConv
 from .whitened import WhitenedSpatial as WhitenedSpatial
+from .whitened import WhitenedTubal as WhitenedTubal
 from .whitened import WhitenedTucker as WhitenedTucker
 
 METHODS: dict[str, type[Method]] = {
@@ -54,9 +56,11 @@ METHODS: dict[str, type[Method]] = {
     "tucker": Tucker,
     "spatial": Spatial,
     "cp": CP,
+    "tubal": Tubal,
     "whitened-channel": WhitenedChannel,
     "whitened-tucker": WhitenedTucker,
     "whitened-spatial": WhitenedSpatial,
+    "whitened-tubal": WhitenedTubal,
     "whitened-conv": WhitenedConv,
     "two-sided-tucker": TwoSidedTucker,
     "two-sided-conv": TwoSidedConv,

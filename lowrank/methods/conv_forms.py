@@ -21,10 +21,12 @@ from ..nn import (
     CPConv,
     Geometry,
     SpatialConv,
+    TubalConv,
     TuckerConv,
     channel_cost,
     cp_cost,
     spatial_cost,
+    tubal_cost,
     tucker_cost,
 )
 from ..types import Cost, Factored, Option, Size
@@ -235,8 +237,29 @@ class _CP:
         return linalg.cp_factors(weight, rank, starts=CP_STARTS, sweeps=CP_SWEEPS)
 
 
+class _Tubal:
+    def fits(self, geometry: Geometry) -> bool:
+        return geometry.kernel_numbers > 1
+
+    def most(self, geometry: Geometry) -> Size:
+        return (geometry.kernel_numbers * min(geometry.out_channels, geometry.in_channels),)
+
+    def cost(self, geometry: Geometry, size: Size, itemsize: int) -> Cost:
+        return tubal_cost(geometry, *size, itemsize=itemsize)
+
+    def errors(self, weight: Tensor, metric: Metric) -> Errors:
+        even = weight.numel() // sum(weight.shape[:2])  # more components are no options
+        errors = linalg.tubal_errors(metric.turned(weight), metric.gram, max(even, 1))
+        return [((count,), error) for count, error in enumerate(errors.tolist()) if count]
+
+    def build(self, module: nn.Module, weight: Tensor, size: Size, metric: Metric) -> nn.Module:
+        up, down, ranks = linalg.tubal_factors(metric.turned(weight), size[0], metric.gram)
+        return TubalConv.from_factors(module, down, metric.back(up), ranks)
+
+
 FORMS: dict[str, ConvFit] = {
     "tucker": _Tucker(), "spatial": _Spatial(), "kernel-last": _KernelLast(), "cp": _CP(),
+    "tubal": _Tubal(),
 }  # fmt: skip
 
 

@@ -1,13 +1,14 @@
-"""Convolutions in all their forms: fewer channels, Tucker-2, separable kernels, CP.
+"""Convolutions in all their forms: fewer channels, Tucker-2, separable kernels, CP, tubal.
 
 By the weight, `channel` (the kernel first or last), `tucker` (HOSVD, then HOOI; Kim et al., arXiv
-1511.06530), `spatial` (Tai et al., arXiv 1511.06067) and `cp` (ALS; Lebedev et al., arXiv
-1412.6553) minimise ‖W − Ŵ‖. whitened.py has the same forms by the outputs, two_sided.py by the
-predictions: only the metric differs.
+1511.06530), `spatial` (Tai et al., arXiv 1511.06067), `cp` (ALS; Lebedev et al., arXiv 1412.6553)
+and `tubal` (t-SVD with cosines, linalg/tubal.py) minimise ‖W − Ŵ‖. whitened.py has the same forms
+by the outputs, two_sided.py by the predictions: only the metric differs.
 
 A curve is the Pareto front of its forms: storage "factors" of size (r,) is ChannelConv,
 "kernel-last" (r,) its mirrored form, "tucker" (r_out, r_in) TuckerConv, "spatial" (r,) SpatialConv,
-"cp" (R,) CPConv. 1×1 convolutions and linear layers are matrices, and have the first form only.
+"cp" (R,) CPConv, "tubal" (R,) TubalConv. 1×1 convolutions and linear layers are matrices, and have
+the first form only.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ..nn import Geometry
-from ..types import Curve, Method, Option, Site, Statistics
+from ..types import Curve, Method, Option, Site, Statistics, Unit
 from ..walk import layouts
 from .conv_forms import FORMS, Metric, fitted, size_of
 from .sampled import pareto_front
 from .svd import SVD
 
 JOINED = ("tucker", "spatial")  # "kernel-last" is left to the `channel` methods
+STORED: frozenset[Unit] = frozenset({"params", "bytes"})  # units of what only storage measures
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,20 @@ class CP(Tucker):
 
     forms = ("cp",)
     name = "cp"
+
+
+@dataclass(frozen=True)
+class Tubal(Tucker):
+    """Convolutions: low rank at every frequency of the kernel, or channel factors, by weight error.
+
+    Saves storage, not products: MACs are those of the dense kernel, and no unit of a budget.
+    Options: `seed` as for `SVD`.
+    """
+
+    forms = ("tubal",)
+    name = "tubal"
+    own_form: ClassVar[str] = "tubal"
+    units: ClassVar[frozenset[Unit]] = STORED
 
 
 def joined(plain: Curve, site: Site, method: str, forms: Sequence[str], metric: Metric) -> Curve:

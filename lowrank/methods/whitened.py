@@ -14,15 +14,16 @@ For convolutions W is the matrix that multiplies patches; `whitened-…` fit the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
 from .. import linalg
-from ..types import Curve, Method, Option, Site, Statistics
+from ..types import Curve, Method, Option, Site, Statistics, Unit
 from ..walk import layouts
 from .common import gram_of, low_rank_curve, low_rank_layer, rank_of
 from .conv_forms import Metric
-from .convolution import JOINED, Tucker
+from .convolution import JOINED, STORED, Tucker
 from .head_aware import HeadAware
 
 
@@ -107,3 +108,16 @@ class WhitenedConv(WhitenedTucker):
 
     forms = JOINED
     name = "whitened-conv"
+
+
+@dataclass(frozen=True)
+class WhitenedTubal(WhitenedTucker):
+    """Convolutions: low rank at every frequency of the kernel, or channel factors, by output error.
+
+    Saves storage, not products, as `Tubal`. Options: `seed` as for `Whitened`.
+    """
+
+    forms = ("tubal",)
+    name = "whitened-tubal"
+    own_form: ClassVar[str] = "tubal"
+    units: ClassVar[frozenset[Unit]] = STORED

@@ -51,6 +51,8 @@ from .tensor_train import TensorTrainEmbedding as TensorTrainEmbedding
 from .tensor_train import tensor_train_cost as tensor_train_cost
 from .tied import TiedEmbedding as TiedEmbedding
 from .tied import TiedHead as TiedHead
+from .tubal_conv import TubalConv as TubalConv
+from .tubal_conv import tubal_cost as tubal_cost
 from .tucker_conv import TuckerConv as TuckerConv
 from .tucker_conv import tucker_cost as tucker_cost
 from .unified_table import UnifiedEmbedding as UnifiedEmbedding
@@ -66,6 +68,7 @@ FACTORED.update(
         "TuckerConv": TuckerConv,
         "SpatialConv": SpatialConv,
         "CPConv": CPConv,
+        "TubalConv": TubalConv,
         "LowRankEmbedding": LowRankEmbedding,
         "QuotientRemainderEmbedding": QuotientRemainderEmbedding,
         "TensorTrainEmbedding": TensorTrainEmbedding,

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from ..errors import unknown
 from ..types import Cost, Size
-from .factored_conv import FactoredConv
+from .factored_conv import ConvSequence
 from .geometry import Geometry, fill, fill_bias, per_group
 from .lowrank_linear import low_rank_cost, own
 
 Wide = Literal["first", "last"]
 
 
-class ChannelConv(FactoredConv):
+class ChannelConv(ConvSequence):
     """Two nn.Conv children, y = up(down(x)), with g groups.
 
     Tensors for `wide="first"`: `down.weight` (g·r, I/g, *kernel), `up.weight` (O, r, 1…); for

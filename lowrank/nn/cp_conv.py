@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ..errors import LowrankError
 from ..types import Cost
-from .factored_conv import FactoredConv
+from .factored_conv import ConvSequence
 from .geometry import Geometry, fill, fill_bias, per_group
 
 
-class CPConv(FactoredConv):
+class CPConv(ConvSequence):
     """nn.Conv children, y = last(spatial(first(x))), with g groups.
 
     Tensors: `first.weight` (g·R, I/g, 1…), `spatial.0.weight` (g·R, 1, kh, 1…), one per dimension,

@@ -1,4 +1,4 @@
-"""The base of the factored forms of a convolution, with the attributes of nn.Conv."""
+"""The bases of the factored forms of a convolution, with the attributes of nn.Conv."""
 
 from __future__ import annotations
 
@@ -6,34 +6,39 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .form import Form
+from .form import Form, floating
 from .geometry import Conv, Geometry
 from .lazy import LazyProduct
 
 
 class FactoredConv(Form):
-    """A sequence of nn.Conv children in place of one convolution; the last one has the bias.
+    """What stands in place of one convolution.
 
     Attributes:
         geometry: of the original convolution.
-        OUT: name of the last child.
     """
 
     KIND = "conv"
     WORDS = frozenset({"padding_mode"})
-    OUT: ClassVar[str]
     geometry: Geometry
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self._out().bias
 
     @property
     def weight(self) -> Tensor:
         """The dense weight (O, I/g, *kernel), computed when used."""
         shape = self.geometry.weight_shape
-        return LazyProduct.of(shape, self._out().weight, lambda: self.dense_weight().view(shape))
+        return LazyProduct.of(shape, floating(self), lambda: self.dense_weight().view(shape))
 
-    def _out(self) -> Conv:
+
+class ConvSequence(FactoredConv):
+    """A sequence of nn.Conv children; the last one has the bias.
+
+    Attributes:
+        OUT: name of the last child.
+    """
+
+    OUT: ClassVar[str]
+
+    @property
+    def bias(self) -> Tensor | None:
         conv: Conv = getattr(self, self.OUT)
-        return conv
+        return conv.bias

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..errors import LowrankError
 from .lowrank_linear import own
@@ -127,6 +128,25 @@ class Geometry:
         shape: Sequence[int] = (self.out_channels, -1, *self.kernel_size)
         whole.weight = nn.Parameter(weight.reshape(shape).contiguous())
         return whole
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution of x (B, I, *space) by a weight (O, I/g, *kernel)."""
+        run: Any = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
+        pads: Ints | str = self.padding
+        if self.padding_mode != "zeros":
+            x, pads = F.pad(x, self._around(), mode=self.padding_mode), (0,) * len(self.kernel_size)
+        output: Tensor = run(x, weight, bias, self.stride, pads, self.dilation, self.groups)
+        return output
+
+    def _around(self) -> list[int]:
+        """Numbers that are padded, before and after, from the last dimension on."""
+        sizes = zip(self.kernel_size, self.dilation, strict=True)
+        total = [(k - 1) * spread if self.padding == "same" else 0 for k, spread in sizes]
+        before = [n // 2 for n in total]  # "same" pads the odd number after
+        if isinstance(self.padding, tuple):
+            before, total = list(self.padding), [2 * n for n in self.padding]
+        both = zip(reversed(before), reversed(total), strict=True)
+        return [n for first, every in both for n in (first, every - first)]
 
     def _conv(self, inputs: int, outputs: int, groups: int, bias: bool) -> Conv:
         conv_type: Any = CONVS[len(self.kernel_size)]

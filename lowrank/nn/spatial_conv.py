@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ..errors import LowrankError
 from ..types import Cost
-from .factored_conv import FactoredConv
+from .factored_conv import ConvSequence
 from .geometry import Geometry, fill, fill_bias, per_group
 
 
-class SpatialConv(FactoredConv):
+class SpatialConv(ConvSequence):
     """Two nn.Conv2d children, y = up(down(x)), with g groups.
 
     Tensors: `down.weight` (g·r, I/g, kh, 1), `up.weight` (O, r, 1, kw), `up.bias` (O,). Each child

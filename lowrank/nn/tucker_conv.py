@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..types import Cost
-from .factored_conv import FactoredConv
+from .factored_conv import ConvSequence
 from .geometry import Geometry, fill, fill_bias, per_group
 
 
-class TuckerConv(FactoredConv):
+class TuckerConv(ConvSequence):
     """Three nn.Conv children, y = last(core(first(x))), with g groups.
 
     Tensors: `first.weight` (g·r_in, I/g, 1…), `core.weight` (g·r_out, r_in, *kernel), `last.weight`

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,21 +18,24 @@ from lowrank.methods import (
     CP,
     Channel,
     Spatial,
+    Tubal,
     Tucker,
     TwoSidedConv,
     TwoSidedTucker,
     WhitenedChannel,
     WhitenedConv,
     WhitenedSpatial,
+    WhitenedTubal,
     WhitenedTucker,
 )
 from lowrank.methods.conv_forms import FORMS, Metric
-from lowrank.nn import ChannelConv, SpatialConv, TuckerConv
+from lowrank.nn import ChannelConv, SpatialConv, TubalConv, TuckerConv
 from lowrank.testing import Case
 from lowrank.testing.cases import conv_case
 from lowrank.types import Cost, Option
 
 from ..nets import images, small_net
+from ..nn.convs import waves
 
 
 def planted(outputs: int, inputs: int, taps: int, ranks: tuple[int, int], seed: int = 0) -> Tensor:
@@ -169,9 +174,63 @@ def test_the_mirror_image_is_found() -> None:
         assert lost == pytest.approx(float(tail), abs=1e-9)
 
 
+def test_few_frequencies_are_found() -> None:
+    """Three components, two of the mean and one of the highest frequency, planted by NumPy."""
+    rng = torch.Generator().manual_seed(6)
+    up, down = (torch.randn(s, generator=rng, dtype=torch.float64) for s in ((9, 3), (3, 6)))
+    taps = torch.from_numpy(waves((3, 3))[:, [0, 0, 8]])
+    case = case_of(torch.einsum("or,ri,kr->oik", up, down, taps))
+    for way in (Tubal(), WhitenedTubal()):
+        curve = way.curve(case.site, case.stats)
+        exact = next(o for o in curve.options if o.error < 1e-9 * curve.total)
+        assert (exact.storage, exact.size) == ("tubal", (3,)), way
+        assert exact.cost.macs == case.site.cost.macs
+        new = way.factor(case.module, exact, case.stats)
+        assert isinstance(new, TubalConv)
+        assert new.ranks == (2, *[0] * 7, 1)
+        torch.testing.assert_close(new(case.inputs), case.module(case.inputs))
+
+
+def test_tubal_from_one_line_to_the_file_and_back(tmp_path: Path) -> None:
+    """A refit keeps the form; groups are factored one by one; a pixel has one frequency."""
+    torch.manual_seed(2)
+    grouped = nn.Conv2d(16, 20, 3, padding=1, groups=2)
+    net = nn.Sequential(nn.Conv2d(6, 16, 3), nn.ReLU(), grouped, nn.ReLU(), nn.Conv2d(20, 24, 1))
+    x = torch.randn(24, 6, 7, 7)
+    small, report = lowrank.compress(
+        net, 0.6, method="whitened-tubal", data=[x], effort="fast", policy="uniform", copy=True,
+        target_modules="all", progress=False,
+    )  # fmt: skip
+    kinds = {name: type(module).__name__ for name, module in small.named_modules()}
+    assert kinds["0"] == kinds["2.0"] == kinds["2.1"] == "TubalConv"
+    assert kinds["4"] == "ChannelConv"
+    assert any("3 convolutions are stored by frequency" in note for note in report.notes)
+    assert any("refitted in closed form" in note for note in report.notes)
+    lowrank.save(small, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(lowrank.load(tmp_path, copy.deepcopy(net))(x), small(x))
+        dense = lowrank.to_dense(small)
+        torch.testing.assert_close(dense(x), small(x), rtol=1e-4, atol=1e-5)
+    assert type(dense[0]) is nn.Conv2d
+    for asked, said in (
+        ({"ratio": 0.5, "unit": "macs"}, "does not measure what method 'tubal' saves: .*'params'"),
+        ({"rank": 8}, "whose size is not the rank of two factors: give a ratio"),
+    ):
+        with pytest.raises(LowrankError, match=said):
+            lowrank.plan(net, method="tubal", data=None, progress=False, **asked)
+
+
 def test_no_form_is_worse_than_its_curve_says() -> None:
     case = case_of(torch.randn(9, 6, 9, generator=torch.Generator().manual_seed(4)).double())
-    for way in (Tucker(), Spatial(), CP(), WhitenedConv(), TwoSidedConv()):
+    for way in (
+        Tucker(),
+        Spatial(),
+        CP(),
+        Tubal(),
+        WhitenedTubal(),
+        WhitenedConv(),
+        TwoSidedConv(),
+    ):
         curve, seen = way.curve(case.site, case.stats), set()
         for option in curve.options[:-1]:
             new = way.factor(case.module, option, case.stats)
@@ -183,7 +242,7 @@ def test_no_form_is_worse_than_its_curve_says() -> None:
             assert off <= option.error * (1 + 1e-6) + 1e-9 * curve.total, (way, option)
             assert new.cost() == option.cost
             seen.add(option.storage)
-        assert len(seen) > 1 or isinstance(way, Spatial), way
+        assert len(seen) > 1 or isinstance(way, Spatial | Tubal | WhitenedTubal), way
 
 
 def test_what_is_no_form_of_a_kernel_is_refused() -> None:

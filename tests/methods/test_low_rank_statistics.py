@@ -106,7 +106,7 @@ def test_weights_stay_bounded_and_errors_honest(name: str, kind: str, case: str)
     assert measured.measured > 0 or error <= 1e-15 * total
 
 
-@pytest.mark.parametrize("form", ["tucker", "spatial", "kernel-last"])
+@pytest.mark.parametrize("form", ["tucker", "spatial", "kernel-last", "tubal"])
 def test_one_cholesky_gives_the_errors_of_all_ranks(form: str) -> None:
     """Each against a fit of that rank alone: no error below it, and the build no worse."""
     conv = nn.Conv2d(6, 10, 3, dtype=torch.float64)

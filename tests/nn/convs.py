@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lowrank.nn import ChannelConv, CPConv, SpatialConv, TuckerConv
+from lowrank.nn import ChannelConv, CPConv, SpatialConv, TubalConv, TuckerConv
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Array = np.ndarray
@@ -84,6 +85,29 @@ def tucker(layer: Any) -> TuckerConv:
     return TuckerConv.from_parts(layer, stacked(lasts), stacked(cores), stacked(firsts))
 
 
+def waves(kernel: Any) -> Array:
+    """(K, K): cosines along each axis, number by number; columns are frequencies."""
+    places = list(np.ndindex(*kernel))
+    found = np.ones((len(places), len(places)))
+    for (row, tap), (column, wave) in itertools.product(enumerate(places), repeat=2):
+        for size, k, f in zip(kernel, tap, wave, strict=True):
+            found[row, column] *= np.cos(np.pi * (2 * k + 1) * f / (2 * size))
+            found[row, column] *= (2 / size if f else 1 / size) ** 0.5
+    return found
+
+
+def tubal(layer: Any) -> TubalConv:
+    """Every frequency of every group at its full rank."""
+    ups, downs = [], []
+    for w in blocks(layer):
+        slices = (w.reshape(*w.shape[:2], -1) @ waves(layer.kernel_size)).transpose(2, 0, 1)
+        up, down = zip(*map(split, slices), strict=True)
+        ups.append(np.concatenate(up, axis=1))
+        downs.append(np.concatenate(down))
+    ranks = [len(part) for part in down]
+    return TubalConv.from_factors(layer, stacked(downs), stacked(ups), ranks)
+
+
 # Name -> a form that stands for the whole; those of two dimensions only are named in PLANE.
 WHOLE: dict[str, Callable[[Any], Any]] = {
     "channel": channel_first,
@@ -91,5 +115,6 @@ WHOLE: dict[str, Callable[[Any], Any]] = {
     "spatial": spatial,
     "cp": cp,
     "tucker": tucker,
+    "tubal": tubal,
 }
 PLANE = frozenset({"spatial"})

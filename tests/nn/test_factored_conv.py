@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank import LowrankError, linalg
 from lowrank.nn import FACTORED, Geometry, TuckerConv, build, channel_cost, describe, is_factored
@@ -119,23 +120,17 @@ def test_dtype_bias_and_memory(form: str, dtype: torch.dtype) -> None:
 
 
 def counted(new: Any, x: torch.Tensor) -> int:
-    """Products that the children really do for this input."""
-    total = 0
-
-    def count(child: Any, _: Any, output: torch.Tensor) -> None:
-        nonlocal total
-        total += child.weight.numel() * math.prod(output.shape[2:])
-
-    hooks = [m.register_forward_hook(count) for m in new.modules() if hasattr(m, "_conv_forward")]
-    new(x)
-    for hook in hooks:
-        hook.remove()
-    return total
+    """Products in all convolutions for this input, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        new(x)
+    return counter.get_flop_counts()["Global"][torch.ops.aten.convolution] // 2
 
 
 @pytest.mark.parametrize("stride", [(1, 1), (2, 1), (2, 3)])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_macs_are_those_of_the_children(form: str, stride: tuple[int, int], groups: int) -> None:
+def test_macs_are_those_of_the_convolutions(
+    form: str, stride: tuple[int, int], groups: int
+) -> None:
     """Where strides divide the image and padding keeps it, the count is exact."""
     layer = conv(2, 4, 6, (3, 5), stride=stride, padding=(1, 2), groups=groups)
     new, x = WHOLE[form](layer), torch.randn(1, 4, 12, 12, dtype=torch.float64)
@@ -253,6 +248,14 @@ def test_factors_that_do_not_fit_are_refused(form: str) -> None:
             type(new).from_factors(another, last, [high, wide], first)
         with pytest.raises(LowrankError, match="one factor for each dimension"):
             type(new).from_factors(another, last, [high], first)
+    elif form == "tubal":
+        down, up = weights
+        with pytest.raises(LowrankError, match=r"`up` must have shape \(8, 18\), .* got \(6, 18\)"):
+            type(new).from_factors(another, down, up, new.ranks)
+        with pytest.raises(LowrankError, match=r"9 frequencies, .* got ranks \[2, 1\]"):
+            type(new).from_factors(another, down, up, [2, 1])
+        with pytest.raises(LowrankError, match="one component at least"):
+            type(new).from_factors(another, down, up, [0] * 9)
     else:
         down, up = weights
         options = {"wide": "last"} if form == "mirror" else {}
