@@ -78,8 +78,8 @@ vllm-check: $(VENV)/.dev $(VLLM)/.ready
 	$(VLLM_PIP) install --no-deps --force-reinstall .
 	OMP_NUM_THREADS=2 $(VLLM)/bin/python tests/engines/check_vllm.py build/served
 
-# The documentation as a site, in build/site: open index.html there, or for its search run
-# `python -m http.server -d build/site`. Warnings are errors, and so are links that lead nowhere.
+# The documentation as a site, in build/site: open index.html there; its search needs no server.
+# Warnings are errors, and so are links that lead nowhere.
 # mkdocs and its theme are in an environment of their own.
 SITE := build/site-tools
 

@@ -270,10 +270,11 @@ def pareto(
     ylabel: str = "KL to the dense model, nats per position",
     log: bool = True,
 ) -> Any:
-    """Size against loss; points of one name are joined, and the Pareto front is ringed.
+    """Size against loss; points of one name are joined, the Pareto front is ringed if some are off.
 
     Args:
         points: (name, size, loss) each.
+        log: a logarithmic scale, where the losses differ by more than a factor of three.
 
     Raises:
         LowrankError: there are no points, or one is not such a triple.
@@ -288,16 +289,18 @@ def pareto(
     figure = _figure(7.5, 4.6)
     axes = figure.subplots()
     best = front([(size, loss) for _, size, loss in every])
-    axes.plot(*zip(*best, strict=True), **FRONT, label="Pareto front")
+    if len(best) < len(every):
+        axes.plot(*zip(*best, strict=True), **FRONT, label="Pareto front")
     for index, name in enumerate(dict.fromkeys(p[0] for p in every)):
         own = sorted((size, loss) for other, size, loss in every if other == name)
         style = {"color": COLOURS[index % 7], "marker": MARKERS[(index + index // 7) % 7]}
         axes.plot(*zip(*own, strict=True), **style, lw=1.2, ms=5, label=name)
     axes.set(xlabel=xlabel, ylabel=ylabel, title="Size against loss")
-    if log and min(loss for _, _, loss in every) > 0:
+    least, most = (f(loss for _, _, loss in every) for f in (min, max))
+    if log and most > 3 * least > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
-        if max(loss for _, _, loss in every) < 20 * min(loss for _, _, loss in every):
+        if most < 20 * least:
             axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -109,6 +109,10 @@ def test_the_front_is_what_no_point_beats() -> None:
     assert list(front.get_ydata()) == [1.5, 1.0]
     assert {"a", "b", "Pareto front", "share kept"} <= set(words(figure))
     assert plots.pareto([("a", 0.5, 0.0)]).axes[0].get_yscale() == "linear"
+    sweep = plots.pareto([("a", 0.5, 2.9), ("a", 0.8, 1.0)])  # two ticks of a logarithm say little
+    assert sweep.axes[0].get_yscale() == "linear"
+    assert "Pareto front" not in words(sweep)  # all points are on it
+    assert plots.pareto([("a", 0.5, 3.1), ("a", 0.8, 1.0)]).axes[0].get_yscale() == "log"
 
 
 def test_no_global_figure_is_made(hundred: SimpleNamespace) -> None:
