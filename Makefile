@@ -7,17 +7,29 @@ TORCHAO := build/torchao
 # constraints.txt pins what the checks were run with; torch's pin selects the CPU build.
 INSTALL := $(PIP) install -c constraints.txt
 
-.PHONY: demo test fast check lint types mutants architectures matrix notebooks dist dist-check vllm-check docs clean
+.PHONY: demo test fast browser check lint types mutants architectures matrix notebooks dist dist-check vllm-check docs clean
 
 demo: $(VENV)/.base
 	$(BIN)/lowrank demo
 
-test: $(VENV)/.dev $(TORCHAO)/.ready
+test: $(VENV)/.dev $(TORCHAO)/.ready browser
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow" --cov --cov-report=term --cov-fail-under=90
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow
 
 fast: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow"
+
+# Chromium for the tests of the report page: Debian's, where it may be installed. Elsewhere they are
+# skipped and say so; this never fails.
+browser:
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
+		if command -v $$name > /dev/null; then exit 0; fi; \
+	done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		export DEBIAN_FRONTEND=noninteractive; \
+		timeout 600 sh -c 'apt-get -qq update && apt-get -qq install -y --no-install-recommends \
+			chromium fonts-dejavu-core' > /dev/null 2>&1; \
+	else false; fi || echo "no browser can be installed here: tests of the page are skipped"
 
 check: lint types test notebooks dist-check
 
@@ -66,8 +78,8 @@ vllm-check: $(VENV)/.dev $(VLLM)/.ready
 	$(VLLM_PIP) install --no-deps --force-reinstall .
 	OMP_NUM_THREADS=2 $(VLLM)/bin/python tests/engines/check_vllm.py build/served
 
-# The documentation as a site, in build/site: open index.html there, or for its search run
-# `python -m http.server -d build/site`. Warnings are errors, and so are links that lead nowhere.
+# The documentation as a site, in build/site: open index.html there; its search needs no server.
+# Warnings are errors, and so are links that lead nowhere.
 # mkdocs and its theme are in an environment of their own.
 SITE := build/site-tools
 

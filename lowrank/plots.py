@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .diagnose import Concepts, FeatureTable, Inspected, Inspection, Peek, Sensitivity
 from .errors import LowrankError
-from .page.grid import grid_of
+from .page.grid import grid_of, ranks_text
 from .plans.plan import Plan
 from .plans.report import Report
 
@@ -25,6 +25,7 @@ SCALE = "viridis"
 INCH_A_SITE = 0.17
 MOST_LINES = 10  # rank curves with a legend
 MOST_PANELS = 12  # kinds of layer with one panel each; beyond that, one for all
+MOST_ROWS = 24  # kinds of layer in a map of ranks before experts share a row
 FRONT = {"ls": "", "marker": "o", "ms": 14, "mfc": "none", "mec": "0.45", "mew": 1.2}
 PER_PANEL = 50  # layers per column of dots
 
@@ -44,7 +45,7 @@ def spectra(inspection: Inspection) -> Any:
     sites = [s for s in inspection.sites if (s.output if inspection.tokens else s.weight)]
     if not sites:
         raise LowrankError("no spectrum to draw: no layer was decomposed")
-    places = grid_of([site.name for site in sites])
+    places = grid_of([site.name for site in sites], most_rows=MOST_PANELS)
     kinds: list[tuple[str, list[tuple[Inspected, int]]]] = [(name, []) for name in places.rows]
     for site, (row, column) in zip(sites, places.cells, strict=True):
         kinds[row][1].append((site, column))
@@ -76,20 +77,27 @@ def spectra(inspection: Inspection) -> Any:
 
 
 def rank_map(plan: Plan) -> Any:
-    """Rank of every layer on a grid of depth × kind, coloured by share of parameters kept."""
+    """Ranks on a grid of depth × kind, coloured by share of parameters kept.
+
+    Where a model has many experts, those of one kind and block share a cell, with the range of
+    their ranks.
+    """
     if not plan.entries:
         raise LowrankError("no ranks to draw: the plan has no entries")
-    places = grid_of([entry.name for entry in plan.entries])
+    places = grid_of([entry.name for entry in plan.entries], most_rows=MOST_ROWS)
     wide, high = len(places.columns), len(places.rows)
     name_width = max(map(len, places.rows)) * 0.085
     figure = _figure(max(0.42 * wide, 4.0) + name_width + 1.8, max(0.34 * high, 1.0) + 1.5)
     axes, colours = figure.subplots(), _scale(0, 1)
-    for entry, (row, column) in zip(plan.entries, places.cells, strict=True):
-        share = min(entry.cost.params / max(entry.dense.params, 1), 1.0)
-        dense = entry.size is None
-        face = "0.88" if dense else colours.to_rgba(share)
-        axes.add_patch(_box(column, row, face))
-        text = "–" if dense else ",".join(map(str, entry.size or ()))
+    for (row, column), members in places.members().items():
+        found = [plan.entries[index] for index in members]
+        before, after = (sum(c.params for c in costs) for costs in zip(
+            *((entry.dense, entry.cost) for entry in found), strict=True
+        ))  # fmt: skip
+        share = min(after / max(before, 1), 1.0)
+        text = ranks_text([entry.size for entry in found])
+        dense = text == "–"
+        axes.add_patch(_box(column, row, "0.88" if dense else colours.to_rgba(share)))
         ink = "black" if dense or share > 0.55 else "white"
         size = 8 if len(text) < 4 else 6.5
         axes.text(column, row, text, ha="center", va="center", fontsize=size, color=ink)
@@ -262,10 +270,11 @@ def pareto(
     ylabel: str = "KL to the dense model, nats per position",
     log: bool = True,
 ) -> Any:
-    """Size against loss; points of one name are joined, and the Pareto front is ringed.
+    """Size against loss; points of one name are joined, the Pareto front is ringed if some are off.
 
     Args:
         points: (name, size, loss) each.
+        log: a logarithmic scale, where the losses differ by more than a factor of three.
 
     Raises:
         LowrankError: there are no points, or one is not such a triple.
@@ -280,16 +289,18 @@ def pareto(
     figure = _figure(7.5, 4.6)
     axes = figure.subplots()
     best = front([(size, loss) for _, size, loss in every])
-    axes.plot(*zip(*best, strict=True), **FRONT, label="Pareto front")
+    if len(best) < len(every):
+        axes.plot(*zip(*best, strict=True), **FRONT, label="Pareto front")
     for index, name in enumerate(dict.fromkeys(p[0] for p in every)):
         own = sorted((size, loss) for other, size, loss in every if other == name)
         style = {"color": COLOURS[index % 7], "marker": MARKERS[(index + index // 7) % 7]}
         axes.plot(*zip(*own, strict=True), **style, lw=1.2, ms=5, label=name)
     axes.set(xlabel=xlabel, ylabel=ylabel, title="Size against loss")
-    if log and min(loss for _, _, loss in every) > 0:
+    least, most = (f(loss for _, _, loss in every) for f in (min, max))
+    if log and most > 3 * least > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
-        if max(loss for _, _, loss in every) < 20 * min(loss for _, _, loss in every):
+        if most < 20 * least:
             axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -976,6 +976,27 @@ MUTANTS = (
         "root = output_root(asked, 0.0)",
         ("tests/linalg/test_vectors.py::test_damping_helps_where_queries_are_few",),
     ),
+    Mutant(
+        "errors placed by their order, not by their row in the table",
+        "lowrank/page/figures.py",
+        "    for number, layer in known:\n",
+        "    for number, (_, layer) in enumerate(known, 1):\n",
+        ("tests/page/test_document.py::test_many_layers_fit_a_desktop",),
+    ),
+    Mutant(
+        "a cell of many experts shaded by the sum of their shares",
+        "lowrank/page/figures.py",
+        "layer.kept * layer.shape[0] * layer.shape[1] for",
+        "layer.kept for",
+        ("tests/page/test_document.py::test_experts_share_a_row_and_say_so",),
+    ),
+    Mutant(
+        "kinds merged before there are too many",
+        "lowrank/page/grid.py",
+        "for stem, _ in split}) > most_rows:",
+        "for stem, _ in split}) >= most_rows:",
+        ("tests/page/test_grid.py::test_experts_share_a_row_where_there_would_be_too_many",),
+    ),
 )
 
 

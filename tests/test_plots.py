@@ -55,6 +55,18 @@ def test_rank_map_shows_every_rank(hundred: SimpleNamespace) -> None:
     assert any("ratio 0.6" in text for text in shown)
 
 
+def test_experts_share_cells_and_panels() -> None:
+    names = [f"b.{n}.{part}.{e}" for n in range(2) for part in ("up", "down") for e in range(16)]
+    many = made(names=names)
+    figure = plots.rank_map(many.plan)
+    ranks = [e.size[0] for e in many.plan.entries[16:32] if e.size is not None]
+    assert {"up.*", "down.*", f"{min(ranks)}–{max(ranks)}"} <= set(words(figure))
+    assert len(figure.axes[0].patches) == 4
+    figure = plots.spectra(many.inspection)
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["up.*", "down.*"]
+    assert len(figure.axes[0].lines) == 32 + 1  # and the break-even rank
+
+
 def test_dots_show_every_layer_and_value(hundred: SimpleNamespace) -> None:
     for figure, names, unit in (
         (plots.sensitivity(hundred.sensitivity), hundred.sensitivity.sites, "nats per position"),
@@ -97,6 +109,10 @@ def test_the_front_is_what_no_point_beats() -> None:
     assert list(front.get_ydata()) == [1.5, 1.0]
     assert {"a", "b", "Pareto front", "share kept"} <= set(words(figure))
     assert plots.pareto([("a", 0.5, 0.0)]).axes[0].get_yscale() == "linear"
+    sweep = plots.pareto([("a", 0.5, 2.9), ("a", 0.8, 1.0)])  # two ticks of a logarithm say little
+    assert sweep.axes[0].get_yscale() == "linear"
+    assert "Pareto front" not in words(sweep)  # all points are on it
+    assert plots.pareto([("a", 0.5, 3.1), ("a", 0.8, 1.0)]).axes[0].get_yscale() == "log"
 
 
 def test_no_global_figure_is_made(hundred: SimpleNamespace) -> None:

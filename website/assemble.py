@@ -45,11 +45,13 @@ def written() -> dict[str, str | Path]:
     copied: set[str] = set()
     for name, place in MOVED.items():  # that of the gallery is then replaced by its overview
         site[place] = linked((ROOT / name).read_text(encoding="utf-8"), ROOT / name, copied)
+    # Its code is wide, and its sections are few.
+    site["index.md"] = f"---\nhide: [toc]\n---\n\n{site['index.md']}"
     for path in sorted((ROOT / "docs").rglob("*")):
         place = path.relative_to(ROOT / "docs").as_posix()
         if path.suffix == ".md" and not place.startswith("gallery/"):
             site[place] = linked(path.read_text(encoding="utf-8"), path, copied)
-        elif path.suffix in (".svg", ".css"):
+        elif path.suffix in (".svg", ".css", ".js"):
             site[place] = path
     site.update(pages())
     measured = figures()

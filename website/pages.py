@@ -60,7 +60,11 @@ def page(
     name: Name, text: Text, measured: Sequence[Figure], engines: dict[str, dict[str, str]]
 ) -> str:
     """The page of one name."""
-    parts = [f"# {name.name}", text.idea, table(*headed(facts(name, text)))]
+    parts = [
+        f"# {name.name}",
+        text.idea,
+        f'<div class="facts" markdown>\n\n{table(("", ""), facts(name, text))}\n\n</div>',
+    ]
     parts += [f"## {section}\n\n{said}" for section, said in text.sections.items()]
     parts.append("## Measured")
     if "Claim" in text.fields:
@@ -88,10 +92,6 @@ def facts(name: Name, text: Text) -> list[tuple[str, str]]:
         rows.append(("Name in plans", f"`{storage}`" if storage else "none of its own"))
         rows.append(("Size", ", ".join(name.cls.SIZE)))  # type: ignore[attr-defined]
     return rows
-
-
-def headed(rows: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], Sequence[tuple[str, str]]]:
-    return rows[0], rows[1:]
 
 
 def rows_of(measured: Sequence[Figure]) -> str:

@@ -137,6 +137,13 @@ def check_folder(out: Path, force: bool, source: str | None = None) -> Path:
     return out
 
 
+def check_new(*files: Path | None, force: bool) -> None:
+    """Raises LowrankError if one of the files that are to be written exists."""
+    for file in files:
+        if file is not None and file.exists() and not force:
+            raise LowrankError(f"{file} exists: choose another name, or add --force")
+
+
 def located(path: str) -> str:
     """The folder of a model, or a name that exists on the hub."""
     folder = Path(path).expanduser()

@@ -47,6 +47,10 @@ def inspect_command(
             "--features", help="Show what the layers read on TEXT: rank and zeros of its features."
         ),
     ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Plot the spectra (PNG, SVG).", show_default=False),
+    ] = None,
     json: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Save all figures (JSON).", show_default=False),
@@ -58,12 +62,12 @@ def inspect_command(
     \b
       lowrank inspect PATH
       lowrank inspect PATH --data TEXT --json figures.json
+      lowrank inspect PATH --data TEXT --plot spectra.png
       lowrank inspect PATH --data TEXT --features
     """
     from ..diagnose import inspect
 
-    if json is not None and json.exists() and not force:
-        raise LowrankError(f"{json} exists: choose another name, or add --force")
+    inputs.check_new(plot, json, force=force)
     if features and data in (None, "self"):
         raise LowrankError("--features shows what layers read on a text: add --data TEXT")
     text = inputs.read_data(data)
@@ -83,6 +87,12 @@ def inspect_command(
         for line in layers.legend(found):
             say(line)
         say_reasons("left dense", ((site.title, site.reason) for site in found.sites))
+    if plot is not None:
+        from .. import plots
+
+        draw: Any = plots.spectra if isinstance(found, Inspection) else plots.features
+        draw(found).savefig(plot)
+        say(f"wrote {plot}")
     if json is not None:
         json.write_text(found.to_json() + "\n", encoding="utf-8")
         say(f"wrote {json}")
@@ -291,9 +301,7 @@ def sweep_command(
     from ..api.sweeping import sweep
 
     keywords = options.keywords(chosen, Sweeping)
-    for file in (plot, json):
-        if file is not None and file.exists() and not force:
-            raise LowrankError(f"{file} exists: choose another name, or add --force")
+    inputs.check_new(plot, json, force=force)
     text, judge = inputs.read_data(chosen["data"]), chosen["judge"]
     judged = None if judge is None else inputs.read_text(judge)
     model = inputs.load_model(path)

@@ -16,7 +16,7 @@ from ..plans.entry import Entry, relative
 from ..plans.plan import Plan
 from ..plans.report import Measured, Report
 from ..tables import Rows
-from .figures import Layer, errors, rank_map, sizes
+from .figures import Layer, broken, errors, rank_map, sizes
 
 COLUMNS = (
     "#",
@@ -46,18 +46,26 @@ _FRAME = """<!DOCTYPE html>
 {style}</style>
 </head>
 <body>
+<main>
 <h1>{title}</h1>
 <dl>{facts}</dl>
 {notes}{figures}
-<h2>Layers</h2>
+<h2 id="title">Layers</h2>
 <p class="hint">Click a column name to sort by it, click again to reverse the order. Errors are
 relative: the square root of the share of energy lost.</p>
-<div class="wide"><table id="layers">
+<p class="find" hidden><label for="find">Show layers with</label>
+<input id="find" type="search" autocomplete="off" spellcheck="false" aria-controls="layers">
+<output for="find" id="count"></output></p>
+<div class="wide tall" id="tall" role="region" tabindex="0" aria-labelledby="title">
+<table id="layers">
+<caption class="unseen">Every layer: what becomes of it, and the error; columns sort</caption>
 <thead><tr>{head}</tr></thead>
 <tbody>
 {body}
 </tbody></table></div>
-{tables}<script>
+<p class="unseen" role="status" id="sorted"></p>
+{tables}</main>
+<script>
 {script}</script>
 </body>
 </html>
@@ -131,13 +139,15 @@ def _table(heading: str, rows: Rows) -> str:
     columns = [column for column in rows[0] if any(row[column] for row in rows)] if rows else []
     if not columns:
         return ""
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     body = "\n".join(
         f"<tr>{''.join(f'<td>{escape(row[c])}</td>' for c in columns)}</tr>" for row in rows
     )
     return (
-        f'<h2>{escape(heading)}</h2>\n<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n'
-        f"<tbody>{body}</tbody></table></div>\n"
+        f'<h2>{escape(heading)}</h2>\n<div class="wide" role="region" tabindex="0" '
+        f'aria-label="{escape(heading)}"><table>\n'
+        f'<caption class="unseen">{escape(heading)}</caption>\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n"
     )
 
 
@@ -211,7 +221,8 @@ def _facts(facts: Iterable[tuple[str, str]]) -> str:
 
 def _heading(column: str) -> str:
     kind = "text" if column in WORDS else "number"
-    return f'<th scope="col" class="{kind}"><button type="button">{column}</button></th>'
+    told = ' aria-label="number, in the model\'s order"' if column == "#" else ""
+    return f'<th scope="col" class="{kind}"><button type="button"{told}>{column}</button></th>'
 
 
 def _row(number: int, layer: Layer, columns: Sequence[str]) -> str:
@@ -233,5 +244,8 @@ def _row(number: int, layer: Layer, columns: Sequence[str]) -> str:
         text, value = texts[column]
         kind = "text" if column in WORDS else "number"
         sort = "" if value is None else f' data-value="{value:.12g}"'
-        cells.append(f'<td class="{kind}"{sort}>{escape(text)}</td>')
+        if column == "layer":
+            cells.append(f'<th scope="row" class="{kind}">{broken(text)}</th>')
+        else:
+            cells.append(f'<td class="{kind}"{sort}>{escape(text)}</td>')
     return f"<tr>{''.join(cells)}</tr>"

@@ -1,18 +1,23 @@
-"""The page's figures as inline SVG; the style sheet sets the colours, light and dark."""
+"""The page's figures, inline; the style sheet sets the colours, light and dark."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from ..types import Size
-from .grid import grid_of
+from .grid import grid_of, ranks_text
 
-CELL_WIDTH, CELL_HEIGHT = 38, 22
+CELL_HEIGHT = 22
 LETTER = 6.6  # approximate width of a label's letter
+LONGEST = 26  # letters of a label; longer ones are cut in the middle
+WIDE = 1150  # what fits the page on a desktop
+LEFT, HIGH = 46, 150  # of the errors: room for the scale, and the height
 STEPS = 5  # shades of the rank map
-MOST_KINDS = 20  # bars; the rest are merged into one
+MOST_KINDS = 20  # rows, and bars; the rest of the bars are merged into one
 
 
 @dataclass(frozen=True)
@@ -32,60 +37,72 @@ class Layer:
 
 
 def rank_map(layers: Sequence[Layer]) -> str:
-    """Depth × kind: the rank of every layer, shaded by the share of its parameters kept."""
+    """Depth × kind: the ranks, shaded by the share of parameters kept; deep models in bands."""
     if not layers:
         return ""
-    places = grid_of([layer.name for layer in layers])
-    left = LETTER * max(map(len, places.rows)) + 14
-    parts = []
-    for row, kind in enumerate(places.rows):
-        y = row * CELL_HEIGHT + 15
-        parts.append(_text(left - 8, y, kind, "end"))
+    places = grid_of([layer.name for layer in layers], most_rows=MOST_KINDS)
+    cells = {cell: [layers[i] for i in found] for cell, found in places.members().items()}
+    texts = {cell: ranks_text([layer.size for layer in found]) for cell, found in cells.items()}
+    step = int(max(LETTER * max(map(len, texts.values())) + 6, 32))
+    left = LETTER * max(len(_cut(kind)) for kind in places.rows) + 14
+    bands = math.ceil(len(places.columns) / max((WIDE - left) // step, 1))
+    across = math.ceil(len(places.columns) / bands)
+    tall = len(places.rows) * CELL_HEIGHT + 26
+    parts = [
+        _label(left - 8, band * tall + row * CELL_HEIGHT + 15, kind)
+        for band in range(bands)
+        for row, kind in enumerate(places.rows)
+    ]
     for column, number in enumerate(places.columns):
-        x = left + (column + 0.5) * CELL_WIDTH
-        parts.append(_text(x, len(places.rows) * CELL_HEIGHT + 16, number or "none"))
-    for layer, (row, column) in zip(layers, places.cells, strict=True):
-        x, y = left + column * CELL_WIDTH, row * CELL_HEIGHT
-        shade = "dense" if layer.size is None else f"q{min(int(layer.kept * STEPS), STEPS - 1)}"
-        text = "–" if layer.size is None else ",".join(map(str, layer.size))
-        parts.append(
-            f'<g class="{shade}"><title>{escape(_tooltip(layer))}</title>'
-            f'<rect x="{x + 1:.0f}" y="{y + 1}" width="{CELL_WIDTH - 2}" '
-            f'height="{CELL_HEIGHT - 2}" rx="2"/>'
-            f"{_text(x + CELL_WIDTH / 2, y + 15, text)}</g>"
-        )
-    width = left + len(places.columns) * CELL_WIDTH + 4
-    height = len(places.rows) * CELL_HEIGHT + 22
+        x, y = left + (column % across + 0.5) * step, (column // across + 1) * tall - 10
+        parts.append(_text(x, y, number or "none"))
+    for (row, column), found in cells.items():
+        x, y = left + column % across * step, column // across * tall + row * CELL_HEIGHT
+        where = f"{places.rows[row]}, block {places.columns[column]}"
+        parts.append(_cell(x, y, step, found, texts[row, column], where))
     shades = [(f"q{n}", f"{n / STEPS:g} to {(n + 1) / STEPS:g}") for n in range(STEPS)]
+    factored = sum(layer.size is not None for layer in layers)
     return _figure(
-        "Ranks, by kind of layer and block index", width, height, parts,
+        "Ranks, by kind of layer and block index", left + across * step + 4, bands * tall, parts,
         "share of parameters kept:", [*shades, ("dense", "left dense")],
+        f"{factored} of {len(layers)} layers are factored",
     )  # fmt: skip
 
 
+def _cell(x: float, y: float, step: int, found: Sequence[Layer], text: str, where: str) -> str:
+    """One cell of the map; several layers in it are told by their number and range."""
+    whole = sum(layer.shape[0] * layer.shape[1] for layer in found)
+    share = sum(layer.kept * layer.shape[0] * layer.shape[1] for layer in found) / max(whole, 1)
+    dense = sum(layer.size is None for layer in found)
+    shade = "dense" if dense == len(found) else f"q{min(int(share * STEPS), STEPS - 1)}"
+    if len(found) == 1:
+        told = _tooltip(found[0])
+    else:
+        some = f", {dense} left dense" if dense else ""
+        told = f"{len(found)} layers, {where}: ranks {text}, keep {share:.3f}{some}"
+    return (
+        f'<g class="{shade}"><title>{escape(told)}</title>'
+        f'<rect x="{x + 1:.0f}" y="{y + 1}" width="{step - 2}" '
+        f'height="{CELL_HEIGHT - 2}" rx="2"/>{_text(x + step / 2, y + 15, text)}</g>'
+    )
+
+
 def errors(layers: Sequence[Layer]) -> str:
-    """Relative error of every factored layer, in table order."""
+    """Relative error of every factored layer, by its row in the table; as wide as a desktop."""
     known = [(i, x) for i, x in enumerate(layers, 1) if x.size is not None]
     values = [v for _, x in known for v in (x.planned, x.measured) if v is not None]
     if not values:
         return ""
-    left, high, step = 46, 150, 11 if len(known) > 40 else 18
-    most = _rounded_up(max(values)) or 1.0
-    parts = []
-    width = left + step * len(known) + 14
-    for tick in range(5):
-        y = 10 + high - high * tick / 4
-        parts.append(f'<line class="rule" x1="{left}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(left - 6, y + 4, f"{most * tick / 4:.3g}", "end"))
-    for place, (number, layer) in enumerate(known):
-        x = left + step * (place + 0.5) + 4
-        if place % (5 if step < 18 else 2) == 0:
-            parts.append(_text(x, high + 26, str(number)))
+    most, step = _rounded_up(max(values)) or 1.0, min((WIDE - LEFT - 14) / len(layers), 18.0)
+    width, ring, dot = LEFT + step * len(layers) + 14, *((4.5, 2.5) if step >= 6 else (3.0, 1.6))
+    parts = _axes(most, step, len(layers), width)
+    for number, layer in known:
+        x = LEFT + step * (number - 0.5) + 4
         marks = [
-            f'<circle class="{name}" cx="{x:.1f}" cy="{10 + high - high * value / most:.1f}" '
+            f'<circle class="{name}" cx="{x:.1f}" cy="{10 + HIGH - HIGH * value / most:.1f}" '
             f'r="{radius}"/>'
-            for name, value, radius in (("planned", layer.planned, 4.5),
-                                        ("measured", layer.measured, 2.5))
+            for name, value, radius in (("planned", layer.planned, ring),
+                                        ("measured", layer.measured, dot))
             if value is not None
         ]  # fmt: skip
         parts.append(f"<g><title>{escape(_tooltip(layer))}</title>{''.join(marks)}</g>")
@@ -93,36 +110,55 @@ def errors(layers: Sequence[Layer]) -> str:
     if any(layer.measured is not None for _, layer in known):
         kinds.append(("measured", "measured on the stored factors"))
     return _figure(
-        "Relative error of the factored layers, by row number in the table", width, high + 32,
-        parts, "", kinds,
+        "Relative error of the factored layers, by row number in the table", width, HIGH + 32,
+        parts, "", kinds, f"from {min(values):.3g} to {max(values):.3g}",
     )  # fmt: skip
 
 
+def _axes(most: float, step: float, rows: int, width: float) -> list[str]:
+    """Lines at quarters of the highest error, and row numbers that do not run into each other."""
+    parts = []
+    for tick in range(5):
+        y = 10 + HIGH - HIGH * tick / 4
+        parts.append(f'<line class="rule" x1="{LEFT}" x2="{width:.0f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text(LEFT - 6, y + 4, f"{most * tick / 4:.3g}", "end"))
+    each = next(n for n in _round_numbers() if n * step >= 40)
+    for number in [1, *range(each, rows + 1, each)]:
+        parts.append(_text(LEFT + step * (number - 0.5) + 4, HIGH + 26, str(number)))
+    return parts
+
+
 def sizes(layers: Sequence[Layer]) -> str:
-    """Bytes by kind of layer, before and after."""
+    """Bytes by kind of layer, before and after: text and bars that fit a phone."""
     if not layers:
         return ""
-    places = grid_of([layer.name for layer in layers])
+    places = grid_of([layer.name for layer in layers], most_rows=MOST_KINDS)
     before, after = [0] * len(places.rows), [0] * len(places.rows)
     for layer, (row, _) in zip(layers, places.cells, strict=True):
         before[row] += layer.bytes_before
         after[row] += layer.bytes_after
     bars = _merged(list(zip(places.rows, before, after, strict=True)))
-    left, long = LETTER * max(len(kind) for kind, _, _ in bars) + 14, 420
-    most, parts = max(max(b, a) for _, b, a in bars) or 1, []
-    for row, (kind, whole, kept) in enumerate(bars):
-        y = 22 * row
-        tooltip = f"{kind}: {whole:,} → {kept:,} bytes"
-        wide, narrow = long * whole / most, long * kept / most
-        parts.append(
-            f"<g><title>{escape(tooltip)}</title>{_text(left - 8, y + 15, kind, 'end')}"
-            f"{_bar('before', left, y, wide)}{_bar('after', left, y, narrow)}"
-            f"{_text(left + max(wide, narrow) + 8, y + 15, _sizes(whole, kept), 'start')}</g>"
+    most, rows = max(max(b, a) for _, b, a in bars) or 1, []
+    for kind, whole, kept in bars:
+        drawn = "".join(
+            f'<span class="{name}" style="width:{100 * value / most:.2f}%"></span>'
+            for name, value in (("before", whole), ("after", kept))
         )
-    return _figure(
-        "Bytes by kind of layer", left + long + 190, 22 * len(bars) + 4, parts, "",
-        [("before", "dense"), ("after", "kept")],
-    )  # fmt: skip
+        rows.append(
+            f'<tr><th scope="row">{broken(kind)}</th>'
+            f'<td class="bar" aria-hidden="true"><div>{drawn}</div></td>'
+            f'<td title="{whole:,} → {kept:,} bytes">{_sizes(whole, kept)}</td></tr>'
+        )
+    return (
+        f'<figure><table class="bars"><caption>Bytes by kind of layer</caption>\n'
+        f"<tbody>{''.join(rows)}</tbody></table>\n"
+        f"{_keys('', [('before', 'dense'), ('after', 'kept')])}</figure>"
+    )
+
+
+def broken(name: str) -> str:
+    """A layer's name, escaped, that a narrow screen may break after each dot."""
+    return escape(name).replace(".", ".<wbr>")
 
 
 def _merged(bars: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
@@ -142,24 +178,35 @@ def _figure(
     parts: Iterable[str],
     legend: str,
     keys: Iterable[tuple[str, str]],
+    told: str,
 ) -> str:
+    """A drawing that scrolls where it is wider than the screen, by keyboard too.
+
+    Args:
+        told: what a screen reader says of the drawing, whose numbers are in the table.
+    """
+    return (
+        f"<figure><figcaption>{escape(title)}</figcaption>"
+        f'<div class="wide" role="region" tabindex="0" aria-label="{escape(title)}">'
+        f'<svg role="img" aria-label="{escape(f"{title}: {told}")}" '
+        f'width="{width:.0f}" height="{height:.0f}">'
+        f"{''.join(parts)}</svg></div>\n{_keys(legend, keys)}</figure>"
+    )
+
+
+def _keys(legend: str, keys: Iterable[tuple[str, str]]) -> str:
     shown = "".join(
         f'<span class="key"><svg width="12" height="12" aria-hidden="true"><g class="{name}">'
         f"{_swatch(name)}</g></svg> {escape(text)}</span>"
         for name, text in keys
     )
-    return (
-        f'<figure><figcaption>{escape(title)}</figcaption><div class="wide">'
-        f'<svg role="img" aria-label="{escape(title)}" width="{width:.0f}" height="{height:.0f}">'
-        f"{''.join(parts)}</svg></div>"
-        f'<p class="keys">{escape(legend)} {shown}</p></figure>'
-    )
+    return f'<p class="keys">{escape(legend)} {shown}</p>'
 
 
 def _swatch(name: str) -> str:
     if name in ("planned", "measured"):
         return f'<circle class="{name}" cx="6" cy="6" r="{4.5 if name == "planned" else 2.5}"/>'
-    return f'<rect class="{name}" width="12" height="12" rx="2"/>'
+    return f'<rect class="{name}" x="0.5" y="0.5" width="11" height="11" rx="2"/>'
 
 
 def _tooltip(layer: Layer) -> str:
@@ -176,9 +223,21 @@ def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _bar(name: str, x: float, y: float, width: float) -> str:
-    top, high = (y + 3, 16) if name == "before" else (y + 6, 10)
-    return f'<rect class="{name}" x="{x:.0f}" y="{top}" width="{width:.1f}" height="{high}"/>'
+def _cut(text: str) -> str:
+    """A label of at most LONGEST letters: the end of a name tells more than its middle."""
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[: LONGEST // 3]}…{text[-(LONGEST - LONGEST // 3 - 1) :]}"
+
+
+def _label(x: float, y: float, text: str) -> str:
+    """A row's name before its cells; the whole of it while the pointer rests on it."""
+    return f"<g><title>{escape(text)}</title>{_text(x, y, _cut(text), 'end')}</g>"
+
+
+def _round_numbers() -> Iterator[int]:
+    """5, 10, 20, 50, 100 …"""
+    return (n * 10**power for power in itertools.count() for n in (5, 10, 20))
 
 
 def _sizes(before: int, after: int) -> str:

@@ -54,6 +54,10 @@ def test_inspect_weighs_by_the_inputs(made: SimpleNamespace, tmp_path: Path) -> 
     assert cells(said, name) != cells(run("inspect", made.dense), name)
     assert max(map(len, said.splitlines())) <= console.WIDTH
     assert "ms: time of one call" in said
+    picture = tmp_path / "spectra.svg"
+    assert f"wrote {picture}" in run(*args, "--force", "--plot", picture)
+    assert "outputs, W H" in picture.read_text(encoding="utf-8")
+    assert f"{picture} exists" in refused("inspect", made.dense, "--plot", picture)
     stored = {site["site"]: site for site in json.loads(out.read_text())["sites"]}
     output = found[name].output
     assert output is not None
