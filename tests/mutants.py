@@ -997,6 +997,30 @@ MUTANTS = (
         "for stem, _ in split}) >= most_rows:",
         ("tests/page/test_grid.py::test_experts_share_a_row_where_there_would_be_too_many",),
     ),
+    Mutant(
+        "the one file of an earlier save left beside new shards",
+        "lowrank/io/declaration.py",
+        "stale[0].unlink()",
+        "pass",
+        ("tests/io/test_pretrained.py::test_a_save_replaces_shards_and_whole_files",),
+    ),
+    Mutant(
+        "indices of earlier files left in two bytes",
+        "lowrank/io/specs.py",
+        "held[leaf] = index.to(LONG)",
+        "pass",
+        (
+            "tests/io/test_specs.py::test_indices_of_two_bytes_become_four",
+            "tests/io/test_specs.py::test_indices_of_two_bytes_in_a_transformers_model",
+        ),
+    ),
+    Mutant(
+        "faint rows multiplied in float32",
+        "lowrank/linalg/gram.py",
+        "t.dtype == torch.float64 or 0 < _largest(t) < FAINT for t in tensors",
+        "t.dtype == torch.float64 for t in tensors",
+        ("tests/linalg/test_gram.py::test_faint_rows_have_squares",),
+    ),
 )
 
 

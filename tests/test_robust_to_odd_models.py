@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 import lowrank
 from lowrank import LowrankError, factorize_by_design
 from lowrank.nn import LowRankLinear
-from tests.zoo import example, llama, make, mlp, tokens
+from tests.zoo import Custom, example, llama, make, mlp, refused, tokens
 
 INITS = ("spectral", "random")
 
@@ -189,3 +190,95 @@ def test_submodules_only_leaves_the_others() -> None:
     assert len(where) == 7
     assert all(name.startswith("model.layers.1.") for name in where)
     assert torch.isfinite(model(input_ids=tokens()).logits).all()
+
+
+class Graph(nn.Module):
+    """A layer of a graph network: neighbours by a sparse matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = rank_two(16)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        return torch.sparse.mm(edges, self.lin(x)).relu()
+
+
+def graph() -> nn.Module:
+    edges = torch.eye(9).roll(1, 0).to_sparse()
+    layers = nn.ModuleList([Graph(), Graph()])
+    return Custom(lambda self, x: self.layers[1](self.layers[0](x, edges), edges), layers=layers)
+
+
+def scripted() -> nn.Module:
+    part = torch.jit.script(nn.Sequential(nn.Linear(16, 16), nn.ReLU()))
+    return nn.Sequential(rank_two(16), part, rank_two(16))
+
+
+def transformed() -> nn.Module:
+    layers = {"first": rank_two(16), "a": rank_two(16), "b": rank_two()}
+    return Custom(lambda self, x: self.b(torch.func.vmap(self.a)(self.first(x))), **layers)
+
+
+def of_one_size() -> nn.Module:
+    ends = nn.Sequential(nn.LayerNorm(16), rank_two())
+    return Custom(lambda self, x: self.b(self.a(x).reshape(9, 16)), a=rank_two(16), b=ends)
+
+
+def with_a_lock() -> nn.Module:
+    model = nn.Sequential(rank_two(16), nn.ReLU(), rank_two())
+    model[0].lock, model.rows = threading.Lock(), iter(())
+    model.linears = [model[0], model[2]]  # they hold what cannot be copied
+    return model
+
+
+def by_name() -> nn.Module:
+    return Custom(lambda self, x: self.b(input=self.a(input=x)), a=rank_two(16), b=rank_two())
+
+
+def nested() -> nn.Module:
+    def call(self: Any, x: Tensor) -> Tensor:
+        x = self.first(x)
+        rows = torch.nested.as_nested_tensor([x[:4], x[4:]], layout=torch.jagged)
+        return self.b(self.a(rows).values())
+
+    return Custom(call, first=rank_two(16), a=rank_two(16), b=rank_two())
+
+
+def with_a_gap() -> nn.Module:
+    layers = nn.ModuleList([rank_two(16), None, rank_two(16)])  # type: ignore[list-item]
+    return Custom(lambda self, x: self.b(self.a[2](self.a[0](x))), a=layers, b=rank_two())
+
+
+ODD = {
+    "sparse": graph, "scripted": scripted, "vmap": transformed, "one size": of_one_size,
+    "a lock": with_a_lock, "by name": by_name, "nested": nested, "None": with_a_gap,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("effort", [None, "fast"])
+@pytest.mark.parametrize("kind", ODD)
+def test_data_run_through_odd_models(kind: str, effort: str | None) -> None:
+    """What is of rank two is compressed without loss; what cannot be followed is left alone."""
+    torch.manual_seed(0)
+    model, x = ODD[kind](), torch.randn(9, 16)
+    want = model(x).detach()
+    small, report = lowrank.compress(model, 0.6, data=[x, x + 1], effort=effort, progress=False)
+    off = (small(x) - want).detach().abs().max()
+    assert off < 1e-4 * want.abs().max()
+    assert 0 < report.achieved < 1
+
+
+def test_a_sparse_tensor_in_a_batch() -> None:
+    """It has no rows that could be cut."""
+    model, edges = Custom(lambda self, x, edges: self.a(x, edges), a=Graph()), torch.eye(9)
+    batch = {"x": torch.randn(9, 16), "edges": edges.to_sparse()}
+    want = model(**batch).detach()
+    for effort in (None, "fast"):
+        small = compressed(copy.deepcopy(model), data=[batch, batch], effort=effort)
+        torch.testing.assert_close(small(**batch), want)
+
+
+def test_a_copy_of_what_cannot_be_copied() -> None:
+    model = with_a_lock()
+    message = refused(model, 0.6, data=None, copy=True)
+    assert "Sequential cannot be copied (TypeError: cannot pickle '_thread.lock' object)" in message

@@ -103,8 +103,11 @@ def replacing(out: Path, within: Path | None = None) -> Iterator[Path]:
         if out.exists():
             out.replace(place / _older(out))
         fresh.replace(out)
-    except OSError as error:
-        raise LowrankError(f"{out} cannot be written: {error.strerror or error}") from error
+    except (OSError, LowrankError) as error:
+        reason = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(reason, OSError):
+            raise
+        raise LowrankError(f"{out} cannot be written: {reason.strerror or reason}") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         bring_back(out, place)

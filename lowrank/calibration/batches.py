@@ -92,11 +92,11 @@ def check_rows(rows: Any) -> None:
 
 def _read(data: Any, tokenizer: Any, length: int, quota: _Quota) -> Reading:
     if isinstance(data, Tensor):
-        return Reading([data])
+        return Reading([_sound(data)])
     if isinstance(data, str):
         data = [_text(data, tokenizer)]
     if not isinstance(data, Iterable) and is_dataclass(data):
-        return Reading([batch_of(data)])
+        return Reading([_sound(batch_of(data))])
     if callable(data) and not isinstance(data, Iterable):
         return Reading(data)
     if not isinstance(data, Iterable):
@@ -104,7 +104,7 @@ def _read(data: Any, tokenizer: Any, length: int, quota: _Quota) -> Reading:
             f"data must be texts, tensors, dicts, a loader or a callable, got {type(data).__name__}"
         )
     if isinstance(data, Mapping):
-        return Reading([batch_of(data)])
+        return Reading([_sound(batch_of(data))])
     return _read_items(data, tokenizer, length, quota)
 
 
@@ -120,7 +120,8 @@ def _read_items(data: Iterable[Any], tokenizer: Any, length: int, quota: _Quota)
             new: Sequence[Any] = _rows_of(text, index, tokenizer, length)
             count += sum(map(len, new)) if by_tokens else len(new)
         else:
-            new = [item if isinstance(item, Tensor) else batch_of(item, index)]
+            batch = item if isinstance(item, Tensor) else batch_of(item, index)
+            new = [_sound(batch, f"item {index} of the data: ")]
             count += rows_in(new[0])
         found += new
         most = quota.tokens if by_tokens else quota.rows
@@ -141,10 +142,25 @@ def _read_items(data: Iterable[Any], tokenizer: Any, length: int, quota: _Quota)
     return Reading(_by_length(found) if texts else found, number if went_on else 0)
 
 
+def _sound(batch: Batch, where: str = "") -> Batch:
+    """The batch; raises LowrankError if it is empty or has no numbers."""
+    parts = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    ids = parts.get("input_ids")
+    if isinstance(ids, Tensor) and not ids.numel():
+        raise LowrankError(f"{where}it is empty, of shape {tuple(ids.shape)}: leave it out")
+    if any(isinstance(value, Tensor) and value.is_meta for value in parts.values()):
+        raise LowrankError(f"{where}it is on the meta device, without numbers: load it first")
+    return batch
+
+
 def _rows_of(text: Any, index: int, tokenizer: Any, length: int) -> list[Tensor]:
     """Token rows of an item among texts."""
     if tokenizer is None:
         raise LowrankError("texts need a tokenizer: pass tokenizer=…")
+    if not callable(tokenizer):
+        raise LowrankError(
+            f"tokenizer must be one of transformers, or be called as one, got {tokenizer!r:.80}"
+        )
     if not isinstance(text, str):
         raise LowrankError(
             f"item {index} of the data: the data mixes texts and other items, got "
@@ -217,13 +233,26 @@ def rebatched(batches: Sequence[Batch], rows: int = ROWS) -> list[Batch]:
     batched: list[Batch] = []
     for batch in batches:
         parts = {"": batch} if isinstance(batch, Tensor) else batch
-        lengths = {len(v) for v in parts.values() if isinstance(v, Tensor) and v.ndim}
-        plain = _is_rows(parts) and len(lengths) == 1
+        plain = _is_rows(parts)
+        lengths = {len(v) for v in parts.values()} if plain else set()
+        plain = plain and len(lengths) == 1
         for start in range(0, lengths.pop(), rows) if plain else ():
             cut = {key: value[start : start + rows] for key, value in parts.items()}
             batched.append(cut[""] if isinstance(batch, Tensor) else cut)
         batched += [] if plain else [batch]
     return batched
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether it has rows that can be cut: it is neither sparse nor nested."""
+    return tensor.layout == torch.strided and not tensor.is_nested
+
+
+def as_dense(tensor: Tensor) -> Tensor:
+    """The numbers of any tensor; a nested one is padded with zeros."""
+    if is_dense(tensor):
+        return tensor
+    return torch.nested.to_padded_tensor(tensor, 0) if tensor.is_nested else tensor.to_dense()
 
 
 def is_padded(batch: Batch) -> bool:
@@ -236,9 +265,11 @@ def is_padded(batch: Batch) -> bool:
 
 def cut(batch: Batch, rows: slice) -> Batch | None:
     """Some rows of a batch; what is no tensor, or has no axis, goes with all. None: it has tensors
-    of several lengths, or of one axis alone."""
+    of several lengths, of one axis alone, or sparse or nested ones."""
     parts = {"": batch} if isinstance(batch, Tensor) else batch
     tensors = {k: v for k, v in parts.items() if isinstance(v, Tensor) and v.ndim}
+    if not all(map(is_dense, tensors.values())):
+        return None
     if len({len(v) for v in tensors.values()}) != 1 or all(v.ndim < 2 for v in tensors.values()):
         return None
     some = {**parts, **{name: value[rows] for name, value in tensors.items()}}
@@ -249,6 +280,8 @@ def rows_in(batch: Batch) -> int:
     """The number of rows of a batch; 1 for one that cannot be cut."""
     parts = [batch] if isinstance(batch, Tensor) else batch.values()
     tensors = [v for v in parts if isinstance(v, Tensor) and v.ndim]
+    if not all(map(is_dense, tensors)):
+        return 1
     lengths = {len(v) for v in tensors}
     return lengths.pop() if len(lengths) == 1 and any(v.ndim > 1 for v in tensors) else 1
 
@@ -304,7 +337,7 @@ def _form(row: Batch) -> object:
 
 
 def _is_rows(parts: Mapping[str, Any]) -> bool:
-    every = all(isinstance(v, Tensor) and v.ndim for v in parts.values())
+    every = all(isinstance(v, Tensor) and v.ndim and is_dense(v) for v in parts.values())
     return every and any(v.ndim > 1 for v in parts.values())
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowrankError
-from .batches import Batch
+from .batches import Batch, as_dense
 
 
 def model_print(model: nn.Module) -> str:
@@ -61,7 +61,8 @@ def check_place(path: Path) -> None:
 
 def add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
     """Add name, shape, dtype and bytes of a tensor to a digest of hashlib."""
-    digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-    flat = tensor.detach().cpu().contiguous().flatten()
+    whole = as_dense(tensor.detach())
+    digest.update(f"{name} {tuple(whole.shape)} {whole.dtype}".encode())
+    flat = whole.cpu().contiguous().flatten()
     if flat.numel():
         digest.update(flat.view(torch.uint8).numpy().data)

@@ -18,7 +18,7 @@ from .batches import Batch, Forward
 from .observation import Frequencies, Observation
 from .padding import Padding
 from .processes import check_same, gathered, in_step, mine, summed
-from .running import SameTensor, Unpadded, first_tensor, forward, quiet
+from .running import SameTensor, Unpadded, first_tensor, forward, input_of, quiet
 
 Groups = tuple[tuple[str, ...], ...]
 Seen = tuple[set[str], tuple[str, ...]]
@@ -89,7 +89,7 @@ class _Gather:
 
     def _owner(self, sums: _Sums) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            tensor = first_tensor((args, kwargs))
+            tensor = input_of(args, kwargs)
             if tensor is not None and layouts.fits(module, tensor):  # else it raises by itself
                 sums.add(tensor, self._padding.real(sums.site.name, module, tensor))
                 give_back()

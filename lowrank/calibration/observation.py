@@ -21,7 +21,7 @@ from ..walk import layouts
 from .cuts import Cuts
 from .padding import Padding
 from .processes import gathered, summed
-from .running import SameTensor, Unpadded, first_tensor, quiet, tensors_in
+from .running import SameTensor, Unpadded, first_tensor, input_of, quiet, takes_hooks, tensors_in
 
 Run = Callable[[], object]
 
@@ -55,7 +55,7 @@ def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
     containers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential)
+        if isinstance(module, nn.ModuleList | nn.Sequential) and all(map(takes_hooks, module))
     }
     chains = {name: _Chain(len(module)) for name, module in containers.items()}
     handles = []
@@ -197,7 +197,7 @@ def _noted(reads: _Reads, site: Site) -> Callable[..., None]:
     """
 
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        tensor = first_tensor((args, kwargs))
+        tensor = input_of(args, kwargs)
         if tensor is not None and not layouts.multiplies(module, tensor):
             raise LowrankError(
                 f"{site.title}: its input is {tensor.dtype}, its weight "

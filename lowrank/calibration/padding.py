@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..walk import layouts
 from .batches import IGNORED, Batch, cut
-from .running import SameTensor, first_tensor, forward, quiet, tensors_in
+from .running import SameTensor, first_tensor, forward, quiet, takes_hooks, tensors_in
 
 IMAGES = "pixel_values"  # transformers' name for what has no padding
 Masks = list[Tensor]  # (rows, length), bool, each of another length
@@ -83,7 +83,7 @@ def reals(model: nn.Module, batch: Batch) -> Reals:
             found.setdefault(module, []).append(padding.real("", module, tensor))
 
     with padding, ExitStack() as stack:
-        for module in model.modules():
+        for module in filter(takes_hooks, model.modules()):
             stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
         padding.start(batch)
         with quiet(model):
@@ -123,7 +123,7 @@ class Padding:
         self._begin({} if batch is None else batch)
 
     def __enter__(self) -> Padding:
-        for module in self._model.modules():
+        for module in filter(takes_hooks, self._model.modules()):
             if module in (self._model, self._encoder) or module._modules:
                 self._handles += [
                     module.register_forward_pre_hook(self._before, with_kwargs=True),

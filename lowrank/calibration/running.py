@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import LowrankError
 from ..walk.surgery import COMPILED
-from .batches import ROWS, Batch
+from .batches import ROWS, Batch, is_dense
 
 LOGITS = 1 << 27  # bytes of logits that are held at once
 # What a model's own code raises.
@@ -79,10 +79,24 @@ def forward(model: nn.Module, batch: Batch) -> Any:
         return value.to(first.device, first.dtype if wide else None)
 
     if isinstance(batch, Tensor):
-        return model(moved(batch))
+        try:
+            return model(moved(batch))
+        except TypeError as error:
+            if len(demanded := _demanded(model)) < 2:
+                raise
+            raise LowrankError(
+                f"{type(model).__name__} takes {', '.join(demanded)}, but a batch of the data is "
+                f"one tensor, such as the first of a tuple: pass dicts, {{'{demanded[0]}': …}}"
+            ) from error
     inputs = {k: moved(v) for k, v in batch.items()}
     if _takes_one_dict(model, inputs):
-        return model(inputs)
+        try:
+            return model(inputs)
+        except (TypeError, AttributeError) as error:
+            raise LowrankError(
+                f"{type(model).__name__} takes {_demanded(model)[0]!r}, but a batch of the data "
+                f"holds {', '.join(map(repr, inputs))}: name it so, or pass the tensor itself"
+            ) from error
     labels = inputs.pop("labels", None)
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if labels is None:
@@ -100,11 +114,18 @@ def forward(model: nn.Module, batch: Batch) -> Any:
 
 def _takes_one_dict(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     """Whether `forward` takes its inputs as one dict, like that of SentenceTransformer."""
+    return len(_demanded(model)) == 1 and not any(p.name in inputs for p in _places(model))
+
+
+def _demanded(model: nn.Module) -> list[str]:
+    """The names of what `forward` has to be given by place."""
+    return [p.name for p in _places(model) if p.default is inspect.Parameter.empty]
+
+
+def _places(model: nn.Module) -> list[inspect.Parameter]:
     parameters = inspect.signature(model.forward).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    places = [p for p in parameters if p.kind in kinds]
-    demanded = [p for p in places if p.default is inspect.Parameter.empty]
-    return len(demanded) == 1 and not any(p.name in inputs for p in places)
+    return [p for p in parameters if p.kind in kinds]
 
 
 def reads_ids(model: nn.Module, batch: Batch) -> bool:
@@ -217,6 +238,13 @@ class SameTensor:
         return self._ref() is not None and self._key == _key(tensor)
 
 
+def input_of(args: Any, kwargs: Any = None) -> Tensor | None:
+    """The tensor that a layer is called with, or returns; None where no rows can be read of it: it
+    is sparse, nested, or inside torch.func."""
+    tensor = first_tensor((args, kwargs))
+    return tensor if tensor is not None and _has_memory(tensor) else None
+
+
 def first_tensor(value: Any) -> Tensor | None:
     """The first tensor in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
@@ -240,7 +268,24 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def takes_hooks(module: nn.Module | None) -> bool:
+    """Whether hooks can be added: torch.jit's modules call none, and a container may hold None."""
+    return module is not None and not isinstance(module, torch.jit.ScriptModule)
+
+
 def _key(tensor: Tensor) -> tuple[object, ...]:
+    if not _has_memory(tensor):
+        return (id(tensor),)
     # Inference tensors have no version counter; in-place changes show in their sum.
     version = float(tensor.sum()) if tensor.is_inference() else tensor._version
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, version)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether it is numbers at an address, as opposed to a sparse or nested tensor or a wrapper."""
+    return is_dense(tensor) and not _is_wrapped(tensor)
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    """Whether a transform such as torch.func.vmap runs on it."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)

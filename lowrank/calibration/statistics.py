@@ -22,6 +22,7 @@ from .batches import (
     Data,
     Forward,
     Reading,
+    as_dense,
     check_rows,
     first_rows,
     is_padded,
@@ -367,5 +368,7 @@ def _distinct(calibration: Calibration) -> float:
 def _key(row: Batch) -> int:
     """Equal for equal rows."""
     parts = {"": row} if isinstance(row, Tensor) else row
-    tensors = [v.cpu().flatten() for _, v in sorted(parts.items()) if isinstance(v, Tensor)]
+    tensors = [
+        as_dense(v).cpu().flatten() for _, v in sorted(parts.items()) if isinstance(v, Tensor)
+    ]
     return hash(tuple(v.contiguous().view(torch.uint8).numpy().tobytes() for v in tensors))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from torch import nn
 
 from ..errors import LowrankError, listed
 from ..plans.plan import version
-from ..walk.checks import check_module
+from ..walk.checks import check_module, check_shaped
 from ..walk.surgery import modules_of, plain_name, swap, unchanged_on_error, unwrapped
 from . import flattening, pretrained, tensors
 from .containers import hold_apart
 from .declaration import is_compressed, is_transformers
-from .specs import Spec, check_specs, check_values, prepare, specs_of
+from .specs import Spec, as_longer, check_specs, check_values, prepare, specs_of
 
 FORMAT = "lowrank"
 VERSION = 1
@@ -49,10 +50,11 @@ def save(
 
     Raises:
         LowrankError: `folder` is a file or holds a checkpoint of the other kind, or the model
-            cannot be stored. Nothing is then written.
+            cannot be stored: nothing is then written. Or the folder cannot be written to.
     """
     target = Path(folder)
     check_module(model)
+    check_shaped(model)
     model = unwrapped(model)
     if target.exists() and not target.is_dir():
         raise LowrankError(f"{target} is a file, expected a folder")
@@ -63,14 +65,29 @@ def save(
     if is_compressed(model):
         flattening.check_storable(model)
     if is_transformers(model):
-        pretrained.save(model, target, tokenizer, card, max_shard_size)
+        with _writing(target):
+            pretrained.save(model, target, tokenizer, card, max_shard_size)
         return
     if tokenizer is not None or card is not None or max_shard_size is not None:
         raise LowrankError(
             "tokenizer, card and max_shard_size are for transformers models, got "
             f"{type(model).__name__}"
         )
-    _write(model, target)
+    with _writing(target):
+        _write(model, target)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Raises LowrankError for what the file system refuses."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise LowrankError(
+            f"{target} cannot be written to ({error}): choose another folder, or make room"
+        ) from error
 
 
 def _write(model: nn.Module, target: Path) -> None:
@@ -128,6 +145,7 @@ def load(
     model = skeleton if isinstance(skeleton, nn.Module) else skeleton()
     if not isinstance(model, nn.Module):
         raise LowrankError(f"skeleton must be or return an nn.Module, got {type(model).__name__}")
+    check_shaped(model)
     return _filled(model, source / WEIGHTS, specs, index, device, dtype)
 
 
@@ -146,7 +164,7 @@ def _filled(
         named = {name: new[id(module)] for name, module in modules_of(model) if id(module) in new}
         whole = tensors.expected(model, named)
         wanted = flattening.taken_apart(whole, codes, INDEX)
-        tensors.check_match(wanted, stored, aliases, path)
+        tensors.check_match(wanted, as_longer(stored, named), aliases, path)
         tensors.check_dtypes(stored, index, path)
         _check_unsaved_buffers(model)
         values = tensors.read(path, device or "cpu", None if codes else dtype)

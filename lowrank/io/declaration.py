@@ -25,6 +25,7 @@ from .specs import VERSION, specs_of
 from .tensors import check_whole
 from .ties import other_ties, retie, untie
 
+WEIGHTS, SHARDED = ".safetensors", ".index.json"  # the ends of names, of one file and of shards
 SAVED_IN = "_lowrank_saved_in"  # of a model: the folder, of which its adapters are then
 
 
@@ -100,7 +101,7 @@ def declared(
     if not is_transformers(model):
         from .diffusers_format import declared_to_diffusers
 
-        with declared_to_diffusers(model, VERSION):
+        with declared_to_diffusers(model, VERSION), superseding(folder, is_main_process):
             yield
         return
     if adapters_alone or not (_is_declared(model) or compressed) or not attach(model):
@@ -118,7 +119,8 @@ def declared(
         if is_main_process and not Path(folder).is_file():
             _write_beside(model, Path(folder))
         quantizer.state = state_dict
-        yield
+        with superseding(folder, is_main_process):
+            yield
         vars(model)[SAVED_IN] = str(folder)
     finally:
         quantizer.state = None
@@ -126,6 +128,30 @@ def declared(
             vars(part).pop(name, None)
             if value is not None:
                 vars(part)[name] = value
+
+
+@contextmanager
+def superseding(folder: str | Path, is_main_process: bool = True) -> Iterator[None]:
+    """While weights are saved: one file then replaces the shards of an earlier save, and shards
+    the one file.
+
+    transformers leaves the one file, or the shards' index, and a loader takes whichever it looks
+    for first: the earlier weights.
+    """
+    before = {path: _stamp(path) for path in Path(folder).glob(f"*{WEIGHTS}*")}
+    yield
+    for index in list(Path(folder).glob(f"*{WEIGHTS}{SHARDED}")) if is_main_process else ():
+        whole = index.with_name(index.name.removesuffix(SHARDED))
+        if whole.exists():
+            stale = [path for path in (whole, index) if _stamp(path) == before.get(path)]
+            if len(stale) == 1:  # else both were written, or neither
+                stale[0].unlink()
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written."""
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def is_converted(model: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from ..walk.checks import method_of
 from ..walk.surgery import swap
 from .containers import declared_containers, hold_apart
 from .flattening import codes_of
-from .specs import Spec, check_specs, check_version, guards, prepare, specs_of
+from .specs import Spec, check_specs, check_version, guards, lengthen, prepare, specs_of
 
 SOURCE = "config.json: quantization_config"
 
@@ -79,6 +79,7 @@ class DiffusersLowRank(DiffusersQuantizer):
         swap(model, prepare(model, specs, SOURCE))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        lengthen(model)
         model.is_quantized = False  # type: ignore[assignment]  # to() and half() work as usual
         return model
 

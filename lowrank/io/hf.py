@@ -35,10 +35,12 @@ from .older_transformers import Wanted, cast_to, check_shapes, wanted_of
 from .specs import (
     VERSION,
     Spec,
+    check_found,
     check_specs,
     check_values,
     check_version,
     guards,
+    never_drawn,
     prepare,
     specs_of,
     stands_for,
@@ -165,6 +167,7 @@ class LowRankHfQuantizer(HfQuantizer):
         specs = _renamed(model, rest, saved_as)
         specs = _with_heads(model, specs)
         swap(model, prepare(model, specs, SOURCE))
+        never_drawn(model)
         codes = _codes_renamed(model, check_codes(config.quantized, SOURCE), saved_as)
         self.placeholders = Placeholders(model, codes, SOURCE)
         untie(model, factored(model), codes)
@@ -186,6 +189,7 @@ class LowRankHfQuantizer(HfQuantizer):
         self.loading = None
         if self.left_out:  # what was used says nothing of how to save it once it is dense again
             vars(model).pop("_weight_conversions", None)
+        check_found(model, "the weights")
         if self.placeholders is not None:
             self.placeholders.release()
             self.placeholders = None

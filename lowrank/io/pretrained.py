@@ -13,6 +13,7 @@ from ..walk import layouts
 from . import card as cards
 from .declaration import attach, check_attachable, is_compressed
 from .registration import install
+from .specs import TELLS
 
 
 def save(
@@ -49,9 +50,12 @@ def from_pretrained(path: str | Path, auto_class: str | None = None, **kwargs: A
         raise LowrankError("transformers is not installed: pip install transformers") from error
     install()  # the module may have been reloaded since
     where = str(path)
+    if Path(where).is_absolute() and not Path(where).is_dir():
+        raise LowrankError(f"there is no folder {where}")
     wants_info = kwargs.pop("output_loading_info", False)
     may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
     asked = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    token = TELLS.set(True)
     try:
         loader = _loader(transformers, where, auto_class, kwargs)
         model, info = loader.from_pretrained(where, **asked)
@@ -60,6 +64,8 @@ def from_pretrained(path: str | Path, auto_class: str | None = None, **kwargs: A
     except Exception as error:  # many libraries may raise here
         reason = " ".join(str(error).split())
         raise LowrankError(f"cannot load {where}: {type(error).__name__}: {reason}") from error
+    finally:
+        TELLS.reset(token)
     _check_factors(where, model, info)
     same = is_compressed(model) and type(model).__name__ in (model.config.architectures or [])
     _check_loaded(where, info, complete=same, sizes=not may_mismatch)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +18,13 @@ from ..walk import layouts
 from ..walk.mlps import check_replaces
 from ..walk.surgery import adopt, factored, modules_of
 from .containers import containers_of, fused_names
+from .flattening import LOADED
+from .tensors import TensorEntry, dtype_name
 
 Spec = dict[str, Any]
 VERSION = 1  # of the declaration in a config.json
+TELLS: ContextVar[bool] = ContextVar("tells", default=False)  # the caller of all that is amiss
+SHORT, LONG = torch.int16, torch.int32
 Names = Mapping[str, Form]
 
 
@@ -109,12 +115,13 @@ def check_specs(specs: object, source: str) -> dict[str, Spec]:
 
 
 def check_values(model: nn.Module, source: str) -> None:
-    """Check what no header says, once the tensors of a model are loaded.
+    """Check what no header says, once the tensors of a model are loaded; `lengthen` them first.
 
     Raises:
         LowrankError: a parameter is not floating-point, the tensors of a factored module do not go
             together, or an index is out of range.
     """
+    lengthen(model)
     bad = [f"{n} {p.dtype}" for n, p in model.named_parameters() if not p.is_floating_point()]
     if bad:
         raise LowrankError(f"{source}: weights are not floating-point: {listed(bad)}: damaged file")
@@ -124,6 +131,57 @@ def check_values(model: nn.Module, source: str) -> None:
             fault = module.fault()
         if fault:
             raise LowrankError(f"{source}: {name or '(root)'}: {fault}: damaged file")
+
+
+def check_found(model: nn.Module, source: str) -> None:
+    """Raises LowrankError for factors that transformers did not find in the files, and drew: it
+    only warns. Not where several devices hold the model: accelerate drops the marks."""
+    if TELLS.get() or len({*getattr(model, "hf_device_map", {}).values()}) > 1:
+        return
+    found = {
+        f"{name}.{key}" if name else key: getattr(factor, LOADED, False) or factor.is_meta
+        for name, form in factored(model).items()
+        for key, factor in form.named_parameters()
+        if not key.endswith("bias")  # that of a new head is in no file
+    }
+    lost = [name for name, is_found in found.items() if not is_found]
+    if 0 < len(lost) < len(found):  # without any mark they are unknown
+        raise LowrankError(f"{source}: the weights do not fit config.json; missing: {listed(lost)}")
+
+
+def never_drawn(model: nn.Module) -> None:
+    """Tell transformers, before it loads a model, not to draw layers without a bias inside of
+    factored ones: it would for a model that gives all its own a bias, and fail."""
+    for form in factored(model).values():
+        for part in form.children():
+            if part._parameters.get("bias", part) is None:
+                setattr(part, LOADED, True)
+
+
+def lengthen(model: nn.Module) -> None:
+    """Give indices four bytes that a file of an earlier version holds in two."""
+    for form in factored(model).values():
+        for key in form.LONGER:
+            path, _, leaf = key.rpartition(".")
+            held = form.get_submodule(path)._buffers
+            index = held[leaf]
+            if index is not None and index.dtype == SHORT:
+                held[leaf] = index.to(LONG)
+
+
+def as_longer(stored: Mapping[str, TensorEntry], named: Names) -> dict[str, TensorEntry]:
+    """The entries of a file with those of two bytes that `lengthen` will give four, as if they had.
+
+    Args:
+        named: the factored modules that the file is for.
+    """
+    keys = {f"{name}.{key}" if name else key for name, form in named.items() for key in form.LONGER}
+    return {
+        name: replace(entry, dtype=dtype_name(LONG))
+        if name in keys and entry.dtype == dtype_name(SHORT)
+        else entry
+        for name, entry in stored.items()
+    }
 
 
 def mixed(module: Form, name: str) -> str:

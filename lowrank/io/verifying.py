@@ -16,7 +16,7 @@ from ..nn import build
 from . import tensors
 from .checkpoint import CONFIG, INDEX, WEIGHTS, index_of
 from .flattening import Codes, check_codes, part_name, put_together
-from .specs import Spec, check_specs, mixed
+from .specs import Spec, check_specs, lengthen, mixed
 from .tensors import TensorEntry
 
 
@@ -94,9 +94,9 @@ def _pretrained(source: Path) -> tuple[dict[str, Spec], Codes]:
 
 
 def _shards(source: Path) -> set[Path]:
-    """The weight files of a transformers model: one, or those that its index names."""
+    """The weight files that transformers loads: one, or those that its index names."""
     index = source / f"{WEIGHTS}.index.json"
-    if not index.exists():
+    if (source / WEIGHTS).exists() or not index.exists():
         return {source / WEIGHTS}
     shards = _json(index).get("weight_map")
     named = isinstance(shards, dict) and all(isinstance(name, str) for name in shards.values())
@@ -214,6 +214,7 @@ def _check_module(name: str, spec: Spec, files: _Files) -> None:
     state = {key: found[full] for key, full in named.items() if full in found}
     module.requires_grad_(False)
     module.load_state_dict(state, strict=False, assign=True)
+    lengthen(module)
     fault = mixed(module, name) or module.fault()
     if fault:
         raise LowrankError(f"{where}: {fault}: damaged file")

@@ -16,11 +16,13 @@ T = TypeVar("T")
 ROUNDING = 4 * torch.finfo(torch.float32).eps  # of a Gram matrix (1, 1); grows as √in
 RIDGES = (0.0, 1e-4, 1e-2, 1.0)  # of the mean diagonal, the first for a matrix that is not singular
 PART = 512  # columns that are multiplied at once; fewer are slow
+FAINT = 1e-12  # largest magnitude of numbers whose products fp32 may round to zero
 GROWTH = 8.0  # most that a fit may exceed the largest entry of the weight by
 
 
 def gram_sum(rows: Tensor, total: Tensor | None = None) -> Tensor:
-    """Σ x xᵀ over rows (tokens, in), multiplied in fp32 (fp64 inputs: fp64), summed in float64.
+    """Σ x xᵀ over rows (tokens, in), multiplied in fp32 (fp64 or faint inputs: fp64), summed in
+    float64.
 
     Chunks bound both the rounding of the fp32 sums and the memory of the cast. Of wide rows only
     the blocks on and above the diagonal are multiplied: the matrix is symmetric.
@@ -31,7 +33,7 @@ def gram_sum(rows: Tensor, total: Tensor | None = None) -> Tensor:
     if total is None:
         total = _zeros(rows, rows)
     cuts = _cuts(rows)
-    for chunk in _wide(rows):
+    for chunk in _chunks(rows, _wide(rows)):
         parts = [chunk[:, start : start + cuts.step] for start in cuts]
         with full_precision(rows):  # hooks may run inside the caller's autocast
             for row, left in zip(cuts, parts, strict=True):
@@ -53,7 +55,8 @@ def cross_sum(left: Tensor, right: Tensor, total: Tensor | None = None) -> Tenso
     if total is None:
         total = _zeros(left, right)
     cuts = _cuts(left)
-    for x, y in zip(_wide(left), _wide(right), strict=True):
+    wide = _wide(left, right)
+    for x, y in zip(_chunks(left, wide), _chunks(right, wide), strict=True):
         with full_precision(left):
             for start in cuts:
                 total[start : start + cuts.step] += x[:, start : start + cuts.step].T @ y
@@ -71,10 +74,21 @@ def _cuts(rows: Tensor) -> range:
     return range(0, side, max(-(-side // max(side // PART, 1)), 1))
 
 
-def _wide(rows: Tensor) -> Iterator[Tensor]:
-    """The rows in chunks, in the precision in which they are multiplied."""
-    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    return (chunk.to(wide) for chunk in torch.split(rows, 8192))
+def _wide(*tensors: Tensor) -> torch.dtype:
+    """The precision in which they are multiplied."""
+    exact = any(t.dtype == torch.float64 or 0 < _largest(t) < FAINT for t in tensors)
+    return torch.float64 if exact else torch.float32
+
+
+def _largest(tensor: Tensor) -> float:
+    if not tensor.numel():
+        return 0.0
+    least, most = tensor.aminmax()  # a copy of the magnitudes could be large
+    return max(-float(least), float(most))
+
+
+def _chunks(rows: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    return (chunk.to(dtype) for chunk in torch.split(rows, 8192))
 
 
 def squared_error(weight: Tensor, approximation: Tensor, gram: Tensor | None = None) -> float:
@@ -94,7 +108,7 @@ def unit_of(tensor: Tensor) -> float:
 
     Division by it is exact, and keeps squares of denormal numbers from underflowing.
     """
-    most = float(tensor.abs().max()) if tensor.numel() else 0.0
+    most = _largest(tensor)
     return 2.0 ** math.floor(math.log2(most)) if 0 < most < math.inf else 1.0
 
 

@@ -113,18 +113,18 @@ class BlastLinear(LinearForm):
     def size_cost(cls, shape: Sequence[int], size: Size, *, itemsize: int, heads: int = 0) -> Cost:
         return blast_cost(*shape, *size, itemsize=itemsize)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
-        check_traceable(self, x)
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in) -> (..., out)."""
+        check_traceable(self, input)
         blocks, _, columns = self.right.shape
-        rows = x.reshape(-1, self.in_features)
+        rows = input.reshape(-1, self.in_features)
         rows = F.pad(rows, (0, blocks * columns - self.in_features))
         # Tokens last, so that each of the r small products of `mix` reads contiguous rows.
         inner = torch.bmm(self.right, rows.view(-1, blocks, columns).permute(1, 2, 0))  # (b, r, t)
         mixed = torch.bmm(self.mix.permute(2, 0, 1), inner.transpose(0, 1))  # (r, b, t)
         y = torch.bmm(self.left, mixed.transpose(0, 1))  # (b, p, t)
         y = y.flatten(0, 1)[: self.out_features].T.contiguous()
-        y = y.view(*x.shape[:-1], self.out_features)
+        y = y.view(*input.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -129,6 +129,7 @@ class BlockLowRankLinear(LinearForm):
 
     STORAGE = "block-lowrank"
     SIZE = ("rank", "inputs", "outputs")
+    LONGER = frozenset({"down.place", "up.place"})
 
     bias: nn.Parameter | None
 
@@ -239,10 +240,10 @@ class BlockLowRankLinear(LinearForm):
         """Number of terms."""
         return len(self.down.place)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
-        check_traceable(self, x)
-        y: Tensor = self.up(self.down(x), turned=True)
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in) -> (..., out)."""
+        check_traceable(self, input)
+        y: Tensor = self.up(self.down(input), turned=True)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:

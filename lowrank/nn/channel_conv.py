@@ -87,9 +87,9 @@ class ChannelConv(ConvSequence):
         """Cost with the kernel first, as of the factored matrix (O, I · K)."""
         return low_rank_cost(*shape, *size, itemsize=itemsize)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, I, *space) -> (B, O, *space')."""
-        output: Tensor = self.up(self.down(x))
+    def forward(self, input: Tensor) -> Tensor:
+        """input (B, I, *space) -> (B, O, *space')."""
+        output: Tensor = self.up(self.down(input))
         return output
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:

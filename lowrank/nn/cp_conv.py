@@ -80,9 +80,9 @@ class CPConv(ConvSequence):
     def empty(cls, *, rank: int, bias: bool, **geometry: Any) -> Self:
         return cls(Geometry.from_spec(geometry), rank, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, I, *space) -> (B, O, *space')."""
-        output: Tensor = self.last(self.spatial(self.first(x)))
+    def forward(self, input: Tensor) -> Tensor:
+        """input (B, I, *space) -> (B, O, *space')."""
+        output: Tensor = self.last(self.spatial(self.first(input)))
         return output
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:

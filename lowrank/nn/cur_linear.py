@@ -60,9 +60,9 @@ class CURLinear(DownUp):
     def size_cost(cls, shape: Sequence[int], size: Size, *, itemsize: int, heads: int = 0) -> Cost:
         return cur_cost(*shape, *size, itemsize=itemsize)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
-        return self.up(self.core(self.down(x)))
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in) -> (..., out)."""
+        return self.up(self.core(self.down(input)))
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight (out, in), computed in `dtype` (None: that of the factors)."""

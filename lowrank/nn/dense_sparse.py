@@ -21,7 +21,8 @@ from .form import LinearForm, check_traceable
 from .lowrank_linear import own
 
 SMALL = 256  # atoms that one byte can index
-MOST = 32768  # atoms that two bytes can index
+MOST = 32768  # atoms
+LONG = torch.int32  # of two bytes, DistributedDataParallel could not hand it on
 LEAST = 4  # fewest tokens for which coefficients are gathered
 GATHERED = 128  # tokens · s / r up to which coefficients are gathered; benchmarks/sparse_speed.py
 
@@ -29,11 +30,12 @@ GATHERED = 128  # tokens · s / r up to which coefficients are gathered; benchma
 class Coded(LinearForm):
     """The base of both forms: `basis`, and for each row of C the coefficients and their atoms.
 
-    Tensors: `value` (rows, s), `index` (rows, s) in one byte (two above 256 atoms).
+    Tensors: `value` (rows, s), `index` (rows, s) in one byte (four above 256 atoms).
     """
 
     SIZE = ("rank", "count")
     REFITTED = True
+    LONGER = frozenset({"index"})
 
     basis: nn.Linear
     value: nn.Parameter
@@ -194,10 +196,10 @@ class DenseSparseLinear(Coded):
     def rank(self) -> int:
         return self.basis.out_features
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
-        check_traceable(self, x)
-        inner = self.basis(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in) -> (..., out)."""
+        check_traceable(self, input)
+        inner = self.basis(input)
         if self._gathers(inner):
             y = self._gathered(inner)
             return y if self.bias is None else y + self.bias
@@ -287,10 +289,10 @@ class SparseDenseLinear(Coded):
     def bias(self) -> Tensor | None:
         return self.basis.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
-        check_traceable(self, x)
-        y: Tensor = self.basis(F.linear(x, self.coefficients(x.dtype).T))
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in) -> (..., out)."""
+        check_traceable(self, input)
+        y: Tensor = self.basis(F.linear(input, self.coefficients(input.dtype).T))
         return y
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -318,8 +320,8 @@ def _check(index: Tensor, value: Tensor, rank: int) -> None:
 
 
 def index_dtype(rank: int) -> torch.dtype:
-    """The smallest integer dtype that can index `rank` atoms."""
-    return torch.uint8 if rank <= SMALL else torch.int16
+    """The integer dtype in which `rank` atoms are indexed."""
+    return torch.uint8 if rank <= SMALL else LONG
 
 
 def dense_sparse_cost(

@@ -47,6 +47,8 @@ class Form(nn.Module):
             spec names that `owner` as "shared", and `bind` sets it.
         CODED: whether it holds integers of few bits in the place of numbers: bytes show its size,
             parameters do not.
+        LONGER: names of integer tensors that files of earlier versions hold in two bytes, and that
+            have four.
         REFITTED: whether recovery may refit the layer in closed form to other inputs.
         NESTED: whether the form is a sum of `spec()["rank"]` components, the first of which are a
             layer of this form again: `leading`.
@@ -63,6 +65,7 @@ class Form(nn.Module):
     SHARES: ClassVar[frozenset[str]] = frozenset()
     READS: ClassVar[str] = ""
     CODED: ClassVar[bool] = False
+    LONGER: ClassVar[frozenset[str]] = frozenset()
     REFITTED: ClassVar[bool] = False
     NESTED: ClassVar[bool] = False
     empty: ClassVar[Any]

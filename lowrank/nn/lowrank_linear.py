@@ -98,11 +98,11 @@ class LowRankLinear(DownUp):
     def size_cost(cls, shape: Sequence[int], size: Size, *, itemsize: int, heads: int = 0) -> Cost:
         return low_rank_cost(*shape, *size, itemsize=itemsize)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
-        inner = self.down(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in) -> (..., out)."""
+        inner = self.down(input)
         if self._last is not None and self._keeps():
-            self._last.keep(x, self.down.weight, inner)
+            self._last.keep(input, self.down.weight, inner)
         return self.up(inner)
 
     def last_product(self) -> LastProduct:

@@ -156,10 +156,10 @@ class LowRankMaskedLinear(DownUp):
         """Number of kept entries."""
         return len(self.sparse.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
-        check_traceable(self, x)
-        y: Tensor = self.sparse(x, self.up(self.down(x)))
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in) -> (..., out)."""
+        check_traceable(self, input)
+        y: Tensor = self.sparse(input, self.up(self.down(input)))
         return y
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -160,17 +160,17 @@ class LowRankSparseLinear(DownUp):
         """Number of inputs with their own column."""
         return len(self.sparse.index)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
-        check_traceable(self, x)
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in) -> (..., out)."""
+        check_traceable(self, input)
         share, rest = self._shares()
-        inner = self.down(x)
+        inner = self.down(input)
         inner = inner if self.act is None else silu(inner)
         inner = inner if share == 1 else share * inner
-        if not self._joins(inner, x):
-            y: Tensor = self.sparse(x, self.up(inner), rest)
+        if not self._joins(inner, input):
+            y: Tensor = self.sparse(input, self.up(inner), rest)
             return y
-        chosen = x.index_select(-1, self.sparse.index)
+        chosen = input.index_select(-1, self.sparse.index)
         both = torch.cat([inner, chosen if rest == 1 else rest * chosen], -1)
         weight = torch.cat([self.up.weight, self.sparse.weight], 1)
         return linear(both, weight, self.up.bias)

@@ -123,13 +123,13 @@ class PivotedLinear(LinearForm):
     def _kept(self) -> Tensor:
         return linear_weight(self.down if self.side == "out" else self.up)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in) -> (..., out)."""
         if self.side == "out":
-            kept = self.down(x)  # (..., rank)
+            kept = self.down(input)  # (..., rank)
             y = torch.cat((kept, self.mix(kept)), -1).index_select(-1, self.order)
         else:
-            kept, mixed = (x.index_select(-1, part) for part in self._parts())
+            kept, mixed = (input.index_select(-1, part) for part in self._parts())
             y = self.up(kept + self.mix(mixed))
         return y if self.bias is None else y + self.bias.to(y.dtype)  # autocast: that of y
 

@@ -78,12 +78,12 @@ class Coded(LinearForm):
             "smaller, not faster"
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
-        check_traceable(self, x)
-        y = None if self.whole is None else self.whole(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in) -> (..., out)."""
+        check_traceable(self, input)
+        y = None if self.whole is None else self.whole(input)
         if self.down is not None and self.up is not None:
-            low = self.up(self.down(x))
+            low = self.up(self.down(input))
             y = low if y is None else y + low
         assert y is not None
         return y if self.bias is None else y + self.bias.to(y.dtype)

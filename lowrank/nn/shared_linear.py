@@ -111,10 +111,10 @@ class SharedLowRankLinear(LinearForm):
     def bias(self) -> Tensor | None:
         return self.up.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in) -> (..., out)."""
         refuse_shards(self.down, "two layers of one basis")
-        return cast(Tensor, self.up(self.owner.shared_product(x)))
+        return cast(Tensor, self.up(self.owner.shared_product(input)))
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight (out, in), computed in `dtype` (None: that of the factors)."""

@@ -72,9 +72,9 @@ class SpatialConv(ConvSequence):
     def empty(cls, *, rank: int, bias: bool, **geometry: Any) -> Self:
         return cls(Geometry.from_spec(geometry), rank, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, I, height, width) -> (B, O, height', width')."""
-        output: Tensor = self.up(self.down(x))
+    def forward(self, input: Tensor) -> Tensor:
+        """input (B, I, height, width) -> (B, O, height', width')."""
+        output: Tensor = self.up(self.down(input))
         return output
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -75,10 +75,10 @@ class SplitGrouped(_SplitConv):
         )  # fmt: skip
         return conv
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, I, *space) or (I, *space) -> (B, O, *space')."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input (B, I, *space) or (I, *space) -> (B, O, *space')."""
         axis = -1 - len(self.kernel_size)
-        parts = x.chunk(self.groups, dim=axis)
+        parts = input.chunk(self.groups, dim=axis)
         layers = self.layers().values()
         return torch.cat([layer(part) for layer, part in zip(layers, parts, strict=True)], axis)
 
@@ -113,10 +113,10 @@ class SplitTransposed(_SplitConv):
     def closed(cls, module: Any, weight: Tensor) -> Tensor:
         return weight.T.unflatten(1, (-1, *module.kernel_size))
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """x (B, I, *space) or (I, *space) -> (B, O, *space')."""
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """input (B, I, *space) or (I, *space) -> (B, O, *space')."""
         dims = len(self.kernel_size)
-        batched = x if x.dim() == dims + 2 else x[None]
+        batched = input if input.dim() == dims + 2 else input[None]
         more = self._output_padding(
             batched, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
         )
@@ -126,7 +126,7 @@ class SplitTransposed(_SplitConv):
         output = torch.cat(found, dim=1) if len(found) > 1 else found[0]
         if self.bias is not None:
             output = output + self.bias.view(-1, *[1] * dims)
-        return output if batched is x else output[0]
+        return output if batched is input else output[0]
 
     def _spread(self, layer: nn.Module, x: Tensor, more: list[int]) -> Tensor:
         """What the channels of one group (B, I/g, *space) add up to (B, O/g, *space')."""

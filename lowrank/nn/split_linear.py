@@ -50,9 +50,9 @@ class SplitLinear(Unfused):
         shape = (sum(self.sizes), layers[0].in_features)
         return LazyProduct.of(shape, like, lambda: torch.cat([x.weight + 0 for x in layers]))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (…, in) -> (…, out)."""
-        return torch.cat([layer(x) for layer in self.layers().values()], dim=-1)
+    def forward(self, input: Tensor) -> Tensor:
+        """input (…, in) -> (…, out)."""
+        return torch.cat([layer(input) for layer in self.layers().values()], dim=-1)
 
     def extra_repr(self) -> str:
         return f"sizes={self.sizes}"

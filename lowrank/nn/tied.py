@@ -139,11 +139,11 @@ class TiedHead(_Reader):
     def out_features(self) -> int:
         return self.num_embeddings
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., D) -> (..., V)."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., D) -> (..., V)."""
         rows, up = self.owner.rows, self.owner.up
         refuse_shards(up, "the embedding and the head tied to it")
-        inner = linear(x, linear_weight(up, x).T)  # (..., rank)
+        inner = linear(input, linear_weight(up, input).T)  # (..., rank)
         return linear(inner, table_weight(rows, self.num_embeddings, inner), self.bias)
 
     def spec(self) -> dict[str, Any]:

@@ -77,9 +77,9 @@ class TuckerConv(ConvSequence):
     def empty(cls, *, r_out: int, r_in: int, bias: bool, **geometry: Any) -> Self:
         return cls(Geometry.from_spec(geometry), (r_out, r_in), bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, I, *space) -> (B, O, *space')."""
-        output: Tensor = self.last(self.core(self.first(x)))
+    def forward(self, input: Tensor) -> Tensor:
+        """input (B, I, *space) -> (B, O, *space')."""
+        output: Tensor = self.last(self.core(self.first(input)))
         return output
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:

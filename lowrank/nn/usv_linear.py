@@ -83,9 +83,9 @@ class USVLinear(DownUp):
     def rank(self) -> int:
         return min(self.core.weight.shape)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
-        return self.up(self.core(self.down(x)))
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in) -> (..., out)."""
+        return self.up(self.core(self.down(input)))
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight (out, in), computed in `dtype` (None: that of the factors)."""

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..calibration.running import first_tensor, quiet
+from ..calibration.running import input_of, quiet, takes_hooks
 from ..walk.surgery import module_at, modules_of
 
 NUMBERS = 4096  # of each tensor that are compared
@@ -85,7 +85,7 @@ class _Watch:
     def before(self, name: str, _module: nn.Module, args: object, kwargs: object) -> None:
         number = self.counts.setdefault(name, 0)
         self.counts[name] += 1
-        tensor = first_tensor((args, kwargs))
+        tensor = input_of(args, kwargs)
         if tensor is None or not tensor.is_floating_point():
             return
         seen = _Seen.of(tensor)
@@ -97,7 +97,7 @@ class _Watch:
             self.calls.setdefault(name, []).append(_Call(reads[-NEAR:]))
 
     def after(self, name: str, _module: nn.Module, _args: object, output: object) -> None:
-        tensor = first_tensor(output)
+        tensor = input_of(output)
         if tensor is None or not tensor.is_floating_point():
             return
         seen = _Seen.of(tensor)
@@ -139,6 +139,8 @@ def added_to(
     modules = {module: name for name, module in modules_of(module_at(model, within), within)}
     try:
         for module, name in modules.items():
+            if not takes_hooks(module):
+                continue
             hook, end = partial(watch.before, name), partial(watch.after, name)
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             handles.append(module.register_forward_hook(end))

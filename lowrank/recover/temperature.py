@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..calibration.processes import from_first, in_step, mine, summed
 from ..calibration.running import forward, predictions_of, quiet
@@ -27,7 +27,6 @@ FACTORS = tuple(round(0.5 + STEP * step, 2) for step in range(8))  # 0.5 to 1.2
 LEAST = 0.002  # of the KL; smaller gains change nothing
 TRIED = 3  # of the model's last norms
 OFF = 0.25  # of the largest change; 16-bit models round
-ROWS = 2  # that a norm is tried on
 
 
 def temper(model: nn.Module, judge: Reference, pairs: Pairs) -> tuple[float, float]:
@@ -107,17 +106,16 @@ def _scales(
     model: nn.Module, norm: nn.Module, own: Sequence[nn.Parameter], judge: Reference, factor: float
 ) -> bool:
     """Scale a norm's weight w, or 1 + w, and its bias, if that scales the logits."""
-    batch = judge.batches[0]
-    few = batch[:ROWS] if isinstance(batch, Tensor) else batch
+    batch = judge.batches[0]  # whole: a model may be made for batches of one size
     weight = norm._parameters.get("weight")
     with quiet(model), even_ranks(model), torch.no_grad():
-        wanted = factor * predictions_of(model, forward(model, few))[0]
+        wanted = factor * predictions_of(model, forward(model, batch))[0]
         most = OFF * abs(1 - 1 / factor) * float(wanted.abs().max())
         before = [vector.clone() for vector in own]
         for more in (0.0, factor - 1):
             for vector, value in zip(own, before, strict=True):
                 vector.copy_(factor * value + (more if vector is weight else 0.0))
-            off = predictions_of(model, forward(model, few))[0] - wanted
+            off = predictions_of(model, forward(model, batch))[0] - wanted
             if float(off.abs().max()) <= most:
                 return True
         for vector, value in zip(own, before, strict=True):

@@ -52,12 +52,7 @@ def check_model(model: Any) -> None:
     without adapters."""
     check_module(model)
     check_no_adapters(model)
-    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
-    if lazy:
-        raise LowrankError(
-            f"{len(lazy)} parameters have no shape yet ({listed(lazy, 3)}): "
-            "run the model once on an example"
-        )
+    check_shaped(model)
     meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if meta:
         raise LowrankError(
@@ -74,6 +69,16 @@ def check_model(model: Any) -> None:
     if kind is not None and not is_dequantised(model):
         raise LowrankError(
             f"the model is quantized ({kind}): compress the model first and quantize the result"
+        )
+
+
+def check_shaped(model: nn.Module) -> None:
+    """Raises LowrankError for parameters of lazy layers that have not run yet."""
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise LowrankError(
+            f"{len(lazy)} parameters have no shape yet ({listed(lazy, 3)}): "
+            "run the model once on an example"
         )
 
 

@@ -37,6 +37,7 @@ from . import layouts
 # Names of the module inside a wrapper: torch.compile; FSDP and activation checkpointing.
 COMPILED = "_orig_mod"
 _WRAPPED = frozenset({COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+REGISTRIES = frozenset({"_modules", "_parameters", "_buffers"})
 _PARALLEL = (DataParallel, DistributedDataParallel)
 
 
@@ -166,10 +167,14 @@ def in_copy(site: Site, model: nn.Module) -> Site:
 def twin(model: nn.Module) -> nn.Module:
     """A copy of the modules that shares every parameter and buffer, so it costs no memory.
 
-    Replacing modules in one of the two does not affect the other.
+    Replacing modules in one of the two does not affect the other. Attributes that cannot be copied,
+    such as a lock or a running iterator, are shared too.
     """
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    return copied(model, dict(shared))
+    try:
+        return copied(model, dict(shared))
+    except LowrankError:
+        return copied(model, _uncopied(model, shared))
 
 
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
@@ -178,9 +183,33 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
 
     Args:
         memo: as for `copy.deepcopy`; objects to share, by their ids.
+
+    Raises:
+        LowrankError: an attribute cannot be copied.
     """
     with _WithoutGraph():
-        return copy.deepcopy(model, memo)
+        try:
+            return copy.deepcopy(model, memo)
+        except Exception as error:  # of attributes of any kind
+            raise LowrankError(
+                f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}): "
+                "remove that attribute first, or work on the model itself (copy=False)"
+            ) from error
+
+
+def _uncopied(model: nn.Module, shared: Mapping[int, Any]) -> dict[int, Any]:
+    """What is to be shared, with the modules' attributes that cannot be copied."""
+    found = dict(shared)
+    for module in reversed(list(model.modules())):  # inner ones first, for those that hold them
+        for name, value in vars(module).items():
+            if name in REGISTRIES:
+                continue
+            try:
+                with _WithoutGraph():
+                    copy.deepcopy(value, dict(found))
+            except Exception:  # of any kind
+                found[id(value)] = value
+    return found
 
 
 class _WithoutGraph(TorchFunctionMode):

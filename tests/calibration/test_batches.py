@@ -113,6 +113,9 @@ def test_rows_of_a_text() -> None:
         ([[]], "got list"),
         ([{"input_ids": [[1, 2], [3]]}], "got {input_ids: list}: collate the rows"),
         ({}, "must hold tensors, got {}"),
+        ([X, X.to("meta")], "item 1 of the data: it is on the meta device"),
+        (torch.zeros(1, 0), "it is empty, of shape (1, 0)"),
+        ({"input_ids": torch.zeros(2, 0)}, "it is empty, of shape (2, 0)"),
     ],
     ids=str,
 )
@@ -120,6 +123,22 @@ def test_what_is_no_data_is_told(data: Any, words: str) -> None:
     with pytest.raises(LowrankError) as caught:
         materialise(data)
     assert words in said(caught)
+
+
+def test_what_is_no_tokenizer() -> None:
+    with pytest.raises(LowrankError, match=r"tokenizer must be one of transformers.*got 'gpt2'"):
+        materialise(["a text"], "gpt2")
+
+
+def test_what_a_model_takes_is_told() -> None:
+    two = Custom(nn.Identity.forward)
+    two.forward = lambda left, right: left  # type: ignore[method-assign]
+    with pytest.raises(
+        LowrankError, match=r"takes left, right, but a batch .* pass dicts, {'left'"
+    ):
+        forward(two, X)
+    with pytest.raises(LowrankError, match=r"takes 'input', but a batch .* holds 'x', 'y'"):
+        forward(nn.Linear(3, 3), {"x": X, "y": X})
 
 
 def test_a_single_word_is_no_text() -> None:

@@ -182,12 +182,19 @@ def test_no_folder_no_skeleton_wrong_skeleton(folder: Path, tmp_path: Path) -> N
         load(folder)
     with pytest.raises(LowrankError, match=r"must be or return an nn\.Module, got int"):
         load(folder, lambda: 3)  # type: ignore[arg-type,return-value]
+    lazy = nn.Sequential(nn.LazyLinear(3))
+    for call in (lambda: load(folder, lazy), lambda: save(lazy, tmp_path / "lazy")):
+        with pytest.raises(LowrankError, match=r"no shape yet \(0.weight, 0.bias\): run the model"):
+            call()
 
 
 def test_save_refuses_before_writing(net: nn.Module, zoo, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(LowrankError, match="is a file, expected a folder"):
         save(net, tmp_path / "file")
+    for model in (net, zoo.compressed("llama")):
+        with pytest.raises(LowrankError, match=r"inside cannot be written to \(.*Not a directory"):
+            save(model, tmp_path / "file" / "inside")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(LowrankError, match=r"holds another checkpoint \(config.json\)"):
         save(net, tmp_path)

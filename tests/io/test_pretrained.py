@@ -13,6 +13,7 @@ from torch import nn
 
 from lowrank.errors import LowrankError
 from lowrank.io import from_pretrained, load, save, skeleton
+from lowrank.io.verifying import verify
 
 WEIGHTS = "model.safetensors"
 
@@ -21,6 +22,19 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
     save_file(tensors, folder / WEIGHTS)
+
+
+def test_a_save_replaces_shards_and_whole_files(zoo, tmp_path: Path) -> None:
+    """transformers keeps the one that is not written, and loads it in the place of the new."""
+    model = zoo.compressed("llama")
+    for size in ("20KB", "1GB", "20KB", "1GB"):
+        with torch.no_grad():
+            model.model.norm.weight.mul_(1.5)
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        assert (tmp_path / WEIGHTS).exists() == (size == "1GB")
+        assert (tmp_path / f"{WEIGHTS}.index.json").exists() == (size == "20KB")
+        verify(tmp_path)
+        assert torch.equal(zoo.logits(from_pretrained(tmp_path)), zoo.logits(model))
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
 import lowrank
 from lowrank.errors import LowrankError
-from lowrank.nn import LowRankLinear
+from lowrank.io.verifying import verify
+from lowrank.nn import BlockLowRankLinear, DenseSparseLinear, LowRankLinear
+from lowrank.walk.surgery import swap
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -146,3 +150,79 @@ def test_factors_of_factors_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(LowrankError, match=r"0 is factored, and so is a layer inside it"):
         lowrank.save(torch.nn.Sequential(inner), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def shorten(folder: Path) -> list[str]:
+    """Store in two bytes what earlier versions did, and without their checksum."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    long = [name for name, tensor in tensors.items() if tensor.dtype == torch.int32]
+    save_file({**tensors, **{name: tensors[name].short() for name in long}}, file, {"format": "pt"})
+    if (folder / "lowrank.json").exists():
+        index = json.loads((folder / "lowrank.json").read_text())
+        del index["sha256"]
+        (folder / "lowrank.json").write_text(json.dumps(index))
+    return sorted(long)
+
+
+def as_today(model: torch.nn.Module, again: torch.nn.Module) -> bool:
+    """Whether every tensor is as it was before the file was rewritten."""
+    found = again.state_dict()
+    return all(
+        torch.equal(value, found[name]) and value.dtype == found[name].dtype
+        for name, value in model.state_dict().items()
+    )
+
+
+def test_indices_of_two_bytes_become_four(tmp_path: Path) -> None:
+    """Those of files of earlier versions: DistributedDataParallel broadcasts no int16."""
+    net = torch.nn.Sequential(DenseSparseLinear(3, 2, 300, 2), BlockLowRankLinear(2, 3, 1, 2, 2))
+    lowrank.save(net, tmp_path)
+    assert shorten(tmp_path) == ["0.index", "1.down.place", "1.up.place"]
+    verify(tmp_path)
+    dense = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 3))
+    assert as_today(net, lowrank.load(tmp_path, dense))
+
+
+def test_indices_of_two_bytes_in_a_transformers_model(zoo, tmp_path: Path) -> None:
+    model = zoo.compressed("llama")
+    up = model.model.layers[0].mlp.up_proj
+    sizes = up.in_features, up.out_features
+    swap(model, {id(up): BlockLowRankLinear(*sizes, 3, 20, 20, bias=False)})
+    lowrank.save(model, tmp_path)
+    assert len(shorten(tmp_path)) == 2
+    verify(tmp_path)
+    assert as_today(model, type(model).from_pretrained(tmp_path))
+
+
+def test_a_factor_that_no_file_holds_is_not_drawn(damaged: Path) -> None:
+    """transformers warns, and goes on with random numbers."""
+    tensors = load_file(damaged / "model.safetensors")
+    del tensors[f"{Q}.up.weight"]
+    save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LowrankError, match=rf"do not fit config.json; missing: {Q}.up.weight"):
+        transformers.AutoModelForCausalLM.from_pretrained(damaged)
+
+
+class Biased(transformers.PreTrainedModel):
+    """All its linear layers have biases, which it draws without asking for them."""
+
+    config_class = transformers.BertConfig
+
+    def __init__(self, config: transformers.BertConfig) -> None:
+        super().__init__(config)
+        self.fc = torch.nn.Linear(16, 16)
+        self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+
+
+def test_layers_inside_of_factored_ones_are_not_drawn(tmp_path: Path) -> None:
+    model = Biased(transformers.BertConfig())
+    torch.nn.init.normal_(model.fc.weight)
+    lowrank.compress(model, 0.5, data=None, target_modules=["fc"], progress=False)
+    model.save_pretrained(tmp_path)
+    assert as_today(model, Biased.from_pretrained(tmp_path))

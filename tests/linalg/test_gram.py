@@ -129,3 +129,12 @@ def test_units_are_powers_of_two_and_hold_for_denormal_numbers() -> None:
     assert linalg.unit_of(torch.zeros(3)) == 1
     tiny = torch.tensor([3e-45, 1e-44])
     assert 1 <= float(tiny.double().max()) / linalg.unit_of(tiny) < 2
+
+
+def test_faint_rows_have_squares() -> None:
+    """Those of float32 would be zero."""
+    x = rows(50) * 1e-25
+    want = x.double().T @ x.double()
+    torch.testing.assert_close(linalg.gram_sum(x), want, rtol=1e-12, atol=0)
+    cross = linalg.cross_sum(x, x * 1e20)
+    torch.testing.assert_close(cross, want * 1e20, rtol=1e-5, atol=0)

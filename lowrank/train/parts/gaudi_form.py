@@ -92,10 +92,10 @@ class GaudiLinear(LinearForm):
         """Numbers within the blocks."""
         return int(self.whole.sum())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in) -> (..., out)."""
         rows, columns = self._masks()
-        return F.linear(F.linear(x, self.down * columns), self.up * rows.T, self.bias)
+        return F.linear(F.linear(input, self.down * columns), self.up * rows.T, self.bias)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight (out, in), computed in `dtype` (None: that of the factors)."""

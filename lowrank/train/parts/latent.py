@@ -73,11 +73,11 @@ class LatentCoefficients(Latent):
         self.register_buffer("mask", torch.zeros_like(latent, dtype=torch.bool))
         self.choose()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in) -> (..., out)."""
         fixed = self.latent.detach()
         coefficients = fixed * self.mask + (self.latent - fixed)  # the second part is zero
-        return linear(self.basis(x), coefficients, self.bias)
+        return linear(self.basis(input), coefficients, self.bias)
 
     @torch.no_grad()
     def choose(self) -> int:
@@ -115,11 +115,11 @@ class LatentWeight(Latent):
         self.register_buffer("value", value.detach().clone())
         self.register_buffer("index", index.to(torch.int32, copy=True))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in) -> (..., out)."""
         coefficients = spread(self.value, self.index.long(), self.rank)
         through = self.latent - self.latent.detach()  # zero
-        return linear(x, coefficients @ self.basis.weight + through, self.bias)
+        return linear(input, coefficients @ self.basis.weight + through, self.bias)
 
     @torch.no_grad()
     def choose(self) -> int:

@@ -150,12 +150,12 @@ class QuantisedLowRank(nn.Module):
         """Sum up dL/dW in the next backward passes, or stop and forget the sum."""
         self.collecting, self.gathered = on, None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in) -> (..., out)."""
         trained = self.factor if self.collecting else None
-        base = _QuantisedLinear.apply(x, self.numbers, self.scale, trained, self)
+        base = _QuantisedLinear.apply(input, self.numbers, self.scale, trained, self)
         down, up = (self.factor, self.basis) if self.left else (self.basis.T, self.factor.T)
-        y = base + self.strength * linear(linear(x, down), up)
+        y = base + self.strength * linear(linear(input, down), up)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

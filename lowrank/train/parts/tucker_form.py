@@ -85,9 +85,9 @@ class TuckerForm(nn.Module):
     def bias(self) -> Tensor | None:
         return self.last.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (batch, in, …) -> (batch, out, …)."""
-        out: Tensor = self.last(self.core(self.first(x)))
+    def forward(self, input: Tensor) -> Tensor:
+        """input (batch, in, …) -> (batch, out, …)."""
+        out: Tensor = self.last(self.core(self.first(input)))
         return out
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
