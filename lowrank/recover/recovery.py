@@ -57,7 +57,7 @@ class Recovery:
     temperature: bool = True
     block_steps: int = 0
     distill_steps: int = 0
-    block_rate: float = 0.01
+    block_rate: float = 0.005
     distill_rate: float | None = None
     optimizer: str = MUON
     rows: int = 16
