@@ -58,7 +58,7 @@ MUTANTS = (
         "lowrank/nn/geometry.py",
         "before = [n // 2 for n in total]",
         "before = [n - n // 2 for n in total]",
-        ("tests/nn/test_factored_conv.py::test_full_rank_is_the_convolution",),
+        ("tests/nn/test_factored_conv.py::test_an_odd_number_is_padded_after",),
     ),
     Mutant(
         "a mask that begins where it should end",

@@ -74,6 +74,15 @@ def test_full_rank_is_the_convolution(form: str, dims: int) -> None:
             assert getattr(new, field) == value, (where, field)
 
 
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_an_odd_number_is_padded_after(mode: str) -> None:
+    """Of an even kernel and "same"; with zeros torch pads, and warns of it."""
+    layer = conv(2, 4, 6, (2, 4), padding="same", padding_mode=mode)
+    new, x = WHOLE["tubal"](layer), drawn(2, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(new(x), layer(x), rtol=0, atol=1e-11)
+
+
 def test_in_float32_too(form: str) -> None:
     layer = conv(2, 8, 12, 3, padding=1, groups=2, dtype=torch.float32)
     new, x = WHOLE[form](layer), torch.randn(3, 8, 9, 8)
