@@ -16,7 +16,7 @@ from lowrank import demo
 from lowrank.nn import FACTORED
 from tests.test_docs import FENCE, ROOT, blocks, read, shape, tiny  # noqa: F401
 from website import engines, figures, limits, links, pages, pareto, texts
-from website.assemble import linked, written
+from website.assemble import configuration, linked, written
 from website.figures import Figure
 from website.names import Name, names
 
@@ -218,6 +218,18 @@ def test_links_that_leave_the_documentation_are_changed() -> None:
     )
     assert copied == {"recipes/dlrm.py"}
     assert linked("[a](docs/guide/faq.md)", ROOT / "README.md", set()) == "[a](guide/faq.md)"
+
+
+def test_the_site_needs_no_server_and_no_other_site(site: dict[str, str | Path]) -> None:
+    """Its search runs in a frame of its own making, and it is dark where the reader's system is."""
+    config = configuration(ROOT / "build" / "website")
+    assert config["plugins"][:2] == ["search", "offline"]
+    (script,) = config["extra"]["polyfills"]
+    assert script in site
+    assert "iframe-worker" in script  # or mkdocs-material adds one from elsewhere
+    palette = config["theme"]["palette"]
+    assert [each.get("scheme") for each in palette] == [None, "default", "slate"]
+    assert all("toggle" in each for each in palette)  # without, the system's choice is passed over
 
 
 def test_verbs_are_documented_with_the_arguments_that_they_take(
