@@ -51,7 +51,7 @@ def from_pretrained(path: str | Path, auto_class: str | None = None, **kwargs: A
     install()  # the module may have been reloaded since
     where = str(path)
     if Path(where).is_absolute() and not Path(where).is_dir():
-        raise LowrankError(f"there is no folder {where}")
+        raise LowrankError(f"cannot load {where}: there is no such folder")
     wants_info = kwargs.pop("output_loading_info", False)
     may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
     asked = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
