@@ -77,13 +77,13 @@ SPARSE_FORMS = {
 }
 
 
-def quality(model: str, setting: str = EQUAL_PARAMETERS) -> Reader:
-    """Of benchmarks/quality.py; the mean of its seeds."""
+def quality(model: str, setting: str = EQUAL_PARAMETERS, *, rivals: bool = False) -> Reader:
+    """Of benchmarks/quality.py; the mean of its seeds. `rivals`: theirs alone."""
 
     def read(data: Mapping[str, Any]) -> Iterator[Made]:
         found: dict[tuple[str, float], list[Mapping[str, Any]]] = defaultdict(list)
         for row in data["rows"]:
-            if row["method"] in WAYS:
+            if row["method"] in WAYS and (WAYS[row["method"]][0] == "rivals" or not rivals):
                 found[row["method"], row["ratio"]].append(row)
         for (method, keep), rows in found.items():
             kl = sum(row["kl"] for row in rows) / len(rows)
@@ -220,8 +220,16 @@ READERS: dict[str, tuple[Reader, str]] = {
     "real_llama.json": (by_policy("stories260K"), "benchmarks/real_llama.py"),
     "policies.json": (by_policy("embedded model"), "benchmarks/policies.py"),
     "quality_embedded_fast.json": (quality("embedded model"), "benchmarks/quality.py"),
+    "quality_embedded_best.json": (
+        quality("embedded model", f"{EQUAL_PARAMETERS}, a quarter of the steps"),
+        "benchmarks/quality.py",
+    ),
     "quality_embedded_seeds12.json": (
-        quality("embedded model", f"{EQUAL_PARAMETERS}, two draws, a quarter of the steps"),
+        quality(
+            "embedded model",
+            f"{EQUAL_PARAMETERS}, two draws, a quarter of the steps",
+            rivals=True,
+        ),
         "benchmarks/quality.py",
     ),
     "real_llm_shrunk.json": (real_llm, "benchmarks/real_llm.py"),

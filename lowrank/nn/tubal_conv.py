@@ -99,11 +99,11 @@ class TubalConv(FactoredConv):
     def components(self) -> int:
         return sum(self.ranks)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, I, *space) -> (B, O, *space')."""
-        check_traceable(self, x)
+    def forward(self, input: Tensor) -> Tensor:
+        """input (B, I, *space) -> (B, O, *space')."""
+        check_traceable(self, input)
         kernel = self.dense_weight().view(self.geometry.weight_shape)
-        return self.geometry.convolve(x, kernel, self.bias)
+        return self.geometry.convolve(input, kernel, self.bias)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight (O, I/g · K), computed in `dtype` (None: that of the factors)."""
