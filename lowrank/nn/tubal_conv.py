@@ -1,8 +1,8 @@
 """A convolution stored as low rank at every frequency of its kernel, and run as a dense one.
 
 W[:, :, k] = Σ_f M[k, f] · up_f down_f, with the cosines M of linalg/tubal.py (t-SVD: Kilmer and
-Martin, LAA 435, 2011). The kernel is built in every forward pass, which costs little beside the
-convolution, since K is small. It saves storage and memory, and no products.
+Martin, LAA 435, 2011). The kernel is built in every forward pass, K products of (O, R_f)
+by (R_f, I), whatever the number of positions. It saves storage, and no products.
 """
 
 from __future__ import annotations
