@@ -35,7 +35,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "dense-sparse": {"method": "dense-sparse"},
     "lowrank-sparse": {"method": "lowrank-sparse"},
     "blast": {"method": "blast"},
-    "auto": {"method": "auto"},
+    "auto": {"method": lowrank.METHODS["auto"]()},
     "lowrank-2:4": {"method": "lowrank-2:4"},
     "lowrank-masked": {"method": "lowrank-masked"},
     "pivoted, fast": {"method": "whitened", "storage": "pivoted", "effort": "fast"},

@@ -97,6 +97,8 @@ class Request(_Ranks):
         super().__post_init__()
         if isinstance(self.rank, int) and self.rank % (self.align or 1):
             raise LowrankError(f"rank={self.rank} is not a multiple of align={self.align}")
+        if self.method == "auto" and self.unit == "bytes" and self.ratio is not None:
+            object.__setattr__(self, "method", "quantized")  # nearer than every form of 16 bits
         joint = joint_of(self.method, self.seed)
         if joint is not None:
             self._check_joint()

@@ -2,7 +2,8 @@
 
 Plain and pivoted factors of the whitened optimum, dense-sparse, low rank with channels, and blocks,
 all in the norm of the outputs. A policy then chooses form and size at once from one curve per
-layer; the method of the chosen form builds the layer.
+layer; the method of the chosen form builds the layer. Where a ratio of bytes is asked for, the name
+stands for `Quantized`, whose integers are nearer than all of these (benchmarks/rank_and_bits.py).
 """
 
 from __future__ import annotations

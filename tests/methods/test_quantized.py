@@ -12,7 +12,7 @@ from torch import nn
 import lowrank
 from lowrank import Recovery
 from lowrank.errors import LowrankError
-from lowrank.methods import Quantized, TwoSided
+from lowrank.methods import Auto, Quantized, TwoSided
 from lowrank.methods.resolved import refitted_form
 from lowrank.nn import QuantizedFactorsLinear, QuantizedLinear, QuantizedLowRankLinear
 from lowrank.types import Cost, Option
@@ -137,6 +137,20 @@ def test_a_model_gets_as_small_as_asked() -> None:
     x = torch.cat(rows()).float()
     away = (copy.deepcopy(small).float()(x) - copy.deepcopy(model).float()(x)).norm()
     assert away < 0.2 * copy.deepcopy(model).float()(x).norm()
+
+
+@pytest.mark.parametrize(
+    ("method", "unit", "kind"),
+    [("auto", "bytes", "quantized"), ("auto", "params", "auto"), (Auto(), "bytes", "auto")],
+    ids=["auto, bytes", "auto, parameters", "Auto(), bytes"],
+)
+def test_auto_mixes_rank_and_bits_where_bytes_are_the_budget(
+    method: Any, unit: Any, kind: str
+) -> None:
+    plan = lowrank.plan(net(), 0.5, method=method, unit=unit, data=rows(), progress=False)
+    assert plan.settings["method"] == kind
+    own = {WHOLE, FACTORS, BOTH} & {entry.storage for entry in plan.entries}
+    assert bool(own) is (kind == "quantized")
 
 
 @pytest.mark.parametrize("unit", ["params", "macs"])
