@@ -10,8 +10,8 @@ calibrate (172 rows of stories260K's own samples: methods of the field were publ
 is evaluated once. With --rows, every seed draws so many of the calibration rows. AA-SVD-like:
 whitened uniform plain factors and block refit with as many steps of as many tokens as `best` takes
 in all, at two rates of which the better counts. MPIFA-like: whitened uniform pivoted and sequential
-refit with a quarter of the target from the dense stream. "lowrank-masked" runs only by name. --steps: share of the gradient steps, of
-ours and of AA-SVD-like alike. No rank alignment; fp32.
+refit with a quarter of the target from the dense stream. "lowrank-masked" runs only by name.
+--steps: share of the gradient steps, of ours and of AA-SVD-like alike. No rank alignment; fp32.
 """
 
 from __future__ import annotations
