@@ -48,7 +48,7 @@ RIVALS: dict[str, dict[str, Any]] = {
             "method": "whitened", **PLAIN,
             "effort": Recovery(
                 refit=False, temperature=False, block_steps=steps, block_rate=rate,
-                optimizer="adamw",
+                rows=BEST.rows, optimizer="adamw",
             ),
         }
         for steps in [BEST.block_steps + BEST.distill_steps] for rate in (0.003, 0.01)

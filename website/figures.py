@@ -60,6 +60,7 @@ WAYS = {
     "MPIFA-like": ("rivals", "MPIFA-like"),
     "AA-SVD-like, rate 0.01": ("rivals", "AA-SVD-like"),
     "AA-SVD-like, rate 0.003": ("rivals", "AA-SVD-like, lower rate"),
+    "lowrank-masked, fast": ("methods", "lowrank-masked"),
 }
 FORMS_OF_CONVOLUTIONS = {
     "channel": "ChannelConv",
@@ -232,6 +233,13 @@ READERS: dict[str, tuple[Reader, str]] = {
         ),
         "benchmarks/quality.py",
     ),
+    **{
+        f"quality_{title}_masked.json": (
+            quality(model, f"{EQUAL_PARAMETERS}, masks not counted, effort fast"),
+            "benchmarks/quality.py",
+        )
+        for title, model in (("stories260K", "stories260K"), ("embedded", "embedded model"))
+    },
     "real_llm_shrunk.json": (real_llm, "benchmarks/real_llm.py"),
     "real_llm.json": (real_llm, "benchmarks/real_llm.py"),
     "resnet20.json": (resnet20, "recipes/compress_resnet_cifar.py"),
