@@ -246,6 +246,7 @@ READERS: dict[str, tuple[Reader, str]] = {
     "sparse_quality.json": (sparse_quality, "benchmarks/sparse_quality.py"),
     "rank_and_bits_embedded.json": (rank_and_bits("embedded model"), "benchmarks/rank_and_bits.py"),
     "rank_and_bits_stories260K.json": (rank_and_bits("stories260K"), "benchmarks/rank_and_bits.py"),
+    "rank_and_bits_smollm2.json": (rank_and_bits("SmolLM2-135M"), "benchmarks/rank_and_bits.py"),
     "embeddings.json": (embeddings, "benchmarks/embeddings.py"),
     "sentences.json": (sentences, "benchmarks/sentences.py"),
     "conv_speed.json": (conv_speed, "benchmarks/conv_speed.py"),
