@@ -33,6 +33,32 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "no frequencies where storage alone counts",
+        "lowrank/methods/convolution.py",
+        'STORING = (*JOINED, "tubal")',
+        "STORING = JOINED",
+        (
+            "tests/methods/test_convolution.py::test_where_storage_alone_counts_frequencies_compete_too",
+        ),
+    ),
+    Mutant(
+        "an image blended with itself",
+        "lowrank/recover/images.py",
+        "images[torch.randperm(len(images), generator=generator).to(images.device)]",
+        "images",
+        ("tests/recover/test_images.py::test_blends_are_of_two_images_in_any_shares",),
+    ),
+    Mutant(
+        "states judged on changed images, and steps on the same ones",
+        "lowrank/recover/blocks.py",
+        "if options.vary and torch.is_grad_enabled():",
+        "if options.vary and not torch.is_grad_enabled():",
+        (
+            "tests/recover/test_images.py::"
+            "test_each_step_sees_other_images_and_states_are_judged_on_the_data",
+        ),
+    ),
+    Mutant(
         "frequencies of a kernel truncated in the inputs' mean alone",
         "lowrank/linalg/tubal.py",
         "return (blocks + blocks.mT) / 2",

@@ -40,6 +40,8 @@ class Recovery:
             predictions and, by Muon, near the dense model (`usual_rate`).
         optimizer: "muon" for matrices, with AdamW for vectors, or "adamw" for all.
         rows: batch size of both.
+        augment: images of a network with batch norms are distilled on as each step mirrors, shifts
+            and blends them (images.py); False takes them as they are.
         written: rows that a causal language model samples itself, as for `data="self"`, to distil
             on in addition to the data; other models use the data alone.
         nested: least ratio that the model shall serve besides its own; distillation then draws a
@@ -61,6 +63,7 @@ class Recovery:
     distill_rate: float | None = None
     optimizer: str = MUON
     rows: int = 16
+    augment: bool = True
     written: int = 0
     nested: float | None = None
     minutes: float | None = None
