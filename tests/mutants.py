@@ -42,11 +42,14 @@ MUTANTS = (
         ),
     ),
     Mutant(
-        "an image blended with itself",
+        "images moved one way alone",
         "lowrank/recover/images.py",
-        "images[torch.randperm(len(images), generator=generator).to(images.device)]",
-        "images",
-        ("tests/recover/test_images.py::test_blends_are_of_two_images_in_any_shares",),
+        "torch.randint(0, 2 * most + 1,",
+        "torch.randint(0, most + 1,",
+        (
+            "tests/recover/test_images.py::"
+            "test_shifted_images_are_windows_of_the_image_with_mirrored_edges",
+        ),
     ),
     Mutant(
         "states judged on changed images, and steps on the same ones",

@@ -1,8 +1,8 @@
-"""Images that every step of distillation sees anew: mirrored, shifted and mixed.
+"""Images that every step of distillation sees anew: mirrored and shifted.
 
 A network learns a few thousand images by heart, and is no nearer to the dense one on others. The
-dense network says what it sees in any image, so that these need no labels, and may be blends of two
-(Beyer et al., arXiv 2106.05237).
+dense network says what it sees in any image, so that these need no labels (the same views for both
+networks: Beyer et al., arXiv 2106.05237).
 """
 
 from __future__ import annotations
@@ -10,21 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from ..calibration.batches import Batch, is_dense
-from ..walk.layouts import keeps_moments
 
 CHANNELS = 4  # at most, of an image; see walk/heads.py
 SHIFT = 1 / 8  # of a side, at most
 LEAST = 8  # pixels of a side: less is no image
 
 
-def are_images(model: nn.Module, batches: Sequence[Batch]) -> bool:
-    """Whether the batches hold images for a model with batch norms, and nothing else but labels."""
-    found = any(map(keeps_moments, model.modules()))
-    return found and bool(batches) and all(images_in(batch) is not None for batch in batches)
+def are_images(batches: Sequence[Batch]) -> bool:
+    """Whether all batches hold images, and nothing else but labels."""
+    return bool(batches) and all(images_in(batch) is not None for batch in batches)
 
 
 def images_in(batch: Batch) -> Tensor | None:
@@ -40,14 +38,14 @@ def images_in(batch: Batch) -> Tensor | None:
 
 
 def changed(batch: Batch, generator: torch.Generator) -> Batch:
-    """The batch with other images: each mirrored or not, shifted, and blended with another.
+    """The batch with other images: each mirrored or not, and shifted.
 
     Args:
         batch: one of which `images_in` finds the images.
     """
     images = images_in(batch)
     assert images is not None
-    new = blended(shifted(mirrored(images, generator), generator), generator)
+    new = shifted(mirrored(images, generator), generator)
     if isinstance(batch, Mapping):
         return {key: new if value is images else value for key, value in batch.items()}
     return new
@@ -71,10 +69,3 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
         index = places.view(shape).expand(images.shape)
         images = wide.gather(axis, index)
     return images
-
-
-def blended(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image mixed with another of the batch, by any share (mixup, arXiv 1710.09412)."""
-    share = torch.rand(len(images), generator=generator).to(images)[:, None, None, None]
-    other = images[torch.randperm(len(images), generator=generator).to(images.device)]
-    return share * images + (1 - share) * other

@@ -303,7 +303,9 @@ class Job:
         fitted = self.fitted + len(written) if held else None
         batches = [*batches[: self.fitted], *written, *held]
         seconds = None if end is None else end - now()
-        vary = self.recovery.augment and are_images(self.bench.model, batches)
+        vary = self.recovery.augment and are_images(batches)
+        if self.recovery.augment and not vary:
+            self.notes.append("distilled on the data as it is: it is not of images alone")
         options, nesting = replace(options, vary=vary), self.nesting(self.student)
         result = distill(
             self.bench.model, self.student, batches, trained, options, fitted, seconds, nesting
@@ -313,7 +315,7 @@ class Job:
             f"distilled: held-out {self.bench.judge.measure} {result.before:.4g} -> "
             f"{result.after:.4g} (step {result.best_step} of {result.steps})"
             f"{'' if nesting is None else f', {nesting}'}"
-            f"{', on images mirrored, shifted and blended' if vary else ''}"
+            f"{', on images mirrored and shifted' if vary else ''}"
         )
         return result
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
+import lowrank
+from lowrank import LowrankError, Recovery
 from lowrank.recover.blocks import distill
-from lowrank.recover.images import are_images, blended, changed, images_in, mirrored, shifted
+from lowrank.recover.images import are_images, changed, images_in, mirrored, shifted
 from lowrank.recover.training import Training
 
 
@@ -36,22 +41,11 @@ def test_half_of_the_images_are_mirrored() -> None:
     assert 70 < turned < 130
 
 
-def test_blends_are_of_two_images_in_any_shares() -> None:
-    images = torch.eye(64).view(64, 1, 8, 8)
-    shares = blended(images, draw()).view(64, 64)
-    torch.testing.assert_close(shares.sum(1), torch.ones(64))
-    assert int((shares > 0).sum(1).max()) == 2
-    own = shares.diagonal()[(shares > 0).sum(1) == 2]
-    assert len(own) > 50
-    assert float(own.min()) < 0.1
-    assert float(own.max()) > 0.9
-
-
 def test_what_counts_as_images() -> None:
-    images, norm = torch.zeros(2, 3, 8, 8), nn.BatchNorm2d(3)
+    images = torch.zeros(2, 3, 8, 8)
     labelled = {"pixel_values": images, "labels": torch.tensor([1, 2]), "return_dict": True}
     assert images_in(labelled) is images
-    assert are_images(norm, [images, labelled])
+    assert are_images([images, labelled])
     new = changed({**labelled, "pixel_values": torch.rand(2, 3, 8, 8)}, draw())
     assert isinstance(new, dict)
     assert new["labels"] is labelled["labels"]
@@ -64,8 +58,26 @@ def test_what_counts_as_images() -> None:
         {"pixel_values": images, "boxes": torch.zeros(2, 4)},
     ]
     assert [images_in(batch) for batch in none] == [None] * 5
-    assert not are_images(norm, [images, none[0]])
-    assert not are_images(nn.LayerNorm(8), [images])
+    assert not are_images([images, none[0]])
+    assert not are_images([])
+
+
+@pytest.mark.parametrize("options", [{"augment": True}, {"augment": 2, "distill_steps": 3}])
+def test_images_are_changed_for_distillation_alone(options: dict[str, Any]) -> None:
+    with pytest.raises(LowrankError, match="whether distillation changes its images"):
+        Recovery(**options)
+
+
+def test_the_report_says_what_was_distilled_on() -> None:
+    torch.manual_seed(0)
+    wide, head = nn.Linear(288, 40), nn.Linear(40, 5)
+    effort = Recovery(refit=False, distill_steps=2, augment=True)
+    how: dict[str, Any] = {"method": "svd", "policy": "uniform", "effort": effort}
+    for channels, said in ((8, "distilled on the data as it is"), (4, "mirrored and shifted")):
+        net = nn.Sequential(nn.Conv2d(channels, 8, 3), nn.Flatten(), wide, nn.ReLU(), head).eval()
+        data = [torch.randn(24, channels, 8, 8)]
+        _, report = lowrank.compress(net, 0.6, data=data, copy=True, progress=False, **how)
+        assert any(said in note for note in report.notes)
 
 
 def test_each_step_sees_other_images_and_states_are_judged_on_the_data() -> None:
