@@ -33,6 +33,7 @@ from torch.nn.functional import pad, relu
 import lowrank
 from lowrank import Recovery
 from lowrank.measure.timing import paired_ratio
+from lowrank.nn import TubalConv
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from machine import keep as keep_result
@@ -50,6 +51,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "whitened, spectrum": {"method": "whitened", "policy": "spectrum"},
     "two-sided, spectrum": {"method": "two-sided", "policy": "spectrum"},
     "fast": {"effort": "fast"},
+    "stored, fast": {"method": "two-sided-stored", "effort": "fast"},
 }
 TRAINED: dict[str, dict[str, Any]] = {
     "block refit, 60 steps": {"effort": Recovery(block_steps=60, rows=50)},
@@ -154,14 +156,16 @@ def loaded(folder: Path) -> tuple[ResNet20, Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def macs(net: nn.Module) -> int:
-    """Multiply-accumulates of one image in all convolutions and linear layers."""
+    """Multiply-accumulates of one image in all convolutions and linear layers; the kernels of those
+    stored by frequency, which are built once a batch, are not counted."""
     found = []
 
     def hook(module: Any, _inputs: Any, output: Tensor) -> None:
         positions = output[0].numel() // output.shape[1]
-        found.append(module.weight.numel() * positions)
+        each = module.cost().macs if isinstance(module, TubalConv) else module.weight.numel()
+        found.append(each * positions)
 
-    parts = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    parts = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear | TubalConv)]
     handles = [part.register_forward_hook(hook) for part in parts]
     net(torch.zeros(1, 3, 32, 32))
     for handle in handles:

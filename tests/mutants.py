@@ -33,6 +33,35 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "no frequencies where storage alone counts",
+        "lowrank/methods/convolution.py",
+        'STORING = (*JOINED, "tubal")',
+        "STORING = JOINED",
+        (
+            "tests/methods/test_convolution.py::test_where_storage_alone_counts_frequencies_compete_too",
+        ),
+    ),
+    Mutant(
+        "images moved one way alone",
+        "lowrank/recover/images.py",
+        "torch.randint(0, 2 * most + 1,",
+        "torch.randint(0, most + 1,",
+        (
+            "tests/recover/test_images.py::"
+            "test_shifted_images_are_windows_of_the_image_with_mirrored_edges",
+        ),
+    ),
+    Mutant(
+        "states judged on changed images, and steps on the same ones",
+        "lowrank/recover/blocks.py",
+        "if options.vary and torch.is_grad_enabled():",
+        "if options.vary and not torch.is_grad_enabled():",
+        (
+            "tests/recover/test_images.py::"
+            "test_each_step_sees_other_images_and_states_are_judged_on_the_data",
+        ),
+    ),
+    Mutant(
         "frequencies of a kernel truncated in the inputs' mean alone",
         "lowrank/linalg/tubal.py",
         "return (blocks + blocks.mT) / 2",

@@ -131,6 +131,7 @@ ROSTER: dict[str, dict[str, Law]] = {
     "whitened-tubal": OF_ONE_COMPONENT,
     "two-sided-tucker": OF_CONVOLUTIONS,
     "two-sided-conv": OF_CONVOLUTIONS,
+    "two-sided-stored": OF_CONVOLUTIONS,
     "quotient-remainder": laws(low_rank=False, planted=two_tables),
     "tensor-train": laws(low_rank=False, planted=three_cores),
     "random": laws(planted=None),  # it gives the trained weight up

@@ -156,6 +156,9 @@ def resnet20(data: Mapping[str, Any]) -> Iterator[Made]:
         common = (row["keep"], TOP1, row["top1"], row["seconds"])
         if row["way"] == "fast":
             yield ("efforts", "fast", "ResNet-20", EQUAL_PARAMETERS, *common)
+        elif row["way"] == "stored, fast":
+            setting = f"{EQUAL_PARAMETERS}, effort fast"
+            yield ("methods", "two-sided-stored", "ResNet-20", setting, *common)
         elif policy in ("uniform", "spectrum"):
             method = {"whitened channels": "whitened-channel"}.get(method, method)
             ranks = "" if policy == "uniform" else ", with spectrum"

@@ -201,12 +201,10 @@ def _default_policy(parts: Decomposed, bench: Workbench | None, resolved: Resolv
     in the norm "fisher" they do show it, and at sizes this coarse a layer alone wastes its share.
     """
     norms = {curve.norm for curve in parts.curves.values()}
-    if isinstance(resolved.method, Measured) and norms == {"fisher"}:
-        return "spectrum"
-    one_norm = len(norms) == 1
-    if not (_mostly_convs(parts.sites) and one_norm):  # other errors cannot be added
-        return "uniform"
-    return "spectrum" if bench is None or not bench.judge.can_judge() else "lossaware"
+    if _mostly_convs(parts.sites) and len(norms) == 1:  # errors of several cannot be added
+        return "spectrum" if bench is None or not bench.judge.can_judge() else "lossaware"
+    by_codes = isinstance(resolved.method, Measured) and norms == {"fisher"}
+    return "spectrum" if by_codes else "uniform"
 
 
 def _mostly_convs(sites: Sequence[Site]) -> bool:

@@ -32,6 +32,7 @@ from .svd import SVD as SVD
 from .tensor_train import TensorTrain as TensorTrain
 from .two_sided import TwoSided as TwoSided
 from .two_sided import TwoSidedConv as TwoSidedConv
+from .two_sided import TwoSidedStored as TwoSidedStored
 from .two_sided import TwoSidedTucker as TwoSidedTucker
 from .whitened import Whitened as Whitened
 from .whitened import WhitenedChannel as WhitenedChannel
@@ -64,6 +65,7 @@ METHODS: dict[str, type[Method]] = {
     "whitened-conv": WhitenedConv,
     "two-sided-tucker": TwoSidedTucker,
     "two-sided-conv": TwoSidedConv,
+    "two-sided-stored": TwoSidedStored,
     "frequency": Frequency,
     "head-aware": HeadAware,
     "quotient-remainder": QuotientRemainder,

@@ -27,6 +27,7 @@ from .sampled import pareto_front
 from .svd import SVD
 
 JOINED = ("tucker", "spatial")  # "kernel-last" is left to the `channel` methods
+STORING = (*JOINED, "tubal")  # where storage alone counts
 STORED: frozenset[Unit] = frozenset({"params", "bytes"})  # units of what only storage measures
 
 

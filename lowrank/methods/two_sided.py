@@ -7,24 +7,25 @@ Errors estimate twice the KL to the dense model, and so are comparable across la
 
 `two-sided-…` fit the other forms of convolutions (convolution.py) in the same metric. `two-sided`
 delegates convolutions to `two-sided-conv`, which chooses the best form for each, and embeddings to
-`head-aware`.
+`head-aware`. `two-sided-stored` has to be named: it may take a form that is never faster.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from .. import linalg
 from ..errors import LowrankError
 from ..linalg.gram import full_precision
-from ..types import Curve, Method, Option, Site, Statistics
+from ..types import Curve, Method, Option, Site, Statistics, Unit
 from ..walk import layouts
 from .common import gram_of, low_rank_curve, low_rank_layer, out_gram_of, rank_of
 from .conv_forms import Metric
-from .convolution import JOINED, Tucker
+from .convolution import JOINED, STORED, STORING, Tucker
 from .head_aware import HeadAware
 
 
@@ -121,3 +122,20 @@ class TwoSidedConv(TwoSidedTucker):
 
     forms = JOINED
     name = "two-sided-conv"
+
+
+@dataclass(frozen=True)
+class TwoSidedStored(TwoSidedTucker):
+    """`two-sided`, and for convolutions low rank at every frequency too, which saves storage and no
+    products (`Tubal`): the best form for each, by estimated effect on predictions.
+
+    Options: `damp` as for `TwoSided`, `seed`.
+    """
+
+    forms = STORING
+    name = "two-sided-stored"
+    kinds = TwoSided.kinds
+    units: ClassVar[frozenset[Unit]] = STORED
+
+    def for_kind(self, kind: str) -> Method:
+        return self if kind == "conv" else TwoSided(self.damp, self.seed).for_kind(kind)

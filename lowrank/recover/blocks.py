@@ -21,6 +21,7 @@ from ..calibration.running import forward, predictions_of, quiet
 from ..measure.eval import Reference, divergence
 from ..nn.few_shapes import even_ranks
 from .budget import fit_within
+from .images import changed
 from .nesting import Nesting
 from .optimizer import ADAMW, MUON
 from .training import Trained, Training, mean_of, split
@@ -76,15 +77,18 @@ def distill(
     """Distil the dense model into the compressed one: minimise mean KL(dense ‖ compressed), or
     the relative squared error of what is no logits.
 
-    The teacher's logits are cached up to a memory limit; on further batches it runs at every step.
-    Without a rate in `options` it is `usual_rate`. `fitted`: see `split`; `seconds`: see
-    `fit_within`; `nesting`: over sampled ranks.
+    The teacher's logits are cached up to a memory limit; on further batches, and on images that
+    vary, it runs at every step. Without a rate in `options` it is `usual_rate`. `fitted`: see
+    `split`; `seconds`: see `fit_within`; `nesting`: over sampled ranks.
     """
     predicted = Reference(teacher, batches)
     trained_on, held_out = split(len(batches), fitted)
     usual = sum(predictions(predicted, batch) for batch in held_out) / len(held_out) or 1.0
+    generator = torch.Generator().manual_seed(options.seed)
 
     def loss(batch: int) -> Tensor:
+        if options.vary and torch.is_grad_enabled():
+            return _apart(teacher, student, changed(batches[batch], generator), predicted.measure)
         outputs, _ = predictions_of(student, forward(student, batches[batch]))
         mask = predicted.mask(batch)
         losses = divergence(predicted.outputs(batch), outputs, mask, predicted.measure)
@@ -101,6 +105,14 @@ def distill(
             return fit_within(
                 parameters, wanted, trained_on, held_out, options, seconds, known=before
             )
+
+
+def _apart(teacher: nn.Module, student: nn.Module, batch: Batch, measure: str) -> Tensor:
+    """How far a student is from its teacher on a batch that comes but once."""
+    with torch.no_grad():
+        expected, _ = predictions_of(teacher, forward(teacher, batch))
+    outputs, _ = predictions_of(student, forward(student, batch))
+    return divergence(expected, outputs, measure=measure).mean()
 
 
 def usual_rate(away: float, held: int, optimizer: str) -> float:

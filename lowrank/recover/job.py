@@ -33,6 +33,7 @@ from .blocks import distill, refit_block
 from .budget import Budget, now
 from .closed_form import refit_layer
 from .copies import Pairs, factors_in, own_buffers, own_vectors
+from .images import are_images
 from .journal import Journal
 from .nesting import Nesting
 from .recovery import Recovery
@@ -302,7 +303,10 @@ class Job:
         fitted = self.fitted + len(written) if held else None
         batches = [*batches[: self.fitted], *written, *held]
         seconds = None if end is None else end - now()
-        nesting = self.nesting(self.student)
+        vary = self.recovery.augment and are_images(batches)
+        if self.recovery.augment and not vary:
+            self.notes.append("distilled on the data as it is: it is not of images alone")
+        options, nesting = replace(options, vary=vary), self.nesting(self.student)
         result = distill(
             self.bench.model, self.student, batches, trained, options, fitted, seconds, nesting
         )
@@ -311,6 +315,7 @@ class Job:
             f"distilled: held-out {self.bench.judge.measure} {result.before:.4g} -> "
             f"{result.after:.4g} (step {result.best_step} of {result.steps})"
             f"{'' if nesting is None else f', {nesting}'}"
+            f"{', on images mirrored and shifted' if vary else ''}"
         )
         return result
 

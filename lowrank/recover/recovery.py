@@ -40,6 +40,8 @@ class Recovery:
             predictions and, by Muon, near the dense model (`usual_rate`).
         optimizer: "muon" for matrices, with AdamW for vectors, or "adamw" for all.
         rows: batch size of both.
+        augment: each step of distillation mirrors and shifts its images (images.py); other data
+            is distilled on as it is, which the report says.
         written: rows that a causal language model samples itself, as for `data="self"`, to distil
             on in addition to the data; other models use the data alone.
         nested: least ratio that the model shall serve besides its own; distillation then draws a
@@ -61,6 +63,7 @@ class Recovery:
     distill_rate: float | None = None
     optimizer: str = MUON
     rows: int = 16
+    augment: bool = False
     written: int = 0
     nested: float | None = None
     minutes: float | None = None
@@ -90,6 +93,11 @@ class Recovery:
             raise unknown("optimizer", str(self.optimizer), OPTIMIZERS)
         if self.rows < 1:
             raise LowrankError(f"rows of a Recovery must be >= 1, got {self.rows!r}")
+        if self.augment not in (True, False) or (self.augment and not self.distill_steps):
+            raise LowrankError(
+                f"augment={self.augment!r} is True or False, whether distillation changes its "
+                f"images: give distill_steps with it, got {self.distill_steps!r}"
+            )
         if self.nested is not None:
             self._check_nested(self.nested)
         if self.minutes is not None:

@@ -70,7 +70,7 @@ def refitted_twins(
         works: of each candidate: sites, their entries, and the factored layers, or None for layers
             that the refit makes (`refit_makes`).
     """
-    closed_form = replace(recovery, block_steps=0, distill_steps=0, minutes=None)
+    closed_form = replace(recovery, block_steps=0, distill_steps=0, minutes=None, augment=False)
     jobs = [Job(bench, closed_form, resolved, work, most, 0) for work in works]
     _refit(jobs, progress=False)
     for job in jobs:

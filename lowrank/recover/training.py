@@ -28,6 +28,7 @@ class Training:
         checks: number of times that the held-out loss is evaluated.
         seed: random seed of the batch order.
         optimizer: see `RecoveryOptimizer`.
+        vary: whether each step of distillation changes its batch, of images; see images.py.
     """
 
     steps: int = 120
@@ -35,6 +36,7 @@ class Training:
     checks: int = 6
     seed: int = 0
     optimizer: str = MUON
+    vary: bool = False
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ from lowrank.methods import (
     Spatial,
     Tubal,
     Tucker,
+    TwoSided,
     TwoSidedConv,
+    TwoSidedStored,
     TwoSidedTucker,
     WhitenedChannel,
     WhitenedConv,
@@ -220,6 +222,28 @@ def test_tubal_from_one_line_to_the_file_and_back(tmp_path: Path) -> None:
             lowrank.plan(net, method="tubal", data=None, progress=False, **asked)
 
 
+def test_where_storage_alone_counts_frequencies_compete_too(tmp_path: Path) -> None:
+    """No kernel has a nearer form without them; linear layers are those of `two-sided`."""
+    case = case_of(torch.randn(9, 6, 9, generator=torch.Generator().manual_seed(4)).double())
+    every, plain = (way.curve(case.site, case.stats) for way in (TwoSidedStored(), TwoSidedConv()))
+    assert "tubal" in {option.storage for option in every.options}
+    for option in plain.options:
+        cost = option.cost.params
+        assert option.error >= min(o.error for o in every.options if o.cost.params <= cost)
+    assert TwoSidedStored(damp=0.5).for_kind("linear") == TwoSided(damp=0.5)
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Conv2d(6, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(400, 24))
+    asked = {"method": "two-sided-stored", "policy": "uniform", "target_modules": "all"}
+    data = [torch.randn(24, 6, 7, 7)]
+    plan = lowrank.plan(net, 0.4, data=data, progress=False, **asked)
+    plan.save(tmp_path / "plan.json")
+    again = lowrank.Plan.load(tmp_path / "plan.json")
+    small, _ = lowrank.compress(net, again, data=data, copy=True, progress=False)
+    assert [type(small[i]).__name__ for i in (0, 3)] == ["TubalConv", "LowRankLinear"]
+    with pytest.raises(LowrankError, match="does not measure what method 'two-sided-stored' saves"):
+        lowrank.plan(net, 0.4, unit="macs", data=data, progress=False, **asked)
+
+
 def test_no_form_is_worse_than_its_curve_says() -> None:
     case = case_of(torch.randn(9, 6, 9, generator=torch.Generator().manual_seed(4)).double())
     for way in (
@@ -230,6 +254,7 @@ def test_no_form_is_worse_than_its_curve_says() -> None:
         WhitenedTubal(),
         WhitenedConv(),
         TwoSidedConv(),
+        TwoSidedStored(),
     ):
         curve, seen = way.curve(case.site, case.stats), set()
         for option in curve.options[:-1]:
