@@ -238,6 +238,11 @@ def statistics_of(site: Site, calibration: Calibration | None) -> Statistics:
     return stats
 
 
+def only_zeros(stats: Statistics) -> bool:
+    """Whether all inputs were zero: any factors fit them, and they show none that are good."""
+    return stats.gram is not None and float(stats.gram.diagonal().sum()) == 0
+
+
 def doubts(sites: Sequence[Site], calibration: Calibration) -> list[str]:
     """Warnings about layers with too little data, and about padding in it.
 
@@ -249,8 +254,7 @@ def doubts(sites: Sequence[Site], calibration: Calibration) -> list[str]:
         for site, stats in ((site, statistics_of(site, calibration)) for site in sites)
         if site.kind in ("linear", "conv") and stats.count
     ]
-    grams = [(s, stats.gram) for s, stats in read if stats.gram is not None]
-    zero = [s.title for s, gram in grams if float(gram.diagonal().sum()) == 0]
+    zero = [s.title for s, stats in read if only_zeros(stats)]
     share = _distinct(calibration)
     few = [s.title for s, stats in read if s.title not in zero and stats.count * share < s.shape[1]]
     padded = [s.title for s, _ in read if s.name in calibration.padded]

@@ -38,7 +38,7 @@ from . import layouts
 COMPILED = "_orig_mod"
 _WRAPPED = frozenset({COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 REGISTRIES = frozenset({"_modules", "_parameters", "_buffers"})
-_PARALLEL = (DataParallel, DistributedDataParallel)
+PARALLEL = (DataParallel, DistributedDataParallel)
 
 
 def modules_of(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -65,7 +65,7 @@ def factored(model: nn.Module) -> dict[str, Form]:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside DDP, DataParallel and torch.compile; not FSDP, which owns the tensors."""
-    if isinstance(model, _PARALLEL):
+    if isinstance(model, PARALLEL):
         return unwrapped(model.module)
     inner = model._modules.get(COMPILED)
     return model if inner is None else unwrapped(inner)
@@ -310,7 +310,7 @@ def _name(parent: nn.Module, key: str, prefix: str) -> str:
 
 def _is_inside(parent: nn.Module, key: str) -> bool:
     """Whether `parent` is a wrapper of this child."""
-    return key in _WRAPPED or (isinstance(parent, _PARALLEL) and key == "module")
+    return key in _WRAPPED or (isinstance(parent, PARALLEL) and key == "module")
 
 
 def _inside(module: nn.Module) -> nn.Module:
