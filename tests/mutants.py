@@ -1023,7 +1023,7 @@ MUTANTS = (
     ),
     Mutant(
         "stand-ins whose calls are not compared with the layers'",
-        "lowrank/calibration/stand_ins.py",
+        "lowrank/walk/surgery.py",
         "return all(sum(one.calls for one in group) >= count for count, group in counted)",
         "return all(count >= 0 for count, _ in counted)",
         ("tests/calibration/test_stand_ins.py::test_what_cannot_be_replaced_stays_dense",),

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..errors import LowrankError
 from ..types import Site, Statistics
 from ..walk import layouts
+from ..walk.surgery import stood_in
 from .cuts import Cuts
 from .padding import Padding
 from .processes import gathered, summed
@@ -31,7 +31,7 @@ from .running import (
     takes_hooks,
     tensors_in,
 )
-from .stand_ins import irreplaceable, stood_in
+from .stand_ins import bypassed, irreplaceable
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
         unseen = [site for site in sites if site.name not in seen.shapes]
         if not unseen:
             return seen
-        bypassed, called = _bypassed(model, unseen, run)
+        passed, called = bypassed(model, unseen, run)
         if not called:
-            return replace(seen, bypassed=bypassed)
+            return replace(seen, bypassed=passed)
     seen = _observed(model, sites, run)
     unseen = [site for site in sites if site.name not in seen.shapes]
     return replace(
         seen,
-        bypassed=_bypassed(model, unseen, run)[0] if unseen else (),
+        bypassed=bypassed(model, unseen, run)[0] if unseen else (),
         irreplaceable=irreplaceable(model, sites, seen.calls, run),
     )
 
@@ -128,49 +128,6 @@ def _observed(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
         calls=reads.counts(),
         cuts=cuts.sizes(),
     )
-
-
-def _bypassed(
-    model: nn.Module, sites: Sequence[Site], run: Run
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The sites whose weights are read in a further run though they are not called, and those that
-    are called."""
-    reads = _Reads()
-    hooks = [
-        module.register_forward_pre_hook(_noted(reads, site), with_kwargs=True)
-        for site in sites
-        for module in site.modules
-    ]
-    try:
-        with quiet(model), _Operands() as operands:
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    read = {id(weight) for weight in operands.parameters}
-    bypassed = tuple(
-        site.name
-        for site in sites
-        if any(id(w) in read for module in site.modules for w in module.parameters(recurse=False))
-        if site.name not in reads.shapes
-    )
-    return bypassed, tuple(reads.shapes)
-
-
-class _Operands(TorchFunctionMode):
-    """A context that notes the parameters which torch's functions are called with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parameters: list[nn.Parameter] = []
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if getattr(func, "__name__", "") != "__get__":  # .dtype and .device read no number
-            given = tensors_in((args, kwargs or {}))
-            self.parameters += (t for t in given if isinstance(t, nn.Parameter))
-        return func(*args, **(kwargs or {}))
 
 
 def _outermost(

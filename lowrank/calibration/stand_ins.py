@@ -1,4 +1,6 @@
-"""Which layers a model lets go: tried with stand-ins, which compute the same under another class.
+"""Which layers a model does not call, and which it would not let go.
+
+The latter are tried with stand-ins, which compute the same under another class.
 
 A model that asks `isinstance(layer, nn.Linear)`, or that calls a layer through a reference of its
 own (a plain list, a closure), would pass over a factored layer, or go on with the dense one. A
@@ -7,64 +9,15 @@ layer of several calls, only some of which ask, is not found: that takes a run t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..types import Site
-from ..walk.surgery import swap
-from .running import Run, quiet
-
-
-class StandIn(nn.Module):
-    """Calls a layer in its place, and counts; all other attributes are the layer's."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-        self.calls = 0
-        self.training = layer.training
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        return self.layer(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        own = self.__dict__["_modules"]
-        return own[name] if name in own else getattr(own["layer"], name)
-
-
-class _Placed:
-    """Stand-ins for the modules of sites.
-
-    A layer that is the model itself has none: whoever calls it holds it.
-    """
-
-    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
-        self.groups = {
-            site.name: [StandIn(module) for module in site.modules]
-            for site in sites
-            if all(module is not model for module in site.modules)
-        }
-        self.each = [one for group in self.groups.values() for one in group]
-
-    def suffice(self, calls: Mapping[str, int]) -> bool:
-        """Whether they were called as often as the layers behind them."""
-        counted = ((calls.get(name, 0), group) for name, group in self.groups.items())
-        return all(sum(one.calls for one in group) >= count for count, group in counted)
-
-
-@contextmanager
-def stood_in(model: nn.Module, sites: Sequence[Site]) -> Iterator[_Placed]:
-    """A context in which stand-ins are in the places of the sites."""
-    placed = _Placed(model, sites)
-    try:
-        swap(model, {id(one.layer): one for one in placed.each})
-        yield placed
-    finally:
-        swap(model, {id(one): one.layer for one in placed.each})
+from ..walk.surgery import stood_in
+from .running import Run, input_of, quiet, tensors_in
 
 
 def irreplaceable(
@@ -102,3 +55,53 @@ def _runs(model: nn.Module, sites: Sequence[Site], calls: Mapping[str, int], run
         except Exception:  # whatever a model raises that meets an unknown class
             return False
     return stand_ins.suffice(calls)
+
+
+def bypassed(
+    model: nn.Module, sites: Sequence[Site], run: Run
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The sites whose weights are read in this run though they are not called, and those that are
+    called."""
+    called: dict[str, None] = {}
+
+    def noted(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            if input_of(args, kwargs) is not None:
+                called[name] = None
+
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(noted(site.name), with_kwargs=True)
+        for site in sites
+        for module in site.modules
+    ]
+    try:
+        with quiet(model), _Operands() as operands:
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    read = {id(weight) for weight in operands.parameters}
+    passed = (
+        site.name
+        for site in sites
+        if any(id(w) in read for module in site.modules for w in module.parameters(recurse=False))
+    )
+    return tuple(name for name in passed if name not in called), tuple(called)
+
+
+class _Operands(TorchFunctionMode):
+    """A context that notes the parameters which torch's functions are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parameters: list[nn.Parameter] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__name__", "") != "__get__":  # .dtype and .device read no number
+            given = tensors_in((args, kwargs or {}))
+            self.parameters += (t for t in given if isinstance(t, nn.Parameter))
+        return func(*args, **(kwargs or {}))

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 import lowrank
 from lowrank import LowrankError
 from lowrank.calibration.observation import observe
-from lowrank.calibration.stand_ins import StandIn, stood_in
 from lowrank.nn import LowRankLinear
 from lowrank.walk.sites import find_sites
+from lowrank.walk.surgery import StandIn, stood_in
 from tests.zoo import unchanged
 
 WIDTH = 24
