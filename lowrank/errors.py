@@ -19,7 +19,7 @@ def unknown(what: str, got: str, known: Iterable[str]) -> LowrankError:
     names = sorted(known)
     near = difflib.get_close_matches(got, names, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-    every = "" if near and len(names) > FEW else f" (known: {', '.join(names)})"
+    every = "" if near and len(names) > FEW else f" (known: {listed(names, 2 * FEW)})"
     return LowrankError(f"unknown {what} {got!r}{hint}{every}")
 
 

@@ -1050,6 +1050,27 @@ MUTANTS = (
         "t.dtype == torch.float64 for t in tensors",
         ("tests/linalg/test_gram.py::test_faint_rows_have_squares",),
     ),
+    Mutant(
+        "stand-ins whose calls are not compared with the layers'",
+        "lowrank/walk/surgery.py",
+        "return all(sum(one.calls for one in group) >= count for count, group in counted)",
+        "return all(count >= 0 for count, _ in counted)",
+        ("tests/calibration/test_stand_ins.py::test_what_cannot_be_replaced_stays_dense",),
+    ),
+    Mutant(
+        "inputs of zeros taken for inputs",
+        "lowrank/methods/resolved.py",
+        "stats.count >= least and not only_zeros(stats)",
+        "stats.count >= least",
+        ("tests/api/test_bad_efforts.py::test_inputs_of_zeros",),
+    ),
+    Mutant(
+        "factors loaded that are not finite",
+        "lowrank/io/specs.py",
+        "module.fault() or _not_finite(module)",
+        "module.fault()",
+        ("tests/io/test_damaged_numbers.py::test_a_factor_that_is_not_finite_is_told_at_load",),
+    ),
 )
 
 

@@ -197,17 +197,37 @@ def test_a_bad_number_in_a_weight(bad: float) -> None:
     model = make("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] = bad
-    expected = "model.layers.1.mlp.up_proj: the weight holds NaN or Inf"
+    expected = (
+        "model.layers.1.mlp.up_proj: the weight holds NaN or Inf: load the model again, from sound "
+        "files, or leave the layer out (exclude_modules=['model.layers.1.mlp.up_proj'])"
+    )
     assert refused(model, 0.5) == expected
     assert refused(model, 0.5, data=tokens()) == expected
-    # a layer that is left alone may hold what it likes
-    lowrank.compress(model, 0.5, data=None, exclude_modules=["up_proj"])
+    # a layer that is left alone may hold what it likes, and the report says so
+    _, report = lowrank.compress(model, 0.5, data=None, exclude_modules=["up_proj"])
+    said = "1 tensors hold NaN or Inf, and keep them: model.layers.1.mlp.up_proj.weight"
+    assert said in report.notes
 
 
 def test_a_bad_number_in_the_root() -> None:
     layer = nn.Linear(24, 16)
     nn.init.constant_(layer.weight, math.nan)
-    assert refused(layer, 0.5) == "(root): the weight holds NaN or Inf"
+    assert refused(layer, 0.5).startswith("(root): the weight holds NaN or Inf: load")
+
+
+@pytest.mark.parametrize("data", [None, torch.randn(30, 24)], ids=["no data", "data"])
+def test_a_bad_number_in_a_bias_or_beside_the_targets(data: Any) -> None:
+    model = nn.Sequential(nn.Linear(24, 24), nn.LayerNorm(24), nn.Linear(24, 24))
+    with torch.no_grad():
+        model[2].bias[3] = math.nan
+    assert refused(model, 0.5, data=data).startswith("2: the bias holds NaN or Inf: load")
+    with torch.no_grad():
+        model[2].bias[3], model[1].bias[3] = 0, math.inf
+    if data is None:
+        _, report = lowrank.compress(model, 0.5, data=None)
+        assert report.notes == ("1 tensors hold NaN or Inf, and keep them: 1.bias",)
+    else:
+        assert refused(model, 0.5, data=data).startswith("2: its input holds NaN or Inf")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -19,6 +19,11 @@ def test_two_near_matches() -> None:
     assert "did you mean 'uniform' or 'uniforms'?" in said
 
 
+def test_many_names_are_cut() -> None:
+    said = str(unknown("form", "!", [f"SomeLongNameOfAForm{n}" for n in range(50)]))
+    assert said.endswith(" … (+26 more))")
+
+
 def test_nothing_near() -> None:
     said = str(unknown("unit", "furlongs", ["params", "bytes"]))
     assert said == "unknown unit 'furlongs' (known: bytes, params)"

@@ -176,8 +176,12 @@ def targets_among(sites: Sequence[Site], model: nn.Module, request: Request) -> 
         )
     check_rank_pattern(request.rank_pattern or {}, chosen)
     for site in targets:
-        if not layouts.is_finite(site.module):
-            raise LowrankError(f"{site.title}: the weight holds NaN or Inf")
+        for name, tensor in site.module.named_parameters():
+            if not layouts.sound(tensor):
+                raise LowrankError(
+                    f"{site.title}: the {name} holds NaN or Inf: load the model again, from sound "
+                    f"files, or leave the layer out (exclude_modules=[{site.name!r}])"
+                )
     return chosen
 
 

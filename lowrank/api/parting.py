@@ -168,6 +168,7 @@ def of_calibration(calibration: Calibration | None, sizes: Sizes) -> Calibration
         groups=tuple(map(names, observed.groups)),
         shapes=spread(observed.shapes),
         bypassed=names(observed.bypassed),
+        irreplaceable=names(observed.irreplaceable),
         calls=spread(observed.calls),
         cuts={name: cut for name, cut in observed.cuts.items() if name not in known},
     )

@@ -28,12 +28,18 @@ from ..policies.common import measured
 from ..recover.workbench import Workbench
 from ..types import Allocation, Cost, Curve, Measured, Probe, SeveralForms, Site
 from ..walk import layouts
-from ..walk.coverage import uncovered
+from ..walk.coverage import uncovered, unsound
 from ..walk.sites import pattern_value
 from .allocating import Curves, Judge, allocate, why_dense
 from .grouping import Group, groups_of
 from .positions import counted, often, repeat_counts
 from .request import HOLD_OUT, Request
+
+HELD = (
+    "cannot be replaced (the model asks for their class, or calls them through a list or closure "
+    "that keeps the dense layer)"
+)
+ZEROS = "read nothing but zeros in the data"
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,7 @@ def make_plan(
         settings["uncovered"] = outside
     if compared:
         settings["forms"] = compared
+    notes += unsound(model, targets)
     if notes:
         settings["notes"] = notes
     return agreed(Plan(entries, whole, request.asked(), settings)), curves, resolved
@@ -144,18 +151,13 @@ def _workable(
             ruled_out.setdefault("are of a kind that the method does not take", []).append(site)
         elif not reason and request.unit == "macs" and not site.cost.macs:
             reason = "a lookup takes no MACs, factors would"
+        elif not reason and calibration is not None and _is_held(site, calibration):
+            reason = "the model does not run, or passes it over, with another module in its place"
+            ruled_out.setdefault(HELD, []).append(site)
         elif not reason and calibration is not None and not resolved.is_seen(site, calibration):
             unseen.append(site.title)
             if request.on_missing != "data-free":
-                count = statistics_of(site, calibration).count
-                least = max(calibration.min_tokens, 1)
-                reason = f"the calibration data gave it {count} tokens, fewer than {least}"
-                few = "were not reached by the data"
-                if least > 1:
-                    few = f"were given fewer than {least} tokens by the data"
-                if site.name in calibration.observation.bypassed:
-                    reason = "its weight is read without calling the layer: no data reaches it"
-                    few = "are never called, only their weights are read,"
+                reason, few = _why_unseen(site, calibration)
                 ruled_out.setdefault(few, []).append(site)
         kept.append(replace(site, reason=reason))
     if unseen and request.on_missing == "error":
@@ -164,12 +166,36 @@ def _workable(
             "on_missing='dense' leaves them dense"
         )
     if all(site.reason for site in kept):
+        for why in (ZEROS, HELD):
+            if why in ruled_out:
+                names = [site.title for site in ruled_out[why]]
+                raise LowrankError(f"all {len(names)} targets {why}: {listed(names, 4)}")
         raise LowrankError(
             f"the calibration data reached none of the {len(unseen)} targets: {listed(unseen, 4)}"
             if unseen
             else f"the method takes {kinds} layers, but no target is one"
         )
     return kept, [_left(why, left) for why, left in ruled_out.items()]
+
+
+def _why_unseen(site: Site, calibration: Calibration) -> tuple[str, str]:
+    """The reason of one layer that the data does not show, and what a note says of all of them."""
+    stats, least = statistics_of(site, calibration), max(calibration.min_tokens, 1)
+    if site.name in calibration.observation.bypassed:
+        reason = "its weight is read without calling the layer: no data reaches it"
+        return reason, "are never called, only their weights are read,"
+    if stats.count >= least:
+        reason = "all inputs that the data gave it are zero: they show no direction to keep"
+        return reason, ZEROS
+    reason = f"the calibration data gave it {stats.count} tokens, fewer than {least}"
+    if least > 1:
+        return reason, f"were given fewer than {least} tokens by the data"
+    return reason, "were not reached by the data"
+
+
+def _is_held(site: Site, calibration: Calibration) -> bool:
+    """Whether the model would not call another module in this place."""
+    return site.name in calibration.observation.irreplaceable
 
 
 def _left(why: str, sites: Sequence[Site]) -> str:

@@ -97,6 +97,11 @@ def _read(data: Any, tokenizer: Any, length: int, quota: _Quota) -> Reading:
         data = [_text(data, tokenizer)]
     if not isinstance(data, Iterable) and is_dataclass(data):
         return Reading([_sound(batch_of(data))])
+    if isinstance(data, nn.Module | type):
+        what = "a class" if isinstance(data, type) else f"a model ({type(data).__name__})"
+        raise LowrankError(
+            f"data must be what a model reads, or a callable that runs it, got {what}"
+        )
     if callable(data) and not isinstance(data, Iterable):
         return Reading(data)
     if not isinstance(data, Iterable):

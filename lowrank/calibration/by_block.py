@@ -191,10 +191,10 @@ def _parts(
     if recording.whole:
         return [(batch, hidden)]
     rows = few_rows(model, batch, LOSS)
-    parts = rebatched([batch], rows)
-    if sum(map(_length, parts)) != len(hidden) or not recording.is_plain(number):
+    parts, pieces = rebatched([batch], rows), hidden.split(rows)
+    if list(map(_length, parts)) != list(map(len, pieces)) or not recording.is_plain(number):
         return [(batch, hidden)]
-    return list(zip(parts, hidden.split(rows), strict=True))
+    return list(zip(parts, pieces, strict=True))
 
 
 def _tail_gradient(

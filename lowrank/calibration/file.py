@@ -88,6 +88,7 @@ def _body(calibration: Calibration, store: _Store, folder: Path | None) -> dict[
         "sites": {name: own[id(stats)] for name, stats in calibration.statistics.items()},
         "order": observation.order, "groups": observation.groups, "chains": observation.chains,
         "bypassed": observation.bypassed, "calls": observation.calls,
+        "irreplaceable": observation.irreplaceable,
         "shapes": {name: list(shape) for name, shape in observation.shapes.items()},
         "cuts": {name: list(sizes) for name, sizes in observation.cuts.items()},
         "batches": [_batch(batch, store) for batch in calibration.batches],
@@ -242,6 +243,7 @@ def _restored(body: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Pa
         tuple(body["order"]), _names(body["groups"]), _names(body["chains"]), shapes,
         tuple(body["bypassed"]), dict(body.get("calls", {})),
         {name: tuple(sizes) for name, sizes in body.get("cuts", {}).items()},
+        tuple(body.get("irreplaceable", ())),
     )  # fmt: skip
     return Calibration(
         statistics={name: parts[number] for name, number in body["sites"].items()},

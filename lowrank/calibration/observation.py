@@ -13,17 +13,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..errors import LowrankError
 from ..types import Site, Statistics
 from ..walk import layouts
+from ..walk.surgery import stood_in
 from .cuts import Cuts
 from .padding import Padding
 from .processes import gathered, summed
-from .running import SameTensor, Unpadded, first_tensor, input_of, quiet, takes_hooks, tensors_in
-
-Run = Callable[[], object]
+from .running import (
+    Run,
+    SameTensor,
+    Unpadded,
+    first_tensor,
+    input_of,
+    quiet,
+    takes_hooks,
+    tensors_in,
+)
+from .stand_ins import bypassed, irreplaceable
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,7 @@ class Observation:
         chains: per chain of blocks, the names of its members in order; chains in order of calls.
         shapes: shape of each site's input at its first call.
         bypassed: sites that are never called, while their weights are read.
+        irreplaceable: sites in whose place the model would not call another module.
         calls: how often each site was called.
         cuts: of linear layers, the sizes of the parts into which the model cuts what they return.
     """
@@ -47,10 +56,38 @@ class Observation:
     bypassed: tuple[str, ...] = ()
     calls: dict[str, int] = field(default_factory=dict)
     cuts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    irreplaceable: tuple[str, ...] = ()
 
 
 def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
-    """Run the model once under hooks; the model and its modes are restored."""
+    """Run the model once under hooks; the model and its modes are restored.
+
+    Stand-ins are in the places of the layers. Where they change something the model is run again:
+    without them, and with some, to find out which.
+    """
+    with stood_in(model, sites) as stand_ins:
+        try:
+            seen = _observed(model, sites, run)
+        except Exception:  # the run below raises it again, if it is the model's own
+            seen = None
+    if seen is not None and stand_ins.suffice(seen.calls):
+        unseen = [site for site in sites if site.name not in seen.shapes]
+        if not unseen:
+            return seen
+        passed, called = bypassed(model, unseen, run)
+        if not called:
+            return replace(seen, bypassed=passed)
+    seen = _observed(model, sites, run)
+    unseen = [site for site in sites if site.name not in seen.shapes]
+    return replace(
+        seen,
+        bypassed=bypassed(model, unseen, run)[0] if unseen else (),
+        irreplaceable=irreplaceable(model, sites, seen.calls, run),
+    )
+
+
+def _observed(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
+    """What one run shows of the sites that are called in it."""
     reads, cuts = _Reads(), Cuts()
     containers = {
         name: module
@@ -81,7 +118,6 @@ def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
         for name, container in containers.items()
     }
     layers = [site.name for site in sites]
-    unseen = [site for site in sites if site.name not in reads.shapes]
     linked = _outermost({n: members[n] for n, chain in chains.items() if chain.linked()}, layers)
     single = [members[name][index] for name, chain in chains.items() for index in chain.once()]
     return Observation(
@@ -89,38 +125,9 @@ def observe(model: nn.Module, sites: Sequence[Site], run: Run) -> Observation:
         groups=reads.groups(),
         chains=_in_order(_with_singles(linked, single, layers), tuple(reads.shapes)),
         shapes=reads.shapes,
-        bypassed=_bypassed(model, unseen, run) if unseen else (),
         calls=reads.counts(),
         cuts=cuts.sizes(),
     )
-
-
-def _bypassed(model: nn.Module, sites: Sequence[Site], run: Run) -> tuple[str, ...]:
-    """The sites whose weights are read in a further run; they are not called."""
-    with quiet(model), _Operands() as operands:
-        run()
-    read = {id(weight) for weight in operands.parameters}
-    return tuple(
-        site.name
-        for site in sites
-        if any(id(w) in read for module in site.modules for w in module.parameters(recurse=False))
-    )
-
-
-class _Operands(TorchFunctionMode):
-    """A context that notes the parameters which torch's functions are called with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parameters: list[nn.Parameter] = []
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if getattr(func, "__name__", "") != "__get__":  # .dtype and .device read no number
-            given = tensors_in((args, kwargs or {}))
-            self.parameters += (t for t in given if isinstance(t, nn.Parameter))
-        return func(*args, **(kwargs or {}))
 
 
 def _outermost(

@@ -5,20 +5,22 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import LowrankError
+from ..errors import LowrankError, listed
 from ..walk.surgery import COMPILED
 from .batches import ROWS, Batch, is_dense
 
 LOGITS = 1 << 27  # bytes of logits that are held at once
 # What a model's own code raises.
 FAILED = (TypeError, ValueError, RuntimeError, LookupError, AttributeError)
+
+Run = Callable[[], object]  # runs a model on what it is observed with
 
 
 @contextmanager
@@ -69,7 +71,26 @@ def forward(model: nn.Module, batch: Batch) -> Any:
 
     Labels only make a decoder's input, but where the model makes that itself of them, or demands
     them.
+
+    Raises:
+        LowrankError: in place of what the model raises, for want of memory excepted.
     """
+    try:
+        return _run(model, batch)
+    except (LowrankError, torch.OutOfMemoryError):
+        raise
+    except FAILED as error:
+        parts = {"": batch} if isinstance(batch, Tensor) else batch
+        given = (f"{name} {_shown(value)}".strip() for name, value in parts.items())
+        taken = (place.name for place in _places(model))
+        raise LowrankError(
+            f"{type(model).__name__} does not run on the data: {type(error).__name__}: "
+            f"{' '.join(str(error).split()):.160}; it takes {listed(taken, 6) or 'nothing'}, and "
+            f"was given {listed(given, 4)}"
+        ) from error
+
+
+def _run(model: nn.Module, batch: Batch) -> Any:
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
 
     def moved(value: Any) -> Any:
@@ -110,6 +131,12 @@ def forward(model: nn.Module, batch: Batch) -> Any:
     elif "decoder_input_ids" not in inputs and taken is not None and decodes:
         inputs["labels"] = labels
     return model(**inputs)
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
 
 
 def _takes_one_dict(model: nn.Module, inputs: Mapping[str, Any]) -> bool:

@@ -134,9 +134,26 @@ def calibrate(
             raise LowrankError(f"rows={rows} would change nothing: the calibration is finished")
         return data
     progress = progress and is_main()
-    (batches, rows_read), source, whole = _alike(
-        lambda: _fed(model, data, tokenizer, length, rows, seed, progress)
-    )
+    fed = _alike(lambda: _fed(model, data, tokenizer, length, rows, seed, progress))
+    try:
+        return _gathered(model, fed, sites, hold_out, min_tokens, progress)
+    except LowrankError:
+        batches, whole = fed[0].batches, fed[2]
+        if whole or callable(batches) or world() > 1 or not _depends(model, batches):
+            raise
+    return _gathered(model, (*fed[:2], True), sites, hold_out, min_tokens, progress)
+
+
+def _gathered(
+    model: nn.Module,
+    fed: Fed,
+    sites: Sequence[Site] | None,
+    hold_out: float,
+    min_tokens: int,
+    progress: bool,
+) -> Calibration:
+    """The calibration on data that was read."""
+    (batches, rows_read), source, whole = fed
     batches, held_out = parted(batches, hold_out, whole=whole)
     padding, batches, run = _to_run(model, batches, whole)
     free = [site for site in sites or find_sites(model) if not site.reason]
@@ -238,6 +255,11 @@ def statistics_of(site: Site, calibration: Calibration | None) -> Statistics:
     return stats
 
 
+def only_zeros(stats: Statistics) -> bool:
+    """Whether all inputs were zero: any factors fit them, and they show none that are good."""
+    return stats.gram is not None and float(stats.gram.diagonal().sum()) == 0
+
+
 def doubts(sites: Sequence[Site], calibration: Calibration) -> list[str]:
     """Warnings about layers with too little data, and about padding in it.
 
@@ -249,8 +271,7 @@ def doubts(sites: Sequence[Site], calibration: Calibration) -> list[str]:
         for site, stats in ((site, statistics_of(site, calibration)) for site in sites)
         if site.kind in ("linear", "conv") and stats.count
     ]
-    grams = [(s, stats.gram) for s, stats in read if stats.gram is not None]
-    zero = [s.title for s, gram in grams if float(gram.diagonal().sum()) == 0]
+    zero = [s.title for s, stats in read if only_zeros(stats)]
     share = _distinct(calibration)
     few = [s.title for s, stats in read if s.title not in zero and stats.count * share < s.shape[1]]
     padded = [s.title for s, _ in read if s.name in calibration.padded]
@@ -285,12 +306,17 @@ def doubts(sites: Sequence[Site], calibration: Calibration) -> list[str]:
 def _stays_whole(model: nn.Module, batches: list[Batch] | Forward) -> bool:
     """Whether batches must not be cut; measured once, on the first that could be.
 
-    Rows of ids that a model of transformers reads are independent: no pass is spent on them.
+    Rows of ids that a model of transformers reads are independent, and no pass is spent on them
+    unless the model fails on some.
     """
     if callable(batches):
         return False
-    doubtful = (b for b in batches if not reads_ids(model, b) and rows_in(b) > 1)
-    batch = next(doubtful, None)
+    return _depends(model, [batch for batch in batches if not reads_ids(model, batch)])
+
+
+def _depends(model: nn.Module, batches: Sequence[Batch]) -> bool:
+    """Whether the first batch with several rows is more than its rows."""
+    batch = next((batch for batch in batches if rows_in(batch) > 1), None)
     return batch is not None and rows_depend(model, batch)
 
 

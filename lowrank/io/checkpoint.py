@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,14 @@ from torch import nn
 from ..errors import LowrankError, listed
 from ..plans.plan import version
 from ..walk.checks import check_module, check_shaped
-from ..walk.surgery import modules_of, plain_name, swap, unchanged_on_error, unwrapped
+from ..walk.surgery import (
+    PARALLEL,
+    modules_of,
+    plain_name,
+    swap,
+    unchanged_on_error,
+    unwrapped,
+)
 from . import flattening, pretrained, tensors
 from .containers import hold_apart
 from .declaration import is_compressed, is_transformers
@@ -52,7 +60,7 @@ def save(
         LowrankError: `folder` is a file or holds a checkpoint of the other kind, or the model
             cannot be stored: nothing is then written. Or the folder cannot be written to.
     """
-    target = Path(folder)
+    target = _folder(folder)
     check_module(model)
     check_shaped(model)
     model = unwrapped(model)
@@ -131,7 +139,9 @@ def load(
     Raises:
         LowrankError: a file is missing, damaged or does not fit; the skeleton is then unchanged.
     """
-    source = Path(folder)
+    source = _folder(folder)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise LowrankError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
     if not source.is_dir():
         raise LowrankError(f"there is no folder {source}")
     if not (source / INDEX).exists():
@@ -146,7 +156,16 @@ def load(
     if not isinstance(model, nn.Module):
         raise LowrankError(f"skeleton must be or return an nn.Module, got {type(model).__name__}")
     check_shaped(model)
+    if isinstance(model, PARALLEL):  # names in files are those of the module inside
+        model.module = _filled(model.module, source / WEIGHTS, specs, index, device, dtype)
+        return model
     return _filled(model, source / WEIGHTS, specs, index, device, dtype)
+
+
+def _folder(given: Any) -> Path:
+    if not isinstance(given, str | os.PathLike):
+        raise LowrankError(f"expected the path of a folder, got {type(given).__name__}")
+    return Path(given)
 
 
 def _filled(

@@ -63,7 +63,7 @@ def from_pretrained(path: str | Path, auto_class: str | None = None, **kwargs: A
         raise
     except Exception as error:  # many libraries may raise here
         reason = " ".join(str(error).split())
-        raise LowrankError(f"cannot load {where}: {type(error).__name__}: {reason}") from error
+        raise LowrankError(f"cannot load {where}: {type(error).__name__}: {reason:.300}") from error
     finally:
         TELLS.reset(token)
     _check_factors(where, model, info)

@@ -127,8 +127,9 @@ def read(path: Path, device: torch.device | str, dtype: torch.dtype | None) -> d
 
     try:
         tensors: dict[str, Tensor] = load_file(path, device=str(device))
-    except (SafetensorError, OSError) as error:
-        raise LowrankError(f"{path} could not be read: {error}") from error
+    except (SafetensorError, OSError, RuntimeError) as error:  # a device that is not there
+        reason = " ".join(str(error).split())
+        raise LowrankError(f"{path} could not be read to {device}: {reason:.200}") from error
     if dtype is None:
         return tensors
     return {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import linalg
-from ..calibration.statistics import Calibration, statistics_of
+from ..calibration.statistics import Calibration, only_zeros, statistics_of
 from ..errors import LowrankError, listed, unknown
 from ..nn import ChannelConv, Form, LowRankLinear
 from ..types import (
@@ -79,11 +79,13 @@ class Resolved:
         return kind in self.for_kind(kind).kinds
 
     def is_seen(self, site: Site, calibration: Calibration | None) -> bool:
-        """Whether the site has the statistics that its method needs."""
+        """Whether the site has the statistics that its method needs: those of enough inputs, not
+        all of them zero."""
         if calibration is None or not self.for_kind(site.kind).needs:
             return True
         least = max(calibration.min_tokens, 1)
-        return statistics_of(site, calibration).count >= least
+        stats = statistics_of(site, calibration)
+        return stats.count >= least and not only_zeros(stats)
 
     def curve(
         self, group: Group, calibration: Calibration | None, *, ranked: bool = False

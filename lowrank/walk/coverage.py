@@ -9,6 +9,7 @@ from torch import nn
 from ..errors import listed
 from ..nn import is_factored
 from ..types import Site
+from .layouts import sound
 from .surgery import modules_of
 
 
@@ -31,6 +32,21 @@ def uncovered(model: nn.Module, sites: Sequence[Site]) -> dict[str, int]:
                 name = f"{type(module).__name__}.{key}"
                 found[name] = found.get(name, 0) + parameter.numel()
     return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def unsound(model: nn.Module, targets: Sequence[Site]) -> list[str]:
+    """A note about tensors that hold NaN or Inf outside of the targets, which may not; none
+    without.
+
+    Inf in a buffer is none: masks hold it.
+    """
+    known = {id(layer._parameters.get("weight")) for site in targets for layer in site.modules}
+    own = {n: p for n, p in model.named_parameters() if id(p) not in known}
+    found = [name for name, parameter in own.items() if not sound(parameter)]
+    found += [name for name, buffer in model.named_buffers() if bool(buffer.isnan().any())]
+    if not found:
+        return []
+    return [f"{len(found)} tensors hold NaN or Inf, and keep them: {listed(found, 3)}"]
 
 
 def told(counts: Mapping[str, int]) -> str:

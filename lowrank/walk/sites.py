@@ -201,7 +201,7 @@ def _check_patterns(what: str, patterns: Patterns, sites: Sequence[Site]) -> Non
     if not isinstance(every, Collection) or not all(isinstance(one, str) for one in every):
         raise LowrankError(
             f"{what} must be a name, a regular expression, a list of names or '{ALL_LINEAR}', "
-            f"got {patterns!r}"
+            f"got {patterns!r:.80}"
         )
     if not every:
         raise LowrankError(f"{what} is empty: name at least one module, or '{ALL_LINEAR}'")

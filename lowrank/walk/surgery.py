@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -38,7 +38,7 @@ from . import layouts
 COMPILED = "_orig_mod"
 _WRAPPED = frozenset({COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 REGISTRIES = frozenset({"_modules", "_parameters", "_buffers"})
-_PARALLEL = (DataParallel, DistributedDataParallel)
+PARALLEL = (DataParallel, DistributedDataParallel)
 
 
 def modules_of(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -65,7 +65,7 @@ def factored(model: nn.Module) -> dict[str, Form]:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside DDP, DataParallel and torch.compile; not FSDP, which owns the tensors."""
-    if isinstance(model, _PARALLEL):
+    if isinstance(model, PARALLEL):
         return unwrapped(model.module)
     inner = model._modules.get(COMPILED)
     return model if inner is None else unwrapped(inner)
@@ -244,6 +244,56 @@ def replaced(model: nn.Module, site: Site, new: nn.Module) -> Iterator[nn.Module
             _set(parent, key, child)
 
 
+class StandIn(nn.Module):
+    """Calls a layer in its place, and counts; all other attributes are the layer's, but not the
+    class."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.calls = 0
+        self.training = layer.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self.layer(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        own = self.__dict__["_modules"]
+        return own[name] if name in own else getattr(own["layer"], name)
+
+
+class StandIns:
+    """Stand-ins for the modules of sites.
+
+    A layer that is the model itself has none: whoever calls it holds it.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        self.groups = {
+            site.name: [StandIn(module) for module in site.modules]
+            for site in sites
+            if all(module is not model for module in site.modules)
+        }
+        self.each = [one for group in self.groups.values() for one in group]
+
+    def suffice(self, calls: Mapping[str, int]) -> bool:
+        """Whether they were called as often as the layers behind them."""
+        counted = ((calls.get(name, 0), group) for name, group in self.groups.items())
+        return all(sum(one.calls for one in group) >= count for count, group in counted)
+
+
+@contextmanager
+def stood_in(model: nn.Module, sites: Sequence[Site]) -> Iterator[StandIns]:
+    """A context in which stand-ins are in the places of the sites."""
+    placed = StandIns(model, sites)
+    try:
+        swap(model, {id(one.layer): one for one in placed.each})
+        yield placed
+    finally:
+        swap(model, {id(one): one.layer for one in placed.each})
+
+
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     """A context that restores every module's children and tensors if its body raises, and what
@@ -310,7 +360,7 @@ def _name(parent: nn.Module, key: str, prefix: str) -> str:
 
 def _is_inside(parent: nn.Module, key: str) -> bool:
     """Whether `parent` is a wrapper of this child."""
-    return key in _WRAPPED or (isinstance(parent, _PARALLEL) and key == "module")
+    return key in _WRAPPED or (isinstance(parent, PARALLEL) and key == "module")
 
 
 def _inside(module: nn.Module) -> nn.Module:

@@ -344,6 +344,24 @@ def test_a_mask_in_a_tuple_is_not_dropped_untold() -> None:
     said(caught)
 
 
+def test_data_that_a_model_cannot_read_is_told_with_what_it_takes() -> None:
+    net = Custom(lambda self, x, mask=None: self.fc(x), fc=nn.Linear(3, 3))
+    with pytest.raises(LowrankError) as caught:
+        lowrank.calibrate(net, {"x": torch.ones(2, 3), "ids": tokens()}, progress=False)
+    message = said(caught)
+    assert message.startswith("Custom does not run on the data: TypeError: ")
+    assert message.endswith("and was given x (2, 3) float32, ids (2, 7) int64")
+    with pytest.raises(LowrankError, match=r"RuntimeError: .*; it takes input, and was") as c:
+        lowrank.calibrate(nn.Linear(3, 3), torch.ones(2, 5), progress=False)
+    assert said(c).endswith("and was given (2, 5) float32")
+
+
+@pytest.mark.parametrize("data", [nn.Linear(3, 3), nn.Linear], ids=["a model", "a class"])
+def test_a_model_is_no_data(data: Any) -> None:
+    with pytest.raises(LowrankError, match=r"a callable that runs it, got a (model|class)"):
+        materialise(data)
+
+
 def test_texts_without_a_token_are_told() -> None:
     with pytest.raises(LowrankError, match="contain no tokens"):
         materialise(["", ""], Tokenizer())

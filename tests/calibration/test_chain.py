@@ -103,6 +103,13 @@ def test_blocks_may_change_their_input_in_place() -> None:
     assert all(torch.equal(kept[1 + index], read[1 + index]) for index in range(2))
 
 
+@pytest.mark.parametrize("batch", [torch.ones(40), torch.eye(40, 12).to_sparse()], ids=str)
+def test_batches_that_cannot_be_cut_are_run_whole(batch: Tensor) -> None:
+    """Of one axis, or sparse: their hidden states have rows all the same."""
+    parts = by_block._parts(nn.Linear(12, 12), Recording(("0",)), 0, batch, torch.zeros(40, 12))
+    assert [part is batch and len(hidden) == 40 for part, hidden in parts] == [True]
+
+
 class Twice(nn.Module):
     """Its predictions also read the first block's output."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank
+from lowrank import LowrankError
 from lowrank.calibration.batches import Batch, parted
 from lowrank.calibration.independence import rows_depend
 from lowrank.calibration.running import reads_ids
@@ -185,6 +186,31 @@ def runs_of(model: nn.Module, data: Any) -> list[int]:
 def test_language_models_are_run_no_more_often() -> None:
     assert runs_of(make("gpt2"), [tokens(8)]) == [6, 6]
     assert runs_of(make("gpt2"), [{"input_ids": tokens(8)}]) == [6, 6]
+
+
+def test_ids_whose_rows_go_together_are_kept_whole() -> None:
+    """Four streams an item, one row each, as of sound in codebooks: cut, the rows make no item."""
+    from transformers import GPT2Config, PreTrainedModel
+
+    class Streams(PreTrainedModel):
+        config_class = GPT2Config
+
+        def __init__(self) -> None:
+            super().__init__(GPT2Config(vocab_size=20))
+            self.table, self.fc = nn.Embedding(20, WIDE), nn.Linear(WIDE, WIDE)
+            self.head = nn.Linear(WIDE, 20)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            streams = input_ids.reshape(-1, 4, input_ids.shape[-1])
+            return self.head(self.fc(self.table(streams).sum(1)).relu())
+
+    torch.manual_seed(0)
+    data = [torch.randint(0, 20, (8, 6)) for _ in range(3)]
+    assert reads_ids(Streams(), data[0])
+    _, report = lowrank.compress(Streams(), 0.6, data=data, effort="fast", progress=False)
+    assert any("batches were kept whole" in note for note in report.notes)
+    with pytest.raises(LowrankError, match="Streams does not run on the data: RuntimeError"):
+        lowrank.calibrate(Streams(), [torch.ones(3, 6).long()], progress=False)
 
 
 def test_one_check_serves_all_batches() -> None:

@@ -171,6 +171,34 @@ def test_already_factored_skeleton_is_refused(folder: Path, net: nn.Module) -> N
         load(folder, net)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "bfloat16"}, "dtype must be a floating-point torch.dtype or None, got 'bf"),
+        ({"dtype": torch.int8}, "dtype must be a floating-point torch.dtype or None, got torch.i"),
+        ({"device": "cuda:99"}, "could not be read to cuda:99: "),
+    ],
+)
+def test_wrong_options(folder: Path, zoo, options: dict[str, object], message: str) -> None:
+    with pytest.raises(LowrankError, match=message):
+        load(folder, zoo.Net(), **options)
+
+
+def test_what_is_no_path(net: nn.Module) -> None:
+    for call in (lambda: load(None), lambda: save(net, None)):  # type: ignore[arg-type]
+        with pytest.raises(LowrankError, match="expected the path of a folder, got NoneType"):
+            call()
+
+
+def test_a_skeleton_in_a_wrapper(folder: Path, zoo) -> None:
+    """Names in files are those of the model inside."""
+    wrapped = nn.DataParallel(zoo.Net())
+    assert load(folder, wrapped) is wrapped
+    plain = load(folder, zoo.Net())
+    for one, other in zip(wrapped.module.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_no_folder_no_skeleton_wrong_skeleton(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(LowrankError, match="no folder"):
         load(tmp_path / "nowhere")
