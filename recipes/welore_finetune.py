@@ -3,9 +3,9 @@
 The embedded Llama is compressed to 0.7 of its linear weights, ranks by WeLore's threshold. Layers
 that the break-even gate factors are LRC, those that it leaves dense are N-LRC. At half size, as in
 the paper, none would be left: this model's spectra are much alike. Factors are whitened on the text
-that is trained on; plain SVD (--method svd), as in the paper, leaves a small model further away than
-fine-tuning can bring it back. From one start, with the same batches, are trained: the LRC alone
-(norms too, as in the authors' code), everything, and the N-LRC alone (norms too).
+that is trained on; plain SVD (--method svd), as in the paper, leaves a small model further away
+than fine-tuning can bring it back. From one start, with the same batches, are trained: the LRC
+alone (norms too, as in the authors' code), everything, and the N-LRC alone (norms too).
 
     python recipes/welore_finetune.py               # under ten minutes of two cores
     python recipes/welore_finetune.py --steps 10 --seeds 1
