@@ -283,6 +283,11 @@ def first_tensor(value: Any) -> Tensor | None:
     return next((t for t in map(first_tensor, value) if t is not None), None)
 
 
+def remade(value: Any, items: list[Any]) -> Any:
+    """Other items in the class of a list or a tuple; a named tuple takes them one by one."""
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """All tensors in nested tuples, lists, dicts and transformers' outputs."""
     if isinstance(value, Tensor):
