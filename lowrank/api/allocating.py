@@ -37,7 +37,7 @@ from ..walk.layouts import keeps_moments
 from ..walk.sites import pattern_value
 from ..walk.surgery import put, twin
 from .grouping import Group
-from .request import Request
+from .request import HOLD_OUT, Request
 
 Curves = dict[str, Curve]
 Work = list[tuple[Site, Entry, nn.Module | None]]
@@ -251,6 +251,23 @@ class Judge:
             raise
         except LowrankError as error:
             raise LowrankError(f"{error}; policy='uniform' does not compare") from None
+
+
+def hold_out_of(request: Request, sites: Sequence[Site]) -> float:
+    """Share of the calibration rows held out: also where the default policy will judge.
+
+    Args:
+        sites: all sites considered; those without a reason are the targets.
+    """
+    by_default = request.policy is None and request.ratio is not None and mostly_convs(sites)
+    return HOLD_OUT if by_default else request.hold_out
+
+
+def mostly_convs(sites: Sequence[Site]) -> bool:
+    """Whether convolutions hold most of the targets' parameters."""
+    targets = [site for site in sites if not site.reason]
+    convs = sum(site.cost.params for site in targets if site.kind == "conv")
+    return 2 * convs > sum(site.cost.params for site in targets)
 
 
 def _pinned(request: Request, sites: Sequence[Site], curves: Curves) -> Choice:

@@ -26,9 +26,9 @@ from ..recover.workbench import Workbench
 from ..types import Site
 from ..walk import layouts
 from ..walk.sites import check_rank_pattern, select_sites
-from .allocating import Curves, bench_of
+from .allocating import Curves, bench_of, hold_out_of
 from .parting import Parted, of_calibration, of_sites, parted, split_as_planned
-from .planning import hold_out_of, make_plan
+from .planning import make_plan
 from .request import Request, Source
 from .resuming import Work
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, is_dataclass, replace
 from functools import partial
@@ -28,12 +28,12 @@ from ..policies.common import measured
 from ..recover.workbench import Workbench
 from ..types import Allocation, Cost, Curve, Measured, Probe, SeveralForms, Site
 from ..walk import layouts
-from ..walk.coverage import uncovered, unsound
+from ..walk.coverage import held_elsewhere, uncovered, unsound
 from ..walk.sites import pattern_value
-from .allocating import Curves, Judge, allocate, why_dense
+from .allocating import Curves, Judge, allocate, mostly_convs, why_dense
 from .grouping import Group, groups_of
 from .positions import counted, often, repeat_counts
-from .request import HOLD_OUT, Request
+from .request import Request
 
 HELD = (
     "cannot be replaced (the model asks for their class, or calls them through a list or closure "
@@ -85,7 +85,8 @@ def make_plan(
     """
     resolved = request.resolved(data=calibration is not None)
     _check_data(request, resolved, calibration)
-    taken, notes = _workable(sites, resolved, calibration, request)
+    held = held_elsewhere(model) if calibration is None else _held(sites, calibration)
+    taken, notes = _workable(sites, resolved, calibration, request, held)
     with stage("decompositions"):
         parts = _decomposed(taken, resolved, calibration, request, remember, known or {})
     is_layer = any(site.name == "" for site in parts.sites)  # no model around it to judge
@@ -136,10 +137,18 @@ def _check_data(request: Request, resolved: Resolved, calibration: Calibration |
 
 
 def _workable(
-    sites: Sequence[Site], resolved: Resolved, calibration: Calibration | None, request: Request
+    sites: Sequence[Site],
+    resolved: Resolved,
+    calibration: Calibration | None,
+    request: Request,
+    held: Collection[int],
 ) -> tuple[list[Site], list[str]]:
     """The sites, with a reason for targets that the method or the data rules out, and notes about
-    those."""
+    those.
+
+    Args:
+        held: ids of layers that cannot be replaced.
+    """
     kinds = ", ".join(sorted(resolved.method.kinds))
     kept: list[Site] = []
     unseen: list[str] = []
@@ -151,8 +160,8 @@ def _workable(
             ruled_out.setdefault("are of a kind that the method does not take", []).append(site)
         elif not reason and request.unit == "macs" and not site.cost.macs:
             reason = "a lookup takes no MACs, factors would"
-        elif not reason and calibration is not None and _is_held(site, calibration):
-            reason = "the model does not run, or passes it over, with another module in its place"
+        elif not reason and any(id(module) in held for module in site.modules):
+            reason = "the model would not call another module in its place"
             ruled_out.setdefault(HELD, []).append(site)
         elif not reason and calibration is not None and not resolved.is_seen(site, calibration):
             unseen.append(site.title)
@@ -193,9 +202,10 @@ def _why_unseen(site: Site, calibration: Calibration) -> tuple[str, str]:
     return reason, "were not reached by the data"
 
 
-def _is_held(site: Site, calibration: Calibration) -> bool:
-    """Whether the model would not call another module in this place."""
-    return site.name in calibration.observation.irreplaceable
+def _held(sites: Sequence[Site], calibration: Calibration) -> set[int]:
+    """Ids of the layers in whose place the model did not call another module."""
+    names = calibration.observation.irreplaceable
+    return {id(module) for site in sites if site.name in names for module in site.modules}
 
 
 def _left(why: str, sites: Sequence[Site]) -> str:
@@ -205,16 +215,6 @@ def _left(why: str, sites: Sequence[Site]) -> str:
         f"{len(sites)} layers with {params:,} parameters {why} and stay dense, not counted among "
         f"the targets: {names}"
     )
-
-
-def hold_out_of(request: Request, sites: Sequence[Site]) -> float:
-    """Share of the calibration rows held out: also where the default policy will judge.
-
-    Args:
-        sites: all sites considered; those without a reason are the targets.
-    """
-    by_default = request.policy is None and request.ratio is not None and _mostly_convs(sites)
-    return HOLD_OUT if by_default else request.hold_out
 
 
 def _default_policy(parts: Decomposed, bench: Workbench | None, resolved: Resolved) -> str:
@@ -227,16 +227,10 @@ def _default_policy(parts: Decomposed, bench: Workbench | None, resolved: Resolv
     in the norm "fisher" they do show it, and at sizes this coarse a layer alone wastes its share.
     """
     norms = {curve.norm for curve in parts.curves.values()}
-    if _mostly_convs(parts.sites) and len(norms) == 1:  # errors of several cannot be added
+    if mostly_convs(parts.sites) and len(norms) == 1:  # errors of several cannot be added
         return "spectrum" if bench is None or not bench.judge.can_judge() else "lossaware"
     by_codes = isinstance(resolved.method, Measured) and norms == {"fisher"}
     return "spectrum" if by_codes else "uniform"
-
-
-def _mostly_convs(sites: Sequence[Site]) -> bool:
-    targets = [site for site in sites if not site.reason]
-    convs = sum(site.cost.params for site in targets if site.kind == "conv")
-    return 2 * convs > sum(site.cost.params for site in targets)
 
 
 def _decomposed(

@@ -30,11 +30,11 @@ from ..walk.checks import check_model
 from ..walk.parts import parts_apart, separate_parts
 from ..walk.sites import find_sites
 from ..walk.surgery import copied, twin
-from .allocating import bench_of
+from .allocating import bench_of, hold_out_of
 from .applying import carry_out
 from .deciding import Feed, check_alike, statistics_for, targets_among
 from .parting import parted
-from .planning import hold_out_of, make_plan
+from .planning import make_plan
 from .request import Request, Sweeping
 from .signatures import flat
 

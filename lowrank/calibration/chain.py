@@ -18,7 +18,7 @@ from ..errors import LowrankError
 from ..linalg.mapped import kept
 from ..walk.surgery import module_at
 from .batches import ROWS, Batch, rebatched
-from .running import FAILED, SameTensor, few_rows, first_tensor, forward, quiet
+from .running import FAILED, SameTensor, few_rows, first_tensor, forward, quiet, remade
 
 Path = tuple[Any, ...]
 Seen = Callable[[int, Tensor], None]  # a block's index and its input
@@ -265,4 +265,4 @@ def _put(value: Any, path: Path, new: Any) -> Any:
         return {**value, key: _put(value[key], rest, new)}
     items = list(value)
     items[key] = _put(items[key], rest, new)
-    return type(value)(items)
+    return remade(value, items)

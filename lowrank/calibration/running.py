@@ -76,7 +76,7 @@ def forward(model: nn.Module, batch: Batch) -> Any:
         LowrankError: in place of what the model raises, for want of memory excepted.
     """
     try:
-        return _run(model, batch)
+        return outputs_of(model, batch)
     except (LowrankError, torch.OutOfMemoryError):
         raise
     except FAILED as error:
@@ -90,7 +90,8 @@ def forward(model: nn.Module, batch: Batch) -> Any:
         ) from error
 
 
-def _run(model: nn.Module, batch: Batch) -> Any:
+def outputs_of(model: nn.Module, batch: Batch) -> Any:
+    """As `forward`; what the model raises is left as it is."""
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
 
     def moved(value: Any) -> Any:
@@ -281,6 +282,11 @@ def first_tensor(value: Any) -> Tensor | None:
     elif not isinstance(value, list | tuple):
         return None
     return next((t for t in map(first_tensor, value) if t is not None), None)
+
+
+def remade(value: Any, items: list[Any]) -> Any:
+    """Other items in the class of a list or a tuple; a named tuple takes them one by one."""
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

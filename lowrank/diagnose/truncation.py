@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.batches import Batch
-from ..calibration.running import first_tensor
+from ..calibration.running import first_tensor, remade
 from ..calibration.statistics import followed
 from ..measure.eval import Reference
 from ..plans.progress import steps
@@ -102,7 +102,7 @@ class _Truncated:
 def _with(old: Tensor, new: Tensor, value: Any) -> Any:
     """The arguments of a layer with one tensor in the place of another."""
     if isinstance(value, tuple | list):
-        return type(value)(_with(old, new, item) for item in value)
+        return remade(value, [_with(old, new, item) for item in value])
     if isinstance(value, dict):
         return {key: _with(old, new, item) for key, item in value.items()}
     return new if value is old else value

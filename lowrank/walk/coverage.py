@@ -12,6 +12,9 @@ from ..types import Site
 from .layouts import sound
 from .surgery import modules_of
 
+PLAIN = (list, tuple, dict)
+OWN = frozenset(vars(nn.Module()))  # what every module has
+
 
 def uncovered(model: nn.Module, sites: Sequence[Site]) -> dict[str, int]:
     """Parameters per kind, such as "LSTM.weight_ih_l0", of matrices that belong to no site.
@@ -47,6 +50,14 @@ def unsound(model: nn.Module, targets: Sequence[Site]) -> list[str]:
     if not found:
         return []
     return [f"{len(found)} tensors hold NaN or Inf, and keep them: {listed(found, 3)}"]
+
+
+def held_elsewhere(model: nn.Module) -> set[int]:
+    """Ids of the modules that a module also holds in a plain list, tuple or dict: calls through it
+    reach the old layer, whatever takes its place. Whether there are such calls only data shows."""
+    kept = (v for m in model.modules() for k, v in vars(m).items() if k not in OWN)
+    held = (v.values() if isinstance(v, dict) else v for v in kept if isinstance(v, PLAIN))
+    return {id(item) for items in held for item in items if isinstance(item, nn.Module)}
 
 
 def told(counts: Mapping[str, int]) -> str:

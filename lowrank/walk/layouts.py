@@ -142,10 +142,15 @@ def is_finite(module: nn.Module) -> bool:
 
 
 def sound(tensor: Tensor) -> bool:
-    """Whether all numbers are finite. A sum shows it in one pass; it is in doubt if it is not."""
-    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or tensor.is_meta:
-        return True
+    """Whether all numbers are finite. A sum shows it in one pass; it is in doubt if it is not.
+
+    Tensors of other classes (quantized, sharded) need not be able to say.
+    """
     plain = tensor.detach()
+    if type(plain) is not Tensor or plain.is_meta:
+        return True
+    if not plain.is_floating_point() or plain.dtype.itemsize < 2:
+        return True
     wide = torch.float64 if plain.dtype == torch.float64 else torch.float32
     return bool(plain.sum(dtype=wide).isfinite()) or bool(plain.isfinite().all())
 

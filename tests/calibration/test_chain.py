@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -108,6 +108,39 @@ def test_batches_that_cannot_be_cut_are_run_whole(batch: Tensor) -> None:
     """Of one axis, or sparse: their hidden states have rows all the same."""
     parts = by_block._parts(nn.Linear(12, 12), Recording(("0",)), 0, batch, torch.zeros(40, 12))
     assert [part is batch and len(hidden) == 40 for part, hidden in parts] == [True]
+
+
+class State(NamedTuple):
+    """What blocks hand on."""
+
+    step: int
+    hidden: Tensor
+
+
+def test_blocks_may_hand_on_named_tuples() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(12, 12)
+
+        def forward(self, state: State) -> State:
+            return State(state.step + 1, self.fc(state.hidden).tanh())
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(Block(), Block())
+            self.head = nn.Linear(12, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.blocks(State(0, x)).hidden)
+
+    torch.manual_seed(0)
+    model = Named()
+    data = lowrank.calibrate(model, torch.randn(16, 12), progress=False)
+    assert data.observation.chains == (("blocks.0", "blocks.1"),)
+    _, report = lowrank.compress(model, 0.6, data=data, effort="fast", progress=False)
+    assert any(note.startswith("refitted in closed form") for note in report.notes)
 
 
 class Twice(nn.Module):

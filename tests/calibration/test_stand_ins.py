@@ -89,6 +89,17 @@ def test_the_model_computes_what_its_layers_do(rows: Tensor) -> None:
         assert (model(rows) - expected).norm() < 0.5 * expected.norm()
 
 
+def test_without_data_what_a_list_holds_stays_dense(rows: Tensor) -> None:
+    """Whether it is called through the list only data shows, and then it is no guess."""
+    model = InAList()
+    _, report = lowrank.compress(model, 0.6, data=None)
+    assert type(model.b) is nn.Linear
+    assert any(note.startswith("1 layers with 576 parameters cannot be") for note in report.notes)
+    called = Three()  # by its name, though a list holds it
+    lowrank.compress(called, 0.6, data=rows, progress=False)
+    assert type(called.b) is LowRankLinear
+
+
 def test_a_model_of_which_nothing_can_be_replaced(rows: Tensor) -> None:
     class Loop(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
