@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import listed
 from ..nn import is_factored
@@ -46,7 +46,8 @@ def unsound(model: nn.Module, targets: Sequence[Site]) -> list[str]:
     known = {id(layer._parameters.get("weight")) for site in targets for layer in site.modules}
     own = {n: p for n, p in model.named_parameters() if id(p) not in known}
     found = [name for name, parameter in own.items() if not sound(parameter)]
-    found += [name for name, buffer in model.named_buffers() if bool(buffer.isnan().any())]
+    plain = ((n, b) for n, b in model.named_buffers() if type(b) is Tensor and not b.is_meta)
+    found += [name for name, buffer in plain if bool(buffer.isnan().any())]
     if not found:
         return []
     return [f"{len(found)} tensors hold NaN or Inf, and keep them: {listed(found, 3)}"]
