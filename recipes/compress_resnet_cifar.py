@@ -57,6 +57,12 @@ TRAINED: dict[str, dict[str, Any]] = {
     "block refit, 60 steps": {"effort": Recovery(block_steps=60, rows=50)},
     "distilled, 400 steps": {"effort": Recovery(distill_steps=400, rows=50)},
     "both": {"effort": Recovery(block_steps=60, distill_steps=400, rows=50)},
+    "stored, distilled, 400 steps": {
+        "method": "two-sided-stored",
+        "effort": Recovery(
+            distill_steps=400, distill_rate=6e-4, optimizer="adamw", rows=50, augment=True
+        ),
+    },
 }
 
 
@@ -115,7 +121,7 @@ def main() -> None:
     seen = lowrank.with_fisher(net, seen)
     print(f"statistics: {time.perf_counter() - started:.1f} s", flush=True)
     print(
-        f"{'way':27} {'keep':>4} {'kept':>6} {'params':>8} {'macs':>11} {'top-1':>6} {'agree':>6} "
+        f"{'way':28} {'keep':>4} {'kept':>6} {'params':>8} {'macs':>11} {'top-1':>6} {'agree':>6} "
         f"{'speed':>6} {'s':>6}"
     )
     rows: list[dict[str, Any]] = []
@@ -135,7 +141,7 @@ def main() -> None:
                 "speed": faster, "seconds": seconds, "notes": report.notes,
                 "gains": [asdict(gain) for gain in report.gains],
             })  # fmt: skip
-            line = "{way:27} {keep:4.2f} {kept:6.4f} {params:8,} {macs:11,} {top1:6.2f} "
+            line = "{way:28} {keep:4.2f} {kept:6.4f} {params:8,} {macs:11,} {top1:6.2f} "
             line += "{agree:6.2f} {speed:6.2f} {seconds:6.1f}"
             print(line.format(**rows[-1]), flush=True)
             if args.export:
