@@ -142,9 +142,12 @@ FORMS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "low rank and 2:4": ({"method": "lowrank-2:4"}, {"LowRankMaskedLinear"}),
     "dense-sparse": ({"method": "dense-sparse"}, {"DenseSparseLinear"}),
     "blast": ({"method": "blast"}, {"BlastLinear"}),
+    "columns and rows": ({"method": "whitened-cur"}, {"CURLinear"}),
+    "integers": ({"method": "quantized", "unit": "bytes"}, {"QuantizedLinear"}),
     "convolution by channels": ({"method": "whitened-channel"}, {"ChannelConv"}),
     "convolution by axes": ({"method": "whitened-spatial"}, {"SpatialConv"}),
     "Tucker": ({"method": "whitened-tucker"}, {"TuckerConv"}),
+    "convolution by frequencies": ({"method": "whitened-tubal"}, {"TubalConv"}),
 }
 
 

@@ -20,9 +20,12 @@ TRIED = {
     "low rank and 2:4": "LowRankMaskedLinear",
     "dense-sparse": "DenseSparseLinear",
     "blast": "BlastLinear",
+    "columns and rows": "CURLinear",
+    "integers": "QuantizedLinear",
     "convolution by channels": "ChannelConv",
     "convolution by axes": "SpatialConv",
     "Tucker": "TuckerConv",
+    "convolution by frequencies": "TubalConv",
 }
 # Columns of that file -> headings here.
 TOOLS = {

@@ -150,8 +150,14 @@ def _put_beside(config: Any, key: str, module: Form) -> None:
     """Let LoRA take a form without children as it is.
 
     Raises:
-        LowrankError: the adapter is not LoRA, or its start changes the weight.
+        LowrankError: the adapter is not LoRA, or its start changes the weight, or the form is of a
+            convolution: peft builds its adapters of the class that it meets.
     """
+    if not isinstance(module, LinearForm):
+        raise LowrankError(
+            f"{key} is a {type(module).__name__}, which takes no adapters: exclude it, or merge it "
+            "first (lowrank.to_dense)"
+        )
     start = getattr(config, "init_lora_weights", True)
     if not hasattr(config, "_register_custom_module") or start not in (True, False, "gaussian"):
         got = type(config).__name__ + ("" if start is True else f" that starts by {start!r}")
