@@ -230,6 +230,6 @@ def test_data_that_teach_nothing() -> None:
     for data in ([ids(1, 1)], [ids(1, 6).repeat(8, 1)]):
         lean, _ = lowrank.compress(zoo.llama().eval(), 0.6, data=data, effort=QUICK, progress=False)
         assert bool(torch.isfinite(lean(input_ids=ids()).logits).all())
-    model = zoo.mlp(8, 16, 4)
+    model = zoo.mlp(8, 16, 16, 4)
     lean, _ = lowrank.compress(model, 0.6, data=[torch.zeros(9, 8)], effort=QUICK, progress=False)
     assert bool(torch.isfinite(lean(torch.zeros(3, 8))).all())
