@@ -76,7 +76,7 @@ def forward(model: nn.Module, batch: Batch) -> Any:
         LowrankError: in place of what the model raises, for want of memory excepted.
     """
     try:
-        return outputs_of(model, batch)
+        return bare_forward(model, batch)
     except (LowrankError, torch.OutOfMemoryError):
         raise
     except FAILED as error:
@@ -90,8 +90,8 @@ def forward(model: nn.Module, batch: Batch) -> Any:
         ) from error
 
 
-def outputs_of(model: nn.Module, batch: Batch) -> Any:
-    """As `forward`; what the model raises is left as it is."""
+def bare_forward(model: nn.Module, batch: Batch) -> Any:
+    """`forward`, with what the model itself raises."""
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
 
     def moved(value: Any) -> Any:

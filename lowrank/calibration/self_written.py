@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import LowrankError
 from ..plans.progress import Steps
 from .batches import LENGTH, ROWS, Batch
-from .running import FAILED, logits_of, outputs_of, quiet
+from .running import FAILED, bare_forward, logits_of, quiet
 
 COUNT = 192  # rows to write
 TOGETHER = 64  # rows written at a time
@@ -140,7 +140,7 @@ def _write_on(model: nn.Module, rows: Tensor, chances: Tensor, cached: bool, bar
 def _next(model: nn.Module, ids: Tensor, past: Any, cached: bool) -> tuple[Tensor, Any]:
     """Logits (rows, vocabulary) of the next token, and the cache by its name; `past` is one."""
     inputs = {"input_ids": ids, **({"use_cache": True} if cached else {}), **(past or {})}
-    output = outputs_of(model, inputs)
+    output = bare_forward(model, inputs)
     kept = ((name, getattr(output, name, None)) for name in CACHES if cached)
     return logits_of(output)[:, -1], next(({n: c} for n, c in kept if c is not None), None)
 
@@ -168,7 +168,7 @@ def _remembers(model: nn.Module) -> bool:
     """
     ids = _words(model)[None, :4]
     whole, past = _next(model, ids, None, False)
-    first = logits_of(outputs_of(model, {"input_ids": ids}))[:, 0]
+    first = logits_of(bare_forward(model, {"input_ids": ids}))[:, 0]
     if not _alike(first, _next(model, ids[:, :1], None, False)[0]):
         raise LowrankError(
             f"{type(model).__name__} attends to later tokens too, and cannot write its calibration "

@@ -26,7 +26,7 @@ from ..walk.surgery import (
 from . import flattening, pretrained, tensors
 from .containers import hold_apart
 from .declaration import is_compressed, is_transformers
-from .specs import Spec, as_longer, check_specs, check_values, prepare, specs_of
+from .specs import Spec, as_longer, check_finite, check_specs, check_values, prepare, specs_of
 
 FORMAT = "lowrank"
 VERSION = 1
@@ -196,6 +196,7 @@ def _filled(
         for name in codes:
             state[name].requires_grad_(False)  # assigning gave it that of the skeleton's
         check_values(filled, str(path))
+        check_finite(filled, str(path))
     # Also moves what the file does not hold (unsaved buffers).
     return filled.to(device=device, dtype=dtype)
 

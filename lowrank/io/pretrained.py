@@ -13,7 +13,7 @@ from ..walk import layouts
 from . import card as cards
 from .declaration import attach, check_attachable, is_compressed
 from .registration import install
-from .specs import TELLS
+from .specs import TELLS, check_finite
 
 
 def save(
@@ -69,6 +69,7 @@ def from_pretrained(path: str | Path, auto_class: str | None = None, **kwargs: A
     _check_factors(where, model, info)
     same = is_compressed(model) and type(model).__name__ in (model.config.architectures or [])
     _check_loaded(where, info, complete=same, sizes=not may_mismatch)
+    check_finite(model, where)
     return (model, info) if wants_info else model
 
 

@@ -128,16 +128,22 @@ def check_values(model: nn.Module, source: str) -> None:
     for name, module in factored(model).items():
         fault = mixed(module, name)
         if not fault and not any(t.is_meta for t in module.state_dict().values()):
-            fault = module.fault() or _not_finite(module)
+            fault = module.fault()
         if fault:
             raise LowrankError(f"{source}: {name or '(root)'}: {fault}: damaged file")
 
 
-def _not_finite(module: nn.Module) -> str:
-    """That a factored module's numbers are not finite, "" if they are. Attention may hide it: its
-    kernels on the CPU give finite outputs for queries that are NaN."""
-    bad = [name for name, tensor in module.named_parameters() if not layouts.sound(tensor)]
-    return f"NaN or Inf in {listed(bad, 3)}" if bad else ""
+def check_finite(model: nn.Module, source: str) -> None:
+    """Raises LowrankError for factors that are not finite. Attention may hide it: its kernels on
+    the CPU give finite outputs for queries that are NaN."""
+    bad = [
+        f"{name}.{key}" if name else key
+        for name, module in factored(model).items()
+        for key, factor in module.named_parameters()
+        if not layouts.sound(factor)
+    ]
+    if bad:
+        raise LowrankError(f"{source}: NaN or Inf in {listed(bad, 3)}: damaged file")
 
 
 def check_found(model: nn.Module, source: str) -> None:

@@ -225,13 +225,11 @@ def test_a_plans_recovery_is_checked() -> None:
 
 
 def test_data_that_teach_nothing() -> None:
-    """One token, one sequence repeated: singular Grams, a finite result. Zeros alone: none."""
+    """One token, one sequence repeated, all-zero inputs: singular Grams, a finite result."""
     torch.manual_seed(0)
     for data in ([ids(1, 1)], [ids(1, 6).repeat(8, 1)]):
         lean, _ = lowrank.compress(zoo.llama().eval(), 0.6, data=data, effort=QUICK, progress=False)
         assert bool(torch.isfinite(lean(input_ids=ids()).logits).all())
-    with pytest.raises(LowrankError, match="targets read nothing but zeros in the data"):
-        lowrank.compress(
-            zoo.mlp(8, 16, 4), 0.6, data=[torch.zeros(9, 8)], effort=QUICK, progress=False,
-            target_modules="0",
-        )  # fmt: skip
+    model = zoo.mlp(8, 16, 16, 4)
+    lean, _ = lowrank.compress(model, 0.6, data=[torch.zeros(9, 8)], effort=QUICK, progress=False)
+    assert bool(torch.isfinite(lean(torch.zeros(3, 8))).all())
