@@ -408,6 +408,15 @@ def test_a_whole_form_of_turned_layout_is_merged_in_it() -> None:
     torch.testing.assert_close(logits(merged), want, rtol=1e-4, atol=1e-5)
 
 
+def test_a_convolution_stored_by_frequency_takes_no_adapters() -> None:
+    net = nn.Sequential(nn.Conv2d(8, 12, 3), nn.ReLU(), nn.Conv2d(12, 16, 3))
+    small, _ = lowrank.compress(
+        net, 0.5, method="tubal", data=None, target_modules=["0", "2"], progress=False
+    )
+    with unchanged(small), pytest.raises(LowrankError, match="a TubalConv, which takes no adapter"):
+        peft.get_peft_model(small, peft.LoraConfig(target_modules=["2"]))
+
+
 def test_from_a_factored_folder_to_an_adapter_and_back(tmp_path: Any) -> None:
     from transformers import AutoModelForCausalLM
 
