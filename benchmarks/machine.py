@@ -36,6 +36,17 @@ def keep(name: str, rows: Any, seed: int = 0, **more: Any) -> None:
     print(f"written: benchmarks/results/{path.name}")
 
 
+def figure(
+    kind: str, name: str, model: str, setting: str, share: float, measure: str, value: float,
+    seconds: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """A row of the list `gallery`, as website/figures.py reads it; `share` is what is kept."""
+    return {
+        "kind": kind, "name": name, "model": model, "setting": setting, "keep": share,
+        "measure": measure, "value": value, "seconds": seconds,
+    }  # fmt: skip
+
+
 def _commit() -> str:
     done = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False

@@ -17,6 +17,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +28,9 @@ from torch import Tensor, nn
 
 from lowrank.nn import LowRankLinear
 from lowrank.train import CondLR
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from machine import figure, keep
 
 WIDTH = 256
 
@@ -101,6 +107,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--momentum", type=float, default=0.3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--write", action="store_true", help="keep it in benchmarks/results")
     options = parser.parse_args()
     if options.full:
         options.epochs, options.seeds, options.batch, options.lr = 120, 5, 128, 0.1
@@ -110,8 +117,11 @@ def main() -> None:
     heads = "".join(f"{f'ε = {size:g}':>18}" for size in options.attacks)
     print(f"{'way':14}{'weights':>9}{'condition':>11}{heads}   accuracy %, mean (least–most)")
     ways = ["dense", "low-rank", *(f"CondLR τ = {tau:g}" for tau in options.taus)]
+    rows: list[dict[str, Any]] = []
     for way in ways:
+        started = time.perf_counter()
         models: list[Any] = [train(way, images, seed, options) for seed in range(options.seeds)]
+        took = (time.perf_counter() - started) / options.seeds
         cells = ""
         for size in options.attacks:
             right = [
@@ -119,8 +129,30 @@ def main() -> None:
                 for m in models
             ]
             cells += f"{f'{statistics.fmean(right):.2f} ({min(right):.1f}–{max(right):.1f})':>18}"
+            rows.append({"way": way, "size": size, "accuracy": right, "seconds": took,
+                         "weights": weights(models[0])})  # fmt: skip
         worst = max(condition(model, options.rank) for model in models)
         print(f"{way:14}{weights(models[0]):>9,}{worst:>11.3g}{cells}", flush=True)
+        rows[-1]["condition"] = worst
+    if options.write:
+        keep("condlr_robustness", rows, options.seeds - 1, settings=vars(options),
+             gallery=shown(images, rows))  # fmt: skip
+
+
+def shown(images: Images, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Figures of CondLR, with those of the dense net and of plain factors in their settings."""
+    other = {(row["way"], row["size"]): statistics.fmean(row["accuracy"]) for row in rows}
+    dense = rows[0]["weights"]
+    return [
+        figure(
+            "controllers", "CondLR", images.name,
+            f"weights, {row['way'].partition(' ')[2]}, attack {row['size']:g} (dense "
+            f"{other['dense', row['size']]:.1f}, low rank without a bound "
+            f"{other['low-rank', row['size']]:.1f})",
+            row["weights"] / dense, "top-1, %", statistics.fmean(row["accuracy"]), row["seconds"],
+        )
+        for row in rows if row["way"].startswith("CondLR")
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

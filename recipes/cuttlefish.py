@@ -4,8 +4,9 @@ A net of four linear layers classifies the digits of scikit-learn (or MNIST), tr
 factored from the start at a tenth of the full ranks, factored by Pufferfish (arXiv 2103.03936) to
 the same ranks after a warm-up, and by Cuttlefish (arXiv 2305.02538), which decides when and to
 which ranks. Factored from the start are three: fresh random factors, the spectral initialisation
-alone, and with Frobenius decay (arXiv 2105.01029), which all switching runs use too. The first
-layer and the last one stay dense.
+alone, and with Frobenius decay (arXiv 2105.01029), which all switching runs use too. InRank (arXiv
+2306.11250) goes the other way: it begins at rank 2 with a buffer, and ranks grow with what training
+explains. The first layer and the last one stay dense.
 
     python recipes/cuttlefish.py                       # minutes
     python recipes/cuttlefish.py --mnist FOLDER        # MNIST's four files
@@ -16,6 +17,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,15 +27,23 @@ from images import Images, accuracy, digits, mnist, weights
 from torch import nn
 
 import lowrank
-from lowrank.train import Cuttlefish, FrobeniusDecay, Pufferfish
+from lowrank.train import Cuttlefish, FrobeniusDecay, InRank, Pufferfish
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from machine import figure, keep
 
 PAPERS = """
 on CIFAR-10, ResNet-18, as the repositories report: Pufferfish dense 95.09 %, low rank 93.75 %,
 with its first layers dense 93.92 %, with a dense warm-up too 94.87 %; Cuttlefish 94.66 %.
 On CIFAR-10, ResNet-32 at a tenth of the parameters (arXiv 2105.01029): neither 93.59 %, spectral
-initialisation alone 92.52 %, Frobenius decay alone 92.92 %, both 94.34 %, dense 94.49 %."""
+initialisation alone 92.52 %, Frobenius decay alone 92.92 %, both 94.34 %, dense 94.49 %.
+InRank: GPT-2 trained at no more than 33 % of the full ranks (arXiv 2306.11250)."""
 MIDDLE = ["3", "5"]  # the layers that are factored
-WAYS = ("dense", "random", "spectral", "spectral + decay", "Pufferfish", "Cuttlefish")
+CONTROLLED = {
+    "spectral + decay": "FrobeniusDecay", "Pufferfish": "Pufferfish", "Cuttlefish": "Cuttlefish",
+    "InRank": "InRank",
+}  # fmt: skip
+WAYS = ("dense", "random", "spectral", *CONTROLLED)
 
 
 def net(images: Images) -> nn.Sequential:
@@ -70,6 +82,8 @@ def controller_of(way: str, model: nn.Module, optimizer: Any, options: argparse.
             smooth=options.smooth, tolerance=options.tolerance, max_epochs=options.epochs // 2,
             frobenius_decay=options.decay, **chosen,
         )  # fmt: skip
+    if way == "InRank":
+        return InRank(model, optimizer, buffer=options.buffer, share=options.explained, **chosen)
     return None
 
 
@@ -124,7 +138,10 @@ def main() -> None:
     parser.add_argument("--min-epochs", type=int, default=5)
     parser.add_argument("--window", type=int, default=3)
     parser.add_argument("--smooth", type=int, default=3)
+    parser.add_argument("--buffer", type=int, default=20, help="of InRank, beyond its rank")
+    parser.add_argument("--explained", type=float, default=0.9, help="InRank's share of variance")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--write", action="store_true", help="keep it in benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.full:
@@ -133,8 +150,12 @@ def main() -> None:
     images = mnist(options.mnist) if options.mnist else digits(8)
     print(f"{images.name}: {len(images.x)} images to train, {len(images.test_x)} to test")
     print(f"{'':18}{'accuracy %':>22}{'weights %':>11}  switched after  ranks, seed 0")
+    rows: list[dict[str, Any]] = []
     for way in WAYS:
+        started = time.perf_counter()
         runs = [train(images, way, seed, options) for seed in range(options.seeds)]
+        took = (time.perf_counter() - started) / options.seeds
+        rows += [{"way": way, "seed": i, "seconds": took, **one} for i, one in enumerate(runs)]
         right = [one["accuracy"] for one in runs]
         spread = f"{statistics.fmean(right):.2f} ({min(right):.2f}–{max(right):.2f})"
         kept = statistics.fmean(one["kept"] for one in runs)
@@ -142,6 +163,27 @@ def main() -> None:
         ranks = runs[0]["ranks"] or ""
         print(f"{way:18}{spread:>22}{kept:11.1f}  {when:<14}  {ranks}", flush=True)
     print(PAPERS)
+    if options.write:
+        keep("cuttlefish", rows, options.seeds - 1, settings=vars(options), papers=PAPERS.strip(),
+             gallery=shown(images, rows))  # fmt: skip
+
+
+def shown(images: Images, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Figures of the controllers, with those of the dense net and of fresh factors beside them."""
+
+    def mean(way: str, key: str) -> float:
+        return statistics.fmean(row[key] for row in rows if row["way"] == way)
+
+    beside = (
+        f"dense {mean('dense', 'accuracy'):.1f}, fresh factors {mean('random', 'accuracy'):.1f}"
+    )
+    return [
+        figure(
+            "controllers", name, images.name, f"weights of the net ({beside})",
+            mean(way, "kept") / 100, "top-1, %", mean(way, "accuracy"), mean(way, "seconds"),
+        )
+        for way, name in CONTROLLED.items()
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
+import sys
 import sysconfig
 import time
 from collections import Counter
@@ -42,12 +43,29 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 import lowrank
 from lowrank import METHODS
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from machine import figure, keep
+
 LEFT_OUT = {"test", "tests", "encodings", "site-packages", "pydoc_data", "idlelib", "lib2to3"}
 TOKEN = re.compile(r"\n *|\w+|[^\w\s]")
 CLASSES, WIDTH, BATCH, RATE = 80, 16, 1024, 0.02
 TABLES = ["tables.1", "tables.2", "tables.3"]  # the first is small
 SIZES = {"1/4": 0.26, "1/16": 0.065}  # factors of whole rank 4 and 1 are a little more than that
 CLICKS, ZIPF_ROWS, EXPONENT, TEACHER_RANK = 250_000, (50, 1_000, 6_000, 20_000), 1.2, 4
+# Whose figures they are in the gallery.
+GALLERY = {
+    "low rank": [("forms", "LowRankEmbedding")],
+    "mixed dimensions": [("policies", "mixed-dimensions")],
+    "quotient-remainder": [
+        ("methods", "quotient-remainder"),
+        ("forms", "QuotientRemainderEmbedding"),
+    ],
+    "tensor train": [("methods", "tensor-train"), ("forms", "TensorTrainEmbedding")],
+    "unified, 4 look-ups": [("forms", "UnifiedEmbedding"), ("forms", "UnifiedReader")],
+    "DNIS": [("controllers", "DNIS"), ("forms", "BlockEmbedding")],
+    "by frequency": [("methods", "frequency")],
+    "head-aware": [("methods", "head-aware")],
+}
 Data = tuple[Tensor, Tensor]
 
 
@@ -272,6 +290,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--characters", type=int, default=16_000, help="of each module")
+    parser.add_argument("--write", action="store_true", help="keep it in benchmarks/results")
     given = parser.parse_args()
     started = time.perf_counter()
     beds = []
@@ -287,6 +306,31 @@ def main() -> None:
             bed.run(seed, given.steps)
         bed.show()
     print(f"{time.perf_counter() - started:.0f} s")
+    if given.write:
+        rows = [
+            {"bed": bed.title, "form": form, "size": size, "loss": loss, "kept": kept, "seed": seed}
+            for bed in beds for (form, size), found in bed.figures.items()
+            for seed, (loss, kept) in enumerate(found)
+        ]  # fmt: skip
+        keep("dlrm", rows, given.seeds - 1, settings=vars(given), gallery=shown(beds, given.seeds))
+
+
+def shown(beds: list[Bed], seeds: int) -> list[dict[str, Any]]:
+    """Means of every name of the gallery, with full tables and low rank in the setting."""
+    made = []
+    for bed in beds:
+        means = {key: [statistics.fmean(v) for v in zip(*found, strict=True)]
+                 for key, found in bed.figures.items()}  # fmt: skip
+        model = f"a recommender's net, {bed.title.partition(':')[0]}"
+        plain = " / ".join(f"{means['low rank', size][0]:.3f}" for size in SIZES)
+        beside = f"full {means['full tables', '1'][0]:.3f}, low rank {plain}; seeds: {seeds}"
+        for (form, _), (loss, kept) in means.items():
+            how = "fitted to trained tables" if "fitted" in form else "trained from the start"
+            how += " and tuned" if "tuned" in form else ""
+            setting = f"numbers in tables, {how} ({beside})"
+            for kind, name in GALLERY.get(form.partition(", fitted")[0], ()):
+                made.append(figure(kind, name, model, setting, kept, "held-out log-loss", loss))
+    return made
 
 
 if __name__ == "__main__":

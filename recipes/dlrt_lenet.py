@@ -17,6 +17,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +27,9 @@ from images import Images, accuracy, digits, mnist, weights
 from torch import nn
 
 from lowrank.train import DLRT, TuckerDLRT
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from machine import figure, keep
 
 
 def lenet() -> nn.Sequential:
@@ -37,6 +43,7 @@ def lenet() -> nn.Sequential:
 
 def train(images: Images, tolerance: float | None, seed: int, options: argparse.Namespace) -> Any:
     """A net and, at its end, its accuracy and size; tolerance None trains it dense."""
+    started = time.perf_counter()
     torch.manual_seed(seed)
     model: nn.Module = lenet()
     optimizer = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=options.momentum)
@@ -71,7 +78,7 @@ def train(images: Images, tolerance: float | None, seed: int, options: argparse.
     return {
         "tolerance": tolerance, "seed": seed, "ranks": ranks,
         "accuracy": accuracy(model, images.test_x, images.test_y),
-        "removed": 1 - weights(model) / dense,
+        "removed": 1 - weights(model) / dense, "seconds": time.perf_counter() - started,
     }  # fmt: skip
 
 
@@ -89,6 +96,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--rank", type=int, default=50, help="at the start")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--write", action="store_true", help="keep it in benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.full:
@@ -98,9 +106,10 @@ def main() -> None:
     images = mnist(options.mnist) if options.mnist else digits()
     print(f"{images.name}: {len(images.x)} images to train, {len(images.test_x)} to test")
     print(f"{'tolerance':>10}{'accuracy %':>21}{'below dense':>13}{'removed %':>11}  ranks, seed 0")
-    base = 0.0
+    base, rows = 0.0, []
     for tolerance in [None, *options.tolerances]:
         runs = [train(images, tolerance, seed, options) for seed in range(options.seeds)]
+        rows += runs
         right = [100 * one["accuracy"] for one in runs]
         mean = statistics.fmean(right)
         base = mean if tolerance is None else base
@@ -109,6 +118,26 @@ def main() -> None:
         name = "dense" if tolerance is None else f"{tolerance:g}"
         ranks = runs[0]["ranks"] or ""
         print(f"{name:>10}{spread:>21}{base - mean:>13.2f}{removed:>11.1f}  {ranks}", flush=True)
+    if options.write:
+        keep("dlrt_lenet", rows, options.seeds - 1, settings=vars(options),
+             gallery=shown(images, options.tolerances, rows))  # fmt: skip
+
+
+def shown(images: Images, tolerances: list[float], rows: list[Any]) -> list[dict[str, Any]]:
+    """The net has both controllers: each has the figures of the whole."""
+
+    def mean(tolerance: float | None, key: str) -> float:
+        return statistics.fmean(row[key] for row in rows if row["tolerance"] == tolerance)
+
+    setting = f"weights of LeNet-5, with {{}} (dense {100 * mean(None, 'accuracy'):.1f})"
+    return [
+        figure(
+            "controllers", name, images.name, setting.format(other), 1 - mean(tolerance, "removed"),
+            "top-1, %", 100 * mean(tolerance, "accuracy"), mean(tolerance, "seconds"),
+        )
+        for name, other in (("DLRT", "TuckerDLRT"), ("TuckerDLRT", "DLRT"))
+        for tolerance in tolerances
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ from torch import nn
 
 from lowrank.nn import LowRankMaskedLinear
 from lowrank.train import DSL
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from machine import figure, keep
 
 RATIOS = (0.2, 0.1, 0.05)
 STILL = 0.75  # share of the steps after which entries rest
@@ -87,6 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--write", action="store_true", help="keep it in benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(1)
     images = digits(8)
@@ -106,6 +112,30 @@ def main() -> None:
             f"{ratio:4.2f} {way:21} {numbers:7.0f} numbers  {statistics.mean(scores):.3f} "
             f"({min(scores):.3f} to {max(scores):.3f})"
         )
+    if options.write:
+        found = [
+            {"ratio": ratio, "way": way, "seed": seed, "accuracy": score, "numbers": count}
+            for (ratio, way), every in rows.items() for seed, (score, count) in enumerate(every)
+        ]  # fmt: skip
+        keep("dynamic_sparse", found, options.seeds - 1, settings=vars(options),
+             gallery=shown(images, rows))  # fmt: skip
+
+
+def shown(
+    images: Images, rows: dict[tuple[float, str], list[tuple[float, int]]]
+) -> list[dict[str, Any]]:
+    """Figures of DSL, with those of the other ways at its size in their settings."""
+    mean = {key: 100 * statistics.fmean(score for score, _ in every) for key, every in rows.items()}
+    return [
+        figure(
+            "controllers", "DSL", images.name,
+            f"weights of the net (dense {mean[1.0, 'dense']:.1f}, entries of the start "
+            f"{mean[ratio, 'entries of the start']:.1f}, pruned after half "
+            f"{mean[ratio, 'pruned after half']:.1f})",
+            ratio, "top-1, %", mean[ratio, "DSL"],
+        )
+        for ratio in RATIOS
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

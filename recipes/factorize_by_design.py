@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +24,9 @@ from torch import nn
 
 import lowrank
 from lowrank.nn import is_factored
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from machine import figure, keep
 
 WAYS = {  # start, penalty
     "dense": (None, "weights"),
@@ -37,12 +43,15 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.3)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="keep it in benchmarks/results")
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     data = digits(side=16)
     print(f"{data.name}: {len(data.x)} for training, {len(data.test_x)} for the test")
     print(f"{'way':22} {'params':>8}  top-1 of each seed")
+    rows: list[dict[str, Any]] = []
     for name, (start, penalty) in WAYS.items():
+        started = time.perf_counter()
         accuracies, size = [], 0
         for seed in range(args.seeds):
             torch.manual_seed(seed)
@@ -55,6 +64,27 @@ def main() -> None:
             accuracies.append(100 * trained(model, data, penalty, args.epochs, seed))
         each = " ".join(f"{x:6.2f}" for x in accuracies)
         print(f"{name:22} {size:8,}  {each}   mean {statistics.fmean(accuracies):.2f}", flush=True)
+        took = (time.perf_counter() - started) / args.seeds
+        rows.append({"way": name, "params": size, "accuracy": accuracies, "seconds": took})
+    if args.write:
+        keep("factorize_by_design", rows, args.seeds - 1, settings=vars(args),
+             gallery=shown(data, rows))  # fmt: skip
+
+
+def shown(data: Images, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Figures of Frobenius decay from both starts, beside weight decay and the dense net."""
+    by = {row["way"]: row for row in rows}
+    mean = {way: statistics.fmean(row["accuracy"]) for way, row in by.items()}
+    return [
+        figure(
+            "controllers", "FrobeniusDecay", data.name,
+            f"parameters of a CNN, {start} start (weight decay {mean[start]:.1f}, dense "
+            f"{mean['dense']:.1f})",
+            by[way]["params"] / by["dense"]["params"], "top-1, %", mean[way], by[way]["seconds"],
+        )
+        for start in ("random", "spectral")
+        for way in (f"{start} + Frobenius",)
+    ]  # fmt: skip
 
 
 def network() -> nn.Sequential:

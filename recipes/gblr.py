@@ -21,8 +21,10 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +39,10 @@ from lowrank.linalg import blast_factors
 from lowrank.nn import BlastLinear, BlockLowRankLinear, is_factored
 from lowrank.train import GBLR
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from machine import figure, keep
+
+LOSS = "loss after tuning, nats per token"
 INNER = ("1", "3")  # of the net of the digits
 WAYS = ("dense", "low rank", "blast", "gblr, fixed", "gblr")
 
@@ -124,7 +130,7 @@ def blocks(model: nn.Module) -> str:
     return f"{terms} blocks, {high / terms:.2f} high, {wide / terms:.2f} wide" if terms else ""
 
 
-def on_digits(options: argparse.Namespace) -> None:
+def on_digits(options: argparse.Namespace) -> list[dict[str, Any]]:
     images: Images = digits(8)
     fifth = len(images.x) // 5
     held, x, y = (images.x[:fifth], images.y[:fifth]), images.x[fifth:], images.y[fifth:]
@@ -142,6 +148,7 @@ def on_digits(options: argparse.Namespace) -> None:
 
     print(f"{images.name}: {len(x)} to train, {fifth} held out, {len(images.test_x)} to test")
     print(f"{'':12}{'asked':>8}{'products':>10}{'rate':>8}{'held out':>10}{'test %':>8}  blocks")
+    rows: list[dict[str, Any]] = []
     for ratio in options.digit_ratios:
         for way in WAYS:
             if way == "dense" and ratio != options.digit_ratios[0]:
@@ -162,9 +169,12 @@ def on_digits(options: argparse.Namespace) -> None:
                 f"{blocks(models[0])}",
                 flush=True,
             )
+            rows.append({"bed": images.name, "way": way, "asked": ratio, "products": share,
+                         "rate": rate, "test": test})  # fmt: skip
+    return rows
 
 
-def on_language(options: argparse.Namespace) -> None:
+def on_language(options: argparse.Namespace) -> list[dict[str, Any]]:
     tiny = tiny_lm()
     texts = sources()[0]
     texts = texts[:: max(len(texts) // options.documents, 1)]
@@ -190,6 +200,7 @@ def on_language(options: argparse.Namespace) -> None:
     print(f"\nthe embedded model: {options.steps} steps of {options.batch} rows, "
           f"{options.length} tokens each")  # fmt: skip
     print(f"{'':12}{'asked':>8}{'products':>10}{'before':>9}{'after':>9}{'seconds':>9}  blocks")
+    found: list[dict[str, Any]] = []
     for ratio in options.ratios:
         for way in WAYS:
             if way == "dense" and ratio != options.ratios[0]:
@@ -201,11 +212,31 @@ def on_language(options: argparse.Namespace) -> None:
             model = trained(
                 way, tiny.model, names, ratio, options.steps, options.rate, loss, options
             )
+            share, after = kept(model, tiny.model, names), judged(model)
+            took = time.perf_counter() - begun
             print(
-                f"{way:12}{ratio:8.2f}{kept(model, tiny.model, names):10.3f}{before:9.3f}"
-                f"{judged(model):9.3f}{time.perf_counter() - begun:9.0f}  {blocks(model)}",
+                f"{way:12}{ratio:8.2f}{share:10.3f}{before:9.3f}{after:9.3f}{took:9.0f}  "
+                f"{blocks(model)}",
                 flush=True,
             )
+            found.append({"bed": "embedded model", "way": way, "asked": ratio, "products": share,
+                          "before": before, "after": after, "seconds": took})  # fmt: skip
+    return found
+
+
+def shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Figures of GBLR, with those of low rank and BLAST at as many products beside them."""
+    made = []
+    for row in rows:
+        if row["way"] == "gblr":
+            key, measure = ("test", "top-1, %") if "test" in row else ("after", LOSS)
+            bed = row["bed"], row["asked"]
+            beside = {one["way"]: f"{one[key]:.3g}" for one in rows
+                      if (one["bed"], one["asked"]) == bed}  # fmt: skip
+            setting = f"products (low rank {beside['low rank']}, BLAST {beside['blast']})"
+            made.append(figure("controllers", "GBLR", row["bed"], setting, row["products"], measure,
+                               row[key], row.get("seconds")))  # fmt: skip
+    return made
 
 
 def main() -> None:
@@ -225,12 +256,16 @@ def main() -> None:
     parser.add_argument("--structure", type=float, default=1e-3, help="rate of widths and starts")
     parser.add_argument("--start", type=float, default=1.0, help="of the budget, at the start")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--write", action="store_true", help="keep it in benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    rows: list[dict[str, Any]] = []
     if options.only != "language":
-        on_digits(options)
+        rows += on_digits(options)
     if options.only != "digits":
-        on_language(options)
+        rows += on_language(options)
+    if options.write:
+        keep("gblr", rows, options.seeds - 1, settings=vars(options), gallery=shown(rows))
 
 
 if __name__ == "__main__":

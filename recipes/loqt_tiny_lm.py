@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,9 @@ from train_tiny_lm import new_model, sources
 import lowrank
 from lowrank.demo import held_out_rows, judge, tiny_lm
 from lowrank.train import LoQT
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from machine import figure, keep
 
 WAYS = ("dense", "LoQT", "by design")
 
@@ -101,6 +106,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--write", action="store_true", help="keep it in benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.full:
@@ -116,7 +122,7 @@ def main() -> None:
     print(f"{len(stream):,} tokens of text; {options.steps} steps read {read:,}")
     heads = ("rate", "loss", "perplexity", "weights, bytes", "peak, bytes", "to dense", "step, ms")
     print(f"{'':10}" + "".join(f"{head:>15}" for head in heads))
-    dense = 0
+    dense, found = 0, []
     for way in WAYS:
         best: dict[str, Any] = {}
         for lr in options.rates:
@@ -130,6 +136,27 @@ def main() -> None:
             f"{best['peak_bytes'] / dense:15.3f}{1000 * best['step_s']:15.0f}",
             flush=True,
         )
+        del best["model"]
+        found.append({"way": way, "perplexity": perplexity, **best})
+    if options.write:
+        keep("loqt_tiny_lm", found, options.seed, settings=vars(options), gallery=shown(found))
+
+
+def shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """LoQT's figure, with dense training and factors by design beside it."""
+    by = {row["way"]: row for row in rows}
+    beside = ", ".join(
+        f"{way} {row['perplexity']:.0f} at {row['peak_bytes'] / by['dense']['peak_bytes']:.2f}"
+        for way, row in by.items() if way != "LoQT"
+    )  # fmt: skip
+    return [
+        figure(
+            "controllers", "LoQT", "a Llama of the embedded model's shape, from nothing",
+            f"bytes that training takes ({beside})",
+            by["LoQT"]["peak_bytes"] / by["dense"]["peak_bytes"], "held-out perplexity",
+            by["LoQT"]["perplexity"],
+        )
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

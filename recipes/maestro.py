@@ -18,6 +18,9 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +30,11 @@ from torch import nn
 import lowrank
 from lowrank.nn import LowRankLinear
 from lowrank.train import Maestro
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from machine import figure, keep
+
+HEADS = ("accuracy %", "weights %", "dense, cut", "half of it", "dense, half", "ranks, seed 0")
 
 
 def linear_map(steps: int = 1500) -> None:
@@ -124,20 +132,28 @@ def cut(dense: nn.Module, sizes: dict[str, int]) -> nn.Module:
     return done[0]  # type: ignore[no-any-return]
 
 
-def row(images: Images, models: list[nn.Module], dense: list[nn.Module]) -> str:
-    def mean(every: list[nn.Module]) -> str:
-        right = [100 * accuracy(m, images.test_x, images.test_y) for m in every]
-        return f"{statistics.fmean(right):.2f}"
+def row(images: Images, models: list[nn.Module], dense: list[nn.Module]) -> dict[str, Any]:
+    """Means over the seeds, by the heads of the table."""
+
+    def mean(every: list[nn.Module]) -> float:
+        return statistics.fmean(100 * accuracy(m, images.test_x, images.test_y) for m in every)
 
     kept = statistics.fmean(weights(m) / weights(dense[0]) for m in models)
-    cells = [mean(models), f"{100 * kept:.1f}"]
+    cells: list[Any] = [mean(models), 100 * kept]
     if all(ranks(m) for m in models):
         sizes = [ranks(m) for m in models]
         half = [{n: max(r // 2, 1) for n, r in each.items()} for each in sizes]
         cells.append(mean([cut(d, s) for d, s in zip(dense, sizes, strict=True)]))
         cells.append(mean([halved(m) for m in models]))
         cells.append(mean([cut(d, s) for d, s in zip(dense, half, strict=True)]))
-        cells.append(str(list(sizes[0].values())))
+        cells.append(list(sizes[0].values()))
+    return dict(zip(HEADS, cells, strict=False))
+
+
+def line(found: dict[str, Any]) -> str:
+    """A row as it is printed."""
+    formats = (".2f", ".1f", ".2f", ".2f", ".2f", "")
+    cells = [format(v, f) if f else str(v) for v, f in zip(found.values(), formats, strict=False)]
     return "".join(f"{cell:>14}" for cell in cells)
 
 
@@ -153,6 +169,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--decay", type=float, default=1e-4)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--write", action="store_true", help="keep it in benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.full:
@@ -160,13 +177,35 @@ def main() -> None:
     linear_map()
     images = mnist(options.mnist) if options.mnist else digits(8)
     print(f"\n{images.name}: {len(images.x)} images to train, {len(images.test_x)} to test")
-    heads = ("accuracy %", "weights %", "dense, cut", "half of it", "dense, cut", "ranks, seed 0")
-    print(f"{'lasso':>8}" + "".join(f"{head:>14}" for head in heads))
+    print(f"{'lasso':>8}" + "".join(f"{head:>14}" for head in HEADS))
     dense = [train(images, None, seed, options) for seed in range(options.seeds)]
-    print(f"{'dense':>8}{row(images, dense, dense)}", flush=True)
+    first = row(images, dense, dense)
+    rows: list[dict[str, Any]] = [{"lasso": None, **first}]
+    print(f"{'dense':>8}{line(first)}", flush=True)
     for lasso in options.lassos:
+        started = time.perf_counter()
         models = [train(images, lasso, seed, options) for seed in range(options.seeds)]
-        print(f"{lasso:>8g}{row(images, models, dense)}", flush=True)
+        took = (time.perf_counter() - started) / options.seeds
+        found = row(images, models, dense)
+        rows.append({"lasso": lasso, **found, "seconds": took})
+        print(f"{lasso:>8g}{line(found)}", flush=True)
+    if options.write:
+        keep("maestro", rows, options.seeds - 1, settings=vars(options),
+             gallery=shown(images, rows))  # fmt: skip
+
+
+def shown(images: Images, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Figures of Maestro, with the dense net's and those of the dense net cut to its ranks."""
+    dense, *ours = rows
+    return [
+        figure(
+            "controllers", "Maestro", images.name,
+            f"weights, lasso {one['lasso']:g} (dense {dense['accuracy %']:.1f}"
+            + (f", cut to the same ranks {one['dense, cut']:.1f})" if "dense, cut" in one else ")"),
+            one["weights %"] / 100, "top-1, %", one["accuracy %"], one["seconds"],
+        )
+        for one in ours
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ are of networks for images in colour, and none is compared here.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 from statistics import fmean as mean
@@ -29,6 +30,9 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank.train import Subspace, intrinsic_dimension
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from machine import figure, keep
 
 BATCH = 64
 
@@ -50,6 +54,7 @@ def main() -> None:
     parser.add_argument("--projection", default="dense", choices=["dense", "sparse", "fastfood"])
     parser.add_argument("--said", action="store_true", help="train a scale of each tensor")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--write", action="store_true", help="keep it in benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     images = digits(8)
@@ -68,6 +73,7 @@ def main() -> None:
     )  # fmt: skip
     print(found, flush=True)
     print(f"\n{'net':>14}{'numbers':>9}{'file, bytes':>13}{'held out':>10}{'test':>8}")
+    rows: list[dict[str, Any]] = []
     for name, vector, width in (
         *(("PRANC", dimension, 64) for dimension in options.vectors),
         *((f"{width} hidden", None, width) for width in options.widths),
@@ -84,6 +90,27 @@ def main() -> None:
         test = mean(accuracy(model, images.test_x, images.test_y) for model, _ in best)
         print(f"{name:>14}{numbers:>9,}{best[0][1]:>13,}{max(right.values()):>10.4f}{test:>8.4f}",
               flush=True)  # fmt: skip
+        rows.append({"net": name, "numbers": numbers, "bytes": best[0][1], "test": test,
+                     "held_out": max(right.values())})  # fmt: skip
+    if options.write:
+        keep("subspace", rows, options.seeds - 1, settings=vars(options), intrinsic=str(found),
+             gallery=shown(images.name, rows))  # fmt: skip
+
+
+def shown(bed: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Figures of PRANC, and those of small nets in as many numbers or more."""
+    whole = sum(p.numel() for p in net().parameters())
+    small = ", ".join(
+        f"{row['numbers']}: {100 * row['test']:.1f}" for row in rows if row["net"] != "PRANC"
+    )
+    return [
+        figure(
+            "controllers", "Subspace", bed,
+            f"numbers, of {whole:,}, as PRANC (smaller nets in {small})",
+            row["numbers"] / whole, "top-1, %", 100 * row["test"],
+        )
+        for row in rows if row["net"] == "PRANC"
+    ]  # fmt: skip
 
 
 def trained(

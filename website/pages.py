@@ -9,7 +9,7 @@ from .engines import TOOLS, VLLM, support
 from .figures import EQUAL_BYTES, EQUAL_PARAMETERS, KL, READERS, TOP1, Figure, figures
 from .names import KINDS, Name, names
 from .pareto import PLOTS
-from .texts import Text
+from .texts import ROOT, Text
 
 TITLES = {
     "methods": "Methods",
@@ -112,8 +112,9 @@ def rows_of(measured: Sequence[Figure]) -> str:
 
 
 def writer(file: str) -> str:
-    """The benchmark that wrote figures as they stand: it has the name of its file or folder."""
-    return f"benchmarks/{file.partition('/')[0].removesuffix('.json')}.py"
+    """The recipe or benchmark that wrote figures as they stand: named as its file or folder is."""
+    script = f"{file.partition('/')[0].removesuffix('.json')}.py"
+    return f"recipes/{script}" if (ROOT / "recipes" / script).is_file() else f"benchmarks/{script}"
 
 
 def number(value: float, measure: str) -> str:
