@@ -37,7 +37,7 @@ on CIFAR-10, ResNet-18, as the repositories report: Pufferfish dense 95.09 %, lo
 with its first layers dense 93.92 %, with a dense warm-up too 94.87 %; Cuttlefish 94.66 %.
 On CIFAR-10, ResNet-32 at a tenth of the parameters (arXiv 2105.01029): neither 93.59 %, spectral
 initialisation alone 92.52 %, Frobenius decay alone 92.92 %, both 94.34 %, dense 94.49 %.
-InRank: GPT-2 trained at no more than 33 % of the full ranks (arXiv 2306.11250)."""
+InRank: GPT-2 with at most 33 % of the full ranks (arXiv 2306.11250)."""
 MIDDLE = ["3", "5"]  # the layers that are factored
 CONTROLLED = {
     "spectral + decay": "FrobeniusDecay", "Pufferfish": "Pufferfish", "Cuttlefish": "Cuttlefish",

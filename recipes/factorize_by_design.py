@@ -1,6 +1,6 @@
 """Factored from the start: a small CNN on scikit-learn's digits, beside the dense one.
 
-    python recipes/factorize_by_design.py [--keep 0.3] [--epochs 12] [--seeds 3]
+    python recipes/factorize_by_design.py [--keep 0.3] [--epochs 12] [--seeds 3] [--cifar]
 
 Every convolution but the first keeps a share of its weights; the last layer is left dense;
 equal steps, rates and batches. Starts: fresh factors, or the SVD of the fresh dense weights
@@ -12,6 +12,7 @@ CIFAR-10 at 10 % of the parameters 93.59 % plainly, 94.34 % with both, 94.49 % d
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -43,10 +44,23 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.3)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cifar", action="store_true", help="on LOWRANK_ASSETS/cifar10 too")
     parser.add_argument("--write", action="store_true", help="keep it in benchmarks/results")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    data = digits(side=16)
+    beds = [digits(side=16)]
+    if args.cifar:
+        from tucker_dlrt_cifar import cifar
+
+        beds.append(cifar(Path(os.environ["LOWRANK_ASSETS"]) / "cifar10"))
+    rows = [row for bed in beds for row in compared(bed, args)]
+    if args.write:
+        keep("factorize_by_design", rows, args.seeds - 1, settings=vars(args),
+             gallery=[one for bed in beds for one in shown(bed.name, rows)])  # fmt: skip
+
+
+def compared(data: Images, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row a way."""
     print(f"{data.name}: {len(data.x)} for training, {len(data.test_x)} for the test")
     print(f"{'way':22} {'params':>8}  top-1 of each seed")
     rows: list[dict[str, Any]] = []
@@ -55,7 +69,7 @@ def main() -> None:
         accuracies, size = [], 0
         for seed in range(args.seeds):
             torch.manual_seed(seed)
-            model: nn.Module = network()
+            model: nn.Module = network(data.x.shape[1])
             if start is not None:
                 model, _ = lowrank.factorize_by_design(
                     model, args.keep, start, exclude_modules=["0", "13"], seed=seed
@@ -65,19 +79,18 @@ def main() -> None:
         each = " ".join(f"{x:6.2f}" for x in accuracies)
         print(f"{name:22} {size:8,}  {each}   mean {statistics.fmean(accuracies):.2f}", flush=True)
         took = (time.perf_counter() - started) / args.seeds
-        rows.append({"way": name, "params": size, "accuracy": accuracies, "seconds": took})
-    if args.write:
-        keep("factorize_by_design", rows, args.seeds - 1, settings=vars(args),
-             gallery=shown(data, rows))  # fmt: skip
+        rows.append({"bed": data.name, "way": name, "params": size, "accuracy": accuracies,
+                     "seconds": took})  # fmt: skip
+    return rows
 
 
-def shown(data: Images, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def shown(bed: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Figures of Frobenius decay from both starts, beside weight decay and the dense net."""
-    by = {row["way"]: row for row in rows}
+    by = {row["way"]: row for row in rows if row["bed"] == bed}
     mean = {way: statistics.fmean(row["accuracy"]) for way, row in by.items()}
     return [
         figure(
-            "controllers", "FrobeniusDecay", data.name,
+            "controllers", "FrobeniusDecay", bed,
             f"parameters of a CNN, {start} start (weight decay {mean[start]:.1f}, dense "
             f"{mean['dense']:.1f})",
             by[way]["params"] / by["dense"]["params"], "top-1, %", mean[way], by[way]["seconds"],
@@ -87,10 +100,10 @@ def shown(data: Images, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def network() -> nn.Sequential:
-    """Four convolutions with batch norm, images (B, 1, 16, 16)."""
+def network(channels: int) -> nn.Sequential:
+    """Four convolutions with batch norm, images (B, channels, side, side)."""
     layers: list[nn.Module] = []
-    for inputs, outputs, stride in ((1, 32, 1), (32, 48, 2), (48, 48, 1), (48, 64, 2)):
+    for inputs, outputs, stride in ((channels, 32, 1), (32, 48, 2), (48, 48, 1), (48, 64, 2)):
         layers += [
             nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs),
             nn.ReLU(),

@@ -234,8 +234,11 @@ def shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             beside = {one["way"]: f"{one[key]:.3g}" for one in rows
                       if (one["bed"], one["asked"]) == bed}  # fmt: skip
             setting = f"products (low rank {beside['low rank']}, BLAST {beside['blast']})"
-            made.append(figure("controllers", "GBLR", row["bed"], setting, row["products"], measure,
-                               row[key], row.get("seconds")))  # fmt: skip
+            made += [
+                figure(kind, name, row["bed"], setting, row["products"], measure, row[key],
+                       row.get("seconds"))
+                for kind, name in (("controllers", "GBLR"), ("forms", "BlockLowRankLinear"))
+            ]  # fmt: skip
     return made
 
 

@@ -7,6 +7,9 @@ Else the same net, shallower and narrower, is trained from nothing on the digits
     python recipes/tucker_dlrt_cifar.py                # minutes
     python recipes/tucker_dlrt_cifar.py --full         # more epochs and seeds; hours
 
+Beside it is what Kim et al. do (arXiv 1511.06530): Tucker ranks of the trained net by EVBMF, each
+unfolding's own and no budget, and the same training afterwards.
+
 Removed are weights of convolutions, as the authors count. Nothing is quoted from the paper: its
 tables are for whole CIFAR-10 and nets trained from nothing.
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,13 @@ from images import Images, accuracy, digits
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lowrank import METHODS
+from lowrank.linalg import evbmf_ranks
 from lowrank.train import TuckerDLRT
+from lowrank.types import Cost, Option
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from machine import figure, keep
 
 
 class Block(nn.Module):
@@ -85,13 +95,29 @@ def convs(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.ndim == 4)
 
 
-def train(images: Images, start: Any, tolerance: float | None, seed: int, options: Any) -> Any:
+def by_evbmf(model: nn.Module) -> nn.Module:
+    """Every convolution but the first in Tucker form, at the ranks of its own two unfoldings."""
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and n != "conv1"]
+    for name, conv in layers:
+        ranks = evbmf_ranks(conv.weight.detach().flatten(2))
+        option = Option("tucker", ranks, "tucker", Cost(0, 0, 0), 0.0)  # its cost is not used
+        model.set_submodule(name, METHODS["tucker"]().factor(conv, option, {}))
+    return model
+
+
+def train(
+    images: Images, start: Any, tolerance: float | str | None, seed: int, options: Any
+) -> Any:
+    """Accuracy at the start and at the end, and the share of weights that was removed."""
     torch.manual_seed(seed)
     model: nn.Module = start()
     whole = convs(model)
+    if tolerance == "EVBMF":
+        model, tolerance = by_evbmf(model), None
+    before = accuracy(model, images.test_x, images.test_y)
     optimizer = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9)
     controller = None
-    if tolerance is not None:
+    if isinstance(tolerance, float):
         every = options.every
         controller = TuckerDLRT(model, optimizer, tolerance=tolerance, every=every, rank=1.0)
     steps = options.epochs * (len(images.x) // options.batch)
@@ -110,7 +136,7 @@ def train(images: Images, start: Any, tolerance: float | None, seed: int, option
                 controller.after_step()
             schedule.step()
     model = model if controller is None else controller.finish()
-    return accuracy(model, images.test_x, images.test_y), 1 - convs(model) / whole
+    return accuracy(model, images.test_x, images.test_y), 1 - convs(model) / whole, before
 
 
 def main() -> None:
@@ -124,6 +150,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.005)
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--write", action="store_true", help="keep it in benchmarks/results")
     options = parser.parse_args()
     if options.full:
         options.epochs, options.settle, options.seeds = 20, 5, 5
@@ -147,13 +174,44 @@ def main() -> None:
     print(f"{images.name}: {len(images.x)} images to train, {len(images.test_x)} to test")
     print(f"at the start: {100 * accuracy(start(), images.test_x, images.test_y):.2f} %")
     print(f"{'tolerance':>10}{'accuracy %':>24}{'removed of convolutions %':>28}")
-    for tolerance in [None, *options.tolerances]:
+    rows: list[dict[str, Any]] = []
+    for tolerance in [None, "EVBMF", *options.tolerances]:
         runs = [train(images, start, tolerance, seed, options) for seed in range(options.seeds)]
         right = [100 * one[0] for one in runs]
         spread = f"{statistics.fmean(right):.2f} ({min(right):.2f}–{max(right):.2f})"
         removed = statistics.fmean(100 * one[1] for one in runs)
-        name = "dense" if tolerance is None else f"{tolerance:g}"
+        name = "dense" if tolerance is None else str(tolerance)
+        rows.append({"tolerance": name, "accuracy": right, "removed": removed,
+                     "before": 100 * runs[0][2]})  # fmt: skip
         print(f"{name:>10}{spread:>24}{removed:>28.1f}", flush=True)
+    if options.write:
+        keep("tucker_dlrt_cifar", rows, options.seeds - 1, settings=vars(options),
+             gallery=shown(images, options, rows))  # fmt: skip
+
+
+def shown(images: Images, options: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Figures of TuckerDLRT, and of EVBMF before and after the same training."""
+    dense, kim, *ours = rows
+    model = f"{'ResNet-20' if 'CIFAR' in images.name else 'a small ResNet'}, {images.name}"
+    after = f"{options.epochs} epochs (dense {statistics.fmean(dense['accuracy']):.1f})"
+    own = "weights of convolutions, own ranks of both unfoldings without a budget"
+    found = [
+        ("policies", "evbmf", f"{own}, with tucker, untrained", kim, kim["before"]),
+        (
+            "policies",
+            "evbmf",
+            f"{own}, with tucker, {after}",
+            kim,
+            statistics.fmean(kim["accuracy"]),
+        ),
+    ]
+    for row in ours:
+        setting = f"weights of convolutions, {after}"
+        found.append(("controllers", "TuckerDLRT", setting, row, statistics.fmean(row["accuracy"])))
+    return [
+        figure(kind, name, model, setting, 1 - row["removed"] / 100, "top-1, %", value)
+        for kind, name, setting, row, value in found
+    ]
 
 
 if __name__ == "__main__":

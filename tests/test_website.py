@@ -149,7 +149,11 @@ def test_every_page_shows_what_is_known(site: dict[str, str | Path]) -> None:
     assert f"| stories260K | equal parameters | KL, nats per token | {values} | 2.09 |" in page
     assert "7.94" in page.partition("## Measured")[2]  # the paper's, beside it
     assert "| 3.81 / 5.53 / 7.86 |" in overview.replace("\u00a0", " ")
-    assert "There are no figures" in str(site["gallery/forms/UnifiedReader.md"])
+    assert "There are no figures" in str(site["gallery/forms/TiedEmbedding.md"])
+    made = "pages of what makes it: [cur](../methods/cur.md), [whitened-cur]("
+    assert made in str(site["gallery/forms/CURLinear.md"])
+    by = "/benchmarks/results/cuttlefish.json), by `recipes/cuttlefish.py` |"
+    assert by in str(site["gallery/controllers/InRank.md"])
     assert pages.table(("a|b",), [("c|d",)]) == "| a\\|b |\n| --- |\n| c\\|d |"
 
 

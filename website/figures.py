@@ -19,6 +19,7 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 KL = "KL, nats per token"
 EXCESS = "loss above dense, nats per token"
 TOP1 = "top-1, %"
+LOG_LOSS = "held-out log-loss"
 COSINE = "cosine to the dense embedding"
 TIME = "time over the dense layer's"
 EQUAL_PARAMETERS = "equal parameters"
@@ -148,6 +149,21 @@ def embeddings(data: Mapping[str, Any]) -> Iterator[Made]:
                 "methods", row["method"], "embedded model", "the tied table alone",
                 row["ratio"], KL, row["kl"], None,
             )  # fmt: skip
+            if row["method"] == "head-aware":
+                yield (
+                    "forms", "TiedHead", "embedded model", "the tied table alone, by head-aware",
+                    row["ratio"], KL, row["kl"], None,
+                )  # fmt: skip
+
+
+def factorllm(data: Mapping[str, Any]) -> Iterator[Made]:
+    for row in data["rows"]:
+        if row["way"] in ("coactive", "coactive, the same router"):
+            setting = "active neurons, grouped by co-activation"
+            yield (
+                "forms", "RoutedMLP", "embedded model", setting,
+                row["active neurons"], KL, row["kl"], None,
+            )  # fmt: skip
 
 
 def resnet20(data: Mapping[str, Any]) -> Iterator[Made]:
@@ -251,6 +267,7 @@ READERS: dict[str, tuple[Reader, str]] = {
     "rank_and_bits_stories260K.json": (rank_and_bits("stories260K"), "benchmarks/rank_and_bits.py"),
     "rank_and_bits_smollm2.json": (rank_and_bits("SmolLM2-135M"), "benchmarks/rank_and_bits.py"),
     "embeddings.json": (embeddings, "benchmarks/embeddings.py"),
+    "factorllm.json": (factorllm, "benchmarks/factorllm.py"),
     "sentences.json": (sentences, "benchmarks/sentences.py"),
     "conv_speed.json": (conv_speed, "benchmarks/conv_speed.py"),
     "sparse_speed.json": (sparse_speed, "benchmarks/sparse_speed.py"),

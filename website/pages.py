@@ -6,7 +6,16 @@ from collections.abc import Iterable, Sequence
 
 from . import texts
 from .engines import TOOLS, VLLM, support
-from .figures import EQUAL_BYTES, EQUAL_PARAMETERS, KL, READERS, TOP1, Figure, figures
+from .figures import (
+    EQUAL_BYTES,
+    EQUAL_PARAMETERS,
+    KL,
+    LOG_LOSS,
+    READERS,
+    TOP1,
+    Figure,
+    figures,
+)  # fmt: skip
 from .names import KINDS, Name, names
 from .pareto import PLOTS
 from .texts import ROOT, Text
@@ -69,15 +78,23 @@ def page(
     parts.append("## Measured")
     if "Claim" in text.fields:
         parts.append(f"*The paper*: {text.fields['Claim']}")
-    parts.append(
-        rows_of(measured) if measured else "There are no figures of it in benchmarks/results yet."
-    )
+    parts.append(rows_of(measured) if measured else elsewhere(name))
     forms = [name.name] if name.kind == "forms" else text.forms
     if forms:
         parts += ["## Runs in", tools(forms, engines, up="../")]
     if name.docstring:
         parts += ["## In the source", f"`{name.source}` begins:", f"```text\n{name.docstring}\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def elsewhere(name: Name) -> str:
+    """What stands on a page without figures: a form's loss is that of the methods that make it."""
+    methods = names("methods") if name.kind == "forms" else ()
+    makers = [link(one.name, "methods", up="../") for one in methods
+              if name.name in texts.read(one).forms]  # fmt: skip
+    if makers:
+        return f"What it loses is on the pages of what makes it: {', '.join(makers)}."
+    return "There are no figures of it in benchmarks/results yet."
 
 
 def facts(name: Name, text: Text) -> list[tuple[str, str]]:
@@ -118,7 +135,8 @@ def writer(file: str) -> str:
 
 
 def number(value: float, measure: str) -> str:
-    return f"{value:.1f}" if measure == TOP1 else f"{value:.3g}"
+    digits = {TOP1: ".1f", LOG_LOSS: ".4g"}
+    return format(value, digits.get(measure, ".3g"))
 
 
 def tools(forms: Sequence[str], engines: dict[str, dict[str, str]], *, up: str) -> str:
