@@ -130,6 +130,8 @@ def of_policies(names: Sequence[str], ratios: Any) -> None:
         return
     net, seen, right = resnet20()
     for name in names:
+        if name == "mixed-dimensions":  # it gives ranks, and these forms have other sizes
+            continue
         rows = []
         for method in ("tucker", "whitened"):
             for ratio in ratios or KEEPS["ResNet-20"]:
