@@ -33,6 +33,27 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "recipes' figures said to be a benchmark's",
+        "website/pages.py",
+        '(ROOT / "recipes" / script).is_file()',
+        '(ROOT / "recipes" / file).is_file()',
+        ("tests/test_website.py::test_figures_name_what_wrote_them",),
+    ),
+    Mutant(
+        "a form is not led to the methods that make it",
+        "website/pages.py",
+        "if name.name in texts.read(one).forms",
+        "if name.name in texts.read(one).forms[1:]",
+        ("tests/test_website.py::test_a_form_without_figures_leads_to_what_makes_it",),
+    ),
+    Mutant(
+        "log-losses cut to three digits",
+        "website/pages.py",
+        'LOG_LOSS: ".4g"',
+        'LOG_LOSS: ".3g"',
+        ("tests/test_website.py::test_figures_name_what_wrote_them",),
+    ),
+    Mutant(
         "no frequencies where storage alone counts",
         "lowrank/methods/convolution.py",
         'STORING = (*JOINED, "tubal")',

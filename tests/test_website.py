@@ -157,6 +157,27 @@ def test_every_page_shows_what_is_known(site: dict[str, str | Path]) -> None:
     assert pages.table(("a|b",), [("c|d",)]) == "| a\\|b |\n| --- |\n| c\\|d |"
 
 
+def test_figures_name_what_wrote_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "cuttlefish.py").touch()
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    assert pages.writer("cuttlefish.json") == "recipes/cuttlefish.py"
+    assert pages.writer("gallery/svd.json") == "benchmarks/gallery.py"
+    measures = (figures.LOG_LOSS, figures.TOP1, figures.KL)
+    assert [pages.number(1.8054, measure) for measure in measures] == ["1.805", "1.8", "1.81"]
+
+
+def test_a_form_without_figures_leads_to_what_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {"cur": "CURLinear", "whitened-cur": "LowRankLinear, CURLinear"}
+    monkeypatch.setattr(
+        texts, "read", lambda name: texts.Text("", {"Forms": made.get(name.name, "")}, {})
+    )
+    form = Name("forms", "CURLinear", FACTORED["CURLinear"])
+    said = "[cur](../methods/cur.md), [whitened-cur](../methods/whitened-cur.md)."
+    assert pages.elsewhere(form).endswith(said)
+    assert pages.elsewhere(Name("controllers", "CURLinear", None)).startswith("There are no")
+
+
 def test_plots_have_a_dot_for_every_figure(site: dict[str, str | Path]) -> None:
     measured = figures.figures()
     for plot in pareto.PLOTS:
