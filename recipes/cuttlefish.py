@@ -9,6 +9,7 @@ alone, and with Frobenius decay (arXiv 2105.01029), which all switching runs use
 explains. The first layer and the last one stay dense.
 
     python recipes/cuttlefish.py                       # minutes
+    python recipes/cuttlefish.py --cifar               # and 2,000 images of CIFAR-10
     python recipes/cuttlefish.py --mnist FOLDER        # MNIST's four files
     python recipes/cuttlefish.py --mnist FOLDER --full    # Cuttlefish's own schedule, 300 epochs
 """
@@ -16,6 +17,7 @@ explains. The first layer and the last one stay dense.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -127,6 +129,7 @@ def train(images: Images, way: str, seed: int, options: argparse.Namespace) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--mnist", help="folder with MNIST's idx files")
+    parser.add_argument("--cifar", action="store_true", help="on LOWRANK_ASSETS/cifar10 too")
     parser.add_argument("--full", action="store_true", help="Cuttlefish's own schedule; hours")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=40)
@@ -147,7 +150,20 @@ def main() -> None:
     if options.full:
         options.epochs, options.batch, options.seeds, options.tolerance = 300, 128, 3, 0.1
         options.min_epochs, options.window, options.smooth = 15, 10, 15
-    images = mnist(options.mnist) if options.mnist else digits(8)
+    beds = [mnist(options.mnist) if options.mnist else digits(8)]
+    if options.cifar:
+        from tucker_dlrt_cifar import cifar
+
+        beds.append(cifar(Path(os.environ["LOWRANK_ASSETS"]) / "cifar10"))
+    rows = [row for images in beds for row in compared(images, options)]
+    print(PAPERS)
+    if options.write:
+        keep("cuttlefish", rows, options.seeds - 1, settings=vars(options), papers=PAPERS.strip(),
+             gallery=[one for images in beds for one in shown(images.name, rows)])  # fmt: skip
+
+
+def compared(images: Images, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row a way and seed."""
     print(f"{images.name}: {len(images.x)} images to train, {len(images.test_x)} to test")
     print(f"{'':18}{'accuracy %':>22}{'weights %':>11}  switched after  ranks, seed 0")
     rows: list[dict[str, Any]] = []
@@ -155,31 +171,31 @@ def main() -> None:
         started = time.perf_counter()
         runs = [train(images, way, seed, options) for seed in range(options.seeds)]
         took = (time.perf_counter() - started) / options.seeds
-        rows += [{"way": way, "seed": i, "seconds": took, **one} for i, one in enumerate(runs)]
+        rows += [
+            {"bed": images.name, "way": way, "seed": seed, "seconds": took, **one}
+            for seed, one in enumerate(runs)
+        ]
         right = [one["accuracy"] for one in runs]
         spread = f"{statistics.fmean(right):.2f} ({min(right):.2f}–{max(right):.2f})"
         kept = statistics.fmean(one["kept"] for one in runs)
         when = runs[0]["switched"] or ""
         ranks = runs[0]["ranks"] or ""
         print(f"{way:18}{spread:>22}{kept:11.1f}  {when:<14}  {ranks}", flush=True)
-    print(PAPERS)
-    if options.write:
-        keep("cuttlefish", rows, options.seeds - 1, settings=vars(options), papers=PAPERS.strip(),
-             gallery=shown(images, rows))  # fmt: skip
+    return rows
 
 
-def shown(images: Images, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def shown(bed: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Figures of the controllers, with those of the dense net and of fresh factors beside them."""
 
     def mean(way: str, key: str) -> float:
-        return statistics.fmean(row[key] for row in rows if row["way"] == way)
+        return statistics.fmean(row[key] for row in rows if (row["bed"], row["way"]) == (bed, way))
 
     beside = (
         f"dense {mean('dense', 'accuracy'):.1f}, fresh factors {mean('random', 'accuracy'):.1f}"
     )
     return [
         figure(
-            "controllers", name, images.name, f"weights of the net ({beside})",
+            "controllers", name, bed, f"weights of the net ({beside})",
             mean(way, "kept") / 100, "top-1, %", mean(way, "accuracy"), mean(way, "seconds"),
         )
         for way, name in CONTROLLED.items()
