@@ -23,20 +23,19 @@ The paper trains Llamas of 60 million parameters and more on C4; no table of it 
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from train_tiny_lm import new_model, sources
+from python_text import Text, draws, held_out_loss, next_token, read
+from torch import nn
+from train_tiny_lm import new_model
 
 import lowrank
-from lowrank.demo import held_out_rows, judge, tiny_lm
+from lowrank.demo import tiny_lm
 from lowrank.nn import LowRankSparseLinear
 from lowrank.train import lost
 
@@ -45,14 +44,6 @@ from machine import keep
 
 COLUMNS = ("rate", "loss", "of each seed", "parameters", "state, bytes", "tokens/s")
 WAYS = ("dense", "low rank", "low rank, γ", "LOST, random", "LOST")
-
-
-class Text(NamedTuple):
-    """Tokens to train on (n,), rows of held-out ones, and the token that ends a text."""
-
-    stream: Tensor
-    held_out: list[Tensor]
-    end: int
 
 
 def built(way: str, end: int, seed: int, options: argparse.Namespace) -> nn.Module:
@@ -90,30 +81,24 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
     )
-    generator, length = torch.Generator().manual_seed(seed), options.length
     begun = time.perf_counter()
-    for _ in range(steps):
-        starts = torch.randint(len(text.stream) - length, (options.batch,), generator=generator)
-        rows = torch.stack([text.stream[s : s + length + 1] for s in starts])
-        logits = model(input_ids=rows[:, :-1]).logits
-        loss = cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-        loss.backward()
+    for rows in draws(text, steps, options.batch, options.length, seed):
+        next_token(model, rows).backward()
         nn.utils.clip_grad_norm_(trained, 0.5)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
     seconds = time.perf_counter() - begun
     state = [t for each in optimizer.state.values() for t in each.values()]
-    ((perplexity, _),) = judge([model.eval()], text.held_out)
     return {
         "way": way,
         "steps": steps,
         "seed": seed,
         "lr": lr,
-        "loss": math.log(perplexity),
+        "loss": held_out_loss(model, text),
         "params": sum(p.numel() for p in trained),
         "state_bytes": sum(t.numel() * t.element_size() for t in state),
-        "tokens_s": steps * options.batch * length / seconds,
+        "tokens_s": steps * options.batch * options.length / seconds,
     }
 
 
@@ -134,14 +119,6 @@ def compare(way: str, text: Text, options: argparse.Namespace) -> list[dict[str,
         flush=True,
     )
     return [*(run for run in tried if run not in runs), *runs]
-
-
-def read(options: argparse.Namespace) -> Text:
-    tiny, texts = tiny_lm(), sources()[0]
-    texts = texts[:: max(len(texts) // options.documents, 1)]
-    tokens = [tiny.tokenizer(text, verbose=False)["input_ids"] for text in texts]
-    stream = torch.tensor([token for text in tokens for token in text])
-    return Text(stream, held_out_rows(tiny)[::4], tiny.tokenizer.eos_token_id)
 
 
 def main() -> None:
@@ -165,7 +142,7 @@ def main() -> None:
     if options.full:
         options.steps, options.batch, options.length = 8000, 32, 256
         options.rates, options.documents = [1e-3, 2e-3, 4e-3, 1e-2], 10**6
-    text = read(options)
+    text = read(tiny_lm(), options.documents)
     seen = options.steps * options.batch * options.length
     print(f"{len(text.stream):,} tokens of text; {options.steps} steps read {seen:,}")
     print(f"{'':14}" + "".join(f"{h:>{24 if 'seed' in h else 14}}" for h in COLUMNS), flush=True)

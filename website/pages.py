@@ -9,7 +9,7 @@ from .engines import TOOLS, VLLM, support
 from .figures import EQUAL_BYTES, EQUAL_PARAMETERS, KL, READERS, TOP1, Figure, figures
 from .names import KINDS, Name, names
 from .pareto import PLOTS
-from .texts import Text
+from .texts import ROOT, Text
 
 TITLES = {
     "methods": "Methods",
@@ -112,8 +112,10 @@ def rows_of(measured: Sequence[Figure]) -> str:
 
 
 def writer(file: str) -> str:
-    """The benchmark that wrote figures as they stand: it has the name of its file or folder."""
-    return f"benchmarks/{file.partition('/')[0].removesuffix('.json')}.py"
+    """The script that wrote figures as they stand: it has the name of its file or folder."""
+    script = f"{file.partition('/')[0].removesuffix('.json')}.py"
+    folder = "benchmarks" if (ROOT / "benchmarks" / script).is_file() else "recipes"
+    return f"{folder}/{script}"
 
 
 def number(value: float, measure: str) -> str:
