@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--decay", type=float, default=0.6, help="share of the steps")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
-    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 5e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[5e-3, 1e-2, 2e-2])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--documents", type=int, default=60)
     parser.add_argument("--threads", type=int, default=1)
