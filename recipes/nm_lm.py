@@ -13,8 +13,8 @@ Each way takes the best of a few learning rates by seed 0; the loss is that of h
     python recipes/nm_lm.py                              # a quarter of an hour of one core
     python recipes/nm_lm.py --patterns 1:8 --seeds 1
 
-The abstract of the paper claims that recipes for N:M are made for about half of the weights, and that
-decay improves quality by up to 2 % (vision) and 5 % (language) where more than 80 % are pruned.
+The abstract of the paper claims that recipes for N:M are made for about half of the weights, and
+that decay improves quality by up to 2 % (vision) and 5 % (language) where over 80 % are pruned.
 """
 
 from __future__ import annotations
