@@ -7,9 +7,15 @@ LOST (arXiv 2508.02668, `lowrank.train.lost`) with random channels; LOST with th
 tail. AdamW, the best of a few learning rates for each way (by seed 0), three seeds.
 The loss is that of held-out modules of the library. Optimizer bytes are those of its state.
 
-    python recipes/lost_pretrain.py                # minutes of two cores
+    python recipes/lost_pretrain.py                # under ten minutes of one core
     python recipes/lost_pretrain.py --silu         # SiLU between the factors, in all but dense
     python recipes/lost_pretrain.py --full         # long runs; hours
+
+Who leads depends on the length: the lead of low rank with γ is gone by 1500 steps. In a quarter of
+an hour of one core, with rates that were chosen in runs of 300 steps:
+
+    python recipes/lost_pretrain.py --steps 1500 --choose 300 --seeds 1 --documents 250 \\
+        --rates 2e-3 4e-3 --ways dense "low rank, γ" LOST
 
 The paper trains Llamas of 60 million parameters and more on C4; no table of it is for this size.
 """
@@ -17,21 +23,26 @@ The paper trains Llamas of 60 million parameters and more on C4; no table of it 
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from train_tiny_lm import new_model, sources
+from python_text import Text, draws, held_out_loss, next_token, read
+from torch import nn
+from train_tiny_lm import new_model
 
 import lowrank
-from lowrank.demo import held_out_rows, judge, tiny_lm
+from lowrank.demo import tiny_lm
 from lowrank.nn import LowRankSparseLinear
 from lowrank.train import lost
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from machine import keep
+
+COLUMNS = ("rate", "loss", "of each seed", "parameters", "state, bytes", "tokens/s")
 WAYS = ("dense", "low rank", "low rank, γ", "LOST, random", "LOST")
 
 
@@ -61,23 +72,18 @@ def built(way: str, end: int, seed: int, options: argparse.Namespace) -> nn.Modu
 
 
 def train(
-    way: str, stream: Tensor, end: int, lr: float, seed: int, options: argparse.Namespace
+    way: str, text: Text, lr: float, seed: int, steps: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    model = built(way, end, seed, options)
+    """One run: its held-out loss and what it took."""
+    model = built(way, text.end, seed, options)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    steps, length = options.steps, options.length
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
     )
-    generator = torch.Generator().manual_seed(seed)
     begun = time.perf_counter()
-    for _ in range(steps):
-        starts = torch.randint(len(stream) - length, (options.batch,), generator=generator)
-        rows = torch.stack([stream[s : s + length + 1] for s in starts])
-        logits = model(input_ids=rows[:, :-1]).logits
-        loss = cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-        loss.backward()
+    for rows in draws(text, steps, options.batch, options.length, seed):
+        next_token(model, rows).backward()
         nn.utils.clip_grad_norm_(trained, 0.5)
         optimizer.step()
         optimizer.zero_grad()
@@ -85,24 +91,42 @@ def train(
     seconds = time.perf_counter() - begun
     state = [t for each in optimizer.state.values() for t in each.values()]
     return {
-        "model": model.eval(),
+        "way": way,
+        "steps": steps,
+        "seed": seed,
         "lr": lr,
+        "loss": held_out_loss(model, text),
         "params": sum(p.numel() for p in trained),
         "state_bytes": sum(t.numel() * t.element_size() for t in state),
-        "tokens_s": steps * options.batch * length / seconds,
+        "tokens_s": steps * options.batch * options.length / seconds,
     }
 
 
-def loss_on(model: Any, rows: list[Tensor]) -> float:
-    """Mean cross entropy of the next token, in nats."""
-    ((perplexity, _),) = judge([model], rows)
-    return math.log(perplexity)
+def compare(way: str, text: Text, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Print the row of one way: the best rate by seed 0, then all seeds at it. Returns all runs."""
+    choose = options.choose or options.steps
+    tried = [train(way, text, lr, 0, choose, options) for lr in options.rates]
+    lr = min(tried, key=lambda run: run["loss"])["lr"]
+    runs = [run for run in tried if run["lr"] == lr and choose == options.steps]
+    for seed in range(len(runs), options.seeds):
+        runs.append(train(way, text, lr, seed, options.steps, options))
+    each = " ".join(f"{run['loss']:.3f}" for run in runs)
+    loss = statistics.fmean(run["loss"] for run in runs)
+    speed = statistics.median(run["tokens_s"] for run in runs)
+    print(
+        f"{way:14}{lr:14g}{loss:14.3f}{each:>24}"
+        f"{runs[0]['params']:14,}{runs[0]['state_bytes']:14,}{speed:14,.0f}",
+        flush=True,
+    )
+    return [*(run for run in tried if run not in runs), *runs]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--full", action="store_true", help="long runs; hours")
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--choose", type=int, help="steps of the runs that choose the rate")
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--rank", type=int, default=32, help="a quarter of the width, as there")
@@ -112,38 +136,19 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--documents", type=int, default=60)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.full:
         options.steps, options.batch, options.length = 8000, 32, 256
         options.rates, options.documents = [1e-3, 2e-3, 4e-3, 1e-2], 10**6
-    tiny = tiny_lm()
-    texts = sources()[0]
-    texts = texts[:: max(len(texts) // options.documents, 1)]
-    tokens = [tiny.tokenizer(text, verbose=False)["input_ids"] for text in texts]
-    stream = torch.tensor([token for text in tokens for token in text])
-    rows = held_out_rows(tiny)[::4]
-    read = options.steps * options.batch * options.length
-    print(f"{len(stream):,} tokens of text; {options.steps} steps read {read:,}")
-    heads = ("rate", "loss", "of each seed", "parameters", "state, bytes", "tokens/s")
-    print(f"{'':14}" + "".join(f"{h:>{24 if 'seed' in h else 14}}" for h in heads))
-    for way in WAYS:
-        end = tiny.tokenizer.eos_token_id
-        tried = [train(way, stream, end, lr, 0, options) for lr in options.rates]
-        losses = [loss_on(one["model"], rows) for one in tried]
-        best = min(range(len(tried)), key=lambda i: losses[i])
-        runs, final = [tried[best]], [losses[best]]
-        for seed in range(1, options.seeds):
-            runs.append(train(way, stream, end, options.rates[best], seed, options))
-            final.append(loss_on(runs[-1]["model"], rows))
-        each = " ".join(f"{loss:.3f}" for loss in final)
-        first, speed = runs[0], statistics.median(run["tokens_s"] for run in runs)
-        print(
-            f"{way:14}{first['lr']:14g}{statistics.fmean(final):14.3f}{each:>24}"
-            f"{first['params']:14,}{first['state_bytes']:14,}{speed:14,.0f}",
-            flush=True,
-        )
+    text = read(tiny_lm(), options.documents)
+    seen = options.steps * options.batch * options.length
+    print(f"{len(text.stream):,} tokens of text; {options.steps} steps read {seen:,}")
+    print(f"{'':14}" + "".join(f"{h:>{24 if 'seed' in h else 14}}" for h in COLUMNS), flush=True)
+    runs = [run for way in options.ways for run in compare(way, text, options)]
+    name = f"lost_pretrain_{options.steps}" + ("_silu" if options.silu else "")
+    keep(name, runs, options.seeds - 1, settings=vars(options), tokens=len(text.stream))
 
 
 if __name__ == "__main__":

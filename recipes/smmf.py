@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ from images import Images, accuracy, digits, mnist
 from torch import Tensor, nn
 
 from lowrank.train import SMMF
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from machine import keep
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "AdamW": lambda p, lr: torch.optim.AdamW(p, lr=lr),
@@ -65,12 +70,38 @@ def train(
     return model, state_bytes(optimizer), statistics.median(seconds)
 
 
+def compare(images: Images, name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The best rate by images held out of training, then all seeds at it, on the test images."""
+    every = torch.arange(len(images.x))
+    held = every.chunk(5)[0]
+    right_of = {}
+    for lr in options.rates:
+        model, _, _ = train(images, every[len(held) :], name, lr, 0, options)
+        right_of[lr] = 100 * accuracy(model, images.x[held], images.y[held])
+    lr = max(right_of, key=lambda rate: right_of[rate])
+    runs = [train(images, every, name, lr, seed, options) for seed in range(options.seeds)]
+    return {
+        "optimizer": name,
+        "lr": given(name, lr),
+        "chosen_by": {f"{given(name, rate):g}": right for rate, right in right_of.items()},
+        "accuracy": [100 * accuracy(m, images.test_x, images.test_y) for m, _, _ in runs],
+        "state_bytes": runs[0][1],
+        "step_ms": 1000 * statistics.median(seconds for _, _, seconds in runs),
+    }
+
+
+def given(name: str, lr: float) -> float:
+    """What the optimizer takes at this rate of the grid."""
+    rate: float = OPTIMIZERS[name]([nn.Parameter(torch.zeros(1))], lr).param_groups[0]["lr"]
+    return rate
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--mnist", help="folder with MNIST's idx files")
-    parser.add_argument("--full", action="store_true", help="more epochs, rates and seeds; hours")
-    parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 2e-3])
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--full", action="store_true", help="more epochs and rates; hours")
+    parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3, 5e-3, 1e-2])
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
@@ -78,31 +109,24 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)  # moments of dead units decay below what a CPU does fast
     if options.full:
-        options.rates, options.epochs, options.seeds = [2e-4, 5e-4, 1e-3, 2e-3, 5e-3], 30, 5
+        options.rates, options.epochs = [2e-4, *options.rates], 30
     images = mnist(options.mnist) if options.mnist else digits()
-    held, rest = torch.arange(len(images.x)).chunk(5)[0], torch.arange(len(images.x))
-    rest = rest[len(held) :]
     print(f"{images.name}: {len(images.x)} images to train, {len(images.test_x)} to test")
     heads = f"{'rate':>8}{'accuracy %':>22}{'state, bytes':>14}{'to AdamW':>10}{'step, ms':>10}"
     print(" " * 15 + heads)
-    adam = 0
+    rows: list[dict[str, Any]] = []
     for name in OPTIMIZERS:
-        scores = {}
-        for lr in options.rates:
-            model, _, _ = train(images, rest, name, lr, 0, options)
-            scores[lr] = accuracy(model, images.x[held], images.y[held])
-        lr = max(scores, key=lambda rate: scores[rate])
-        every = torch.arange(len(images.x))
-        runs = [train(images, every, name, lr, seed, options) for seed in range(options.seeds)]
-        right = [100 * accuracy(m, images.test_x, images.test_y) for m, _, _ in runs]
-        size, step = runs[0][1], statistics.median(s for _, _, s in runs)
-        adam = adam or size
+        found = compare(images, name, options)
+        size = found["state_bytes"] / (rows[0] if rows else found)["state_bytes"]
+        right = found["accuracy"]
         spread = f"{statistics.fmean(right):.2f} ({min(right):.2f}–{max(right):.2f})"
-        given = OPTIMIZERS[name]([nn.Parameter(torch.zeros(1))], lr).param_groups[0]["lr"]
         print(
-            f"{name:15}{given:8.4f}{spread:>22}{size:14,}{size / adam:10.3f}{1000 * step:10.2f}",
+            f"{name:15}{found['lr']:8.4f}{spread:>22}{found['state_bytes']:14,}{size:10.3f}"
+            f"{found['step_ms']:10.2f}",
             flush=True,
         )
+        rows.append(found)
+    keep("smmf", rows, options.seeds - 1, settings=vars(options), images=images.name)
 
 
 if __name__ == "__main__":

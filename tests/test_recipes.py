@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+
+import lowrank
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -67,3 +70,53 @@ def test_whitened_by_hand_runs_as_a_command(
     assert len(printed) == 1 + 5 * 7 + 1
     assert printed[1].startswith("model.layers.0.self_attn.q_proj")
     assert printed[-1].startswith("largest difference of a layer ")
+
+
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A recipe that imports its neighbours."""
+    monkeypatch.syspath_prepend(str(RECIPES))
+    return recipe
+
+
+def test_a_fixed_mask_of_n_of_m_stays(training: Callable[[str], ModuleType]) -> None:
+    """The largest of every eight are trained on, the others are zero after every step."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 6))
+    dense = model[0].weight.detach().clone()
+    training("nm_lm").pruned(model, (1, 8))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(torch.randn(4, 16)) - 1).square().sum().backward()
+        optimizer.step()
+    weight = model[0].weight.detach().view(6, 2, 8)
+    assert torch.equal(weight.count_nonzero(-1), torch.ones(6, 2, dtype=torch.long))
+    assert torch.equal(weight.abs().argmax(-1), dense.view(6, 2, 8).abs().argmax(-1))
+    assert not torch.isclose(weight, dense.view(6, 2, 8)).any()
+
+
+def test_a_random_support_has_the_coefficients_of_least_squares(
+    training: Callable[[str], ModuleType],
+) -> None:
+    torch.manual_seed(0)
+    weight, layer = torch.randn(7, 12), lowrank.nn.DenseSparseLinear(12, 7, 6, 3)
+    before = layer.index.clone()
+    training("dsformer_stf").redraw(layer, weight, torch.Generator().manual_seed(1))
+    assert layer.fault() == ""
+    assert not torch.equal(layer.index, before)
+    for row, index, value in zip(weight, layer.index.long(), layer.value, strict=True):
+        best = torch.linalg.lstsq(layer.basis.weight[index].T, row[:, None]).solution[:, 0]
+        torch.testing.assert_close(value, best, rtol=1e-4, atol=1e-5)
+
+
+def test_a_rate_is_chosen_by_the_first_seed(training: Callable[[str], ModuleType]) -> None:
+    """Seed 0 likes the second rate, seed 1 the first; runs at other rates do not count."""
+    losses = {(0.1, 0): 3.0, (0.2, 0): 1.0, (0.1, 1): 0.5, (0.2, 1): 2.0}
+    shared = training("python_text")
+    runs = shared.over_seeds(
+        [0.1, 0.2], 2, lambda lr, seed: {"lr": lr, "seed": seed, "loss": losses[lr, seed]}
+    )
+    assert [(run["lr"], run["seed"]) for run in runs if run["counts"]] == [(0.2, 0), (0.2, 1)]
+    assert len(runs) == 3
+    assert shared.counted(runs) == (0.2, 1.5, "1.000 2.000")

@@ -1,7 +1,8 @@
 """What the committed results say of each name: benchmarks/results/*.json, and nothing else.
 
-A results file is read by its reader below. A benchmark that writes a list `gallery` at the top of
-its file needs none: its rows are figures as they stand, with the fields of `Figure` but `file`.
+A results file is read by its reader below. A benchmark or recipe that writes a list `gallery` at
+the top of its file needs none: its rows are figures as they stand, with the fields of `Figure` but
+`file`.
 `python benchmarks/gallery.py --only NAME` writes one for a method, results/gallery/NAME.json.
 """
 
