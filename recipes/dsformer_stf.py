@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--documents", type=int, default=60)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--write", action="store_true", help="keep it in benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.full:
@@ -149,7 +150,8 @@ def main() -> None:
                 gallery.append(
                     figure("controllers", "STF", "embedded model", setting, keep, LOSS, mean)
                 )
-    kept("dsformer_stf", runs, options.seeds - 1, settings=vars(options), gallery=gallery)
+    if options.write:
+        kept("dsformer_stf", runs, options.seeds - 1, settings=vars(options), gallery=gallery)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from python_text import Text, draws, next_token, read
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from train_tiny_lm import new_model, sources
+from train_tiny_lm import new_model
 
 import lowrank
-from lowrank.demo import held_out_rows, judge, tiny_lm
+from lowrank.demo import judge, tiny_lm
 from lowrank.train import LoQT
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -46,11 +46,9 @@ def gathered(controller: LoQT | None) -> list[Tensor | None]:
     return [layer.gathered for layer in controller.layers.values()] if controller else []
 
 
-def train(
-    way: str, stream: Tensor, end: int, lr: float, options: argparse.Namespace
-) -> dict[str, Any]:
+def train(way: str, text: Text, lr: float, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(options.seed)
-    model: Any = new_model(end)
+    model: Any = new_model(text.end)
     if way == "by design":
         model, _ = lowrank.factorize_by_design(model, options.ratio, align=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
@@ -61,14 +59,10 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=steps, pct_start=max(0.1, 2 / steps), cycle_momentum=False
     )
-    generator = torch.Generator().manual_seed(options.seed)
     losses, seconds, peak = [], [], 0
-    for _ in range(steps):
-        starts = torch.randint(len(stream) - options.length, (options.batch,), generator=generator)
-        rows = torch.stack([stream[s : s + options.length + 1] for s in starts])
+    for rows in draws(text, steps, options.batch, options.length, options.seed):
         begun = time.perf_counter()
-        logits = model(input_ids=rows[:, :-1]).logits
-        loss = cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        loss = next_token(model, rows)
         loss.backward()
         held = [*model.parameters(), *model.buffers(), *gathered(controller)]
         held += [p.grad for p in model.parameters()]
@@ -112,24 +106,19 @@ def main() -> None:
     if options.full:
         options.steps, options.batch, options.length, options.gap = 8000, 32, 256, 100
         options.rates, options.documents = [2e-3, 4e-3, 1e-2, 2e-2], 10**6
-    tiny = tiny_lm()
-    texts = sources()[0]
-    texts = texts[:: max(len(texts) // options.documents, 1)]
-    tokens = [tiny.tokenizer(text, verbose=False)["input_ids"] for text in texts]
-    stream = torch.tensor([token for text in tokens for token in text])
-    rows = held_out_rows(tiny)[::4]
-    read = options.steps * options.batch * options.length
-    print(f"{len(stream):,} tokens of text; {options.steps} steps read {read:,}")
+    text = read(tiny_lm(), options.documents)
+    seen = options.steps * options.batch * options.length
+    print(f"{len(text.stream):,} tokens of text; {options.steps} steps read {seen:,}")
     heads = ("rate", "loss", "perplexity", "weights, bytes", "peak, bytes", "to dense", "step, ms")
     print(f"{'':10}" + "".join(f"{head:>15}" for head in heads))
     dense, found = 0, []
     for way in WAYS:
         best: dict[str, Any] = {}
         for lr in options.rates:
-            tried = {**train(way, stream, tiny.tokenizer.eos_token_id, lr, options), "lr": lr}
+            tried = {**train(way, text, lr, options), "lr": lr}
             best = tried if not best or tried["loss"] < best["loss"] else best
         dense = dense or best["peak_bytes"]
-        ((perplexity, _),) = judge([best["model"]], rows)
+        ((perplexity, _),) = judge([best["model"]], text.held_out)
         print(
             f"{way:10}{best['lr']:15g}{best['loss']:15.3f}{perplexity:15.2f}"
             f"{best['weight_bytes']:15,}{best['peak_bytes']:15,}"

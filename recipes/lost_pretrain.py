@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--documents", type=int, default=60)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--write", action="store_true", help="keep it in benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.full:
@@ -147,8 +148,9 @@ def main() -> None:
     print(f"{len(text.stream):,} tokens of text; {options.steps} steps read {seen:,}")
     print(f"{'':14}" + "".join(f"{h:>{24 if 'seed' in h else 14}}" for h in COLUMNS), flush=True)
     runs = [run for way in options.ways for run in compare(way, text, options)]
-    name = f"lost_pretrain_{options.steps}" + ("_silu" if options.silu else "")
-    keep(name, runs, options.seeds - 1, settings=vars(options), tokens=len(text.stream))
+    if options.write:
+        name = f"lost_pretrain_{options.steps}" + ("_silu" if options.silu else "")
+        keep(name, runs, options.seeds - 1, settings=vars(options), tokens=len(text.stream))
 
 
 if __name__ == "__main__":

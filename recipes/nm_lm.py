@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--documents", type=int, default=60)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--write", action="store_true", help="keep it in benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tiny = tiny_lm()
@@ -117,10 +118,9 @@ def main() -> None:
                 gallery.append(
                     figure("controllers", "NM", "embedded model", setting, n / m, LOSS, mean)
                 )
-    keep(
-        "nm_lm", runs, options.seeds - 1, settings=vars(options), dense=before,
-        gallery=gallery,
-    )  # fmt: skip
+    if options.write:
+        keep("nm_lm", runs, options.seeds - 1, settings=vars(options), dense=before,
+             gallery=gallery)  # fmt: skip
 
 
 if __name__ == "__main__":

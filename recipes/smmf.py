@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--write", action="store_true", help="keep it in benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)  # moments of dead units decay below what a CPU does fast
@@ -126,7 +127,8 @@ def main() -> None:
             flush=True,
         )
         rows.append(found)
-    keep("smmf", rows, options.seeds - 1, settings=vars(options), images=images.name)
+    if options.write:
+        keep("smmf", rows, options.seeds - 1, settings=vars(options), images=images.name)
 
 
 if __name__ == "__main__":

@@ -152,6 +152,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.7)
     parser.add_argument("--method", default="whitened", choices=["whitened", "svd"])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--write", action="store_true", help="keep it in benchmarks/results")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     tiny = tiny_lm()
@@ -182,11 +183,12 @@ def main() -> None:
     print(
         "(there on a GPU; what full fine-tuning starts from is not said there: here the same model)"
     )
-    keep(
-        "welore_finetune", found, arguments.seeds - 1, settings=vars(arguments), paper=PAPER,
-        lrc_layers=lrc, other_layers=dense, achieved=report.achieved, perplexity_dense=before,
-        perplexity_compressed=after, ratios=ratios,
-    )  # fmt: skip
+    if arguments.write:
+        keep(
+            "welore_finetune", found, arguments.seeds - 1, settings=vars(arguments), paper=PAPER,
+            lrc_layers=lrc, other_layers=dense, achieved=report.achieved, perplexity_dense=before,
+            perplexity_compressed=after, ratios=ratios,
+        )  # fmt: skip
 
 
 def summary(found: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
