@@ -1,12 +1,13 @@
 """One file for many ratios beside models made for each of them, at one budget of gradient steps.
 
-    python benchmarks/nested.py [--steps 16] [--only NAME …] [--judged 32] [--title NAME]
+    python benchmarks/nested.py [--steps 64] [--only NAME …] [--judged 32] [--title NAME]
 
 The embedded model, calibrated on 96 rows of 256 tokens; `two-sided`, uniform ranks, plain factors,
-the sequential refit and distillation at 16 rows a step. "separate": a model for every ratio,
-`--steps` each. "nested": one model at the largest ratio that is distilled over sampled ranks for as
-many steps as all of those together, and cut by `at_rank`. "one rank": the same steps at its own
-rank alone, then cut. "refit", "whitened": no gradient step, cut too. KL on held-out rows; fp32.
+the sequential refit and distillation at 4 rows a step, as `best` has it. "separate": a model for
+every ratio, `--steps` each. "nested": one model at the largest ratio that is distilled over sampled
+ranks for as many steps as all of those together, and cut by `at_rank`. "one rank": the same steps
+at its own rank alone, then cut. "refit", "whitened": no gradient step, cut too. KL on held-out
+rows; fp32.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from lowrank import Recovery, demo
 from lowrank.demo import judge
 
 RATIOS = (0.9, 0.8, 0.6, 0.5, 0.4)
+ROWS = 4  # of a step
 PLAIN = {"policy": "uniform", "storage": "factors"}
 WAYS = ("separate", "nested", "one rank", "refit", "whitened")
 
@@ -39,11 +41,11 @@ def models(way: str, dense: Any, data: Any, steps: int) -> Iterator[tuple[float,
     most, together = RATIOS[0], steps * len(RATIOS)
     if way == "separate":
         for ratio in RATIOS:
-            yield ratio, compressed(ratio, effort=Recovery(distill_steps=steps))
+            yield ratio, compressed(ratio, effort=Recovery(distill_steps=steps, rows=ROWS))
         return
     options: dict[str, Any] = {
-        "nested": {"effort": Recovery(distill_steps=together, nested=RATIOS[-1])},
-        "one rank": {"effort": Recovery(distill_steps=together)},
+        "nested": {"effort": Recovery(distill_steps=together, rows=ROWS, nested=RATIOS[-1])},
+        "one rank": {"effort": Recovery(distill_steps=together, rows=ROWS)},
         "refit": {"effort": Recovery(temperature=False)},
         "whitened": {"method": "whitened"},
     }[way]
@@ -54,7 +56,7 @@ def models(way: str, dense: Any, data: Any, steps: int) -> Iterator[tuple[float,
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--only", nargs="+", default=list(WAYS))
     parser.add_argument("--judged", type=int, default=32)
     parser.add_argument("--title", default="nested")
@@ -80,7 +82,7 @@ def main() -> None:
                 "seconds_of_the_way": seconds,
             })  # fmt: skip
             print(f"{way:10} {ratio:.1f} {params:8,} KL {kl:.4f} ppl {perplexity:.2f}", flush=True)
-        keep(args.title, found, steps=args.steps, held_out=len(held_out))
+        keep(args.title, found, steps=args.steps, rows_of_a_step=ROWS, held_out=len(held_out))
 
 
 if __name__ == "__main__":

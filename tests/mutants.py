@@ -33,6 +33,20 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "ratios of nested ranks drawn from two places alone",
+        "lowrank/recover/nesting.py",
+        "GOLDEN = (math.sqrt(5) - 1) / 2",
+        "GOLDEN = 1 / 2",
+        ("tests/recover/test_nesting.py::test_few_steps_cover_the_range_of_ratios",),
+    ),
+    Mutant(
+        "steps over ratios as long as those of one size",
+        "lowrank/recover/blocks.py",
+        "rate * (1.0 if nesting is None else SLOWER)",
+        "rate",
+        ("tests/recover/test_nesting.py::test_steps_over_ratios_are_half_as_long",),
+    ),
+    Mutant(
         "recipes' figures said to be a benchmark's",
         "website/pages.py",
         '(ROOT / "recipes" / script).is_file()',

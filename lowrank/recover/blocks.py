@@ -22,7 +22,7 @@ from ..measure.eval import Reference, divergence
 from ..nn.few_shapes import even_ranks
 from .budget import fit_within
 from .images import changed
-from .nesting import Nesting
+from .nesting import SLOWER, Nesting
 from .optimizer import ADAMW, MUON
 from .training import Trained, Training, mean_of, split
 
@@ -101,7 +101,7 @@ def distill(
             before = mean_of(wanted, held_out)
             if options.rate is None:
                 rate = usual_rate(before, predictions(predicted, 0), options.optimizer)
-                options = replace(options, rate=rate)
+                options = replace(options, rate=rate * (1.0 if nesting is None else SLOWER))
             return fit_within(
                 parameters, wanted, trained_on, held_out, options, seconds, known=before
             )

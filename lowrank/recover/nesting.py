@@ -4,7 +4,10 @@ Each step runs the compressed model with a ratio drawn from a range, by masks on
 so that the first components serve all smaller models too: ordered dropout (Maestro, arXiv
 2308.14929) of a weight-shared super-model (AutoDistil, arXiv 2201.12507). What is minimised is the
 mean over ratios of the logarithm of the loss: at small ratios losses are many times larger, and
-their plain mean would leave large ratios to themselves. The logarithm and the range are ours.
+their plain mean would leave large ratios to themselves. Ratios are drawn by a sequence that covers
+the range evenly in few steps, and steps are half as long as those for one size, which what serves
+the largest ratio would not survive (benchmarks/nested.py). The logarithm, the range and both of
+these are ours.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from .training import Loss
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TINY = 1e-30  # below any loss: its logarithm is finite
 JUDGED = 3  # ratios that states are compared at
+GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, leave no gap for long
+SLOWER = 0.5  # of the rate of distillation for one size
 
 
 class Nesting:
@@ -46,7 +51,8 @@ class Nesting:
         most = float(self._parts.held)
         steps = range(JUDGED)
         self.ratios = [least + (most - least) * step / (JUDGED - 1) for step in steps]
-        self._span, self._generator = (least, most), torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
+        self._span, self._drawn = (least, most), float(torch.rand((), generator=generator))
         self._widths = [torch.tensor(stack.rank) for stack in self._parts.stacks]
 
     def __str__(self) -> str:
@@ -61,8 +67,8 @@ class Nesting:
 
         def nested(batch: int) -> Tensor:
             if torch.is_grad_enabled():
-                drawn = float(torch.rand((), generator=self._generator))
-                self._cut_to(least + (most - least) * (1 - math.cos(math.pi * drawn)) / 2)
+                self._drawn = (self._drawn + GOLDEN) % 1
+                self._cut_to(least + (most - least) * (1 - math.cos(math.pi * self._drawn)) / 2)
                 return loss(batch).clamp_min(TINY).log()
             return torch.tensor(self._mean(lambda: float(loss(batch))))
 

@@ -37,7 +37,8 @@ class Recovery:
         distill_steps: gradient steps of distillation from the dense model; 0 skips it.
         block_rate, distill_rate: RMS of a step, relative to each parameter's RMS. That of
             distillation is by default at most 0.008 (AdamW 0.01), less for batches of few
-            predictions and, by Muon, near the dense model (`usual_rate`).
+            predictions and, by Muon, near the dense model (`usual_rate`), and half of that for
+            `nested`.
         optimizer: "muon" for matrices, with AdamW for vectors, or "adamw" for all.
         rows: batch size of both.
         augment: each step of distillation mirrors and shifts its images (images.py); other data

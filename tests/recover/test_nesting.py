@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank import LowrankError, Recovery
+from lowrank.recover import blocks
 from lowrank.recover.nesting import Nesting
+from lowrank.recover.training import Training
 from tests.zoo import llama, make, refused, tokens, unchanged
 
 ROWS = tokens(12)
@@ -79,6 +81,31 @@ def test_a_step_is_of_one_ratio_that_is_drawn_and_a_state_is_judged_at_all() -> 
     assert steps == [pytest.approx(math.log(2))] * 40
     assert (min(ranks), max(ranks)) == (7, 14) or len(set(ranks)) > 5
     assert max(ranks) <= layer.rank
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_few_steps_cover_the_range_of_ratios(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    nesting, cuts = Nesting(compressed(make("llama")), 0.4, seed=seed), []
+    monkeypatch.setattr(nesting, "_cut_to", cuts.append)
+    with nesting.over(lambda batch: torch.ones(())) as nested:
+        for step in range(10):
+            nested(step)
+    most = nesting.ratios[-1]
+    shares = sorted((ratio - 0.4) / (most - 0.4) for ratio in cuts)
+    drawn = [math.acos(1 - 2 * share) / math.pi for share in shares]  # evenly in [0, 1]
+    gaps = [b - a for a, b in zip([0.0, *drawn], [*drawn, 1.0], strict=True)]
+    assert max(gaps) < 0.2  # with ten draws at random 0.29 on the average
+
+
+def test_steps_over_ratios_are_half_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = make("llama")
+    student, rates = compressed(teacher), []
+    batches = [{"input_ids": rows} for rows in ROWS.split(6)]
+    monkeypatch.setattr(blocks, "fit_within", lambda *given, **_: rates.append(given[4].rate))
+    monkeypatch.setattr(blocks, "mean_of", lambda *_: 0.5)
+    for nesting in (None, Nesting(student, 0.4)):
+        blocks.distill(teacher, student, batches, [], Training(steps=4), nesting=nesting)
+    assert rates[1] == pytest.approx(rates[0] / 2)
 
 
 def test_the_mean_over_ratios_is_geometric() -> None:
